@@ -1,0 +1,615 @@
+"""BatchNorm fused with the residual add and ReLU: statistics, apply, backward reduce, backward apply.
+
+    forward   out = relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]])
+              scale = weight * invstd, shift = bias - mean * scale, invstd = 1 / sqrt(var + eps)
+    backward  g = dout * (out > 0);  xhat = (x - mean) * invstd;  dbias = sum g;  dweight = sum g * xhat
+              dx = scale * (g - dbias / M - xhat * dweight / M)  in training, scale * g with frozen statistics
+
+Activations are dense NHWC (`torch.channels_last`), read as a matrix of M = N*H*W rows and C columns, in float16,
+bfloat16, float32 or float64. Per-channel maths is float32 (float64 for float64). Per-channel results of the forward
+travel as one tensor `stats` (4, C): mean, invstd, scale, shift.
+
+A pass over x runs on a grid (row tiles, column tiles); what has to be summed over rows is left as one partial per
+row tile and merged by a small second kernel, in a fixed order and without atomics: bit-identical from run to run,
+and, since the tiling depends on the shape alone, from device to device.
+
+Passes over an activation: statistics 1, apply 2 (3 with a shortcut), backward reduce 2 (3 when the ReLU mask is read
+from `out`), backward apply 3 (4 with `out`, one more to write the shortcut's gradient).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.pointwise import affine, inverse_std, relu, relu_passes
+
+# ---- the kernels -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def statistics_kernel(
+    x,  # (M, C)
+    partial,  # (2, T, C): mean and M2 of each row tile
+    M,
+    T,
+    TILES,  # BLOCK_M-row tiles per program
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Per row tile: mean = sum x / n, M2 = sum (x - mean)^2. Grid (T, column tiles). Reads x once.
+
+    Every (row of the block, column) pair keeps a Welford mean and M2 of its own, so the loop has no barrier; Chan's
+    formula merges the rows at the end. Neither subtracts large sums, so a mean of 10^4 costs a variance of 1 nothing.
+    """
+    row0 = tl.program_id(0).to(tl.int64) * TILES * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = tl.minimum(M - row0, TILES * BLOCK_M).to(tl.int32)
+    x += row0 * C
+    offsets = rows[:, None] * C + cols[None, :]
+    mean = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    m2 = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    steps = tl.zeros([1, 1], ACC)
+    for i in range(tl.cdiv(valid, BLOCK_M)):
+        mask = (rows < valid - i * BLOCK_M)[:, None] & (cols < C)[None, :]
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
+        delta = tl.where(mask, value - mean, 0.0)
+        steps += 1.0
+        mean = tl.fma(delta, 1.0 / steps, mean)
+        m2 = tl.fma(delta, tl.where(mask, value - mean, 0.0), m2)
+        x += BLOCK_M * C
+    count = tl.maximum((valid - rows + BLOCK_M - 1) // BLOCK_M, 0).to(ACC)[:, None]
+    total = tl.sum(mean * count, 0) / valid.to(ACC)
+    delta = mean - total[None, :]
+    m2_total = tl.sum(tl.fma(delta * delta, count, m2), 0)
+    out = tl.program_id(0) * C + cols
+    tl.store(partial + out, total, mask=cols < C)
+    tl.store(partial + T * C + out, m2_total, mask=cols < C)
+
+
+@triton.jit
+def finalize_kernel(
+    partial,  # (2, T, C)
+    weight,  # (C,) or None: ones
+    bias,  # (C,) or None: zeros
+    conv_bias,  # (C,) or None: of the convolution that made x, and was not added to x
+    running_mean,  # (C,) or None
+    running_var,  # (C,) or None
+    stats,  # (4, C)
+    M,
+    T,
+    ROWS,  # rows per partial
+    momentum: tl.float64,
+    eps: tl.float64,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Merge the partials (Chan), write stats, update the running statistics in place. Grid (column tiles,).
+
+    A convolution bias shifts the mean and nothing else, so it meets the running mean only.
+    """
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    tiles = tl.arange(0, BLOCK_T)
+    total = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    for t in range(0, T, BLOCK_T):
+        mask = (t + tiles < T)[:, None] & live[None, :]
+        n = tl.maximum(tl.minimum(M - (t + tiles).to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
+        total += n * tl.load(partial + (t + tiles)[:, None] * C + cols[None, :], mask=mask, other=0.0)
+    count = (M + tl.zeros([1], tl.int64)).to(ACC)
+    mean = tl.sum(total, 0) / count
+    total = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    for t in range(0, T, BLOCK_T):
+        mask = (t + tiles < T)[:, None] & live[None, :]
+        offsets = (t + tiles)[:, None] * C + cols[None, :]
+        n = tl.maximum(tl.minimum(M - (t + tiles).to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
+        delta = tl.where(mask, tl.load(partial + offsets, mask=mask, other=0.0) - mean[None, :], 0.0)
+        total += tl.fma(delta * delta, n, tl.load(partial + T * C + offsets, mask=mask, other=0.0))
+    m2 = tl.sum(total, 0)
+    invstd = inverse_std(m2 / count, eps)
+    store_stats(stats, weight, bias, mean, invstd, cols, C)
+    if running_mean is not None:
+        shifted = mean
+        if conv_bias is not None:
+            shifted += tl.load(conv_bias + cols, mask=live).to(ACC)
+        old = tl.load(running_mean + cols, mask=live).to(ACC)
+        tl.store(running_mean + cols, old * (1.0 - momentum) + shifted * momentum, mask=live)
+    if running_var is not None:
+        old = tl.load(running_var + cols, mask=live).to(ACC)
+        tl.store(running_var + cols, old * (1.0 - momentum) + m2 / (count - 1.0) * momentum, mask=live)
+
+
+@triton.jit
+def freeze_kernel(
+    running_mean,  # (C,)
+    running_var,  # (C,)
+    weight,  # (C,) or None
+    bias,  # (C,) or None
+    conv_bias,  # (C,) or None
+    stats,  # (4, C)
+    eps: tl.float64,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """stats from the running statistics, the convolution's bias folded into the mean. Grid (column tiles,)."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    mean = tl.load(running_mean + cols, mask=live).to(ACC)
+    if conv_bias is not None:
+        mean -= tl.load(conv_bias + cols, mask=live).to(ACC)
+    invstd = inverse_std(tl.load(running_var + cols, mask=live).to(ACC), eps)
+    store_stats(stats, weight, bias, mean, invstd, cols, C)
+
+
+@triton.jit
+def store_stats(stats, weight, bias, mean, invstd, cols, C: tl.constexpr):
+    scale = invstd
+    if weight is not None:
+        scale = invstd * tl.load(weight + cols, mask=cols < C).to(invstd.dtype)
+    shift = -mean * scale
+    if bias is not None:
+        shift = tl.fma(-mean, scale, tl.load(bias + cols, mask=cols < C).to(invstd.dtype))
+    tl.store(stats + cols, mean, mask=cols < C)
+    tl.store(stats + C + cols, invstd, mask=cols < C)
+    tl.store(stats + 2 * C + cols, scale, mask=cols < C)
+    tl.store(stats + 3 * C + cols, shift, mask=cols < C)
+
+
+@triton.jit
+def apply_kernel(
+    x,  # (M, C)
+    stats,  # (4, C)
+    shortcut,  # (M, C) or None
+    shortcut_scale,  # (C,) or None: ones
+    shortcut_shift,  # (C,) or None: zeros
+    out,  # (M, C)
+    M,
+    RELU: tl.constexpr,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out = relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]). Grid (row, column tiles).
+
+    Moves 2 activations, 3 with a shortcut. The sum is rounded to the stored type before the ReLU.
+    """
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    mask = (rows < M - row0)[:, None] & live[None, :]
+    offsets = rows[:, None] * C + cols[None, :]
+    x += row0 * C
+    out += row0 * C
+    scale = tl.load(stats + 2 * C + cols, mask=live)
+    shift = tl.load(stats + 3 * C + cols, mask=live)
+    if shortcut_shift is not None:
+        shift += tl.load(shortcut_shift + cols, mask=live).to(ACC)
+    z = affine(tl.load(x + offsets, mask=mask).to(ACC), scale[None, :], shift[None, :])
+    if shortcut is not None:
+        skip = tl.load(shortcut + row0 * C + offsets, mask=mask).to(ACC)
+        if shortcut_scale is not None:
+            z = tl.fma(skip, tl.load(shortcut_scale + cols, mask=live).to(ACC)[None, :], z)
+        else:
+            z += skip
+    z = z.to(out.dtype.element_ty)
+    if RELU:
+        z = relu(z)
+    tl.store(out + offsets, z, mask=mask)
+
+
+@triton.jit
+def load_masked_grad(
+    dout, x_value, out, scale, shift, offsets, mask, RELU: tl.constexpr, STORED: tl.constexpr, ACC: tl.constexpr
+):
+    """g = dout * (out > 0); where `out` is not given its sign is recomputed from x."""
+    g = tl.load(dout + offsets, mask=mask, other=0.0).to(ACC)
+    if RELU:
+        if out is not None:
+            z = tl.load(out + offsets, mask=mask, other=0.0)
+        else:
+            z = affine(x_value, scale[None, :], shift[None, :]).to(STORED)
+        g = tl.where(relu_passes(z), g, 0.0)
+    return g
+
+
+@triton.jit
+def backward_reduce_kernel(
+    dout,  # (M, C)
+    x,  # (M, C)
+    out,  # (M, C) or None: the ReLU mask is recomputed from x
+    stats,  # (4, C)
+    partial,  # (2, T, C): sum g and sum g * xhat of each row tile
+    M,
+    T,
+    TILES,  # BLOCK_M-row tiles per program
+    RELU: tl.constexpr,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Per row tile: sum g, sum g * xhat, with g = dout * (out > 0). Grid (T, column tiles). Reads 2 or 3 activations."""
+    row0 = tl.program_id(0).to(tl.int64) * TILES * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    valid = tl.minimum(M - row0, TILES * BLOCK_M).to(tl.int32)
+    mean = tl.load(stats + cols, mask=live)
+    invstd = tl.load(stats + C + cols, mask=live)
+    scale = tl.load(stats + 2 * C + cols, mask=live)
+    shift = tl.load(stats + 3 * C + cols, mask=live)
+    offsets = rows[:, None] * C + cols[None, :]
+    dout += row0 * C
+    x += row0 * C
+    if out is not None:
+        out += row0 * C
+    sum_g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    sum_gx = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    for i in range(tl.cdiv(valid, BLOCK_M)):
+        mask = (rows < valid - i * BLOCK_M)[:, None] & live[None, :]
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
+        g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, RELU, x.dtype.element_ty, ACC)
+        sum_g += g
+        sum_gx = tl.fma(g, tl.where(mask, value - mean[None, :], 0.0), sum_gx)
+        offsets += BLOCK_M * C
+    index = tl.program_id(0) * C + cols
+    tl.store(partial + index, tl.sum(sum_g, 0), mask=live)
+    tl.store(partial + T * C + index, tl.sum(sum_gx, 0) * invstd, mask=live)
+
+
+@triton.jit
+def backward_finalize_kernel(
+    partial,  # (2, T, C)
+    sums,  # (2, C): sum g, sum g * xhat
+    dweight,  # (C,) or None
+    dbias,  # (C,) or None
+    T,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Merge the partials of the backward reduce in a fixed order. Grid (column tiles,)."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    tiles = tl.arange(0, BLOCK_T)
+    total_g = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    total_gx = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    for t in range(0, T, BLOCK_T):
+        mask = (t + tiles < T)[:, None] & live[None, :]
+        offsets = (t + tiles)[:, None] * C + cols[None, :]
+        total_g += tl.load(partial + offsets, mask=mask, other=0.0)
+        total_gx += tl.load(partial + T * C + offsets, mask=mask, other=0.0)
+    sum_g = tl.sum(total_g, 0)
+    sum_gx = tl.sum(total_gx, 0)
+    tl.store(sums + cols, sum_g, mask=live)
+    tl.store(sums + C + cols, sum_gx, mask=live)
+    if dweight is not None:
+        tl.store(dweight + cols, sum_gx, mask=live)
+    if dbias is not None:
+        tl.store(dbias + cols, sum_g, mask=live)
+
+
+@triton.jit
+def backward_apply_kernel(
+    dout,  # (M, C)
+    x,  # (M, C); not read with frozen statistics and a given mask
+    out,  # (M, C) or None: the ReLU mask is recomputed from x
+    stats,  # (4, C)
+    sums,  # (2, C); None: frozen statistics
+    dx,  # (M, C)
+    dshortcut,  # (M, C) or None: g is not stored
+    M,
+    RELU: tl.constexpr,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx = scale * (g - sum_g / M - xhat * sum_gx / M), or scale * g with frozen statistics. Grid (row, column tiles).
+
+    Moves 3 activations, 4 with `out`, one more with `dshortcut` = g.
+    """
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    mask = (rows < M - row0)[:, None] & live[None, :]
+    offsets = rows[:, None] * C + cols[None, :]
+    dout += row0 * C
+    x += row0 * C
+    dx += row0 * C
+    if out is not None:
+        out += row0 * C
+    scale = tl.load(stats + 2 * C + cols, mask=live)
+    shift = tl.load(stats + 3 * C + cols, mask=live)
+    value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
+    g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, RELU, x.dtype.element_ty, ACC)
+    if dshortcut is not None:
+        tl.store(dshortcut + row0 * C + offsets, g, mask=mask)
+    if sums is not None:
+        count = (M + tl.zeros([1], tl.int64)).to(ACC)
+        mean = tl.load(stats + cols, mask=live)
+        invstd = tl.load(stats + C + cols, mask=live)
+        mean_g = tl.load(sums + cols, mask=live) / count
+        slope = tl.load(sums + C + cols, mask=live) / count * invstd
+        g = tl.fma(-slope[None, :], value - mean[None, :], g - mean_g[None, :])
+    tl.store(dx + offsets, scale[None, :] * g, mask=mask)
+
+
+# ---- tiling ----------------------------------------------------------------------------------------------------
+
+_ELEMENTS = 2048  # of a tile: 16 a thread at 4 warps, two 16-byte loads each in half precision
+_PROGRAMS = 1024  # wanted of a reduction: several per SM of the largest GPU
+_MAX_PARTIALS = 512  # row tiles that one program of the merge can read in a few steps
+_MIN_ROWS = 256  # of a partial: its 8 bytes per channel then stay below 2% of what was read in half precision
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an (M, C) matrix is cut: BLOCK_M x BLOCK_C tiles; a reduction takes `tiles` of them per program."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    tiles: int
+    partials: int  # T, programs along M of a reduction
+    num_warps: int
+
+    @property
+    def rows(self) -> int:
+        return self.tiles * self.BLOCK_M
+
+
+@cache
+def tiling(M: int, C: int) -> Tiling:
+    """The tiling of M rows and C columns; a function of the shape alone, so that results do not depend on the device."""
+    wide = min(64, triton.next_power_of_2(C))
+    # the widest column tile among those that waste the fewest columns: a row of a tile should fill 32-byte sectors
+    BLOCK_C = max((b for b in (32, 64) if b <= wide), key=lambda b: (-triton.cdiv(C, b) * b, b), default=wide)
+    BLOCK_M = min(_ELEMENTS // BLOCK_C, triton.next_power_of_2(M))
+    columns = triton.cdiv(C, BLOCK_C)
+    wanted = min(_MAX_PARTIALS, max(1, _PROGRAMS // columns))
+    tiles = triton.cdiv(max(triton.cdiv(M, wanted), min(M, _MIN_ROWS)), BLOCK_M)
+    return Tiling(
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=BLOCK_C,
+        tiles=tiles,
+        partials=triton.cdiv(M, tiles * BLOCK_M),
+        num_warps=max(1, min(4, BLOCK_M * BLOCK_C // 512)),
+    )
+
+
+def _merge_blocks(partials: int, C: int) -> dict[str, int]:
+    return {"BLOCK_T": min(256, triton.next_power_of_2(partials)), "BLOCK_C": min(8, triton.next_power_of_2(C))}
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------
+
+
+def _shape(x: Tensor) -> tuple[int, int]:
+    """(M, C) of a dense NHWC activation; ValueError for any other layout, TypeError for another dtype."""
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"expected a dense channels_last tensor (N, C, H, W), got shape {tuple(x.shape)} strides {x.stride()}"
+        )
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"expected float16, bfloat16, float32 or float64, got {x.dtype}")
+    return x.numel() // x.shape[1], x.shape[1]
+
+
+def _acc(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
+    return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
+
+
+# Contraction is written out as tl.fma where it is wanted; the compiler adds none of its own.
+_FLAGS = {"enable_fp_fusion": False}
+
+
+def statistics(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    conv_bias: Tensor | None = None,
+) -> Tensor:
+    """stats (4, C) = mean, invstd, scale, shift of x (N, C, H, W); updates the running statistics in place.
+
+    Semantics of `torch.nn.functional.batch_norm` in training: biased variance in invstd, unbiased in `running_var`.
+    `conv_bias` (C,) was left out of x: it is added to the running mean.
+    """
+    M, C = _shape(x)
+    t = tiling(M, C)
+    dtype, ACC = _acc(x)
+    partial = torch.empty((2, t.partials, C), dtype=dtype, device=x.device)
+    stats = torch.empty((4, C), dtype=dtype, device=x.device)
+    merge = _merge_blocks(t.partials, C)
+    with torch.cuda.device_of(x):
+        statistics_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
+            x,
+            partial,
+            M,
+            t.partials,
+            t.tiles,
+            C=C,
+            ACC=ACC,
+            BLOCK_M=t.BLOCK_M,
+            BLOCK_C=t.BLOCK_C,
+            num_warps=t.num_warps,
+            **_FLAGS,
+        )
+        finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
+            partial,
+            weight,
+            bias,
+            conv_bias,
+            running_mean,
+            running_var,
+            stats,
+            M,
+            t.partials,
+            t.rows,
+            momentum,
+            eps,
+            C=C,
+            ACC=ACC,
+            num_warps=4,
+            **merge,
+            **_FLAGS,
+        )
+    return stats
+
+
+def freeze(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    conv_bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """stats (4, C) of evaluation: BatchNorm's running statistics as scale and shift, `conv_bias` folded in."""
+    C = running_mean.numel()
+    stats = torch.empty((4, C), dtype=dtype, device=running_mean.device)
+    BLOCK_C = min(128, triton.next_power_of_2(C))
+    with torch.cuda.device_of(running_mean):
+        freeze_kernel[(triton.cdiv(C, BLOCK_C),)](
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            conv_bias,
+            stats,
+            eps,
+            C=C,
+            ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+            BLOCK_C=BLOCK_C,
+            num_warps=1,
+            **_FLAGS,
+        )
+    return stats
+
+
+def apply(
+    x: Tensor,
+    stats: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_scale: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), a new channels_last tensor."""
+    M, C = _shape(x)
+    if shortcut is not None:
+        _shape(shortcut)
+    t = tiling(M, C)
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    with torch.cuda.device_of(x):
+        apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
+            x,
+            stats,
+            shortcut,
+            shortcut_scale,
+            shortcut_shift,
+            out,
+            M,
+            RELU=relu,
+            C=C,
+            ACC=_acc(x)[1],
+            BLOCK_M=t.BLOCK_M,
+            BLOCK_C=t.BLOCK_C,
+            num_warps=t.num_warps,
+            **_FLAGS,
+        )
+    return out
+
+
+def backward_reduce(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    stats: Tensor,
+    relu: bool = True,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+) -> Tensor:
+    """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types."""
+    M, C = _shape(x)
+    _shape(dout)
+    t = tiling(M, C)
+    dtype, ACC = _acc(x)
+    partial = torch.empty((2, t.partials, C), dtype=dtype, device=x.device)
+    sums = torch.empty((2, C), dtype=dtype, device=x.device)
+    merge = _merge_blocks(t.partials, C)
+    with torch.cuda.device_of(x):
+        backward_reduce_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
+            dout,
+            x,
+            out,
+            stats,
+            partial,
+            M,
+            t.partials,
+            t.tiles,
+            RELU=relu,
+            C=C,
+            ACC=ACC,
+            BLOCK_M=t.BLOCK_M,
+            BLOCK_C=t.BLOCK_C,
+            num_warps=t.num_warps,
+            **_FLAGS,
+        )
+        backward_finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
+            partial, sums, dweight, dbias, t.partials, C=C, ACC=ACC, num_warps=4, **merge, **_FLAGS
+        )
+    return sums
+
+
+def backward_apply(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    stats: Tensor,
+    sums: Tensor | None,
+    relu: bool = True,
+    dshortcut: Tensor | None = None,
+) -> Tensor:
+    """dx of BatchNorm, a new channels_last tensor; `sums` None means frozen statistics. g is written to `dshortcut`."""
+    M, C = _shape(x)
+    _shape(dout)
+    t = tiling(M, C)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    with torch.cuda.device_of(x):
+        backward_apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
+            dout,
+            x,
+            out,
+            stats,
+            sums,
+            dx,
+            dshortcut,
+            M,
+            RELU=relu,
+            C=C,
+            ACC=_acc(x)[1],
+            BLOCK_M=t.BLOCK_M,
+            BLOCK_C=t.BLOCK_C,
+            num_warps=t.num_warps,
+            **_FLAGS,
+        )
+    return dx

@@ -1,0 +1,20 @@
+"""Residual blocks that train faster: BatchNorm, the residual add and ReLU fused in Triton kernels.
+
+from resnet import FusedResidual, resnet18
+net = resnet18(num_classes=10, in_channels=1, block=FusedResidual)
+"""
+
+from resnet.backends import backend, current_backend
+from resnet.fused import FusedResidual, FusedStem
+from resnet.reference import Residual, Stem, resnet18, resnet_block
+
+__all__ = [
+    "FusedResidual",
+    "FusedStem",
+    "Residual",
+    "Stem",
+    "backend",
+    "current_backend",
+    "resnet18",
+    "resnet_block",
+]

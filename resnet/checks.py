@@ -1,0 +1,73 @@
+"""Checks of what users pass in. Each raises before anything has been changed, and names what was wrong and expected."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet.norm import Norm, statistics_dtype
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_activation(x: Tensor, channels: int, name: str = "input") -> None:
+    """ValueError unless x is (N, channels, H, W) with H, W >= 1; TypeError for a type that no kernel takes."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 axes (N, C, H, W), got {x.dim()}: shape {tuple(x.shape)}")
+    if x.shape[1] != channels:
+        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]}: shape {tuple(x.shape)}")
+    if x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"{name}: expected height and width of at least 1, got shape {tuple(x.shape)}")
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_shortcut(shortcut: Tensor, x: Tensor) -> None:
+    """ValueError or TypeError unless the shortcut has x's shape, type and device."""
+    if shortcut.shape != x.shape:
+        raise ValueError(f"shortcut: expected the input's shape {tuple(x.shape)}, got {tuple(shortcut.shape)}")
+    _check_dtype("shortcut", shortcut, x)
+    _check_device("shortcut", shortcut, x)
+
+
+def _check_dtype(name: str, t: Tensor, x: Tensor) -> None:
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name}: expected the input's type {x.dtype}, got {t.dtype}")
+
+
+def _check_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name}: expected the input's device {x.device}, got {t.device}")
+
+
+def check_weight(name: str, t: Tensor, x: Tensor) -> None:
+    """ValueError or TypeError unless a convolution's parameter has x's type and device."""
+    _check_dtype(name, t, x)
+    _check_device(name, t, x)
+
+
+def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -> None:
+    """ValueError or TypeError unless the norm's vectors are (channels,), on x's device, of x's type or the statistics'."""
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{name}: expected running_mean and running_var both or neither")
+    if not norm.training and norm.running_mean is None:
+        raise ValueError(f"{name}: expected running_mean and running_var, since training is False, got None")
+    accepted = (x.dtype, statistics_dtype(x.dtype))
+    for field in ("weight", "bias", "running_mean", "running_var", "conv_bias"):
+        t = getattr(norm, field)
+        if t is None:
+            continue
+        if tuple(t.shape) != (channels,):
+            raise ValueError(f"{name}.{field}: expected shape ({channels},), got {tuple(t.shape)}")
+        if t.dtype not in accepted:
+            raise TypeError(f"{name}.{field}: expected {' or '.join(map(str, dict.fromkeys(accepted)))}, got {t.dtype}")
+        _check_device(f"{name}.{field}", t, x)
+
+
+def check_values_per_channel(norm: Norm, shape: tuple[int, int, int, int], name: str = "batch_norm") -> None:
+    """ValueError for a single value per channel under batch statistics, as `torch.nn.BatchNorm2d`: no variance."""
+    N, _, H, W = shape
+    if norm.training and N * H * W == 1:
+        raise ValueError(f"{name}: expected more than 1 value per channel when training, got input size {shape}")

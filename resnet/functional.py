@@ -1,0 +1,85 @@
+"""The fused operations as functions: they check, bring the layout to channels_last, and call the operators."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet import ops  # noqa: F401  (registers the operators)
+from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
+from resnet.norm import Norm
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x (N, C, H, W) with channels_last strides, converted only where its memory is not NHWC already.
+
+    With one channel or one pixel both layouts are the same bytes and `contiguous` leaves the strides as they are, from
+    which convolutions then conclude that their output should be NCHW; those strides are set here without a copy.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    _, C, H, W = x.shape
+    if (C == 1 or (H == 1 and W == 1)) and not torch.compiler.is_compiling():
+        x = x.as_strided(x.shape, (C * H * W, 1, C * W, C))
+    return x
+
+
+def batch_norm_add_relu(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    relu: bool = True,
+) -> Tensor:
+    """relu(batch_norm(x) + shortcut) in one pass over the activations, and one for the statistics.
+
+    Semantics of `torch.nn.functional.batch_norm`, followed by the add and `torch.relu`; statistics and per-channel
+    maths are float32 (float64 for float64). Differentiable once, in x, weight, bias and shortcut.
+
+    Args:
+        x: (N, C, H, W), float16, bfloat16, float32 or float64; any layout, channels_last is not converted.
+        running_mean, running_var: (C,), updated in place when `training`; both or neither, needed otherwise.
+        weight, bias: (C,) or None, of x's type or float32.
+        shortcut: x's shape, type and device, or None.
+        training: normalise by the statistics of the batch.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+        relu: whether a ReLU ends it.
+
+    Returns:
+        (N, C, H, W) of x's type, channels_last.
+
+    Raises:
+        ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
+        RuntimeError: on double backward.
+    """
+    check_activation(x, x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 0)
+    norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
+    check_norm(norm, x, x.shape[1])
+    check_values_per_channel(norm, tuple(x.shape))
+    if shortcut is not None:
+        check_activation(shortcut, x.shape[1], "shortcut")
+        check_shortcut(shortcut, x)
+        shortcut = channels_last(shortcut)
+    return apply_norm(channels_last(x), norm, shortcut, relu)
+
+
+def apply_norm(x: Tensor, norm: Norm, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
+    """`batch_norm_add_relu` of channels_last and checked tensors, with the bias of the convolution that made x."""
+    return torch.ops.fused_residual.batch_norm_add_relu(
+        x,
+        shortcut,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.conv_bias,
+        norm.training,
+        norm.momentum,
+        norm.eps,
+        relu,
+    )[0]

@@ -1,0 +1,242 @@
+"""`FusedResidual` and `FusedStem`: the reference's modules on the fused operators, same constructors and `state_dict`."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet.checks import check_activation, check_norm, check_values_per_channel, check_weight
+from resnet.functional import apply_norm, channels_last
+from resnet.norm import Norm
+from resnet.reference import Residual, Stem
+
+_ops = torch.ops.fused_residual
+_warned: set[str] = set()
+
+
+def _warn_once(module: nn.Module, reason: str) -> None:
+    message = f"{type(module).__name__} runs PyTorch's operators one by one: {reason}"
+    if message not in _warned and not torch.compiler.is_compiling():
+        _warned.add(message)
+        warnings.warn(message, stacklevel=3)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a submodule cannot be fused: it is not exactly of its kind (a subclass may do anything), or has hooks."""
+    if type(module) is not kind:
+        return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
+    if _has_hooks(module):
+        return f"{name} has hooks, which a fused operator would not call"
+    return None
+
+
+def _unfusable_conv(name: str, conv: nn.Module, kernel: int, padding: int, stride: int | None) -> str | None:
+    """Why a convolution cannot be fused; `stride` None accepts any that is the same along H and W."""
+    reason = _unfusable(name, conv, nn.Conv2d)
+    if reason is not None:
+        return reason
+    expected = {
+        "kernel_size": (kernel, kernel),
+        "padding": (padding, padding),
+        "stride": (conv.stride[0] if stride is None else stride,) * 2,
+        "dilation": (1, 1),
+        "groups": 1,
+        "padding_mode": "zeros",
+    }
+    for field, value in expected.items():
+        if getattr(conv, field) != value:
+            return f"{name}.{field} is {getattr(conv, field)}, not {value}"
+    return None
+
+
+def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
+    """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing."""
+    tracked = not bn.training or bn.track_running_stats
+    return Norm(
+        weight=bn.weight,
+        bias=bn.bias,
+        running_mean=bn.running_mean if tracked else None,
+        running_var=bn.running_var if tracked else None,
+        conv_bias=conv.bias,
+        training=bn.training or bn.running_mean is None,
+        momentum=0.0 if bn.momentum is None else bn.momentum,
+        eps=bn.eps,
+    )
+
+
+def _count_batch(bn: nn.BatchNorm2d, norm: Norm) -> Norm:
+    """Count the batch as `nn.BatchNorm2d` does; a momentum of None becomes the cumulative average's."""
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            return norm._replace(momentum=1.0 / float(bn.num_batches_tracked))
+    return norm
+
+
+def _to_channels_last(module: nn.Module) -> None:
+    """Hold the convolutions' weights as K, R, S, C, so that no call has to convert them."""
+    module.to(memory_format=torch.channels_last)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type in which eager's convolutions would run on x."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t if t is None else t.to(dtype)
+
+
+def _records_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _conv_norm(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: Norm,
+    shortcut: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """relu(bn(conv(x)) [+ shortcut [+ shortcut_shift]]) with frozen statistics, for inference."""
+    return _ops.conv_batch_norm_add_relu(
+        x,
+        conv.weight.to(x.dtype),
+        norm.conv_bias,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        shortcut,
+        shortcut_shift,
+        conv.stride[0],
+        conv.padding[0],
+        relu,
+    )
+
+
+class FusedStem(Stem):
+    """`Stem` with its ReLU behind the max-pool, on a quarter of the pixels; same children, so the same `state_dict`.
+
+    relu(pool(z)) is pool(relu(z)), gradients included: where a window's maximum is positive its place is the same, and
+    where it is not, nothing passes the ReLU. NaN stays NaN either way.
+    """
+
+    def __init__(self, in_channels: int, channels: int = 64):
+        super().__init__(in_channels, channels)
+        _to_channels_last(self)
+
+    def forward(self, X: Tensor) -> Tensor:
+        conv, bn, relu, pool = self
+        reason = (
+            _unfusable_conv("0", conv, conv.kernel_size[0], conv.padding[0], None)
+            or _unfusable("1", bn, nn.BatchNorm2d)
+            or _unfusable("2", relu, nn.ReLU)
+            or _unfusable("3", pool, nn.MaxPool2d)
+            or ("3 returns indices" if pool.return_indices else None)
+        )
+        if reason is not None:
+            _warn_once(self, reason)
+            return super().forward(X)
+        check_activation(X, conv.in_channels)
+        x = channels_last(X.to(_autocast_dtype(X)))
+        norm = _norm(bn, conv)
+        size = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in x.shape[2:]]
+        if x.dtype == X.dtype:
+            check_weight("0.weight", conv.weight, x)
+        check_norm(norm, x, conv.out_channels, "1")
+        check_values_per_channel(norm, (x.shape[0], conv.out_channels, *size), "1")
+        norm = _count_batch(bn, norm)
+        if norm.training or _records_gradient(x, conv.weight, norm.weight, norm.bias, conv.bias):
+            y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+            return pool(apply_norm(channels_last(y), norm, relu=False)).relu_()
+        with torch.autocast(x.device.type, enabled=False):
+            return pool(_conv_norm(x, conv, norm, relu=False)).relu_()
+
+
+class FusedResidual(Residual):
+    """The residual block on fused operators: BatchNorm, the residual add and ReLU move each activation once.
+
+    Drop-in for `Residual` (d2l.ai): same constructor, parameters, buffers and `state_dict`. Activations are
+    channels_last inside; an input in another layout is converted, outputs and gradients are channels_last. Kept for
+    backward: the input, the two convolutions' outputs, the output, and per-channel vectors.
+
+    A submodule that was replaced, hooked or parametrised makes the block run PyTorch's operators instead, with one
+    warning that names it.
+
+    Raises, in the constructor:
+        ValueError: an identity shortcut whose shape cannot match, that is, `num_channels` other than
+            `input_channels` or `strides` other than 1 without `use_1x1conv`.
+    Raises, in forward, before anything has changed:
+        ValueError, TypeError: rank, channels, type or device of the input, or one value per channel in training.
+        RuntimeError: on double backward.
+    """
+
+    stem = FusedStem
+
+    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
+        if not use_1x1conv and (input_channels != num_channels or strides != 1):
+            raise ValueError(
+                "an identity shortcut needs num_channels == input_channels and strides == 1, got "
+                f"{input_channels} -> {num_channels} channels, strides {strides}; pass use_1x1conv=True"
+            )
+        super().__init__(input_channels, num_channels, use_1x1conv, strides)
+        _to_channels_last(self)
+
+    def _reason_not_to_fuse(self) -> str | None:
+        reason = (
+            _unfusable_conv("conv1", self.conv1, 3, 1, None)
+            or _unfusable_conv("conv2", self.conv2, 3, 1, 1)
+            or _unfusable("bn1", self.bn1, nn.BatchNorm2d)
+            or _unfusable("bn2", self.bn2, nn.BatchNorm2d)
+        )
+        if reason is None and self.conv3 is not None:
+            reason = _unfusable_conv("conv3", self.conv3, 1, 0, self.conv1.stride[0])
+        return reason
+
+    def _check(self, x: Tensor, norms: tuple[Norm, Norm], cast: bool) -> None:
+        check_activation(x, self.conv1.in_channels)
+        stride = self.conv1.stride[0]
+        shape = (x.shape[0], self.conv1.out_channels, *((s - 1) // stride + 1 for s in x.shape[2:]))
+        for name, conv in (("conv1", self.conv1), ("conv2", self.conv2), ("conv3", self.conv3)):
+            if conv is not None and not cast:
+                check_weight(f"{name}.weight", conv.weight, x)
+        for name, norm in zip(("bn1", "bn2"), norms, strict=True):
+            check_norm(norm, x, shape[1], name)
+            check_values_per_channel(norm, shape, name)
+
+    def forward(self, X: Tensor) -> Tensor:
+        reason = self._reason_not_to_fuse()
+        if reason is not None:
+            _warn_once(self, reason)
+            return super().forward(X)
+        norm1, norm2 = _norm(self.bn1, self.conv1), _norm(self.bn2, self.conv2)
+        check_activation(X, self.conv1.in_channels)
+        dtype = _autocast_dtype(X)
+        x = X.to(dtype)
+        self._check(x, (norm1, norm2), cast=dtype != X.dtype)
+        x = channels_last(x)
+        norm1, norm2 = _count_batch(self.bn1, norm1), _count_batch(self.bn2, norm2)
+        weights = [conv.weight.to(dtype) for conv in (self.conv1, self.conv2)]
+        weights.append(None if self.conv3 is None else self.conv3.weight.to(dtype))
+        conv3_bias = None if self.conv3 is None else self.conv3.bias
+        with torch.autocast(x.device.type, enabled=False):
+            if norm1.training or norm2.training or _records_gradient(x, *weights, conv3_bias, *norm1[:5], *norm2[:5]):
+                return _ops.residual_block(x, *weights, conv3_bias, self.conv1.stride[0], *norm1, *norm2)[0]
+            a = _conv_norm(x, self.conv1, norm1)
+            shortcut = x if weights[2] is None else F.conv2d(x, weights[2], None, self.conv3.stride)
+            return _conv_norm(a, self.conv2, norm2, channels_last(shortcut), conv3_bias)

@@ -1,0 +1,38 @@
+"""What one BatchNorm brings to a fused operation, and what its backward gives back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Norm(NamedTuple):
+    """A BatchNorm over C channels, with the semantics of `torch.nn.functional.batch_norm`.
+
+    `conv_bias` belongs to the convolution that made the input and was left out of it: with batch statistics it only
+    shifts the running mean (its gradient is zero), with frozen ones it is part of the shift.
+    """
+
+    weight: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,)
+    running_mean: Tensor | None  # (C,), updated in place when training
+    running_var: Tensor | None  # (C,), updated in place when training
+    conv_bias: Tensor | None  # (C,)
+    training: bool  # normalise by batch statistics
+    momentum: float
+    eps: float
+
+
+class NormGrad(NamedTuple):
+    dx: Tensor  # (N, C, H, W)
+    dweight: Tensor | None  # (C,)
+    dbias: Tensor | None  # (C,)
+    sum_g: Tensor  # (C,), in the type of the statistics: the gradient of anything that was added per channel
+    g: Tensor | None  # (N, C, H, W): dout behind the ReLU, the gradient of the shortcut; None where it is dout itself
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Per-channel maths is float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

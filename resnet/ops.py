@@ -1,0 +1,426 @@
+"""The fused operators, registered with `torch.library`: schema, implementation, fake implementation, autograd.
+
+The one place where kernels meet autograd. `torch.compile`, `torch.export` and `torch.library.opcheck` see each
+operator as one node. Activations here are channels_last and checked; `resnet.functional` converts and checks.
+
+    fused_residual::batch_norm_add_relu        out = relu(batch_norm(x) [+ shortcut])
+    fused_residual::residual_block             the block in training, or in evaluation where gradients are wanted
+    fused_residual::conv_batch_norm_add_relu   out = relu(batch_norm(conv(x)) [+ shortcut]), frozen, without gradients
+
+Operators that take running statistics update them in place, which `torch.library.custom_op` does not allow together
+with an autograd formula. They are therefore defined on a `Library`, with the formula on the Autograd key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_fake
+
+from resnet import backends, inference
+from resnet.norm import Norm, statistics_dtype
+
+_NAMESPACE = "fused_residual"
+_LIBRARY = Library(_NAMESPACE, "DEF")
+_ops = getattr(torch.ops, _NAMESPACE)
+
+
+def _define(schema: str, fake: Callable, formula: type[torch.autograd.Function] | None = None) -> Callable:
+    """Decorator: register an implementation under `schema`; `formula.apply(keyset, *args)` is its autograd."""
+    name = schema[: schema.index("(")]
+
+    def decorate(implementation: Callable) -> Callable:
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+        register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        if formula is not None:
+            op = getattr(_ops, name).default
+
+            def autograd(keyset: torch._C.DispatchKeySet, *args):
+                if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+                    return formula.apply(keyset, *args)
+                return _below_autograd(op, keyset, args)
+
+            _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+        return implementation
+
+    return decorate
+
+
+def _below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, args: Sequence):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def _once(name: str) -> type[torch.autograd.Function]:
+    """The autograd of a backward operator: it may be recorded (`create_graph=True`), not differentiated."""
+
+    class NoDoubleBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            return tuple(_below_autograd(getattr(_ops, name).default, keyset, args))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                f"{_NAMESPACE}::{name} has no derivative: double backward through the fused operators is not "
+                "supported. Use resnet.Residual, the eager block with the same state_dict, where it is needed."
+            )
+
+    return NoDoubleBackward
+
+
+def _like(t: Tensor) -> Tensor:
+    """An empty gradient or activation for t: channels_last where it has four axes."""
+    return torch.empty_like(t, memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
+
+
+def _stats_like(x: Tensor, channels: int) -> Tensor:
+    return x.new_empty((4, channels), dtype=statistics_dtype(x.dtype))
+
+
+def _dense(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def _mark_updated(norm: Norm) -> None:
+    """Count the update of the running statistics in their version, since a kernel's write is not counted."""
+    if norm.training:
+        for running in (norm.running_mean, norm.running_var):
+            if running is not None:
+                torch.autograd.graph.increment_version(running)
+
+
+def _conv_bias_grad(norm: Norm, stats: Tensor, sum_g: Tensor) -> Tensor:
+    """Zero under batch statistics, where the bias cancels; sum dx = scale * sum g under frozen ones."""
+    if norm.training:
+        return torch.zeros_like(norm.conv_bias)
+    return (stats[2] * sum_g).to(norm.conv_bias.dtype)
+
+
+# ---- relu(batch_norm(x) + shortcut) ------------------------------------------------------------------------------
+
+
+def _batch_norm_add_relu_fake(x, shortcut, weight, bias, running_mean, running_var, *_):
+    return _like(x), _stats_like(x, x.shape[1])
+
+
+class _BatchNormAddReluGrad(torch.autograd.Function):
+    """Saves x, out, stats and the parameters: nothing else of the size of an activation."""
+
+    @staticmethod
+    def forward(ctx, keyset, x, shortcut, weight, bias, running_mean, running_var, conv_bias, *settings):
+        args = (x, shortcut, weight, bias, running_mean, running_var, conv_bias, *settings)
+        out, stats = _below_autograd(_ops.batch_norm_add_relu.default, keyset, args)
+        ctx.training, _, ctx.eps, ctx.relu = settings
+        ctx.shortcut = shortcut is not None
+        ctx.save_for_backward(x, out if ctx.relu else None, stats, weight, bias, conv_bias)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
+        return out, stats
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 12
+        x, out, stats, weight, bias, conv_bias = ctx.saved_tensors
+        needs_x, needs_shortcut = ctx.needs_input_grad[1:3]
+        needs = [needs_x, needs_shortcut and ctx.relu, *ctx.needs_input_grad[3:5], ctx.needs_input_grad[7]]
+        grads = iter(
+            _ops.batch_norm_add_relu_backward(
+                _dense(dout),
+                x,
+                out,
+                stats,
+                weight,
+                bias,
+                conv_bias,
+                ctx.training,
+                ctx.eps,
+                ctx.relu,
+                ctx.shortcut,
+                needs,
+            )
+        )
+        dx, dshortcut, dweight, dbias, dconv_bias = (next(grads) if need else None for need in needs)
+        if needs_shortcut and not ctx.relu:
+            dshortcut = dout
+        return (None, dx, dshortcut, dweight, dbias, None, None, dconv_bias, *(None,) * 4)
+
+
+@_define(
+    "batch_norm_add_relu(Tensor x, Tensor? shortcut, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor? conv_bias, bool training, float momentum, float eps, bool relu) "
+    "-> (Tensor out, Tensor stats)",
+    _batch_norm_add_relu_fake,
+    _BatchNormAddReluGrad,
+)
+def _batch_norm_add_relu(
+    x, shortcut, weight, bias, running_mean, running_var, conv_bias, training, momentum, eps, relu
+):
+    if x.numel() == 0:
+        return _like(x), _stats_like(x, x.shape[1]).zero_()
+    norm = Norm(weight, bias, running_mean, running_var, conv_bias, training, momentum, eps)
+    out, stats = backends.implementation(x).forward(x, norm, shortcut, relu=relu)
+    _mark_updated(norm)
+    return out, stats
+
+
+def _needed(needs: Sequence[bool], candidates: Sequence) -> list:
+    return [c for c, need in zip(candidates, needs, strict=True) if need]
+
+
+def _batch_norm_add_relu_backward_fake(
+    dout, x, out, stats, weight, bias, conv_bias, training, eps, relu, shortcut, needs
+):
+    return [_like(t) for t in _needed(needs, (x, x, weight, bias, conv_bias))]
+
+
+@_define(
+    "batch_norm_add_relu_backward(Tensor dout, Tensor x, Tensor? out, Tensor stats, Tensor? weight, Tensor? bias, "
+    "Tensor? conv_bias, bool training, float eps, bool relu, bool shortcut, bool[] needs) -> Tensor[]",
+    _batch_norm_add_relu_backward_fake,
+    _once("batch_norm_add_relu_backward"),
+)
+def _batch_norm_add_relu_backward(dout, x, out, stats, weight, bias, conv_bias, training, eps, relu, shortcut, needs):
+    if x.numel() == 0:
+        return [_like(t).zero_() for t in _needed(needs, (x, x, weight, bias, conv_bias))]
+    norm = Norm(weight, bias, None, None, conv_bias, training, 0.0, eps)
+    grad = backends.implementation(x).backward(dout, x, out, stats, norm, relu, shortcut)
+    dconv_bias = _conv_bias_grad(norm, stats, grad.sum_g) if needs[4] else None
+    return _needed(needs, (grad.dx, grad.g, grad.dweight, grad.dbias, dconv_bias))
+
+
+# ---- the residual block ------------------------------------------------------------------------------------------
+
+_NORM = (
+    "Tensor? weight{i}, Tensor? bias{i}, Tensor({a}!)? running_mean{i}, Tensor({b}!)? running_var{i}, "
+    "Tensor? conv_bias{i}, bool training{i}, float momentum{i}, float eps{i}"
+)
+_NORM1, _NORM2 = _NORM.format(i=1, a="a", b="b"), _NORM.format(i=2, a="c", b="d")
+_NORM_FIELDS = len(Norm._fields)
+
+
+def _conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    return _dense(torch.conv2d(x, weight, None, stride, padding))
+
+
+def _conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [needs_x, needs_weight, False]
+    )
+    return (_dense(dx) if needs_x else None), (_dense(dweight) if needs_weight else None)
+
+
+def _out_size(size: int | torch.SymInt, stride: int) -> int | torch.SymInt:
+    """Of a 3x3 convolution with padding 1, and of a 1x1 convolution without padding."""
+    return (size - 1) // stride + 1
+
+
+def _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *_):
+    channels = conv1_weight.shape[0]
+    shape = (x.shape[0], channels, _out_size(x.shape[2], stride), _out_size(x.shape[3], stride))
+    out, y1, y2 = (x.new_empty(shape).to(memory_format=torch.channels_last) for _ in range(3))
+    return out, y1, y2, _stats_like(x, channels), _stats_like(x, channels)
+
+
+class _ResidualBlockGrad(torch.autograd.Function):
+    """Saves x, y1, y2, out, the per-channel stats and the parameters; a1 = relu(bn1(y1)) is computed again."""
+
+    @staticmethod
+    def forward(ctx, keyset, *args):
+        out, y1, y2, stats1, stats2 = _below_autograd(_ops.residual_block.default, keyset, args)
+        x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, ctx.stride, *norms = args
+        norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
+        ctx.settings = (norm1.training, norm1.eps, norm2.training, norm2.eps)
+        ctx.save_for_backward(
+            x,
+            y1,
+            y2,
+            out,
+            stats1,
+            stats2,
+            conv1_weight,
+            conv2_weight,
+            conv3_weight,
+            conv3_bias,
+            norm1.weight,
+            norm1.bias,
+            norm1.conv_bias,
+            norm2.weight,
+            norm2.bias,
+            norm2.conv_bias,
+        )
+        ctx.mark_non_differentiable(y1, y2, stats1, stats2)
+        ctx.set_materialize_grads(False)
+        return out, y1, y2, stats1, stats2
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        # x, the convolutions' parameters; of each norm weight, bias and conv_bias: the order of the backward operator
+        needs = [ctx.needs_input_grad[i] for i in (1, 2, 3, 4, 5, 7, 8, 11, 15, 16, 19)]
+        grads = iter(_ops.residual_block_backward(_dense(dout), *ctx.saved_tensors, ctx.stride, *ctx.settings, needs))
+        dx, dconv1, dconv2, dconv3, dconv3_bias, *dnorms = (next(grads) if need else None for need in needs)
+        dweight1, dbias1, dconv1_bias, dweight2, dbias2, dconv2_bias = dnorms
+        return (
+            *(None, dx, dconv1, dconv2, dconv3, dconv3_bias, None),
+            *(dweight1, dbias1, None, None, dconv1_bias, None, None, None),
+            *(dweight2, dbias2, None, None, dconv2_bias, None, None, None),
+        )
+
+
+@_define(
+    "residual_block(Tensor x, Tensor conv1_weight, Tensor conv2_weight, Tensor? conv3_weight, Tensor? conv3_bias, "
+    f"int stride, {_NORM1}, {_NORM2}) -> (Tensor out, Tensor y1, Tensor y2, Tensor stats1, Tensor stats2)",
+    _residual_block_fake,
+    _ResidualBlockGrad,
+)
+def _residual_block(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *norms):
+    if x.numel() == 0:
+        empty = _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
+        return tuple(t.zero_() for t in empty)
+    norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
+    run = backends.implementation(x)
+    y1 = _conv(x, conv1_weight, stride, 1)
+    a1, stats1 = run.forward(y1, norm1)
+    y2 = _conv(a1, conv2_weight, 1, 1)
+    del a1
+    shortcut = x if conv3_weight is None else _conv(x, conv3_weight, stride, 0)
+    out, stats2 = run.forward(y2, norm2, shortcut, shortcut_shift=conv3_bias)
+    _mark_updated(norm1)
+    _mark_updated(norm2)
+    return out, y1, y2, stats1, stats2
+
+
+def _residual_block_backward_fake(dout, x, y1, y2, out, stats1, stats2, *rest):
+    *parameters, _, _, _, _, _, needs = rest
+    return [_like(t) for t in _needed(needs, (x, *parameters))]
+
+
+@_define(
+    "residual_block_backward(Tensor dout, Tensor x, Tensor y1, Tensor y2, Tensor out, Tensor stats1, Tensor stats2, "
+    "Tensor conv1_weight, Tensor conv2_weight, Tensor? conv3_weight, Tensor? conv3_bias, "
+    "Tensor? weight1, Tensor? bias1, Tensor? conv_bias1, Tensor? weight2, Tensor? bias2, Tensor? conv_bias2, "
+    "int stride, bool training1, float eps1, bool training2, float eps2, bool[] needs) -> Tensor[]",
+    _residual_block_backward_fake,
+    _once("residual_block_backward"),
+)
+def _residual_block_backward(
+    dout,
+    x,
+    y1,
+    y2,
+    out,
+    stats1,
+    stats2,
+    conv1_weight,
+    conv2_weight,
+    conv3_weight,
+    conv3_bias,
+    weight1,
+    bias1,
+    conv_bias1,
+    weight2,
+    bias2,
+    conv_bias2,
+    stride,
+    training1,
+    eps1,
+    training2,
+    eps2,
+    needs,
+):
+    if x.numel() == 0:
+        parameters = (conv1_weight, conv2_weight, conv3_weight, conv3_bias)
+        norms = (weight1, bias1, conv_bias1, weight2, bias2, conv_bias2)
+        return [_like(t).zero_() for t in _needed(needs, (x, *parameters, *norms))]
+    needs_x, needs_conv1, needs_conv2, needs_conv3, needs_conv3_bias, _, _, needs_bias1, _, _, needs_bias2 = needs
+    norm1 = Norm(weight1, bias1, None, None, conv_bias1, training1, 0.0, eps1)
+    norm2 = Norm(weight2, bias2, None, None, conv_bias2, training2, 0.0, eps2)
+    run = backends.implementation(x)
+
+    grad2 = run.backward(dout, y2, out, stats2, norm2, shortcut=True)
+    a1 = run.recompute(y1, stats1)
+    da1, dconv2 = _conv_backward(grad2.dx, a1, conv2_weight, 1, 1, True, needs_conv2)
+    grad1 = run.backward(da1, y1, a1, stats1, norm1)
+    del a1, da1
+    dx, dconv1 = _conv_backward(grad1.dx, x, conv1_weight, stride, 1, needs_x, needs_conv1)
+    dconv3 = None
+    if conv3_weight is not None:
+        dx3, dconv3 = _conv_backward(grad2.g, x, conv3_weight, stride, 0, needs_x, needs_conv3)
+        dx = dx.add_(dx3) if needs_x else None
+    elif needs_x:
+        dx.add_(grad2.g)
+    return _needed(
+        needs,
+        (
+            dx,
+            dconv1,
+            dconv2,
+            dconv3,
+            grad2.sum_g.to(conv3_bias.dtype, copy=True) if needs_conv3_bias else None,
+            grad1.dweight,
+            grad1.dbias,
+            _conv_bias_grad(norm1, stats1, grad1.sum_g) if needs_bias1 else None,
+            grad2.dweight,
+            grad2.dbias,
+            _conv_bias_grad(norm2, stats2, grad2.sum_g) if needs_bias2 else None,
+        ),
+    )
+
+
+# ---- convolution + frozen BatchNorm + add + ReLU, for inference --------------------------------------------------
+
+
+def _conv_batch_norm_add_relu_fake(
+    x,
+    weight,
+    conv_bias,
+    bn_weight,
+    bn_bias,
+    running_mean,
+    running_var,
+    eps,
+    shortcut,
+    shortcut_shift,
+    stride,
+    padding,
+    relu,
+):
+    sizes = [(x.shape[i] + 2 * padding - weight.shape[i]) // stride + 1 for i in (2, 3)]
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes)).to(memory_format=torch.channels_last)
+
+
+@_define(
+    "conv_batch_norm_add_relu(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? bn_weight, Tensor? bn_bias, "
+    "Tensor running_mean, Tensor running_var, float eps, Tensor? shortcut, Tensor? shortcut_shift, int stride, "
+    "int padding, bool relu) -> Tensor",
+    _conv_batch_norm_add_relu_fake,
+)
+def _conv_batch_norm_add_relu(
+    x,
+    weight,
+    conv_bias,
+    bn_weight,
+    bn_bias,
+    running_mean,
+    running_var,
+    eps,
+    shortcut,
+    shortcut_shift,
+    stride,
+    padding,
+    relu,
+):
+    norm = Norm(bn_weight, bn_bias, running_mean, running_var, conv_bias, False, 0.0, eps)
+    run = backends.implementation(x)
+    if x.numel() == 0 or not inference.can_fold(run, x):
+        y = _conv(x, weight, stride, padding)
+        return y if y.numel() == 0 else run.forward(y, norm, shortcut, shortcut_shift, relu)[0]
+    return _dense(inference.conv_batch_norm_add_relu(x, weight, norm, shortcut, shortcut_shift, stride, padding, relu))

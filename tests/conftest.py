@@ -1,0 +1,30 @@
+"""Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
+
+`tests/emulated` is the exception: it compiles the kernels, so it runs in a process of its own (`pytest tests/emulated`).
+"""
+
+import os
+import sys
+
+import torch
+
+if not torch.cuda.is_available() and not any("emulated" in argument for argument in sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def any_backend(request):
+    """Run the test on PyTorch's operators and on the Triton kernels (compiled on a GPU, interpreted elsewhere)."""
+    import resnet
+
+    with resnet.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
