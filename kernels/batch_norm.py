@@ -239,7 +239,10 @@ def backward_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Per row tile: sum g, sum g * xhat, with g = dout * (out > 0). Grid (T, column tiles). Reads 2 or 3 activations."""
+    """Per row tile: sum g, sum g * xhat, with g = dout * (out > 0). Grid (T, column tiles).
+
+    Reads 2 activations, 3 with `out`.
+    """
     row0 = tl.program_id(0).to(tl.int64) * TILES * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -374,7 +377,7 @@ class Tiling:
 
 @cache
 def tiling(M: int, C: int) -> Tiling:
-    """The tiling of M rows and C columns; a function of the shape alone, so that results do not depend on the device."""
+    """The tiling of M rows and C columns: of the shape alone, so that results do not depend on the device."""
     wide = min(64, triton.next_power_of_2(C))
     # the widest column tile among those that waste the fewest columns: a row of a tile should fill 32-byte sectors
     BLOCK_C = max((b for b in (32, 64) if b <= wide), key=lambda b: (-triton.cdiv(C, b) * b, b), default=wide)
@@ -512,13 +515,15 @@ def apply(
     shortcut_scale: Tensor | None = None,
     shortcut_shift: Tensor | None = None,
     relu: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), a new channels_last tensor."""
+    """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), written to `out` where it is given."""
     M, C = _shape(x)
     if shortcut is not None:
         _shape(shortcut)
     t = tiling(M, C)
-    out = torch.empty_like(x, memory_format=torch.channels_last)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.channels_last)
     with torch.cuda.device_of(x):
         apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
             x,
@@ -588,12 +593,17 @@ def backward_apply(
     sums: Tensor | None,
     relu: bool = True,
     dshortcut: Tensor | None = None,
+    dx: Tensor | None = None,
 ) -> Tensor:
-    """dx of BatchNorm, a new channels_last tensor; `sums` None means frozen statistics. g is written to `dshortcut`."""
+    """dx of BatchNorm; `sums` None means frozen statistics. g is written to `dshortcut`.
+
+    `dx` may be dout itself, which is then overwritten: every program reads its elements before it writes them.
+    """
     M, C = _shape(x)
     _shape(dout)
     t = tiling(M, C)
-    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    if dx is None:
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
     with torch.cuda.device_of(x):
         backward_apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
             dout,

@@ -49,7 +49,7 @@ def check_weight(name: str, t: Tensor, x: Tensor) -> None:
 
 
 def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -> None:
-    """ValueError or TypeError unless the norm's vectors are (channels,), on x's device, of x's type or the statistics'."""
+    """ValueError or TypeError unless the norm's vectors are (channels,), on x's device, of x's type or float32."""
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}: expected running_mean and running_var both or neither")
     if not norm.training and norm.running_mean is None:

@@ -1,4 +1,4 @@
-"""`FusedResidual` and `FusedStem`: the reference's modules on the fused operators, same constructors and `state_dict`."""
+"""`FusedResidual` and `FusedStem`: the reference's modules on fused operators, same constructors and `state_dict`."""
 
 from __future__ import annotations
 
@@ -87,46 +87,16 @@ def _to_channels_last(module: nn.Module) -> None:
     module.to(memory_format=torch.channels_last)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype:
-    """The type in which eager's convolutions would run on x."""
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type in which autocast would run eager's convolutions on x; None where it would not cast."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None else t.to(dtype)
+    return None
 
 
 def _records_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def _conv_norm(
-    x: Tensor,
-    conv: nn.Conv2d,
-    norm: Norm,
-    shortcut: Tensor | None = None,
-    shortcut_shift: Tensor | None = None,
-    relu: bool = True,
-) -> Tensor:
-    """relu(bn(conv(x)) [+ shortcut [+ shortcut_shift]]) with frozen statistics, for inference."""
-    return _ops.conv_batch_norm_add_relu(
-        x,
-        conv.weight.to(x.dtype),
-        norm.conv_bias,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        shortcut,
-        shortcut_shift,
-        conv.stride[0],
-        conv.padding[0],
-        relu,
-    )
 
 
 class FusedStem(Stem):
@@ -153,10 +123,11 @@ class FusedStem(Stem):
             _warn_once(self, reason)
             return super().forward(X)
         check_activation(X, conv.in_channels)
-        x = channels_last(X.to(_autocast_dtype(X)))
+        dtype = _autocast_dtype(X)
+        x = channels_last(X if dtype is None else X.to(dtype))
         norm = _norm(bn, conv)
         size = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in x.shape[2:]]
-        if x.dtype == X.dtype:
+        if dtype is None:
             check_weight("0.weight", conv.weight, x)
         check_norm(norm, x, conv.out_channels, "1")
         check_values_per_channel(norm, (x.shape[0], conv.out_channels, *size), "1")
@@ -165,7 +136,8 @@ class FusedStem(Stem):
             y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
             return pool(apply_norm(channels_last(y), norm, relu=False)).relu_()
         with torch.autocast(x.device.type, enabled=False):
-            return pool(_conv_norm(x, conv, norm, relu=False)).relu_()
+            z = _ops.conv_batch_norm_inference(x, conv.weight.to(x.dtype), conv.stride[0], conv.padding[0], *norm)
+            return pool(z).relu_()
 
 
 class FusedResidual(Residual):
@@ -227,16 +199,15 @@ class FusedResidual(Residual):
         norm1, norm2 = _norm(self.bn1, self.conv1), _norm(self.bn2, self.conv2)
         check_activation(X, self.conv1.in_channels)
         dtype = _autocast_dtype(X)
-        x = X.to(dtype)
-        self._check(x, (norm1, norm2), cast=dtype != X.dtype)
-        x = channels_last(x)
+        x = channels_last(X if dtype is None else X.to(dtype))
+        self._check(x, (norm1, norm2), cast=dtype is not None)
         norm1, norm2 = _count_batch(self.bn1, norm1), _count_batch(self.bn2, norm2)
-        weights = [conv.weight.to(dtype) for conv in (self.conv1, self.conv2)]
-        weights.append(None if self.conv3 is None else self.conv3.weight.to(dtype))
+        weights = [conv.weight.to(x.dtype) for conv in (self.conv1, self.conv2)]
+        weights.append(None if self.conv3 is None else self.conv3.weight.to(x.dtype))
         conv3_bias = None if self.conv3 is None else self.conv3.bias
         with torch.autocast(x.device.type, enabled=False):
-            if norm1.training or norm2.training or _records_gradient(x, *weights, conv3_bias, *norm1[:5], *norm2[:5]):
-                return _ops.residual_block(x, *weights, conv3_bias, self.conv1.stride[0], *norm1, *norm2)[0]
-            a = _conv_norm(x, self.conv1, norm1)
-            shortcut = x if weights[2] is None else F.conv2d(x, weights[2], None, self.conv3.stride)
-            return _conv_norm(a, self.conv2, norm2, channels_last(shortcut), conv3_bias)
+            arguments = (x, *weights, conv3_bias, self.conv1.stride[0], *norm1, *norm2)
+            batch_statistics = norm1.training or norm2.training
+            if batch_statistics or _records_gradient(x, *weights, conv3_bias, *norm1[:5], *norm2[:5]):
+                return _ops.residual_block(*arguments)[0]
+            return _ops.residual_block_inference(*arguments)

@@ -1,18 +1,17 @@
-"""Inference on the CPU: BatchNorm folded into the convolution, the residual add as oneDNN's post-operation.
+"""Inference on PyTorch's operators; on the CPU with BatchNorm folded into oneDNN's convolution, the add fused to it.
 
 The ReLU is a pass of its own, in place: oneDNN's drops NaN, which `torch.relu` keeps.
 
 A folded weight is kept, in oneDNN's blocked layout, for as long as the weight it was made from lives. Whether it is
 still true is checked at every call against the values themselves, not against version counters, which miss writes
-through `p.data`: the scale is compared element by element, and of the weight its product with a fixed random vector,
-one read of the weight. A change too small to show there is below the rounding of the convolution itself.
+through `p.data`: the vectors are compared element by element, and of the weight its product with a fixed random
+vector, one read of the weight. A change too small to show there is below the rounding of the convolution itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,23 +23,34 @@ from resnet.norm import Norm
 
 @dataclass(frozen=True)
 class _Folded:
-    scale: Tensor  # (K,), what was folded in
+    vectors: tuple[Tensor | None, ...]  # what was folded in: copies
+    eps: float
     fingerprint: Tensor  # (K,), of the weight it was folded into
     weight: Tensor  # (K, C, R, S) * scale, oneDNN's blocked layout
+    bias: Tensor  # (K,)
 
-    def made_from(self, scale: Tensor, fingerprint: Tensor) -> bool:
-        return torch.equal(self.scale, scale) and torch.equal(self.fingerprint, fingerprint)
+    def made_from(self, vectors: tuple[Tensor | None, ...], eps: float, fingerprint: Tensor) -> bool:
+        return (
+            self.eps == eps
+            and torch.equal(self.fingerprint, fingerprint)
+            and all(
+                old is new if old is None or new is None else torch.equal(old, new)
+                for old, new in zip(self.vectors, vectors, strict=True)
+            )
+        )
 
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the convolution's weight -> _Folded
+_FOLDED_ROWS = 256  # output pixels from which folding pays for its look at the weight
 
 
-def can_fold(run: ModuleType, x: Tensor) -> bool:
-    """Whether oneDNN's fused convolution takes x: float32 on the CPU, under the PyTorch backend."""
+def _can_fold(x: Tensor, stride: int) -> bool:
+    """Whether oneDNN's convolution is there for x, and there is enough of x."""
+    rows = x.shape[0] * x.shape[2] * x.shape[3] // stride**2
     return (
-        run is torch_batch_norm
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == torch.float32
+        and rows >= _FOLDED_ROWS
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
     )
@@ -56,38 +66,46 @@ def _fingerprint(weight: Tensor) -> Tensor:
     return rows.reshape(weight.shape[0], -1) @ _probe(weight[0].numel())
 
 
-def _folded(weight: Tensor, scale: Tensor, geometry: tuple, input_size: torch.Size) -> Tensor:
+def _folded(weight: Tensor, norm: Norm, shortcut_shift: Tensor | None, geometry: tuple, size: torch.Size) -> _Folded:
     fingerprint = _fingerprint(weight)
+    vectors = (*norm[:5], shortcut_shift)
     entry = _cache.get(weight)
-    if entry is None or not entry.made_from(scale, fingerprint):
+    if entry is None or not entry.made_from(vectors, norm.eps, fingerprint):
+        scale, shift = torch_batch_norm.scale_shift(*torch_batch_norm.freeze(norm, weight.dtype), norm)
         product = weight * scale.view(-1, 1, 1, 1)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(product, *geometry, list(input_size))
-        entry = _cache[weight] = _Folded(scale, fingerprint, packed)
-    return entry.weight
+        entry = _cache[weight] = _Folded(
+            tuple(None if v is None else v.clone() for v in vectors),
+            norm.eps,
+            fingerprint,
+            torch.ops.mkldnn._reorder_convolution_weight(product, *geometry, list(size)),
+            shift if shortcut_shift is None else shift + shortcut_shift,
+        )
+    return entry
 
 
-def conv_batch_norm_add_relu(
+def conv_batch_norm(
     x: Tensor,
     weight: Tensor,
     norm: Norm,
-    shortcut: Tensor | None,
-    shortcut_shift: Tensor | None,
     stride: int,
     padding: int,
-    relu: bool,
+    shortcut: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
 ) -> Tensor:
-    """relu(conv(x, weight * scale) + shift [+ shortcut [+ shortcut_shift]]), up to the ReLU in one oneDNN call.
+    """conv(x, weight * scale) + shift [+ shortcut [+ shortcut_shift]], a new tensor.
 
     x (N, C, H, W) and shortcut (N, K, P, Q) are channels_last; weight is (K, C, R, S).
     """
-    scale, shift = torch_batch_norm.scale_shift(*torch_batch_norm.freeze(norm, x.dtype), norm)
-    if shortcut_shift is not None:
-        shift = shift + shortcut_shift
+    if not _can_fold(x, stride):
+        bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
+        y = torch.conv2d(x, weight, bias, stride, padding)
+        out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
+        if shortcut is not None:
+            out.add_(shortcut)
+        return out if shortcut_shift is None else out.add_(shortcut_shift.view(-1, 1, 1))
     geometry = ([padding] * 2, [stride] * 2, [1, 1], 1)
-    folded = _folded(weight, scale, geometry, x.shape)
+    folded = _folded(weight, norm, shortcut_shift, geometry, x.shape)
     pointwise = torch.ops.mkldnn._convolution_pointwise
     if shortcut is None:
-        out = pointwise(x, folded, shift, *geometry, "none", [], None)
-    else:
-        out = pointwise.binary(x, shortcut, folded, shift, *geometry, "add", 1.0, None, [], None)
-    return out.relu_() if relu else out
+        return pointwise.default(x, folded.weight, folded.bias, *geometry, "none", [], None)
+    return pointwise.binary(x, shortcut, folded.weight, folded.bias, *geometry, "add", 1.0, None, [], None)

@@ -5,7 +5,8 @@ operator as one node. Activations here are channels_last and checked; `resnet.fu
 
     fused_residual::batch_norm_add_relu        out = relu(batch_norm(x) [+ shortcut])
     fused_residual::residual_block             the block in training, or in evaluation where gradients are wanted
-    fused_residual::conv_batch_norm_add_relu   out = relu(batch_norm(conv(x)) [+ shortcut]), frozen, without gradients
+    fused_residual::residual_block_inference   the block with frozen statistics and without gradients
+    fused_residual::conv_batch_norm_inference  batch_norm(conv(x)), likewise
 
 Operators that take running statistics update them in place, which `torch.library.custom_op` does not allow together
 with an autograd formula. They are therefore defined on a `Library`, with the formula on the Autograd key.
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from resnet import backends, inference
+from resnet import backends, inference, torch_batch_norm
 from resnet.norm import Norm, statistics_dtype
 
 _NAMESPACE = "fused_residual"
@@ -199,6 +200,7 @@ _NORM = (
     "Tensor? weight{i}, Tensor? bias{i}, Tensor({a}!)? running_mean{i}, Tensor({b}!)? running_var{i}, "
     "Tensor? conv_bias{i}, bool training{i}, float momentum{i}, float eps{i}"
 )
+_FROZEN = _NORM.replace("({a}!)", "").replace("({b}!)", "")
 _NORM1, _NORM2 = _NORM.format(i=1, a="a", b="b"), _NORM.format(i=2, a="c", b="d")
 _NORM_FIELDS = len(Norm._fields)
 
@@ -290,9 +292,8 @@ def _residual_block(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, str
     y1 = _conv(x, conv1_weight, stride, 1)
     a1, stats1 = run.forward(y1, norm1)
     y2 = _conv(a1, conv2_weight, 1, 1)
-    del a1
     shortcut = x if conv3_weight is None else _conv(x, conv3_weight, stride, 0)
-    out, stats2 = run.forward(y2, norm2, shortcut, shortcut_shift=conv3_bias)
+    out, stats2 = run.forward(y2, norm2, shortcut, shortcut_shift=conv3_bias, into=a1)
     _mark_updated(norm1)
     _mark_updated(norm2)
     return out, y1, y2, stats1, stats2
@@ -348,7 +349,7 @@ def _residual_block_backward(
     grad2 = run.backward(dout, y2, out, stats2, norm2, shortcut=True)
     a1 = run.recompute(y1, stats1)
     da1, dconv2 = _conv_backward(grad2.dx, a1, conv2_weight, 1, 1, True, needs_conv2)
-    grad1 = run.backward(da1, y1, a1, stats1, norm1)
+    grad1 = run.backward(da1, y1, a1, stats1, norm1, consume=True)
     del a1, da1
     dx, dconv1 = _conv_backward(grad1.dx, x, conv1_weight, stride, 1, needs_x, needs_conv1)
     dconv3 = None
@@ -375,52 +376,50 @@ def _residual_block_backward(
     )
 
 
-# ---- convolution + frozen BatchNorm + add + ReLU, for inference --------------------------------------------------
+# ---- frozen, without gradients: inference -------------------------------------------------------------------------
 
 
-def _conv_batch_norm_add_relu_fake(
-    x,
-    weight,
-    conv_bias,
-    bn_weight,
-    bn_bias,
-    running_mean,
-    running_var,
-    eps,
-    shortcut,
-    shortcut_shift,
-    stride,
-    padding,
-    relu,
-):
+def _frozen(
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    stride: int,
+    padding: int,
+    shortcut: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
+    relu: bool = True,
+) -> Tensor:
+    """relu(batch_norm(conv(x)) [+ shortcut [+ shortcut_shift]])."""
+    run = backends.implementation(x)
+    if run is torch_batch_norm:
+        out = _dense(inference.conv_batch_norm(x, weight, norm, stride, padding, shortcut, shortcut_shift))
+        return out.relu_() if relu else out
+    return run.forward(_conv(x, weight, stride, padding), norm, shortcut, shortcut_shift, relu)[0]
+
+
+def _conv_batch_norm_fake(x, weight, stride, padding, *_):
     sizes = [(x.shape[i] + 2 * padding - weight.shape[i]) // stride + 1 for i in (2, 3)]
     return x.new_empty((x.shape[0], weight.shape[0], *sizes)).to(memory_format=torch.channels_last)
 
 
 @_define(
-    "conv_batch_norm_add_relu(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? bn_weight, Tensor? bn_bias, "
-    "Tensor running_mean, Tensor running_var, float eps, Tensor? shortcut, Tensor? shortcut_shift, int stride, "
-    "int padding, bool relu) -> Tensor",
-    _conv_batch_norm_add_relu_fake,
+    f"conv_batch_norm_inference(Tensor x, Tensor weight, int stride, int padding, {_FROZEN.format(i=1)}) -> Tensor",
+    _conv_batch_norm_fake,
 )
-def _conv_batch_norm_add_relu(
-    x,
-    weight,
-    conv_bias,
-    bn_weight,
-    bn_bias,
-    running_mean,
-    running_var,
-    eps,
-    shortcut,
-    shortcut_shift,
-    stride,
-    padding,
-    relu,
-):
-    norm = Norm(bn_weight, bn_bias, running_mean, running_var, conv_bias, False, 0.0, eps)
-    run = backends.implementation(x)
-    if x.numel() == 0 or not inference.can_fold(run, x):
-        y = _conv(x, weight, stride, padding)
-        return y if y.numel() == 0 else run.forward(y, norm, shortcut, shortcut_shift, relu)[0]
-    return _dense(inference.conv_batch_norm_add_relu(x, weight, norm, shortcut, shortcut_shift, stride, padding, relu))
+def _conv_batch_norm_inference(x, weight, stride, padding, *norm):
+    if x.numel() == 0:
+        return _conv_batch_norm_fake(x, weight, stride, padding)
+    return _frozen(x, weight, Norm(*norm), stride, padding, relu=False)
+
+
+@_define(
+    "residual_block_inference(Tensor x, Tensor conv1_weight, Tensor conv2_weight, Tensor? conv3_weight, "
+    f"Tensor? conv3_bias, int stride, {_FROZEN.format(i=1)}, {_FROZEN.format(i=2)}) -> Tensor",
+    lambda *args: _residual_block_fake(*args)[0],
+)
+def _residual_block_inference(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *norms):
+    if x.numel() == 0:
+        return _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)[0]
+    a = _frozen(x, conv1_weight, Norm(*norms[:_NORM_FIELDS]), stride, 1)
+    shortcut = x if conv3_weight is None else _conv(x, conv3_weight, stride, 0)
+    return _frozen(a, conv2_weight, Norm(*norms[_NORM_FIELDS:]), 1, 1, shortcut, conv3_bias)

@@ -13,15 +13,17 @@ aten = torch.ops.aten
 def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(mean, invstd) of the batch, (C,) each; updates the running statistics in place."""
     dtype = statistics_dtype(x.dtype)
-    # PyTorch keeps the statistics in the type of the running ones; for half-precision x that has to be float32.
-    spare = x.new_zeros(x.shape[1], dtype=dtype)
-    mean, var = aten.batch_norm_update_stats(x, spare, spare.clone(), 0.0)
-    if norm.running_mean is not None:
-        shifted = mean if norm.conv_bias is None else mean + norm.conv_bias
-        norm.running_mean.mul_(1 - norm.momentum).add_(shifted, alpha=norm.momentum)
-    if norm.running_var is not None:
-        n = x.numel() // x.shape[1]
-        norm.running_var.mul_(1 - norm.momentum).add_(var, alpha=norm.momentum * n / (n - 1))
+    running = norm.running_mean, norm.running_var
+    # PyTorch takes the batch's statistics in the type of the running ones: float32 ones where those are not.
+    accumulated = running
+    if running[0] is None or running[0].dtype != dtype:
+        accumulated = tuple(x.new_zeros(x.shape[1], dtype=dtype) if r is None else r.to(dtype) for r in running)
+    mean, var = aten.batch_norm_update_stats(x, *accumulated, norm.momentum)
+    if norm.conv_bias is not None:
+        accumulated[0].add_(norm.conv_bias, alpha=norm.momentum)
+    if running[0] is not None and accumulated is not running:
+        for r, a in zip(running, accumulated, strict=True):
+            r.copy_(a)
     return mean, (var + norm.eps).rsqrt_()
 
 
@@ -40,23 +42,32 @@ def scale_shift(mean: Tensor, invstd: Tensor, norm: Norm) -> tuple[Tensor, Tenso
     return scale, shift if norm.bias is None else shift + norm.bias
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """x * scale + shift per channel in one pass: BatchNorm's frozen form with mean 0, variance 1 and eps 0."""
-    return torch.native_batch_norm(x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)[0]
+    arguments = (x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
+    if out is None:
+        return torch.native_batch_norm(*arguments)[0]
+    unused = scale.new_empty(0), scale.new_empty(0)
+    return torch.native_batch_norm(*arguments, out=(out, *unused))[0]
 
 
 def forward(
-    x: Tensor, norm: Norm, shortcut: Tensor | None = None, shortcut_shift: Tensor | None = None, relu: bool = True
+    x: Tensor,
+    norm: Norm,
+    shortcut: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
+    relu: bool = True,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out = relu(batch_norm(x) [+ shortcut [+ shortcut_shift]]) and stats (4, C) = mean, invstd, scale, shift.
 
     x, shortcut and out are (N, C, H, W) channels_last of one type; shortcut_shift is (C,). Running statistics are
-    updated in place when `norm.training`.
+    updated in place when `norm.training`. `into`, a tensor like x that is no longer needed, becomes out.
     """
     mean, invstd = _statistics(x, norm) if norm.training else freeze(norm, statistics_dtype(x.dtype))
     scale, shift = scale_shift(mean, invstd, norm)
     stats = torch.stack((mean, invstd, scale, shift))
-    out = _affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift)
+    out = _affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift, into)
     if shortcut is not None:
         out.add_(shortcut)
     return out.relu_() if relu else out, stats
@@ -68,11 +79,26 @@ def recompute(x: Tensor, stats: Tensor) -> Tensor:
 
 
 def backward(
-    dout: Tensor, x: Tensor, out: Tensor, stats: Tensor, norm: Norm, relu: bool = True, shortcut: bool = False
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    norm: Norm,
+    relu: bool = True,
+    shortcut: bool = False,
+    consume: bool = False,
 ) -> NormGrad:
-    """Gradients of `forward` from dout, x, out (N, C, H, W) channels_last; `g` where a ReLU and a shortcut ask for it."""
+    """Gradients of `forward` from dout, x, out (N, C, H, W) channels_last; `g` with a ReLU and a shortcut.
+
+    `consume` allows to overwrite dout.
+    """
     mean, invstd = stats[0], stats[1]
-    g = aten.threshold_backward(dout, out, 0) if relu else dout
+    if not relu:
+        g = dout
+    elif consume:
+        g = aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
+    else:
+        g = aten.threshold_backward(dout, out, 0)
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype)
     if norm.training:
         running, saved, eps = (None, None), (mean, invstd), norm.eps

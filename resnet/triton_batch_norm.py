@@ -10,7 +10,12 @@ from resnet.norm import Norm, NormGrad, statistics_dtype
 
 
 def forward(
-    x: Tensor, norm: Norm, shortcut: Tensor | None = None, shortcut_shift: Tensor | None = None, relu: bool = True
+    x: Tensor,
+    norm: Norm,
+    shortcut: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
+    relu: bool = True,
+    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, stats): see `torch_batch_norm.forward`."""
     if norm.training:
@@ -34,7 +39,7 @@ def forward(
             norm.conv_bias,
             statistics_dtype(x.dtype),
         )
-    return kernels.apply(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu), stats
+    return kernels.apply(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu, out=into), stats
 
 
 def recompute(x: Tensor, stats: Tensor) -> Tensor:
@@ -43,13 +48,22 @@ def recompute(x: Tensor, stats: Tensor) -> Tensor:
 
 
 def backward(
-    dout: Tensor, x: Tensor, out: Tensor, stats: Tensor, norm: Norm, relu: bool = True, shortcut: bool = False
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    norm: Norm,
+    relu: bool = True,
+    shortcut: bool = False,
+    consume: bool = False,
 ) -> NormGrad:
-    """Gradients of `forward`: see `torch_batch_norm.backward`. Without a shortcut `out` is not read: x gives its sign."""
+    """Gradients of `forward`, as `torch_batch_norm.backward`. Without a shortcut x gives out's sign."""
     mask = out if shortcut else None
     dweight = None if norm.weight is None else torch.empty_like(norm.weight)
     dbias = None if norm.bias is None else torch.empty_like(norm.bias)
     sums = kernels.backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
     g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
-    dx = kernels.backward_apply(dout, x, mask, stats, sums if norm.training else None, relu, g)
+    dx = kernels.backward_apply(
+        dout, x, mask, stats, sums if norm.training else None, relu, g, dx=dout if consume else None
+    )
     return NormGrad(dx, dweight, dbias, sums[0], g)
