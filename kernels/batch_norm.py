@@ -517,7 +517,7 @@ def apply(
     relu: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), written to `out` where it is given."""
+    """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), written to `out` where given."""
     M, C = _shape(x)
     if shortcut is not None:
         _shape(shortcut)
