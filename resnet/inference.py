@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet import torch_batch_norm
+from resnet.convolution import convolve, is_small
 from resnet.norm import Norm
 
 
@@ -96,9 +97,9 @@ def conv_batch_norm(
 
     x (N, C, H, W) and shortcut (N, K, P, Q) are channels_last; weight is (K, C, R, S).
     """
-    if not _can_fold(x, stride):
+    if is_small(x, weight, stride, padding) or not _can_fold(x, stride):
         bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
-        y = torch.conv2d(x, weight, bias, stride, padding)
+        y = convolve(x, weight, bias, stride, padding)
         out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
         if shortcut is not None:
             out.add_(shortcut)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.library import Library, register_fake
 
 from resnet import backends, inference, torch_batch_norm
+from resnet.convolution import convolve, convolve_backward, out_size
 from resnet.norm import Norm, statistics_dtype
 
 _NAMESPACE = "fused_residual"
@@ -205,27 +206,9 @@ _NORM1, _NORM2 = _NORM.format(i=1, a="a", b="b"), _NORM.format(i=2, a="c", b="d"
 _NORM_FIELDS = len(Norm._fields)
 
 
-def _conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    return _dense(torch.conv2d(x, weight, None, stride, padding))
-
-
-def _conv_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs_x: bool, needs_weight: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [needs_x, needs_weight, False]
-    )
-    return (_dense(dx) if needs_x else None), (_dense(dweight) if needs_weight else None)
-
-
-def _out_size(size: int | torch.SymInt, stride: int) -> int | torch.SymInt:
-    """Of a 3x3 convolution with padding 1, and of a 1x1 convolution without padding."""
-    return (size - 1) // stride + 1
-
-
 def _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *_):
     channels = conv1_weight.shape[0]
-    shape = (x.shape[0], channels, _out_size(x.shape[2], stride), _out_size(x.shape[3], stride))
+    shape = (x.shape[0], channels, *(out_size(size, 3, stride, 1) for size in x.shape[2:]))
     out, y1, y2 = (x.new_empty(shape).to(memory_format=torch.channels_last) for _ in range(3))
     return out, y1, y2, _stats_like(x, channels), _stats_like(x, channels)
 
@@ -289,10 +272,10 @@ def _residual_block(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, str
         return tuple(t.zero_() for t in empty)
     norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
     run = backends.implementation(x)
-    y1 = _conv(x, conv1_weight, stride, 1)
+    y1 = convolve(x, conv1_weight, None, stride, 1)
     a1, stats1 = run.forward(y1, norm1)
-    y2 = _conv(a1, conv2_weight, 1, 1)
-    shortcut = x if conv3_weight is None else _conv(x, conv3_weight, stride, 0)
+    y2 = convolve(a1, conv2_weight, None, 1, 1)
+    shortcut = x if conv3_weight is None else convolve(x, conv3_weight, None, stride, 0)
     out, stats2 = run.forward(y2, norm2, shortcut, shortcut_shift=conv3_bias, into=a1)
     _mark_updated(norm1)
     _mark_updated(norm2)
@@ -348,13 +331,13 @@ def _residual_block_backward(
 
     grad2 = run.backward(dout, y2, out, stats2, norm2, shortcut=True)
     a1 = run.recompute(y1, stats1)
-    da1, dconv2 = _conv_backward(grad2.dx, a1, conv2_weight, 1, 1, True, needs_conv2)
+    da1, dconv2 = convolve_backward(grad2.dx, a1, conv2_weight, 1, 1, True, needs_conv2)
     grad1 = run.backward(da1, y1, a1, stats1, norm1, consume=True)
     del a1, da1
-    dx, dconv1 = _conv_backward(grad1.dx, x, conv1_weight, stride, 1, needs_x, needs_conv1)
+    dx, dconv1 = convolve_backward(grad1.dx, x, conv1_weight, stride, 1, needs_x, needs_conv1)
     dconv3 = None
     if conv3_weight is not None:
-        dx3, dconv3 = _conv_backward(grad2.g, x, conv3_weight, stride, 0, needs_x, needs_conv3)
+        dx3, dconv3 = convolve_backward(grad2.g, x, conv3_weight, stride, 0, needs_x, needs_conv3)
         dx = dx.add_(dx3) if needs_x else None
     elif needs_x:
         dx.add_(grad2.g)
@@ -394,11 +377,11 @@ def _frozen(
     if run is torch_batch_norm:
         out = _dense(inference.conv_batch_norm(x, weight, norm, stride, padding, shortcut, shortcut_shift))
         return out.relu_() if relu else out
-    return run.forward(_conv(x, weight, stride, padding), norm, shortcut, shortcut_shift, relu)[0]
+    return run.forward(convolve(x, weight, None, stride, padding), norm, shortcut, shortcut_shift, relu)[0]
 
 
 def _conv_batch_norm_fake(x, weight, stride, padding, *_):
-    sizes = [(x.shape[i] + 2 * padding - weight.shape[i]) // stride + 1 for i in (2, 3)]
+    sizes = [out_size(x.shape[i], weight.shape[i], stride, padding) for i in (2, 3)]
     return x.new_empty((x.shape[0], weight.shape[0], *sizes)).to(memory_format=torch.channels_last)
 
 
@@ -421,5 +404,5 @@ def _residual_block_inference(x, conv1_weight, conv2_weight, conv3_weight, conv3
     if x.numel() == 0:
         return _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)[0]
     a = _frozen(x, conv1_weight, Norm(*norms[:_NORM_FIELDS]), stride, 1)
-    shortcut = x if conv3_weight is None else _conv(x, conv3_weight, stride, 0)
+    shortcut = x if conv3_weight is None else convolve(x, conv3_weight, None, stride, 0)
     return _frozen(a, conv2_weight, Norm(*norms[_NORM_FIELDS:]), 1, 1, shortcut, conv3_bias)

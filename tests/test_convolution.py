@@ -1,0 +1,83 @@
+"""The matrix product for small maps is the same convolution as PyTorch's, forward and backward."""
+
+import pytest
+import torch
+from parity import assert_as_exact_as_eager
+from torch.nn.functional import conv2d
+
+from resnet.convolution import convolve, convolve_backward, is_small
+
+# N, C, K, H, W, R, stride, padding
+SMALL = {
+    "last stage": (3, 128, 128, 3, 3, 3, 1, 1),
+    "into the last stage": (2, 128, 160, 6, 6, 3, 2, 1),
+    "odd and stride 2": (2, 128, 128, 7, 5, 3, 2, 1),
+    "one pixel": (4, 128, 128, 1, 1, 3, 1, 1),
+    "no padding": (2, 128, 128, 5, 4, 3, 1, 0),
+    "5x5 kernel": (1, 128, 128, 4, 4, 5, 1, 2),
+}
+OTHER = {
+    "many pixels": (2, 128, 128, 6, 6, 3, 1, 1),
+    "few channels": (2, 64, 64, 3, 3, 3, 1, 1),
+    "1x1 kernel": (2, 128, 128, 4, 4, 1, 2, 0),
+}
+
+
+def _draw(N, C, K, H, W, R, stride, padding, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, C, H, W, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(K, C, R, R, generator=generator).contiguous(memory_format=torch.channels_last) / (C * R)
+    dy = torch.randn(conv2d(x, weight, None, stride, padding).shape, generator=generator)
+    return x, weight, torch.randn(K, generator=generator), dy.contiguous(memory_format=torch.channels_last)
+
+
+def _reference(x, weight, bias, dy, stride, padding):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = conv2d(x, weight, bias, stride, padding)
+    y.backward(dy)
+    return y.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
+def test_small_maps_as_exact_as_pytorch(shape):
+    *_, stride, padding = shape
+    results = []
+    for seed in range(3):
+        x, weight, bias, dy = _draw(*shape, seed=seed)
+        assert is_small(x, weight, stride, padding)
+        fused = (
+            convolve(x, weight, bias, stride, padding),
+            *convolve_backward(dy, x, weight, stride, padding, True, True),
+        )
+        exact = _reference(*(t.double() for t in (x, weight, bias, dy)), stride, padding)
+        results.append((fused, _reference(x, weight, bias, dy, stride, padding), exact))
+    for i, name in enumerate(("y", "dx", "dweight")):
+        assert_as_exact_as_eager(name, *([draw[j][i] for draw in results] for j in range(3)))
+        assert all(draw[0][i].is_contiguous(memory_format=torch.channels_last) for draw in results), name
+
+
+@pytest.mark.parametrize("shape", OTHER.values(), ids=OTHER)
+def test_other_maps_are_pytorchs_own(shape):
+    *_, stride, padding = shape
+    x, weight, bias, dy = _draw(*shape, seed=0)
+    assert not is_small(x, weight, stride, padding)
+    y, dx, dweight = _reference(x, weight, bias, dy, stride, padding)
+    assert torch.equal(convolve(x, weight, bias, stride, padding), y)
+    got = convolve_backward(dy, x, weight, stride, padding, True, True)
+    assert torch.allclose(got[0], dx, atol=1e-6) and torch.allclose(got[1], dweight, atol=1e-5)
+
+
+def test_only_what_is_needed_is_computed():
+    x, weight, _, dy = _draw(*SMALL["last stage"], seed=0)
+    assert convolve_backward(dy, x, weight, 1, 1, False, True)[0] is None
+    assert convolve_backward(dy, x, weight, 1, 1, True, False)[1] is None
+
+
+def test_nchw_weight_is_read_right():
+    x, weight, bias, _ = _draw(*SMALL["last stage"], seed=0)
+    assert torch.equal(convolve(x, weight.contiguous(), bias, 1, 1), convolve(x, weight, bias, 1, 1))
+
+
+def test_other_types_are_not_small():
+    x, weight, *_ = _draw(*SMALL["last stage"], seed=0)
+    assert not is_small(x.double(), weight.double(), 1, 1)
