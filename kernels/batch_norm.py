@@ -376,12 +376,15 @@ class Tiling:
 
 
 @cache
-def tiling(M: int, C: int) -> Tiling:
-    """The tiling of M rows and C columns: of the shape alone, so that results do not depend on the device."""
+def tiling(M: int, C: int, elements: int = _ELEMENTS) -> Tiling:
+    """Tiles of `elements` at most for M rows and C columns.
+
+    A function of the shape alone, so that results do not depend on the device.
+    """
     wide = min(64, triton.next_power_of_2(C))
     # the widest column tile among those that waste the fewest columns: a row of a tile should fill 32-byte sectors
     BLOCK_C = max((b for b in (32, 64) if b <= wide), key=lambda b: (-triton.cdiv(C, b) * b, b), default=wide)
-    BLOCK_M = min(_ELEMENTS // BLOCK_C, triton.next_power_of_2(M))
+    BLOCK_M = min(elements // BLOCK_C, triton.next_power_of_2(M))
     columns = triton.cdiv(C, BLOCK_C)
     wanted = min(_MAX_PARTIALS, max(1, _PROGRAMS // columns))
     tiles = triton.cdiv(max(triton.cdiv(M, wanted), min(M, _MIN_ROWS)), BLOCK_M)
@@ -401,7 +404,7 @@ def _merge_blocks(partials: int, C: int) -> dict[str, int]:
 # ---- launchers -------------------------------------------------------------------------------------------------
 
 
-def _shape(x: Tensor) -> tuple[int, int]:
+def nhwc_shape(x: Tensor) -> tuple[int, int]:
     """(M, C) of a dense NHWC activation; ValueError for any other layout, TypeError for another dtype."""
     if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
@@ -412,12 +415,12 @@ def _shape(x: Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[1], x.shape[1]
 
 
-def _acc(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
+def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
 
 
 # Contraction is written out as tl.fma where it is wanted; the compiler adds none of its own.
-_FLAGS = {"enable_fp_fusion": False}
+FLAGS = {"enable_fp_fusion": False}
 
 
 def statistics(
@@ -435,9 +438,9 @@ def statistics(
     Semantics of `torch.nn.functional.batch_norm` in training: biased variance in invstd, unbiased in `running_var`.
     `conv_bias` (C,) was left out of x: it is added to the running mean.
     """
-    M, C = _shape(x)
+    M, C = nhwc_shape(x)
     t = tiling(M, C)
-    dtype, ACC = _acc(x)
+    dtype, ACC = accumulator(x)
     partial = torch.empty((2, t.partials, C), dtype=dtype, device=x.device)
     stats = torch.empty((4, C), dtype=dtype, device=x.device)
     merge = _merge_blocks(t.partials, C)
@@ -453,7 +456,7 @@ def statistics(
             BLOCK_M=t.BLOCK_M,
             BLOCK_C=t.BLOCK_C,
             num_warps=t.num_warps,
-            **_FLAGS,
+            **FLAGS,
         )
         finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
             partial,
@@ -472,7 +475,7 @@ def statistics(
             ACC=ACC,
             num_warps=4,
             **merge,
-            **_FLAGS,
+            **FLAGS,
         )
     return stats
 
@@ -503,7 +506,7 @@ def freeze(
             ACC=tl.float64 if dtype == torch.float64 else tl.float32,
             BLOCK_C=BLOCK_C,
             num_warps=1,
-            **_FLAGS,
+            **FLAGS,
         )
     return stats
 
@@ -518,9 +521,9 @@ def apply(
     out: Tensor | None = None,
 ) -> Tensor:
     """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), written to `out` where given."""
-    M, C = _shape(x)
+    M, C = nhwc_shape(x)
     if shortcut is not None:
-        _shape(shortcut)
+        nhwc_shape(shortcut)
     t = tiling(M, C)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.channels_last)
@@ -535,11 +538,11 @@ def apply(
             M,
             RELU=relu,
             C=C,
-            ACC=_acc(x)[1],
+            ACC=accumulator(x)[1],
             BLOCK_M=t.BLOCK_M,
             BLOCK_C=t.BLOCK_C,
             num_warps=t.num_warps,
-            **_FLAGS,
+            **FLAGS,
         )
     return out
 
@@ -554,13 +557,11 @@ def backward_reduce(
     dbias: Tensor | None = None,
 ) -> Tensor:
     """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types."""
-    M, C = _shape(x)
-    _shape(dout)
+    M, C = nhwc_shape(x)
+    nhwc_shape(dout)
     t = tiling(M, C)
-    dtype, ACC = _acc(x)
+    dtype, ACC = accumulator(x)
     partial = torch.empty((2, t.partials, C), dtype=dtype, device=x.device)
-    sums = torch.empty((2, C), dtype=dtype, device=x.device)
-    merge = _merge_blocks(t.partials, C)
     with torch.cuda.device_of(x):
         backward_reduce_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
             dout,
@@ -577,10 +578,19 @@ def backward_reduce(
             BLOCK_M=t.BLOCK_M,
             BLOCK_C=t.BLOCK_C,
             num_warps=t.num_warps,
-            **_FLAGS,
+            **FLAGS,
         )
+    return merge_sums(partial, dweight, dbias)
+
+
+def merge_sums(partial: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> Tensor:
+    """sums (2, C) of the partials (2, T, C) of a backward reduce; also written to `dbias` and `dweight`."""
+    _, T, C = partial.shape
+    sums = torch.empty((2, C), dtype=partial.dtype, device=partial.device)
+    merge = _merge_blocks(T, C)
+    with torch.cuda.device_of(partial):
         backward_finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
-            partial, sums, dweight, dbias, t.partials, C=C, ACC=ACC, num_warps=4, **merge, **_FLAGS
+            partial, sums, dweight, dbias, T, C=C, ACC=accumulator(partial)[1], num_warps=4, **merge, **FLAGS
         )
     return sums
 
@@ -599,8 +609,8 @@ def backward_apply(
 
     `dx` may be dout itself, which is then overwritten: every program reads its elements before it writes them.
     """
-    M, C = _shape(x)
-    _shape(dout)
+    M, C = nhwc_shape(x)
+    nhwc_shape(dout)
     t = tiling(M, C)
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
@@ -616,10 +626,10 @@ def backward_apply(
             M,
             RELU=relu,
             C=C,
-            ACC=_acc(x)[1],
+            ACC=accumulator(x)[1],
             BLOCK_M=t.BLOCK_M,
             BLOCK_C=t.BLOCK_C,
             num_warps=t.num_warps,
-            **_FLAGS,
+            **FLAGS,
         )
     return dx

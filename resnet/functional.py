@@ -65,13 +65,8 @@ def batch_norm_add_relu(
         check_activation(shortcut, x.shape[1], "shortcut")
         check_shortcut(shortcut, x)
         shortcut = channels_last(shortcut)
-    return apply_norm(channels_last(x), norm, shortcut, relu)
-
-
-def apply_norm(x: Tensor, norm: Norm, shortcut: Tensor | None = None, relu: bool = True) -> Tensor:
-    """`batch_norm_add_relu` of channels_last and checked tensors, with the bias of the convolution that made x."""
     return torch.ops.fused_residual.batch_norm_add_relu(
-        x,
+        channels_last(x),
         shortcut,
         norm.weight,
         norm.bias,

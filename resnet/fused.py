@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet.checks import check_activation, check_norm, check_values_per_channel, check_weight
-from resnet.functional import apply_norm, channels_last
+from resnet.functional import channels_last
 from resnet.norm import Norm
 from resnet.reference import Residual, Stem
 
@@ -58,6 +58,17 @@ def _unfusable_conv(name: str, conv: nn.Module, kernel: int, padding: int, strid
     return None
 
 
+def _unfusable_pool(name: str, pool: nn.Module) -> str | None:
+    reason = _unfusable(name, pool, nn.MaxPool2d)
+    if reason is not None:
+        return reason
+    expected = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    for field in ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"):
+        if getattr(pool, field) != getattr(expected, field):
+            return f"{name}.{field} is {getattr(pool, field)}, not {getattr(expected, field)}"
+    return None
+
+
 def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
     """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing."""
     tracked = not bn.training or bn.track_running_stats
@@ -100,10 +111,11 @@ def _records_gradient(*tensors: Tensor | None) -> bool:
 
 
 class FusedStem(Stem):
-    """`Stem` with its ReLU behind the max-pool, on a quarter of the pixels; same children, so the same `state_dict`.
+    """`Stem` with BatchNorm, ReLU and max-pool in one pass; same children, so the same `state_dict`.
 
-    relu(pool(z)) is pool(relu(z)), gradients included: where a window's maximum is positive its place is the same, and
-    where it is not, nothing passes the ReLU. NaN stays NaN either way.
+    The ReLU comes behind the pool, on a quarter of the pixels: relu(pool(z)) is pool(relu(z)), gradients included.
+    Where a window's maximum is positive its place is the same, and where it is not, nothing passes the ReLU; NaN stays
+    NaN. Kept for backward: the input, the convolution's output, the output and a byte for each of its elements.
     """
 
     def __init__(self, in_channels: int, channels: int = 64):
@@ -116,8 +128,7 @@ class FusedStem(Stem):
             _unfusable_conv("0", conv, conv.kernel_size[0], conv.padding[0], None)
             or _unfusable("1", bn, nn.BatchNorm2d)
             or _unfusable("2", relu, nn.ReLU)
-            or _unfusable("3", pool, nn.MaxPool2d)
-            or ("3 returns indices" if pool.return_indices else None)
+            or _unfusable_pool("3", pool)
         )
         if reason is not None:
             _warn_once(self, reason)
@@ -134,7 +145,7 @@ class FusedStem(Stem):
         norm = _count_batch(bn, norm)
         if norm.training or _records_gradient(x, conv.weight, norm.weight, norm.bias, conv.bias):
             y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-            return pool(apply_norm(channels_last(y), norm, relu=False)).relu_()
+            return _ops.batch_norm_relu_max_pool(channels_last(y), *norm)[0]
         with torch.autocast(x.device.type, enabled=False):
             z = _ops.conv_batch_norm_inference(x, conv.weight.to(x.dtype), conv.stride[0], conv.padding[0], *norm)
             return pool(z).relu_()

@@ -4,6 +4,7 @@ The one place where kernels meet autograd. `torch.compile`, `torch.export` and `
 operator as one node. Activations here are channels_last and checked; `resnet.functional` converts and checks.
 
     fused_residual::batch_norm_add_relu        out = relu(batch_norm(x) [+ shortcut])
+    fused_residual::batch_norm_relu_max_pool   out = max_pool(relu(batch_norm(x))), 3x3 with stride 2
     fused_residual::residual_block             the block in training, or in evaluation where gradients are wanted
     fused_residual::residual_block_inference   the block with frozen statistics and without gradients
     fused_residual::conv_batch_norm_inference  batch_norm(conv(x)), likewise
@@ -27,6 +28,16 @@ from resnet.norm import Norm, statistics_dtype
 _NAMESPACE = "fused_residual"
 _LIBRARY = Library(_NAMESPACE, "DEF")
 _ops = getattr(torch.ops, _NAMESPACE)
+
+
+# A Norm in a schema
+_NORM = (
+    "Tensor? weight{i}, Tensor? bias{i}, Tensor({a}!)? running_mean{i}, Tensor({b}!)? running_var{i}, "
+    "Tensor? conv_bias{i}, bool training{i}, float momentum{i}, float eps{i}"
+)
+_FROZEN = _NORM.replace("({a}!)", "").replace("({b}!)", "")
+_NORM1, _NORM2 = _NORM.format(i=1, a="a", b="b"), _NORM.format(i=2, a="c", b="d")
+_NORM_FIELDS = len(Norm._fields)
 
 
 def _define(schema: str, fake: Callable, formula: type[torch.autograd.Function] | None = None) -> Callable:
@@ -195,15 +206,74 @@ def _batch_norm_add_relu_backward(dout, x, out, stats, weight, bias, conv_bias, 
     return _needed(needs, (grad.dx, grad.g, grad.dweight, grad.dbias, dconv_bias))
 
 
-# ---- the residual block ------------------------------------------------------------------------------------------
+# ---- max_pool(relu(batch_norm(x))) -------------------------------------------------------------------------------
 
-_NORM = (
-    "Tensor? weight{i}, Tensor? bias{i}, Tensor({a}!)? running_mean{i}, Tensor({b}!)? running_var{i}, "
-    "Tensor? conv_bias{i}, bool training{i}, float momentum{i}, float eps{i}"
+
+def _batch_norm_relu_max_pool_fake(x, *_):
+    N, C, H, W = x.shape
+    out = x.new_empty((N, C, out_size(H, 3, 2, 1), out_size(W, 3, 2, 1))).to(memory_format=torch.channels_last)
+    return out, torch.empty_like(out, dtype=torch.uint8), _stats_like(x, C)
+
+
+class _BatchNormReluMaxPoolGrad(torch.autograd.Function):
+    """Saves x, and of a quarter of its size out and a byte per element; stats and the parameters."""
+
+    @staticmethod
+    def forward(ctx, keyset, *args):
+        out, tap, stats = _below_autograd(_ops.batch_norm_relu_max_pool.default, keyset, args)
+        x, norm = args[0], Norm(*args[1:])
+        ctx.training, ctx.eps = norm.training, norm.eps
+        ctx.save_for_backward(x, out, tap, stats, norm.weight, norm.bias, norm.conv_bias)
+        ctx.mark_non_differentiable(tap, stats)
+        ctx.set_materialize_grads(False)
+        return out, tap, stats
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 10
+        needs = [ctx.needs_input_grad[i] for i in (1, 2, 3, 6)]
+        grads = iter(
+            _ops.batch_norm_relu_max_pool_backward(_dense(dout), *ctx.saved_tensors, ctx.training, ctx.eps, needs)
+        )
+        dx, dweight, dbias, dconv_bias = (next(grads) if need else None for need in needs)
+        return (None, dx, dweight, dbias, None, None, dconv_bias, None, None, None)
+
+
+@_define(
+    f"batch_norm_relu_max_pool(Tensor x, {_NORM1}) -> (Tensor out, Tensor tap, Tensor stats)",
+    _batch_norm_relu_max_pool_fake,
+    _BatchNormReluMaxPoolGrad,
 )
-_FROZEN = _NORM.replace("({a}!)", "").replace("({b}!)", "")
-_NORM1, _NORM2 = _NORM.format(i=1, a="a", b="b"), _NORM.format(i=2, a="c", b="d")
-_NORM_FIELDS = len(Norm._fields)
+def _batch_norm_relu_max_pool(x, *norm):
+    if x.numel() == 0:
+        return tuple(t.zero_() for t in _batch_norm_relu_max_pool_fake(x))
+    norm = Norm(*norm)
+    out, tap, stats = backends.implementation(x).forward_pool(x, norm)
+    _mark_updated(norm)
+    return _dense(out), _dense(tap), stats
+
+
+def _batch_norm_relu_max_pool_backward_fake(dout, x, out, tap, stats, weight, bias, conv_bias, training, eps, needs):
+    return [_like(t) for t in _needed(needs, (x, weight, bias, conv_bias))]
+
+
+@_define(
+    "batch_norm_relu_max_pool_backward(Tensor dout, Tensor x, Tensor out, Tensor tap, Tensor stats, Tensor? weight, "
+    "Tensor? bias, Tensor? conv_bias, bool training, float eps, bool[] needs) -> Tensor[]",
+    _batch_norm_relu_max_pool_backward_fake,
+    _once("batch_norm_relu_max_pool_backward"),
+)
+def _batch_norm_relu_max_pool_backward(dout, x, out, tap, stats, weight, bias, conv_bias, training, eps, needs):
+    if x.numel() == 0:
+        return [_like(t).zero_() for t in _needed(needs, (x, weight, bias, conv_bias))]
+    norm = Norm(weight, bias, None, None, conv_bias, training, 0.0, eps)
+    grad = backends.implementation(x).backward_pool(dout, x, out, tap, stats, norm)
+    dconv_bias = _conv_bias_grad(norm, stats, grad.sum_g) if needs[3] else None
+    return _needed(needs, (grad.dx, grad.dweight, grad.dbias, dconv_bias))
+
+
+# ---- the residual block ------------------------------------------------------------------------------------------
 
 
 def _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *_):

@@ -42,6 +42,11 @@ def scale_shift(mean: Tensor, invstd: Tensor, norm: Norm) -> tuple[Tensor, Tenso
     return scale, shift if norm.bias is None else shift + norm.bias
 
 
+def _stats(x: Tensor, norm: Norm) -> Tensor:
+    mean, invstd = _statistics(x, norm) if norm.training else freeze(norm, statistics_dtype(x.dtype))
+    return torch.stack((mean, invstd, *scale_shift(mean, invstd, norm)))
+
+
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """x * scale + shift per channel in one pass: BatchNorm's frozen form with mean 0, variance 1 and eps 0."""
     arguments = (x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
@@ -64,9 +69,8 @@ def forward(
     x, shortcut and out are (N, C, H, W) channels_last of one type; shortcut_shift is (C,). Running statistics are
     updated in place when `norm.training`. `into`, a tensor like x that is no longer needed, becomes out.
     """
-    mean, invstd = _statistics(x, norm) if norm.training else freeze(norm, statistics_dtype(x.dtype))
-    scale, shift = scale_shift(mean, invstd, norm)
-    stats = torch.stack((mean, invstd, scale, shift))
+    stats = _stats(x, norm)
+    scale, shift = stats[2], stats[3]
     out = _affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift, into)
     if shortcut is not None:
         out.add_(shortcut)
@@ -114,3 +118,36 @@ def backward(
         sum_g,
         g if shortcut and relu else None,
     )
+
+
+def _window_origins(size: tuple[int, int], width: int, device: torch.device) -> Tensor:
+    """(P, Q): the flat index of each window's first pixel, (2p - 1, 2q - 1), in a map of `width`."""
+    p, q = (torch.arange(n, device=device) for n in size)
+    return (2 * p[:, None] - 1) * width + 2 * q - 1
+
+
+def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """out = max_pool(relu(batch_norm(x))), 3x3 with stride 2 and padding 1; tap; stats (4, C) as `forward`.
+
+    out is (N, C, P, Q); tap is of its shape, uint8: which of its window's nine pixels was the maximum.
+    """
+    stats = _stats(x, norm)
+    z = _affine(x, stats[2], stats[3])
+    out, index = aten.max_pool2d_with_indices(z, [3, 3], [2, 2], [1, 1])
+    width = x.shape[3]
+    index -= _window_origins(out.shape[2:], width, x.device)
+    row = (
+        torch.div(index, width, rounding_mode="floor") if width > 2 else (index - 1).div_(width, rounding_mode="floor")
+    )
+    tap = (index - row * (width - 3)).to(torch.uint8)
+    return out.relu_(), tap, stats
+
+
+def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tensor, norm: Norm) -> NormGrad:
+    """Gradients of `forward_pool`."""
+    width = x.shape[3]
+    row = tap // 3
+    index = (tap.long() + row.long() * (width - 3)).add_(_window_origins(out.shape[2:], width, x.device))
+    g = aten.threshold_backward(dout, out, 0)
+    g = aten.max_pool2d_with_indices_backward(g, x, [3, 3], [2, 2], [1, 1], [1, 1], False, index)
+    return backward(g, x, out, stats, norm, relu=False)

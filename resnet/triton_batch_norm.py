@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import batch_norm as kernels
+from kernels import batch_norm_max_pool as pool_kernels
 from resnet.norm import Norm, NormGrad, statistics_dtype
 
 
@@ -18,8 +19,13 @@ def forward(
     into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, stats): see `torch_batch_norm.forward`."""
+    stats = _stats(x, norm)
+    return kernels.apply(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu, out=into), stats
+
+
+def _stats(x: Tensor, norm: Norm) -> Tensor:
     if norm.training:
-        stats = kernels.statistics(
+        return kernels.statistics(
             x,
             norm.weight,
             norm.bias,
@@ -29,17 +35,15 @@ def forward(
             norm.eps,
             norm.conv_bias,
         )
-    else:
-        stats = kernels.freeze(
-            norm.running_mean,
-            norm.running_var,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            norm.conv_bias,
-            statistics_dtype(x.dtype),
-        )
-    return kernels.apply(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu, out=into), stats
+    return kernels.freeze(
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        norm.conv_bias,
+        statistics_dtype(x.dtype),
+    )
 
 
 def recompute(x: Tensor, stats: Tensor) -> Tensor:
@@ -67,3 +71,18 @@ def backward(
         dout, x, mask, stats, sums if norm.training else None, relu, g, dx=dout if consume else None
     )
     return NormGrad(dx, dweight, dbias, sums[0], g)
+
+
+def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, tap, stats): see `torch_batch_norm.forward_pool`."""
+    stats = _stats(x, norm)
+    return *pool_kernels.apply_pool(x, stats), stats
+
+
+def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tensor, norm: Norm) -> NormGrad:
+    """Gradients of `forward_pool`."""
+    dweight = None if norm.weight is None else torch.empty_like(norm.weight)
+    dbias = None if norm.bias is None else torch.empty_like(norm.bias)
+    sums = pool_kernels.backward_reduce(dout, x, out, tap, stats, dweight, dbias)
+    dx = pool_kernels.backward_apply(dout, x, out, tap, stats, sums if norm.training else None)
+    return NormGrad(dx, dweight, dbias, sums[0], None)

@@ -1,0 +1,315 @@
+"""BatchNorm apply, ReLU and 3x3 stride-2 max-pool in one pass: what follows the stem's convolution.
+
+    forward   z = y * scale + shift;  out = relu(max of z over the window);  tap = where in the window, 0 to 8
+    backward  g = sum of dout * (out > 0) over windows whose tap is this pixel;  then BatchNorm's, see batch_norm.py
+
+y is (N, H, W, C), out is (N, P, Q, C) with P = (H + 1) // 2 and Q = (W + 1) // 2; window (p, q) begins at pixel
+(2p - 1, 2q - 1). `tap` is uint8, an eighth of PyTorch's int64 indices. relu(max z) is max(relu z), and where it is
+positive the first pixel to reach it is the same, so ties and NaN are as in `torch.nn.MaxPool2d` after a ReLU.
+
+Passes over y-sized activations, out-sized ones (a quarter) in brackets: forward 1 (+ out, tap), backward reduce 1
+(+ dout, out, tap), backward apply 2 (+ the same). Neither relu(z) nor g is ever written. Each pixel gathers from its
+windows, at most four, so there are no atomics.
+"""
+
+from dataclasses import replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.batch_norm import FLAGS, Tiling, accumulator, merge_sums, nhwc_shape, tiling
+from kernels.pointwise import affine, relu, relu_passes
+
+# ---- the kernels -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def pool_kernel(
+    y,  # (N, H, W, C)
+    stats,  # (4, C): mean, invstd, scale, shift
+    out,  # (N, P, Q, C)
+    tap,  # (N, P, Q, C) uint8
+    H,
+    W,
+    P,
+    Q,
+    TILES,  # BLOCK_M-pixel tiles of one image's out
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """out = relu(max z) and the tap that gave it. Grid (N * TILES, column tiles)."""
+    n = (tl.program_id(0) // TILES).to(tl.int64)
+    pixels = (tl.program_id(0) % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    p = pixels // Q
+    q = pixels % Q
+    y += n * H * W * C
+    scale = tl.load(stats + 2 * C + cols, mask=live)[None, :]
+    shift = tl.load(stats + 3 * C + cols, mask=live)[None, :]
+    best = tl.full([BLOCK_M, BLOCK_C], float("-inf"), ACC)
+    best_tap = tl.zeros([BLOCK_M, BLOCK_C], tl.int32)
+    for r in tl.static_range(3):
+        for s in tl.static_range(3):
+            h = 2 * p - 1 + r
+            w = 2 * q - 1 + s
+            inside = (p < P) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            mask = inside[:, None] & live[None, :]
+            value = tl.load(y + (h * W + w)[:, None] * C + cols[None, :], mask=mask, other=0.0)
+            z = affine(value.to(ACC), scale, shift).to(out.dtype.element_ty).to(ACC)
+            better = mask & ((z > best) | (z != z))
+            best = tl.where(better, z, best)
+            best_tap = tl.where(better, r * 3 + s, best_tap)
+    mask = (p < P)[:, None] & live[None, :]
+    offsets = n * P * Q * C + pixels[:, None] * C + cols[None, :]
+    tl.store(out + offsets, relu(best), mask=mask)
+    tl.store(tap + offsets, best_tap.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def gather_grad(
+    dout,
+    out,
+    tap,
+    pixels,
+    cols,
+    H,
+    W,
+    P,
+    Q,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """g of an image's pixels: from each window that holds the pixel, dout * (out > 0) where its tap is the pixel."""
+    h = pixels // W
+    w = pixels % W
+    g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    for i in tl.static_range(2):
+        for j in tl.static_range(2):
+            p = (h + 1) // 2 - i
+            q = (w + 1) // 2 - j
+            r = h + 1 - 2 * p
+            s = w + 1 - 2 * q
+            inside = (h < H) & (p >= 0) & (p < P) & (r < 3) & (q >= 0) & (q < Q) & (s < 3)
+            mask = inside[:, None] & (cols < C)[None, :]
+            offsets = (p * Q + q)[:, None] * C + cols[None, :]
+            here = tl.load(tap + offsets, mask=mask, other=255).to(tl.int32) == (r * 3 + s)[:, None]
+            passes = here & mask & relu_passes(tl.load(out + offsets, mask=mask, other=0.0))
+            g += tl.where(passes, tl.load(dout + offsets, mask=mask, other=0.0).to(ACC), 0.0)
+    return g
+
+
+@triton.jit
+def pool_backward_reduce_kernel(
+    dout,  # (N, P, Q, C)
+    y,  # (N, H, W, C)
+    out,  # (N, P, Q, C)
+    tap,  # (N, P, Q, C) uint8
+    stats,  # (4, C)
+    partial,  # (2, T, C): sum g and sum g * xhat
+    N,
+    H,
+    W,
+    P,
+    Q,
+    T,
+    TILES,  # BLOCK_M-pixel tiles of one image's y
+    STEPS,  # tiles per program
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Per program: sum g, sum g * xhat over STEPS tiles. Grid (T, column tiles)."""
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    mean = tl.load(stats + cols, mask=live)
+    sum_g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    sum_gx = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    first = tl.program_id(0) * STEPS
+    for step in range(first, tl.minimum(first + STEPS, N * TILES)):
+        n = tl.cast(step // TILES, tl.int64)
+        pixels = (step % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = (pixels < H * W)[:, None] & live[None, :]
+        value = tl.load(y + n * H * W * C + pixels[:, None] * C + cols[None, :], mask=mask, other=0.0).to(ACC)
+        pooled = n * P * Q * C
+        g = gather_grad(dout + pooled, out + pooled, tap + pooled, pixels, cols, H, W, P, Q, C, ACC, BLOCK_M, BLOCK_C)
+        sum_g += g
+        sum_gx = tl.fma(g, tl.where(mask, value - mean[None, :], 0.0), sum_gx)
+    invstd = tl.load(stats + C + cols, mask=live)
+    index = tl.program_id(0) * C + cols
+    tl.store(partial + index, tl.sum(sum_g, 0), mask=live)
+    tl.store(partial + T * C + index, tl.sum(sum_gx, 0) * invstd, mask=live)
+
+
+@triton.jit
+def pool_backward_apply_kernel(
+    dout,  # (N, P, Q, C)
+    y,  # (N, H, W, C)
+    out,  # (N, P, Q, C)
+    tap,  # (N, P, Q, C) uint8
+    stats,  # (4, C)
+    sums,  # (2, C); None: frozen statistics
+    dy,  # (N, H, W, C)
+    M,  # N * H * W
+    H,
+    W,
+    P,
+    Q,
+    TILES,  # BLOCK_M-pixel tiles of one image's y
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dy = scale * (g - sum_g / M - xhat * sum_gx / M), scale * g when frozen. Grid (N * TILES, column tiles)."""
+    n = (tl.program_id(0) // TILES).to(tl.int64)
+    pixels = (tl.program_id(0) % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    pooled = n * P * Q * C
+    g = gather_grad(dout + pooled, out + pooled, tap + pooled, pixels, cols, H, W, P, Q, C, ACC, BLOCK_M, BLOCK_C)
+    mask = (pixels < H * W)[:, None] & live[None, :]
+    offsets = n * H * W * C + pixels[:, None] * C + cols[None, :]
+    if sums is not None:
+        count = (M + tl.zeros([1], tl.int64)).to(ACC)
+        mean = tl.load(stats + cols, mask=live)
+        invstd = tl.load(stats + C + cols, mask=live)
+        mean_g = tl.load(sums + cols, mask=live) / count
+        slope = tl.load(sums + C + cols, mask=live) / count * invstd
+        value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
+        g = tl.fma(-slope[None, :], value - mean[None, :], g - mean_g[None, :])
+    scale = tl.load(stats + 2 * C + cols, mask=live)
+    tl.store(dy + offsets, scale[None, :] * g, mask=mask)
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------
+
+_THREADS = 128
+
+
+def _tiling(M: int, x: Tensor) -> Tiling:
+    """The tiling of M rows of x's channels in which a thread holds 16 bytes of x's type, and not more.
+
+    With more, the compiler would give each thread 16 bytes of tap too, that is several vectors of x in a row, and
+    neighbouring threads would no longer share sectors.
+    """
+    t = tiling(M, x.shape[1], _THREADS * 16 // x.element_size())
+    warps = t.BLOCK_M * t.BLOCK_C * x.element_size() // (16 * 32)
+    return replace(t, num_warps=max(1, warps))
+
+
+def out_size(size: int) -> int:
+    """Pixels of out along an axis of `size` pixels."""
+    return (size + 1) // 2
+
+
+def apply_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """(out, tap): (N, C, P, Q) channels_last of y's type and of uint8, from y (N, C, H, W) and stats (4, C)."""
+    nhwc_shape(y)
+    N, C, H, W = y.shape
+    P, Q = out_size(H), out_size(W)
+    out = y.new_empty((N, C, P, Q)).to(memory_format=torch.channels_last)
+    tap = torch.empty_like(out, dtype=torch.uint8)
+    t = _tiling(P * Q, y)
+    tiles = triton.cdiv(P * Q, t.BLOCK_M)
+    with torch.cuda.device_of(y):
+        pool_kernel[(N * tiles, triton.cdiv(C, t.BLOCK_C))](
+            y,
+            stats,
+            out,
+            tap,
+            H,
+            W,
+            P,
+            Q,
+            tiles,
+            C=C,
+            ACC=accumulator(y)[1],
+            BLOCK_M=t.BLOCK_M,
+            BLOCK_C=t.BLOCK_C,
+            num_warps=t.num_warps,
+            **FLAGS,
+        )
+    return out, tap
+
+
+def backward_reduce(
+    dout: Tensor,
+    y: Tensor,
+    out: Tensor,
+    tap: Tensor,
+    stats: Tensor,
+    dweight: Tensor | None = None,
+    dbias: Tensor | None = None,
+) -> Tensor:
+    """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types."""
+    nhwc_shape(y)
+    N, C, H, W = y.shape
+    t = _tiling(H * W, y)
+    tiles = triton.cdiv(H * W, t.BLOCK_M)
+    whole = tiling(N * tiles * t.BLOCK_M, C)
+    steps = triton.cdiv(whole.rows, t.BLOCK_M)
+    T = triton.cdiv(N * tiles, steps)
+    dtype, ACC = accumulator(y)
+    partial = torch.empty((2, T, C), dtype=dtype, device=y.device)
+    with torch.cuda.device_of(y):
+        pool_backward_reduce_kernel[(T, triton.cdiv(C, t.BLOCK_C))](
+            dout,
+            y,
+            out,
+            tap,
+            stats,
+            partial,
+            N,
+            H,
+            W,
+            *out.shape[2:],
+            T,
+            tiles,
+            steps,
+            C=C,
+            ACC=ACC,
+            BLOCK_M=t.BLOCK_M,
+            BLOCK_C=t.BLOCK_C,
+            num_warps=t.num_warps,
+            **FLAGS,
+        )
+    return merge_sums(partial, dweight, dbias)
+
+
+def backward_apply(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Tensor, sums: Tensor | None) -> Tensor:
+    """dy (N, C, H, W) channels_last; `sums` None means frozen statistics."""
+    M, C = nhwc_shape(y)
+    N, _, H, W = y.shape
+    t = _tiling(H * W, y)
+    tiles = triton.cdiv(H * W, t.BLOCK_M)
+    dy = torch.empty_like(y, memory_format=torch.channels_last)
+    with torch.cuda.device_of(y):
+        pool_backward_apply_kernel[(N * tiles, triton.cdiv(C, t.BLOCK_C))](
+            dout,
+            y,
+            out,
+            tap,
+            stats,
+            sums,
+            dy,
+            M,
+            H,
+            W,
+            *out.shape[2:],
+            tiles,
+            C=C,
+            ACC=accumulator(y)[1],
+            BLOCK_M=t.BLOCK_M,
+            BLOCK_C=t.BLOCK_C,
+            num_warps=t.num_warps,
+            **FLAGS,
+        )
+    return dy
