@@ -264,7 +264,7 @@ def backward_reduce_kernel(
         value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
         g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, RELU, x.dtype.element_ty, ACC)
         sum_g += g
-        sum_gx = tl.fma(g, tl.where(mask, value - mean[None, :], 0.0), sum_gx)
+        sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond M
         offsets += BLOCK_M * C
     index = tl.program_id(0) * C + cols
     tl.store(partial + index, tl.sum(sum_g, 0), mask=live)
@@ -377,13 +377,18 @@ class Tiling:
 
 @cache
 def tiling(M: int, C: int, elements: int = _ELEMENTS) -> Tiling:
-    """Tiles of `elements` at most for M rows and C columns.
+    """Tiles for M rows and C columns, of `elements` for 4 warps.
 
     A function of the shape alone, so that results do not depend on the device.
     """
-    wide = min(64, triton.next_power_of_2(C))
-    # the widest column tile among those that waste the fewest columns: a row of a tile should fill 32-byte sectors
-    BLOCK_C = max((b for b in (32, 64) if b <= wide), key=lambda b: (-triton.cdiv(C, b) * b, b), default=wide)
+    # A row of a tile should fill 32-byte sectors. Where C does so in every type, the widest column tile among those
+    # that waste the fewest columns; elsewhere the whole row, whose end shares a sector with the next row's beginning.
+    wide = triton.next_power_of_2(C)
+    if C % 16 == 0:
+        fitting = [b for b in (32, 64) if b <= wide] or [wide]
+        BLOCK_C = max(fitting, key=lambda b: (-triton.cdiv(C, b) * b, b))
+    else:
+        BLOCK_C = min(256, wide)
     BLOCK_M = min(elements // BLOCK_C, triton.next_power_of_2(M))
     columns = triton.cdiv(C, BLOCK_C)
     wanted = min(_MAX_PARTIALS, max(1, _PROGRAMS // columns))
@@ -393,7 +398,7 @@ def tiling(M: int, C: int, elements: int = _ELEMENTS) -> Tiling:
         BLOCK_C=BLOCK_C,
         tiles=tiles,
         partials=triton.cdiv(M, tiles * BLOCK_M),
-        num_warps=max(1, min(4, BLOCK_M * BLOCK_C // 512)),
+        num_warps=max(1, 4 * BLOCK_M * BLOCK_C // elements),
     )
 
 
@@ -611,7 +616,7 @@ def backward_apply(
     """
     M, C = nhwc_shape(x)
     nhwc_shape(dout)
-    t = tiling(M, C)
+    t = tiling(M, C, _ELEMENTS // 2)  # with more, the five vectors per channel would spill registers
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
     with torch.cuda.device_of(x):

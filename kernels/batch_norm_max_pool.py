@@ -12,8 +12,6 @@ Passes over y-sized activations, out-sized ones (a quarter) in brackets: forward
 windows, at most four, so there are no atomics.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -129,7 +127,6 @@ def pool_backward_reduce_kernel(
     """Per program: sum g, sum g * xhat over STEPS tiles. Grid (T, column tiles)."""
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = cols < C
-    mean = tl.load(stats + cols, mask=live)
     sum_g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     first = tl.program_id(0) * STEPS
@@ -137,11 +134,12 @@ def pool_backward_reduce_kernel(
         n = tl.cast(step // TILES, tl.int64)
         pixels = (step % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
         mask = (pixels < H * W)[:, None] & live[None, :]
-        value = tl.load(y + n * H * W * C + pixels[:, None] * C + cols[None, :], mask=mask, other=0.0).to(ACC)
         pooled = n * P * Q * C
         g = gather_grad(dout + pooled, out + pooled, tap + pooled, pixels, cols, H, W, P, Q, C, ACC, BLOCK_M, BLOCK_C)
         sum_g += g
-        sum_gx = tl.fma(g, tl.where(mask, value - mean[None, :], 0.0), sum_gx)
+        value = tl.load(y + n * H * W * C + pixels[:, None] * C + cols[None, :], mask=mask, other=0.0).to(ACC)
+        mean = tl.load(stats + cols, mask=live)  # again in each step: eight registers that the gather needs
+        sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond the image
     invstd = tl.load(stats + C + cols, mask=live)
     index = tl.program_id(0) * C + cols
     tl.store(partial + index, tl.sum(sum_g, 0), mask=live)
@@ -191,7 +189,7 @@ def pool_backward_apply_kernel(
 
 # ---- launchers -------------------------------------------------------------------------------------------------
 
-_THREADS = 128
+_THREADS = 128  # 4 warps
 
 
 def _tiling(M: int, x: Tensor) -> Tiling:
@@ -200,9 +198,7 @@ def _tiling(M: int, x: Tensor) -> Tiling:
     With more, the compiler would give each thread 16 bytes of tap too, that is several vectors of x in a row, and
     neighbouring threads would no longer share sectors.
     """
-    t = tiling(M, x.shape[1], _THREADS * 16 // x.element_size())
-    warps = t.BLOCK_M * t.BLOCK_C * x.element_size() // (16 * 32)
-    return replace(t, num_warps=max(1, warps))
+    return tiling(M, x.shape[1], _THREADS * 16 // x.element_size())
 
 
 def out_size(size: int) -> int:

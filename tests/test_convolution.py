@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import assert_as_exact_as_eager
+from tests.parity import assert_as_exact_as_eager
 from torch.nn.functional import conv2d
 
 from resnet.convolution import convolve, convolve_backward, is_small
