@@ -1,0 +1,1 @@
+"""Benchmarks: `pytest benchmarks --benchmark-only`, and interleaved pairs with `python -m benchmarks.compare`."""

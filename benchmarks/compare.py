@@ -1,0 +1,384 @@
+"""Interleaved pairs of fused against eager and torch.compile: `python -m benchmarks.compare --help`.
+
+Both of a pair run right after each other, each pair the other way round than the last, so that what drifts (clock
+rates, other processes) touches both alike and drops out of their ratio. Same weights, inputs and memory format
+(channels_last).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from benchmarks.common import Row
+from resnet.data import DatasetError, FashionMNIST, load
+
+RIVALS = ("eager", "compile")
+BLOCK_CASES = tuple(f"block{stage}-{mode}" for stage in (1, 2, 3, 4) for mode in ("train", "inference"))
+CASES = ("resnet18-train", "resnet18-inference", *BLOCK_CASES)
+DEFAULT_CASES = ("resnet18-train", "resnet18-inference", "block1-train", "block1-inference")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHANNELS = (64, 128, 256, 512)  # of the stages' identity blocks
+IMAGE_BATCHES = 4
+MIN_RESIZE = 28  # the images' own size; they are enlarged only
+SIDE_SECONDS = 0.05  # each side of a pair is called as often as lasts so long, both equally often
+
+
+class UsageError(ValueError):
+    """A setting cannot be used; the message, one line, names it and what was expected."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare, and how. Raises UsageError for a value out of its range."""
+
+    pairs: int
+    batch_size: int
+    resize: int  # pixels; the blocks' inputs have the size that images of this size have in their stage
+    cases: tuple[str, ...]
+    rivals: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype  # other than float32: under autocast
+
+    def __post_init__(self) -> None:
+        _require(self.pairs >= 1, "--pairs", "at least 1", self.pairs)
+        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        _require(self.resize >= MIN_RESIZE, "--resize", f"at least {MIN_RESIZE} pixels", self.resize)
+        smallest = min((self.stage_size(_stage(case)) for case in self.cases if case.endswith("-train")), default=2)
+        if smallest**2 * self.batch_size == 1:
+            raise UsageError(
+                f"--batch-size 1 with --resize {self.resize}: a stage has one value per channel, which BatchNorm "
+                "cannot normalise in training; expected a batch of 2, or larger images"
+            )
+
+    def stage_size(self, stage: int) -> int:
+        """Height and width of the activations in stage 1 to 4: the images' size halved, rounded up, 2 to 5 times."""
+        return math.ceil(self.resize / 2 ** (stage + 1))
+
+    def row(self, implementation: str) -> Row:
+        return Row(implementation, self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Seconds per call of the pairs of one case against one rival."""
+
+    case: str
+    rival: str
+    calls: int  # per side of a pair
+    fused_seconds: tuple[float, ...]
+    rival_seconds: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Time fused / time of the rival, pair by pair: below 1, fused is the faster."""
+        return [fused / rival for fused, rival in zip(self.fused_seconds, self.rival_seconds)]
+
+    def to_json(self) -> dict[str, Any]:
+        ratios = self.ratios
+        median = statistics.median(ratios)
+        return {
+            **dataclasses.asdict(self),
+            "ratio_median": median,
+            "ratio_min": min(ratios),
+            "ratio_max": max(ratios),
+            "speedup": 1 / median,
+        }
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------
+
+
+def workload(case: str, row: Row, settings: Settings, data: FashionMNIST | None) -> Callable[[], None]:
+    """The function without arguments that `case` times for `row`; `data` is wanted for ResNet-18 only."""
+    what, mode = case.split("-")
+    if what == "resnet18":
+        module, run = common.net(row)
+        count = IMAGE_BATCHES if mode == "train" else 1
+        batches = common.images(row, data, settings.batch_size, count, settings.resize)
+        if mode == "train":
+            return common.training_step(row, module, run, batches)
+        x = batches[0][0]
+    else:
+        module, run, x = _block(row, _stage(case), settings)
+        if mode == "train":
+            module.train()
+            return common.forward_backward(row, run, x, module.parameters())
+    module.eval()
+    return common.inference(row, run, x)
+
+
+def _block(row: Row, stage: int, settings: Settings):
+    channels, size = CHANNELS[stage - 1], settings.stage_size(stage)
+    module, run = common.residual(row, channels, channels, stride=1)
+    return module, run, common.activations(row, settings.batch_size, channels, size, size)
+
+
+def _stage(case: str) -> int:
+    """The stage of a block's case; for the whole net the last, whose activations are the smallest."""
+    return int(case[len("block")]) if case.startswith("block") else len(CHANNELS)
+
+
+def measure(case: str, rival: str, settings: Settings, data: FashionMNIST | None) -> Result:
+    """Times `settings.pairs` pairs, after a warm-up that compiles, and chooses how often each side is called."""
+    rows = (settings.row("fused"), settings.row(rival))
+    now = common.clock(settings.device)
+    # Whichever side runs has its backend in force, also while it is built.
+    sides = []
+    for row in rows:
+        with row.scope():
+            sides.append(workload(case, row, settings, data))
+    calls = []
+    for row, side in zip(rows, sides):
+        with row.scope():
+            calls.append(common.calls_lasting(SIDE_SECONDS, side, now))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for pair in range(settings.pairs):
+        for i in (0, 1) if pair % 2 == 0 else (1, 0):
+            with rows[i].scope():
+                seconds[i].append(common.timed(sides[i], max(calls), now))
+    return Result(case, rival, max(calls), tuple(seconds[0]), tuple(seconds[1]))
+
+
+def saved_bytes(settings: Settings, data: FashionMNIST) -> dict[str, dict[str, int]]:
+    """Bytes saved for backward: of each stage's identity block, without its input, and of the whole net."""
+    result: dict[str, dict[str, int]] = {}
+    for implementation in ("fused", "eager"):
+        row = settings.row(implementation)
+        with row.scope():
+            for stage in range(1, len(CHANNELS) + 1):
+                if settings.stage_size(stage) ** 2 * settings.batch_size > 1:
+                    module, run, x = _block(row, stage, settings)
+                    saved = common.block_saved_bytes(row, module, run, x)
+                    result.setdefault(f"block{stage}", {})[implementation] = saved
+            if settings.stage_size(len(CHANNELS)) ** 2 * settings.batch_size > 1:
+                module, run = common.net(row)
+                x, _ = common.images(row, data, settings.batch_size, 1, settings.resize)[0]
+                saved = common.module_saved_bytes(row, module, run, x)
+                result.setdefault("resnet18", {})[implementation] = saved
+    return result
+
+
+# ---- reporting ------------------------------------------------------------------------------------------------
+
+
+def results_table(results: list[Result]) -> str:
+    head = (
+        f"{'case':<19} {'rival':<8} {'fused ms':>9} {'rival ms':>9}   "
+        f"{'fused/rival':>11} {'min':>6} {'max':>6}   {'speed-up':>8}"
+    )
+    lines = [head]
+    for result in results:
+        fused, rival = (1e3 * statistics.median(s) for s in (result.fused_seconds, result.rival_seconds))
+        figures = result.to_json()
+        lines.append(
+            f"{result.case:<19} {result.rival:<8} {fused:>9.2f} {rival:>9.2f}   {figures['ratio_median']:>11.3f} "
+            f"{figures['ratio_min']:>6.3f} {figures['ratio_max']:>6.3f}   {figures['speedup']:>8.3f}"
+        )
+    return "\n".join(lines)
+
+
+def saved_table(saved: dict[str, dict[str, int]]) -> str:
+    lines = [f"{'saved for backward':<19} {'fused':>14} {'eager':>14}   {'fused/eager':>11}"]
+    for what, size in saved.items():
+        fused, eager = size["fused"], size["eager"]
+        lines.append(f"{what:<19} {fused:>12,} B {eager:>12,} B   {fused / eager:>11.3f}")
+    return "\n".join(lines)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """`write` to a file beside `path`, then rename: a file that was there stays until the new one is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")  # a plot's format is its suffix
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plot(results: list[Result], title: str, path: Path) -> None:
+    """One mark per pair and a bar at the median, for each case and rival; the format is that of path's suffix."""
+    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+
+    figure = Figure(figsize=(8, 1.5 + 0.45 * len(results)), layout="constrained")
+    axes = figure.subplots()
+    for y, result in enumerate(results):
+        ratios = result.ratios
+        axes.scatter(ratios, [y] * len(ratios), s=12, alpha=0.5, color="C0" if result.rival == "eager" else "C1")
+        axes.plot([statistics.median(ratios)] * 2, [y - 0.35, y + 0.35], color="black")
+    axes.axvline(1, color="gray", linewidth=1)
+    axes.set_yticks(range(len(results)), [f"{result.case} / {result.rival}" for result in results])
+    axes.invert_yaxis()
+    axes.set_xlabel("time fused / time of the rival, pair by pair (below 1: fused is faster; bar: median)")
+    axes.set_title(title, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the page of usage before it
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--pairs", type=int, default=15, help="pairs per case and rival (default: 15)")
+    parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
+    parser.add_argument("--resize", type=int, default=96, help="pixels of the images (default: 96)")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        default=DEFAULT_CASES,
+        metavar="CASE",
+        help=f"of {', '.join(CASES)}; default: {' '.join(DEFAULT_CASES)}. blockN: the identity block of stage N",
+    )
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, metavar="RIVAL", help="of eager, compile; default: both")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="other than float32: autocast to it")
+    parser.add_argument("--data", help="folder of Fashion-MNIST; without: see resnet.data.load")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every pair and the figures to this file")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the ratios; needs matplotlib")
+    return parser
+
+
+def _require(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise UsageError(f"{name}: expected {expected}, got {got}")
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    _require(device.type == "cuda", "--device", "auto, cpu, cuda or cuda:N", repr(name))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    _require(count > 0, "--device", "auto or cpu, since PyTorch finds no CUDA device here", name)
+    _require((device.index or 0) < count, "--device", f"one of cuda:0 to cuda:{count - 1}", name)
+    device = torch.device("cuda", device.index or 0)
+    torch.cuda.set_device(device)  # the clock's events are recorded on the current one
+    return device
+
+
+def _check_writable(name: str, path: Path) -> None:
+    _require(path.parent.is_dir(), name, "a path in an existing folder", path)
+    _require(not path.is_dir(), name, "a file's path", f"the folder {path}")
+    _require(os.access(path.parent, os.W_OK), name, "a path in a folder that may be written", path)
+
+
+def _check_plot(path: Path) -> None:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
+    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    _require(path.suffix[1:] in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
+    _check_writable("--plot", path)
+
+
+def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, ...]:
+    reason = common.compile_unavailable(device.type) if asked is None or "compile" in asked else None
+    if reason and asked is not None:
+        raise UsageError(f"--rivals compile: {reason}")
+    if reason:
+        print(f"rival compile skipped: {reason}", file=sys.stderr)
+        return ("eager",)
+    return tuple(dict.fromkeys(asked or RIVALS))
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
+    device = _device(args.device)
+    if args.json is not None:
+        _check_writable("--json", args.json)
+    if args.plot is not None:
+        _check_plot(args.plot)
+    settings = Settings(
+        args.pairs,
+        args.batch_size,
+        args.resize,
+        tuple(dict.fromkeys(args.cases)),
+        RIVALS,
+        device,
+        DTYPES[args.dtype],
+    )
+    if reason := common.unavailable(settings.row("fused")):
+        raise UsageError(reason)
+    data = load(args.data)
+    n = len(data.train_images)
+    _require(settings.batch_size <= n, "--batch-size", f"at most {n}, the images there are", settings.batch_size)
+    return dataclasses.replace(settings, rivals=_usable_rivals(args.rivals, device)), data
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        settings, data = _prepare(args)
+    except (UsageError, DatasetError) as error:
+        parser.error(str(error))
+    fused = settings.row("fused")
+    environment = common.environment(settings.device)
+    title = (
+        f"batch {settings.batch_size}, images {settings.resize}x{settings.resize}, {args.dtype}\n"
+        f"{environment['device']}, torch {environment['torch']}, {fused.backend} backend"
+    )
+    print(title)
+    print(f"Fashion-MNIST: {data.source}; {settings.pairs} pairs each", flush=True)
+
+    results: list[Result] = []
+    saved: dict[str, dict[str, int]] = {}
+    interrupted = False
+    try:
+        saved = saved_bytes(settings, data)
+        for case in settings.cases:
+            for rival in settings.rivals:
+                print(f"measuring {case} against {rival}", file=sys.stderr, flush=True)
+                results.append(measure(case, rival, settings, data))
+    except KeyboardInterrupt:
+        interrupted = True
+        print("stopped: what follows is what was measured in full", file=sys.stderr)
+
+    print(f"\n{results_table(results)}\n\n{saved_table(saved)}")
+    if args.json is not None:
+        report = {
+            "environment": environment,
+            "backend": fused.backend,
+            "data": data.source,
+            "batch_size": settings.batch_size,
+            "resize": settings.resize,
+            "dtype": args.dtype,
+            "pairs": settings.pairs,
+            "interrupted": interrupted,
+            "results": [result.to_json() for result in results],
+            "saved_bytes": saved,
+        }
+        text = json.dumps(report, indent=1) + "\n"
+        write_atomically(args.json, lambda path: path.write_text(text))
+        print(f"\nwritten: {args.json}")
+    if args.plot is not None and results:
+        write_atomically(args.plot, lambda path: plot(results, title, path))
+        print(f"\nwritten: {args.plot}")
+    return 130 if interrupted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""The kernels as compiled code, executed on the CPU by the optional module `ptxsim`, an emulator of Triton's PTX.
+
+Tests take the fixture `emulate`, which skips them where that cannot be done.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from kernels import batch_norm as kernels
+
+# Results of each kernel: they count as uninitialised until the launch itself has written them. `dx` is not among them,
+# since it may be `dout`.
+_RESULTS = {
+    "statistics_kernel": ("partial",),
+    "finalize_kernel": ("stats",),
+    "freeze_kernel": ("stats",),
+    "apply_kernel": ("out",),
+    "backward_reduce_kernel": ("partial",),
+    "backward_finalize_kernel": ("sums", "dweight", "dbias"),
+    "backward_apply_kernel": ("dshortcut",),
+}
+
+
+def _reason_to_skip() -> str | None:
+    if importlib.util.find_spec("ptxsim") is None:
+        return "the optional module ptxsim, which emulates compiled kernels, is not installed"
+    if isinstance(kernels.apply_kernel, InterpretedFunction):
+        return "the kernels are interpreted in this process (TRITON_INTERPRET); run pytest tests/emulated on its own"
+    if torch.cuda.is_available():
+        return "a GPU is here, on which the other tests run compiled; the emulator takes CPU tensors"
+    return None
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def emulate(request) -> Callable[..., AbstractContextManager[list]]:
+    """`with emulate() as launches:` runs launches as code compiled for the device; one report each.
+
+    Keywords are `ptxsim.capture`'s, such as `select`, the programs to run of a launch.
+
+    On leaving, no launch may have reported a race, a stray, misaligned or uninitialised access, or anything else.
+    """
+    reason = _reason_to_skip()
+    if reason is not None:
+        pytest.skip(reason)
+    import ptxsim
+
+    @contextmanager
+    def launches(**options) -> Iterator[list]:
+        uninitialised = lambda kernel, argument: argument in _RESULTS.get(kernel, ())  # noqa: E731
+        with ptxsim.capture(arch=request.param, strict=False, poison=uninitialised, **options) as captured:
+            yield captured.reports
+        assert captured.reports, "nothing was launched"
+        for report in captured.reports:
+            assert not report.errors and not report.warnings, str(report)
+
+    return launches
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """What is allocated starts as NaN, so that an element that no program wrote fails every comparison."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,385 @@
+"""Each kernel of `kernels/batch_norm.py` as compiled code: parity, and what it asks of the memory and the registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels import batch_norm as kernels
+from resnet import reference
+from resnet.norm import statistics_dtype
+from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.parity import assert_as_exact_as_eager
+
+EPS = 1e-5
+FLOATS = (*HALF, torch.float32)
+
+
+# ---- the limits ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Activations that a launch has to read and to write when every byte is moved once, and the kernel it launches."""
+
+    kernel: str
+    reads: int
+    writes: int
+
+
+FLOORS = {
+    "statistics": Floor("statistics_kernel", 1, 0),
+    "apply": Floor("apply_kernel", 1, 1),
+    "apply, add": Floor("apply_kernel", 2, 1),
+    "reduce, mask from out": Floor("backward_reduce_kernel", 3, 0),
+    "reduce, mask from x": Floor("backward_reduce_kernel", 2, 0),
+    "reduce, no relu": Floor("backward_reduce_kernel", 2, 0),
+    "apply', mask from out": Floor("backward_apply_kernel", 3, 1),
+    "apply', mask from out, shortcut's gradient": Floor("backward_apply_kernel", 3, 2),
+    "apply', mask from x": Floor("backward_apply_kernel", 2, 1),
+    "apply', no relu": Floor("backward_apply_kernel", 2, 1),
+    "frozen apply', mask from out": Floor("backward_apply_kernel", 2, 1),
+    "frozen apply', mask from out, shortcut's gradient": Floor("backward_apply_kernel", 2, 2),
+    "frozen apply', mask from x": Floor("backward_apply_kernel", 2, 1),
+    "frozen apply', no relu": Floor("backward_apply_kernel", 1, 1),
+}
+# Of the bytes at the floor. In half precision the partials of a reduction are 1.6% of an activation at this shape, and
+# per-channel vectors less than 0.3%.
+TRAFFIC_OVER_FLOOR = 1.03
+TRAFFIC_SHAPE = (8, 64, 24, 24)
+# Bytes that activations' loads and stores ask for, of the 32-byte sectors they touch. The merge kernels are exempt, as
+# are the stores of partials: they move a hundredth of what the others do, a few channels wide to have programs enough.
+SECTOR_EFFICIENCY = 0.95
+# Of each load and store of activations by one thread: 16, less the few that the first and the last row do without.
+ACCESS_BYTES = 14
+MULTIPLES_OF_8 = (8, 24, 40, 64, 72, 128)
+SPILLED_BYTES = 0
+STAGES = (64, 128, 256, 512)  # ResNet's channel counts
+
+
+# ---- launches ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """Tensors for one launch of anything. `out` is no output of `stats`: any mask will do."""
+
+    x: Tensor
+    shortcut: Tensor
+    dout: Tensor
+    out: Tensor
+    stats: Tensor
+    sums: Tensor
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+        C, acc = shape[1], statistics_dtype(dtype)
+        x, shortcut, dout, out = (draw(*shape, seed=seed, dtype=dtype) for seed in range(4))
+        return Case(x, shortcut, dout, out, draw(4, C, seed=4, dtype=acc), draw(2, C, seed=5, dtype=acc))
+
+
+LAUNCHES: dict[str, Callable[[Case], object]] = {
+    "statistics": lambda c: kernels.statistics(c.x, None, None, None, None, 0.1, EPS),
+    "apply": lambda c: kernels.apply(c.x, c.stats),
+    "apply, add": lambda c: kernels.apply(c.x, c.stats, c.shortcut),
+    "reduce, mask from out": lambda c: kernels.backward_reduce(c.dout, c.x, c.out, c.stats),
+    "reduce, mask from x": lambda c: kernels.backward_reduce(c.dout, c.x, None, c.stats),
+    "reduce, no relu": lambda c: kernels.backward_reduce(c.dout, c.x, None, c.stats, relu=False),
+    "apply', mask from out": lambda c: kernels.backward_apply(c.dout, c.x, c.out, c.stats, c.sums),
+    "apply', mask from out, shortcut's gradient": lambda c: kernels.backward_apply(
+        c.dout, c.x, c.out, c.stats, c.sums, dshortcut=torch.empty_like(c.x)
+    ),
+    "apply', mask from x": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, c.sums),
+    "apply', no relu": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, c.sums, relu=False),
+    "frozen apply', mask from out": lambda c: kernels.backward_apply(c.dout, c.x, c.out, c.stats, None),
+    "frozen apply', mask from out, shortcut's gradient": lambda c: kernels.backward_apply(
+        c.dout, c.x, c.out, c.stats, None, dshortcut=torch.empty_like(c.x)
+    ),
+    "frozen apply', mask from x": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, None),
+    "frozen apply', no relu": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, None, relu=False),
+}
+
+
+def launch(emulate, name: str, shape: tuple[int, ...], dtype: torch.dtype):
+    """The report of the kernel that moves activations, and the bytes of one activation."""
+    case = Case.of(shape, dtype)
+    with emulate() as launches:
+        LAUNCHES[name](case)
+    (report,) = (r for r in launches if r.name == FLOORS[name].kernel)
+    return report, case.x.numel() * case.x.element_size()
+
+
+per_launch = pytest.mark.parametrize("name", LAUNCHES)
+per_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+
+
+# ---- traffic, accesses, registers ----------------------------------------------------------------------------------
+
+
+@per_launch
+@per_dtype
+def test_bytes_moved_are_at_the_floor(emulate, name, dtype):
+    report, activation = launch(emulate, name, TRAFFIC_SHAPE, dtype)
+    floor = FLOORS[name]
+    for sectors, passes in (
+        (report.unique_read_sectors, floor.reads),
+        (report.unique_read_sectors + report.unique_write_sectors, floor.reads + floor.writes),
+    ):
+        assert passes * activation <= 32 * sectors <= TRAFFIC_OVER_FLOOR * passes * activation
+
+
+@pytest.mark.parametrize("C", MULTIPLES_OF_8)
+@per_launch
+def test_whole_sectors_are_moved_by_wide_accesses(emulate, name, C):
+    """Of two launches that differ in the rows of one tile only: what differs is the activations' traffic."""
+    cut = kernels.tiling(1024, C)
+    lanes = 32 * C / (-(-C // cut.BLOCK_C) * cut.BLOCK_C)  # of a warp; the others' columns lie beyond C
+    before = 3 * cut.rows
+    for dtype in (torch.float16, torch.float32):
+        few, many = (launch(emulate, name, (1, C, 1, M), dtype)[0] for M in (before + 1, before + cut.BLOCK_M // 2 - 1))
+        assert few.ptx == many.ptx and few.grid == many.grid
+        for access in ("gld", "gst") if FLOORS[name].writes else ("gld",):
+            requests, sectors, moved = (
+                getattr(many, f"{access}_{unit}") - getattr(few, f"{access}_{unit}")
+                for unit in ("requests", "sectors", "bytes")
+            )
+            assert moved >= SECTOR_EFFICIENCY * 32 * sectors > 0, (access, dtype)
+            assert moved >= ACCESS_BYTES * lanes * requests, (access, dtype)
+
+
+@pytest.mark.parametrize("C", STAGES)
+@per_launch
+def test_no_register_is_spilled_at_the_channel_counts_of_resnet(emulate, name, C):
+    for dtype in FLOATS:
+        case = Case.of((1, C, 8, 8), dtype)
+        with emulate() as launches:
+            LAUNCHES[name](case)
+        for report in launches:
+            used = report.ptxas()
+            assert used["registers"] > 0
+            assert used["spill_stores"] + used["spill_loads"] <= SPILLED_BYTES, (report.name, dtype, used)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+SHAPES = {
+    "two rows, one channel": (2, 1, 1, 1),
+    "three channels, several partials": (1, 3, 41, 41),
+    "several tiles each, ragged": (3, 64, 10, 20),
+    "a hundred channels, ragged": (2, 100, 13, 23),
+}
+per_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+def chain(shape: tuple[int, ...], dtype: torch.dtype, results: list[Tensor] | None = None) -> dict[str, tuple]:
+    """Every launcher once: name -> (fused, eager, exact), each judged by the inputs that the kernel had."""
+    acc, C = statistics_dtype(dtype), shape[1]
+    x, shortcut, dout = (draw(*shape, seed=seed, dtype=dtype) for seed in range(3))
+    weight, bias, conv_bias = (draw(C, seed=seed, dtype=acc) for seed in (3, 4, 5))
+    running = draw(C, seed=6, dtype=acc), draw(C, seed=7, dtype=acc).abs()
+    mine, eagers, exacts = ([v.to(d, copy=True) for v in running] for d in (acc, acc, torch.float64))
+
+    stats = kernels.statistics(x, weight, bias, *mine, 0.1, EPS, conv_bias)
+    frozen = kernels.freeze(*running, weight, bias, EPS, conv_bias, acc)
+    out, skipped = kernels.apply(x, stats), kernels.apply(x, stats, shortcut, shortcut_shift=bias)
+    scaled = kernels.apply(x, stats, shortcut, weight, bias, relu=False)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    sums = kernels.backward_reduce(dout, x, skipped, stats, True, dweight, dbias)
+    dshortcut = torch.empty_like(x)
+    dx = kernels.backward_apply(dout, x, skipped, stats, sums, dshortcut=dshortcut)
+    dx_frozen = kernels.backward_apply(dout, x, skipped, stats, None)
+    recomputed = [kernels.backward_reduce(dout, x, None, stats), kernels.backward_reduce(dout, x, out, stats)]
+    recomputed += [kernels.backward_apply(dout, x, mask, stats, sums) for mask in (None, out)]
+
+    g = torch.where(skipped <= 0, 0, dout)
+    torch.testing.assert_close(dshortcut, g, rtol=0, atol=0)
+    for fresh, stored in (recomputed[:2], recomputed[2:], (dweight, sums[1]), (dbias, sums[0])):
+        torch.testing.assert_close(fresh, stored, rtol=0, atol=0)
+    if results is not None:
+        results += [*mine, stats, frozen, out, skipped, scaled, sums, dx, dx_frozen, dshortcut]
+
+    def plain(d: torch.dtype, updated: list[Tensor]) -> list[Tensor]:
+        rounded = dtype if d == acc else d
+        X, S, w, b, (mean, invstd, scale, shift) = x.to(d), shortcut.to(d), weight.to(d), bias.to(d), stats.to(d)
+        F.batch_norm(X + conv_bias.to(d).view(1, -1, 1, 1), *updated, None, None, True, 0.1, EPS)
+        batch = reference.batch_norm_statistics(X)
+        frozen_mean, frozen_invstd = running[0].to(d) - conv_bias.to(d), 1 / torch.sqrt(running[1].to(d) + EPS)
+        apply_grad = (g.to(d), X, mean, invstd, scale, *sums.to(d))
+        return [
+            batch[0],
+            1 / torch.sqrt(batch[1] + EPS),
+            *updated,
+            frozen_mean,
+            frozen_invstd,
+            frozen_invstd * w,
+            b - frozen_mean * frozen_invstd * w,
+            reference.batch_norm_apply(X, scale, shift).to(rounded),
+            reference.batch_norm_apply(X, scale, shift, S, None, b).to(rounded),
+            reference.batch_norm_apply(X, scale, shift, S, w, b, relu=False).to(rounded),
+            *reference.batch_norm_backward_reduce(g.to(d), X, mean, invstd),
+            reference.batch_norm_backward_apply(*apply_grad, True).to(rounded),
+            reference.batch_norm_backward_apply(*apply_grad, False).to(rounded),
+        ]
+
+    names = ["mean", "invstd", "running mean", "running var", *(f"frozen stats {i}" for i in range(4))]
+    names += ["out", "out of add", "out of scaled add", "sum g", "sum g * xhat", "dx", "frozen dx"]
+    fused = [*stats[:2], *mine, *frozen, out, skipped, scaled, *sums, dx, dx_frozen]
+    return dict(zip(names, zip(fused, plain(acc, eagers), plain(torch.float64, exacts), strict=True), strict=True))
+
+
+@per_shape
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_results_are_as_exact_as_eager_and_the_same_bits_twice(emulate, dtype, shape):
+    first, second = [], []
+    with emulate():
+        judged = chain(shape, dtype, first)
+        chain(shape, dtype, second)
+    for name, (fused, eager, exact) in judged.items():
+        assert_as_exact_as_eager(name, [fused], [eager], [exact])
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_float64_is_float64_throughout(emulate):
+    """Momentum and eps included, which a launch passes by value: float32's 0.1 is wrong by 1.5e-9."""
+    with emulate():
+        judged = chain((2, 6, 7, 5), torch.float64)
+    for name, (fused, eager, exact) in judged.items():
+        assert_as_exact_as_eager(name, [fused], [eager], [exact])
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["mask from out", "mask from x"])
+@per_dtype
+def test_relu_keeps_nan_and_a_nan_output_passes_its_gradient(emulate, dtype, stored):
+    x = draw(2, 3, 4, 5, dtype=dtype)
+    x[0, :, 1, 2] = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)
+    stats, dout, dshortcut = torch.ones(4, 3), torch.ones_like(x), torch.empty_like(x)
+    with emulate():
+        out = kernels.apply(x, stats)
+        mask = out if stored else None
+        sums = kernels.backward_reduce(dout, x, mask, stats)
+        dx = kernels.backward_apply(dout, x, mask, stats, None, dshortcut=dshortcut)
+    torch.testing.assert_close(out, torch.relu(x + 1), rtol=0, atol=0, equal_nan=True)
+    assert dshortcut[0, :, 1, 2].tolist() == dx[0, :, 1, 2].tolist() == [1, 1, 0]
+    assert sums[0].tolist() == (~(out <= 0)).sum((0, 2, 3)).tolist()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_running_statistics_in_half_precision_are_rounded_once(emulate, dtype):
+    x = draw(3, 6, 7, 5, dtype=dtype)
+    running = [draw(6, seed=1, dtype=dtype), draw(6, seed=2, dtype=dtype).abs()]
+    exact = [v.double() for v in running]
+    with emulate():
+        kernels.statistics(x, None, None, *running, 0.1, EPS)
+    F.batch_norm(x.double(), *exact, None, None, True, 0.1, EPS)
+    for fused, expected in zip(running, exact):
+        # half an ulp, and of the float32 before it an error that can only tip a value over to its other neighbour
+        bound = (0.5 + 2**-6) * torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).tiny
+        assert ((fused.double() - expected).abs() <= bound).all()
+
+
+@per_dtype
+def test_the_gradient_may_be_replaced_by_the_result(emulate, dtype):
+    case = Case.of((3, 64, 10, 20), dtype)
+    with emulate():
+        expected = kernels.backward_apply(case.dout, case.x, case.out, case.stats, case.sums)
+        kernels.backward_apply(case.dout, case.x, case.out, case.stats, case.sums, dx=case.dout)
+    torch.testing.assert_close(case.dout, expected, rtol=0, atol=0)
+
+
+# ---- beyond 2^31 elements --------------------------------------------------------------------------------------------
+
+
+class Displaced:
+    """A tensor that stands where its last rows do in a far larger one: only offsets of 64 bits find them there."""
+
+    def __init__(self, tensor: Tensor, elements: int):
+        self._tensor, self._elements = tensor, elements
+        self.dtype, self.device, self.shape, self.stride = tensor.dtype, tensor.device, tensor.shape, tensor.stride
+        self.numel, self.element_size, self.untyped_storage = tensor.numel, tensor.element_size, tensor.untyped_storage
+
+    def data_ptr(self) -> int:
+        return self._tensor.data_ptr() - self._elements * self._tensor.element_size()
+
+
+C, BLOCK_M = 64, 32
+TILE = {"C": C, "ACC": tl.float32, "BLOCK_M": BLOCK_M, "BLOCK_C": C, "num_warps": 4, **kernels.FLAGS}
+ROWS = 20  # of the last program
+ROWS_BEFORE = 2**27  # 2^33 elements
+TILES = ROWS_BEFORE // BLOCK_M // 2  # of each of the two reducing programs before
+
+
+@pytest.fixture
+def far() -> dict[str, Tensor]:
+    """The last rows of dout, x and out, a spare tile below them, and the stats of their channels."""
+    rows = {name: draw(BLOCK_M, C, seed=seed, dtype=torch.float16) for seed, name in enumerate(("dout", "x", "out"))}
+    return {**rows, "stats": draw(4, C, seed=3)}
+
+
+def displaced(rows: Tensor) -> Displaced:
+    return Displaced(rows, ROWS_BEFORE * C)
+
+
+def last_program(emulate) -> AbstractContextManager[list]:
+    return emulate(bounds="storage", select=lambda kernel, grid: [grid[0] - 1])
+
+
+def test_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
+    x, shortcut, out = far["x"], far["dout"], far["out"]
+    before = out.clone()
+    with last_program(emulate):
+        kernels.apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
+            *(displaced(x), far["stats"], displaced(shortcut), None, None, displaced(out), ROWS_BEFORE + ROWS),
+            RELU=True,
+            **TILE,
+        )
+    exact = torch.relu(x.double() * far["stats"][2] + far["stats"][3] + shortcut)
+    torch.testing.assert_close(out[:ROWS].double(), exact[:ROWS], rtol=torch.finfo(torch.float16).eps, atol=1e-6)
+    torch.testing.assert_close(out[ROWS:], before[ROWS:], rtol=0, atol=0)
+
+
+def test_backward_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
+    dout, x, out, stats = far.values()
+    dx, dshortcut = torch.empty_like(x), torch.empty_like(x)
+    with last_program(emulate):
+        kernels.backward_apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
+            *(displaced(dout), displaced(x), displaced(out), stats, torch.zeros(2, C), displaced(dx)),
+            *(displaced(dshortcut), ROWS_BEFORE + ROWS),
+            RELU=True,
+            **TILE,
+        )
+    g = torch.where(out <= 0, 0, dout)
+    torch.testing.assert_close(dshortcut[:ROWS], g[:ROWS], rtol=0, atol=0)
+    torch.testing.assert_close(dx[:ROWS], (g * stats[2]).half()[:ROWS], rtol=0, atol=0)
+    assert dx[ROWS:].isnan().all() and dshortcut[ROWS:].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", ["statistics", "backward_reduce"])
+def test_a_reduction_reaches_beyond_2_to_the_31_elements(emulate, far, kernel):
+    dout, x, out, stats = far.values()
+    partial = torch.empty(2, 3, C)
+    with last_program(emulate):
+        if kernel == "statistics":
+            kernels.statistics_kernel[(3, 1)](displaced(x), partial, ROWS_BEFORE + ROWS, 3, TILES, **TILE)
+        else:
+            kernels.backward_reduce_kernel[(3, 1)](
+                *(displaced(dout), displaced(x), displaced(out), stats, partial, ROWS_BEFORE + ROWS, 3, TILES),
+                RELU=True,
+                **TILE,
+            )
+    values = x[:ROWS].double()
+    g = torch.where(out <= 0, 0, dout)[:ROWS].double()
+    if kernel == "statistics":
+        expected = values.mean(0), values.var(0, unbiased=False) * ROWS
+    else:
+        expected = g.sum(0), (g * (values - stats[0]) * stats[1]).sum(0)
+    # as far as float32 goes in twenty summands of size 1 to 10
+    torch.testing.assert_close(partial[:, 2].double(), torch.stack(expected), rtol=1e-5, atol=1e-4)
+    assert partial[:, :2].isnan().all()

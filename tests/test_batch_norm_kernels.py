@@ -1,0 +1,580 @@
+"""Each launcher of `kernels/batch_norm.py` against the functional references, judged in float64.
+
+Interpreted where there is no GPU, compiled where there is one. "Eager" is the reference in the type of the statistics,
+rounded once to the stored type: the most exact that plain PyTorch does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime.interpreter import InterpretedFunction
+
+from kernels import batch_norm as kernels
+from resnet import reference
+from resnet.norm import statistics_dtype
+from tests.blocks import DTYPES, HALF, draw, name_of, one_thread  # noqa: F401
+from tests.conftest import DEVICE
+from tests.parity import assert_as_exact_as_eager
+
+DRAWS = 3
+EPS = 1e-5
+
+# To bfloat16 Triton's interpreter cuts float32 off where compiled code rounds: bits can be compared only on a GPU.
+_CUTS_OFF = isinstance(kernels.apply_kernel, InterpretedFunction)
+ROUNDED_DTYPES = [
+    pytest.param(d, marks=pytest.mark.skipif(_CUTS_OFF and d == torch.bfloat16, reason="the interpreter cuts off"))
+    for d in DTYPES
+]
+ROUNDED_HALF = ROUNDED_DTYPES[: len(HALF)]
+
+# Of NaN and Inf on purpose, by the interpreter's NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+# How a matrix of M rows and C columns is cut, with a shape that is cut so. `test_shapes_are_cut_as_their_names_say`.
+SHAPES = {
+    "two rows, one channel": (2, 1, 1, 1),
+    "one tile, padded columns": (1, 3, 3, 5),
+    "one tile, six of eight columns": (2, 6, 3, 5),
+    "one channel, several partials": (5, 1, 31, 29),
+    "few channels, several partials": (1, 3, 41, 41),
+    "whole tiles": (2, 64, 16, 16),
+    "several tiles each, ragged": (3, 64, 10, 20),
+    "two column tiles, ragged both ways": (1, 112, 13, 23),
+    "a hundred channels": (1, 100, 3, 5),
+}
+RAGGED = SHAPES["several tiles each, ragged"]
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """What a launcher allocates starts as NaN, so that an element that no program wrote fails every comparison."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def per_shape(function: Callable) -> Callable:
+    return pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)(function)
+
+
+def per_dtype(function: Callable) -> Callable:
+    return pytest.mark.parametrize("dtype", DTYPES, ids=name_of)(function)
+
+
+def rows(shape: tuple[int, ...]) -> int:
+    return shape[0] * shape[2] * shape[3]
+
+
+def draws_of_sums(shape: tuple[int, ...]) -> range:
+    """Seeds enough for two dozen values of a per-channel result, below which luck decides between two roundings."""
+    return range(max(DRAWS, 24 // shape[1]))
+
+
+def vector(channels: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return draw(channels, seed=seed, dtype=dtype)
+
+
+def stats_like_training(channels: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """stats (4, C) with means, spreads and signs of the scale as training has them."""
+    mean, bias = vector(channels, seed + 1, dtype) * 0.3, vector(channels, seed + 2, dtype)
+    invstd = vector(channels, seed + 3, dtype).abs() + 0.5
+    scale = invstd * vector(channels, seed + 4, dtype)
+    return torch.stack((mean, invstd, scale, bias - mean * scale))
+
+
+def same_bits(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def masked(dout: Tensor, out: Tensor) -> Tensor:
+    return torch.where(out <= 0, 0, dout)
+
+
+def assert_parity(results: list[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> None:
+    """Of several draws: name -> (fused, eager, exact)."""
+    for name in results[0]:
+        assert_as_exact_as_eager(name, *([draws[name][i] for draws in results] for i in range(3)))
+
+
+# ---- tiling ------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_are_cut_as_their_names_say():
+    def cut(name: str) -> tuple[kernels.Tiling, int, int]:
+        M, C = rows(SHAPES[name]), SHAPES[name][1]
+        return kernels.tiling(M, C), M, C
+
+    t, M, C = cut("one tile, padded columns")
+    assert t.partials == 1 and t.BLOCK_M > M and t.BLOCK_C > C
+    for name in ("one channel, several partials", "few channels, several partials"):
+        t, M, _ = cut(name)
+        assert t.partials > 2 and M % t.BLOCK_M
+    t, M, C = cut("whole tiles")
+    assert t.tiles > 1 and t.partials > 1 and M % t.rows == 0 and C % t.BLOCK_C == 0
+    t, M, _ = cut("several tiles each, ragged")
+    assert t.tiles > 2 and t.partials > 2 and M % t.BLOCK_M and M % t.rows > t.BLOCK_M
+    t, M, C = cut("two column tiles, ragged both ways")
+    assert t.partials > 1 and M % t.BLOCK_M and C > t.BLOCK_C and C % t.BLOCK_C
+
+
+@pytest.mark.parametrize("C", [1, 3, 6, 8, 24, 64, 72, 100, 512, 2048])
+@pytest.mark.parametrize("M", [1, 2, 255, 256, 4608, 600_000, 2**31])
+def test_tiling_covers_the_rows_once_with_partials_that_one_program_can_merge(M, C):
+    t = kernels.tiling(M, C)
+    assert (t.partials - 1) * t.rows < M <= t.partials * t.rows
+    assert t.partials <= 512
+    assert t.rows >= min(M, 256)  # else the partials are no small part of the traffic
+    for size in (t.BLOCK_M, t.BLOCK_C, t.num_warps):
+        assert size & (size - 1) == 0
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------
+
+
+@per_shape
+@per_dtype
+def test_statistics_and_running_statistics_are_as_exact_as_eager(shape, dtype):
+    results = []
+    for seed in draws_of_sums(shape):
+        x, C, acc = draw(*shape, seed=seed, dtype=dtype), shape[1], statistics_dtype(dtype)
+        weight, bias = vector(C, seed + 10, acc), vector(C, seed + 20, acc)
+        running = vector(C, seed + 30, acc), vector(C, seed + 40, acc).abs()
+        mine, eagers, exacts = ([v.to(d, copy=True) for v in running] for d in (acc, acc, torch.float64))
+        stats = kernels.statistics(x, weight, bias, *mine, 0.3, EPS)
+        row = {}
+        expected = []
+        for d, updated in ((acc, eagers), (torch.float64, exacts)):
+            F.batch_norm(x.to(d), *updated, None, None, True, 0.3, EPS)
+            mean, var = reference.batch_norm_statistics(x.to(d))
+            invstd = 1 / torch.sqrt(var + EPS)
+            scale = invstd * weight.to(d)
+            expected.append((mean, invstd, scale, bias.to(d) - mean * scale, *updated))
+        for name, fused, eager, exact in zip(
+            ("mean", "invstd", "scale", "shift", "running mean", "running var"), (*stats, *mine), *expected
+        ):
+            row[name] = fused, eager, exact
+        results.append(row)
+    assert_parity(results)
+
+
+def test_running_variance_is_unbiased_and_the_normalising_one_is_not():
+    x = draw(2, 3, 2, 1)
+    running = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    stats = kernels.statistics(x, None, None, *running, 1.0, 0.0)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(running[1], x.var((0, 2, 3), unbiased=True), rtol=8 * eps, atol=0)
+    torch.testing.assert_close(1 / stats[1] ** 2, x.var((0, 2, 3), unbiased=False), rtol=8 * eps, atol=0)
+
+
+@pytest.mark.parametrize("absent", ["weight", "bias", "both"])
+def test_an_absent_weight_is_ones_and_an_absent_bias_zeros(absent):
+    x, C = draw(*RAGGED), RAGGED[1]
+    weight = None if absent in ("weight", "both") else vector(C, 1, torch.float32)
+    bias = None if absent in ("bias", "both") else vector(C, 2, torch.float32)
+    ones, zeros = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
+    explicit = (ones if weight is None else weight, zeros if bias is None else bias)
+    same_bits(
+        kernels.statistics(x, weight, bias, None, None, 0.1, EPS),
+        kernels.statistics(x, *explicit, None, None, 0.1, EPS),
+    )
+    same_bits(
+        kernels.freeze(zeros + 0.5, ones, weight, bias, EPS),
+        kernels.freeze(zeros + 0.5, ones, *explicit, EPS),
+    )
+
+
+def test_stats_do_not_depend_on_running_statistics_or_a_bias_of_the_convolution():
+    x, C = draw(*RAGGED), RAGGED[1]
+    running = vector(C, 1, torch.float32), vector(C, 2, torch.float32).abs()
+    bare = kernels.statistics(x, None, None, None, None, 0.1, EPS)
+    same_bits(kernels.statistics(x, None, None, *running, 0.1, EPS, vector(C, 3, torch.float32)), bare)
+
+
+def test_a_bias_of_the_convolution_moves_the_running_mean_and_nothing_else():
+    x, C = draw(*RAGGED), RAGGED[1]
+    conv_bias = vector(C, 3, torch.float32)
+    with_bias, without = ([torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)] for _ in range(2))
+    kernels.statistics(x, None, None, *with_bias, 0.25, EPS, conv_bias)
+    kernels.statistics(x, None, None, *without, 0.25, EPS)
+    # sums of numbers of the size of the bias, rounded three times
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(
+        with_bias[0], without[0] + 0.25 * conv_bias, rtol=0, atol=3 * eps * conv_bias.abs().max().item()
+    )
+    same_bits(with_bias[1], without[1])
+
+
+@pytest.mark.parametrize("dtype", ROUNDED_HALF, ids=name_of)
+def test_running_statistics_in_half_precision_are_rounded_once(dtype):
+    x, C = draw(*RAGGED, dtype=dtype), RAGGED[1]
+    running = vector(C, 1, dtype), vector(C, 2, dtype).abs() + 0.5
+    mine, exact = ([v.to(d, copy=True) for v in running] for d in (dtype, torch.float64))
+    kernels.statistics(x, None, None, *mine, 0.1, EPS)
+    F.batch_norm(x.double(), *exact, None, None, True, 0.1, EPS)
+    for name, fused, expected in zip(("running mean", "running var"), mine, exact):
+        # half an ulp, and of the float32 before it an error that can only tip a value over to its other neighbour
+        bound = (0.5 + 2**-6) * torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).tiny
+        assert ((fused.double() - expected).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("shape", [RAGGED, SHAPES["one channel, several partials"]], ids=["64 channels", "1 channel"])
+def test_a_mean_of_ten_thousand_costs_a_variance_of_one_nothing(shape):
+    x = draw(*shape) + 1e4
+    mean, invstd, *_ = kernels.statistics(x, None, None, None, None, 0.1, 0.0)
+    exact_mean, exact_var = reference.batch_norm_statistics(x.double())
+    # Each of four levels (a lane's values, a tile's lanes, a program's partials, the division) can round the mean by
+    # half an ulp, 10^-3 here, and what x - mean is wrong by enters the variance twice. E[x^2] - E[x]^2 is wrong by 12.
+    ulp = 2 * torch.finfo(torch.float32).eps * 1e4
+    assert ((mean - exact_mean).abs() <= ulp).all()
+    bound = 2 * exact_var.sqrt() * ulp + ulp**2
+    assert ((invstd.double() ** -2 - exact_var).abs() <= bound).all()
+
+
+@per_dtype
+def test_a_constant_channel_has_variance_zero(dtype):
+    x = torch.full(RAGGED, 3.0, device=DEVICE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    mean, invstd, *_ = kernels.statistics(x, None, None, None, None, 0.1, 0.25)
+    assert (mean == 3).all() and (invstd == 2).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_spoils_the_statistics_of_its_channel_only(bad):
+    x = draw(*RAGGED)
+    clean = kernels.statistics(x, None, None, None, None, 0.1, EPS)
+    x[1, 5, 7, 3] = bad
+    stats = kernels.statistics(x, None, None, None, None, 0.1, EPS)
+    assert not stats[:, 5].isfinite().any()
+    others = torch.arange(RAGGED[1], device=DEVICE) != 5
+    same_bits(stats[:, others], clean[:, others])
+
+
+# ---- freeze ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv_bias", [False, True], ids=["", "conv_bias"])
+@pytest.mark.parametrize("C", [1, 3, 64, 100, 300])
+@per_dtype
+def test_freeze_is_as_exact_as_eager(dtype, C, conv_bias):
+    acc = statistics_dtype(dtype)
+    results = []
+    for seed in range(DRAWS):
+        given = [vector(C, seed + 10 * i, dtype) for i in range(5)]  # vectors may be in half precision as well
+        mean, var, weight, bias, shift = given[0], given[1].abs() + 0.1, *given[2:]
+        stats = kernels.freeze(mean, var, weight, bias, EPS, shift if conv_bias else None, acc)
+
+        def expected(d, mean=mean, var=var, weight=weight, bias=bias, shift=shift):
+            m = mean.to(d) - shift.to(d) if conv_bias else mean.to(d)
+            invstd = 1 / torch.sqrt(var.to(d) + EPS)
+            scale = invstd * weight.to(d)
+            return m, invstd, scale, bias.to(d) - m * scale
+
+        names = ("mean", "invstd", "scale", "shift")
+        results.append(dict(zip(names, zip(stats, expected(acc), expected(torch.float64)))))
+    assert_parity(results)
+
+
+# ---- apply -------------------------------------------------------------------------------------------------------
+
+SHORTCUTS = {
+    "no shortcut": (False, False, False),
+    "shortcut": (True, False, False),
+    "scaled": (True, True, False),
+    "shifted": (True, False, True),
+    "scaled and shifted": (True, True, True),
+}
+
+
+def apply_case(
+    shape: tuple[int, ...], dtype: torch.dtype, options: tuple[bool, bool, bool], relu: bool, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(fused, eager, exact) of one call."""
+    C, acc = shape[1], statistics_dtype(dtype)
+    x, stats = draw(*shape, seed=seed, dtype=dtype), stats_like_training(C, acc, seed)
+    candidates = (draw(*shape, seed=seed + 5, dtype=dtype), vector(C, seed + 6, acc), vector(C, seed + 7, acc))
+    extra = [t if given else None for t, given in zip(candidates, options)]
+
+    def plain(d: torch.dtype) -> Tensor:
+        cast = [None if t is None else t.to(d) for t in extra]
+        return reference.batch_norm_apply(x.to(d), stats[2].to(d), stats[3].to(d), *cast, relu=relu)
+
+    return kernels.apply(x, stats, *extra, relu=relu), plain(acc).to(dtype), plain(torch.float64)
+
+
+@per_shape
+@per_dtype
+def test_apply_is_as_exact_as_eager(shape, dtype):
+    for options in (SHORTCUTS["no shortcut"], SHORTCUTS["shortcut"]):
+        assert_parity([{"out": apply_case(shape, dtype, options, True, seed)} for seed in range(DRAWS)])
+
+
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("options", SHORTCUTS.values(), ids=SHORTCUTS)
+@per_dtype
+def test_every_form_of_the_shortcut_is_as_exact_as_eager(dtype, options, relu):
+    assert_parity([{"out": apply_case((2, 6, 5, 7), dtype, options, relu, seed)} for seed in range(DRAWS)])
+
+
+def test_apply_takes_a_single_row():
+    fused, eager, exact = apply_case((1, 64, 1, 1), torch.float32, SHORTCUTS["shortcut"], True)
+    assert_parity([{"out": (fused, eager, exact)}])
+
+
+@pytest.mark.parametrize("shortcut", [False, True], ids=["no shortcut", "shortcut"])
+@pytest.mark.parametrize("dtype", ROUNDED_DTYPES, ids=name_of)
+def test_relu_keeps_nan_and_infinity_as_torch_relu_does(dtype, shortcut):
+    x = draw(2, 3, 4, 5, dtype=dtype)
+    bad = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype, device=DEVICE)
+    x[0, :, 1, 2] = bad
+    stats = torch.ones((4, 3), dtype=statistics_dtype(dtype), device=DEVICE)
+    out = kernels.apply(x, stats, torch.zeros_like(x) if shortcut else None)
+    same_bits(out, torch.relu(x + 1))
+
+
+@pytest.mark.parametrize("dtype", ROUNDED_HALF, ids=name_of)
+def test_a_positive_sum_that_rounds_to_zero_has_no_gradient(dtype):
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal
+    x = torch.full((1, 2, 1, 2), tiny, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    stats = torch.tensor([[0.0, 0], [1, 1], [0.25, 1], [0, 0]], device=DEVICE)
+    out = kernels.apply(x, stats)
+    assert (out[:, 0] == 0).all() and (out[:, 1] > 0).all()
+    for mask in (out, None):
+        sums = kernels.backward_reduce(torch.ones_like(x), x, mask, stats)
+        assert sums[0].tolist() == [0, 2]
+
+
+# ---- backward ----------------------------------------------------------------------------------------------------
+
+
+def backward_inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dout, x, out, stats), out = relu(x * scale + shift)."""
+    x, stats = draw(*shape, seed=seed, dtype=dtype), stats_like_training(shape[1], statistics_dtype(dtype), seed)
+    return draw(*shape, seed=seed + 8, dtype=dtype), x, kernels.apply(x, stats), stats
+
+
+@per_shape
+@per_dtype
+def test_backward_reduce_is_as_exact_as_eager(shape, dtype):
+    assert_backward_reduce_parity(shape, dtype, relu=True)
+
+
+@per_dtype
+def test_backward_reduce_without_relu_is_as_exact_as_eager(dtype):
+    assert_backward_reduce_parity(RAGGED, dtype, relu=False)
+
+
+def assert_backward_reduce_parity(shape: tuple[int, ...], dtype: torch.dtype, relu: bool) -> None:
+    results = []
+    for seed in draws_of_sums(shape):
+        dout, x, out, stats = backward_inputs(shape, dtype, seed)
+        g = masked(dout, out) if relu else dout
+        expected = [
+            reference.batch_norm_backward_reduce(*(t.to(d) for t in (g, x, stats[0], stats[1])))
+            for d in (stats.dtype, torch.float64)
+        ]
+        sums = kernels.backward_reduce(dout, x, out, stats, relu)
+        results.append(dict(zip(("sum g", "sum g * xhat"), zip(sums, *expected))))
+    assert_parity(results)
+
+
+@per_shape
+@per_dtype
+def test_backward_apply_is_as_exact_as_eager(shape, dtype):
+    assert_backward_apply_parity(shape, dtype, training=True, relu=True)
+
+
+@pytest.mark.parametrize("training, relu", [(True, False), (False, True), (False, False)])
+@per_dtype
+def test_backward_apply_without_relu_or_batch_statistics_is_as_exact_as_eager(dtype, training, relu):
+    for shape in ((2, 6, 5, 7), RAGGED):
+        assert_backward_apply_parity(shape, dtype, training, relu)
+
+
+def assert_backward_apply_parity(shape: tuple[int, ...], dtype: torch.dtype, training: bool, relu: bool) -> None:
+    results = []
+    for seed in range(DRAWS):
+        dout, x, out, stats = backward_inputs(shape, dtype, seed)
+        g = masked(dout, out) if relu else dout
+        sums = kernels.backward_reduce(dout, x, out, stats, relu)
+        eager, exact = (
+            reference.batch_norm_backward_apply(*(t.to(d) for t in (g, x, *stats[:3], *sums)), training)
+            for d in (stats.dtype, torch.float64)
+        )
+        dx = kernels.backward_apply(dout, x, out, stats, sums if training else None, relu)
+        results.append({"dx": (dx, eager.to(dtype), exact)})
+    assert_parity(results)
+
+
+@pytest.mark.parametrize("dtype", ROUNDED_HALF, ids=name_of)
+def test_gradients_of_weight_and_bias_are_the_sums_rounded_to_their_types(dtype):
+    dout, x, out, stats = backward_inputs(RAGGED, dtype)
+    dweight = torch.empty(RAGGED[1], dtype=dtype, device=DEVICE)
+    dbias = torch.empty(RAGGED[1], dtype=torch.float32, device=DEVICE)
+    sums = kernels.backward_reduce(dout, x, out, stats, True, dweight, dbias)
+    same_bits(dweight, sums[1].to(dtype))
+    same_bits(dbias, sums[0])
+
+
+@per_shape
+@per_dtype
+def test_a_mask_recomputed_from_x_is_bit_equal_to_the_stored_output(shape, dtype):
+    dout, x, out, stats = backward_inputs(shape, dtype)
+    sums = kernels.backward_reduce(dout, x, out, stats)
+    same_bits(kernels.backward_reduce(dout, x, None, stats), sums)
+    for used in (sums, None):
+        same_bits(kernels.backward_apply(dout, x, None, stats, used), kernels.backward_apply(dout, x, out, stats, used))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@per_shape
+@per_dtype
+def test_the_gradient_of_the_shortcut_is_dout_behind_the_mask(shape, dtype, training):
+    dout, x, out, stats = backward_inputs(shape, dtype)
+    sums = kernels.backward_reduce(dout, x, out, stats) if training else None
+    dshortcut = torch.empty_like(x)
+    dx = kernels.backward_apply(dout, x, out, stats, sums, dshortcut=dshortcut)
+    same_bits(dshortcut, masked(dout, out))
+    same_bits(dx, kernels.backward_apply(dout, x, out, stats, sums))
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["mask from out", "mask from x"])
+@per_dtype
+def test_a_nan_output_passes_its_gradient_and_minus_infinity_stops_it(dtype, stored):
+    x = draw(2, 3, 4, 5, dtype=dtype)
+    bad = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype, device=DEVICE)
+    x[0, :, 1, 2] = bad
+    stats = torch.ones((4, 3), dtype=statistics_dtype(dtype), device=DEVICE)
+    out = kernels.apply(x, stats)
+    mask = out if stored else None
+    dout, dshortcut = torch.ones_like(x), torch.empty_like(x)
+    dx = kernels.backward_apply(dout, x, mask, stats, None, dshortcut=dshortcut)
+    assert dshortcut[0, :, 1, 2].tolist() == dx[0, :, 1, 2].tolist() == [1, 1, 0]
+    counted = kernels.backward_reduce(dout, x, mask, stats)[0]
+    assert counted.tolist() == (~(out <= 0)).sum((0, 2, 3)).tolist()
+
+
+# ---- all of them -------------------------------------------------------------------------------------------------
+
+
+def everything(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Every launcher once, on the same draws."""
+    acc, C = statistics_dtype(dtype), shape[1]
+    x, shortcut, dout = (draw(*shape, seed=seed, dtype=dtype) for seed in range(3))
+    running = vector(C, 3, acc), vector(C, 4, acc).abs()
+    stats = kernels.statistics(x, vector(C, 5, acc), vector(C, 6, acc), *running, 0.1, EPS, vector(C, 7, acc))
+    frozen = kernels.freeze(*running, None, None, EPS, None, acc)
+    out = kernels.apply(x, stats, shortcut)
+    sums = kernels.backward_reduce(dout, x, out, stats)
+    dshortcut = torch.empty_like(x)
+    dx = kernels.backward_apply(dout, x, out, stats, sums, dshortcut=dshortcut)
+    return [*running, stats, frozen, out, sums, dx, dshortcut]
+
+
+@per_shape
+@per_dtype
+def test_a_second_run_gives_the_same_bits(shape, dtype):
+    for first, second in zip(everything(shape, dtype), everything(shape, dtype)):
+        same_bits(first, second)
+
+
+@per_dtype
+def test_a_result_goes_where_it_is_wanted_and_may_replace_the_gradient_it_is_made_of(dtype):
+    dout, x, out, stats = backward_inputs(RAGGED, dtype)
+    given = torch.empty_like(x)
+    assert kernels.apply(x, stats, out=given) is given
+    same_bits(given, out)
+    sums = kernels.backward_reduce(dout, x, out, stats)
+    expected = kernels.backward_apply(dout, x, out, stats, sums)
+    assert kernels.backward_apply(dout, x, out, stats, sums, dx=dout) is dout
+    same_bits(dout, expected)
+
+
+def test_inputs_are_only_read():
+    dout, x, out, stats = backward_inputs(RAGGED, torch.float32)
+    sums = kernels.backward_reduce(dout, x, out, stats)
+    inputs = {"dout": dout, "x": x, "out": out, "stats": stats, "sums": sums}
+    before = {name: t.clone() for name, t in inputs.items()}
+    kernels.statistics(x, stats[0], stats[1], None, None, 0.1, EPS, stats[2])
+    kernels.apply(x, stats, out, stats[0], stats[1])
+    kernels.backward_reduce(dout, x, out, stats)
+    kernels.backward_apply(dout, x, out, stats, sums)
+    for name, t in inputs.items():
+        same_bits(t, before[name])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 130), st.integers(1, 12), st.integers(1, 12)),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape_is_as_exact_as_eager(shape, dtype):
+    x, dout, acc = draw(*shape, dtype=dtype), draw(*shape, seed=8, dtype=dtype), statistics_dtype(dtype)
+    stats = kernels.statistics(x, None, None, None, None, 0.1, EPS)
+    out = kernels.apply(x, stats, dout)
+    sums = kernels.backward_reduce(dout, x, out, stats)
+    dx = kernels.backward_apply(dout, x, out, stats, sums)
+
+    def plain(d: torch.dtype) -> tuple[Tensor, ...]:
+        mean, var = reference.batch_norm_statistics(x.to(d))
+        given = stats.to(d)
+        g = masked(dout, out).to(d)
+        return (
+            mean,
+            1 / torch.sqrt(var + EPS),
+            reference.batch_norm_apply(x.to(d), given[2], given[3], dout.to(d)).to(dtype if d == acc else d),
+            *reference.batch_norm_backward_reduce(g, x.to(d), given[0], given[1]),
+            reference.batch_norm_backward_apply(g, x.to(d), *given[:3], *sums.to(d), True).to(dtype if d == acc else d),
+        )
+
+    names = ("mean", "invstd", "out", "sum g", "sum g * xhat", "dx")
+    fused = (stats[0], stats[1], out, *sums, dx)
+    assert_parity([dict(zip(names, zip(fused, plain(acc), plain(torch.float64))))])
+
+
+# ---- what is rejected ----------------------------------------------------------------------------------------------
+
+
+def calls_with(x: Tensor) -> dict[str, Callable[[], object]]:
+    """Every launcher that takes activations, with x in the place of one of them."""
+    good = draw(2, 3, 4, 5)
+    stats = torch.ones((4, 3), device=DEVICE)
+    return {
+        "statistics x": lambda: kernels.statistics(x, None, None, None, None, 0.1, EPS),
+        "apply x": lambda: kernels.apply(x, stats),
+        "apply shortcut": lambda: kernels.apply(good, stats, x),
+        "backward_reduce x": lambda: kernels.backward_reduce(good, x, None, stats),
+        "backward_reduce dout": lambda: kernels.backward_reduce(x, good, None, stats),
+        "backward_apply x": lambda: kernels.backward_apply(good, x, None, stats, None),
+        "backward_apply dout": lambda: kernels.backward_apply(x, good, None, stats, None),
+    }
+
+
+WRONG_LAYOUTS = {
+    "NCHW": lambda x: x.contiguous(memory_format=torch.contiguous_format),
+    "a slice": lambda x: x[:, :, :, ::2],
+    "expanded": lambda x: x[:, :, :1, :1].expand(-1, -1, 4, 5),
+    "three axes": lambda x: x[0],
+}
+
+
+@pytest.mark.parametrize("place", calls_with(torch.empty(0)))
+@pytest.mark.parametrize("layout", WRONG_LAYOUTS.values(), ids=WRONG_LAYOUTS)
+def test_a_layout_that_is_not_dense_nhwc_is_rejected_with_its_strides(place, layout):
+    x = layout(draw(2, 3, 4, 5))
+    with pytest.raises(ValueError, match=r"expected a dense channels_last tensor \(N, C, H, W\), got shape") as caught:
+        calls_with(x)[place]()
+    assert str(tuple(x.shape)) in str(caught.value) and str(x.stride()) in str(caught.value)
+
+
+@pytest.mark.parametrize("place", calls_with(torch.empty(0)))
+@pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool], ids=name_of)
+def test_a_type_that_no_kernel_takes_is_rejected_by_name(place, dtype):
+    x = draw(2, 3, 4, 5).to(dtype)
+    with pytest.raises(TypeError, match=f"expected float16, bfloat16, float32 or float64, got {dtype}"):
+        calls_with(x)[place]()
