@@ -5,19 +5,35 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-import triton
+import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
-from kernels import batch_norm
-from resnet import torch_batch_norm, triton_batch_norm
+from resnet import torch_batch_norm
 
 _NAMES = ("auto", "triton", "torch")
 _VARIABLE = "FUSED_RESIDUAL_BACKEND"
 
 
+def _triton() -> ModuleType:
+    """`triton_batch_norm`, imported at first use: where there is no Triton the rest works without it."""
+    try:
+        from resnet import triton_batch_norm
+    except ImportError as error:
+        raise RuntimeError(
+            f"backend 'triton' needs the package triton, which cannot be imported here ({error}); it is made for "
+            "Linux; backends 'auto' on the CPU and 'torch' do without"
+        ) from error
+    return triton_batch_norm
+
+
 def _check_launchable() -> None:
     """RuntimeError unless Triton can launch: a driver for a GPU is active, or the kernels are interpreted."""
+    _triton()
+    import triton
+    from triton.runtime.interpreter import InterpretedFunction
+
+    from kernels import batch_norm
+
     if isinstance(batch_norm.apply_kernel, InterpretedFunction):
         return
     try:
@@ -80,4 +96,10 @@ def implementation(x: Tensor) -> ModuleType:
         return torch_batch_norm
     if x.device.type == "cpu":
         _check_launchable()
-    return triton_batch_norm
+    return _triton()
+
+
+def ensure_available(x: Tensor) -> None:
+    """Raises what `implementation` would raise, for callers that are about to change something."""
+    if not torch.compiler.is_compiling():
+        implementation(x)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet.backends import ensure_available
 from resnet.checks import check_activation, check_norm, check_values_per_channel, check_weight
 from resnet.functional import channels_last
 from resnet.norm import Norm
@@ -142,6 +143,7 @@ class FusedStem(Stem):
             check_weight("0.weight", conv.weight, x)
         check_norm(norm, x, conv.out_channels, "1")
         check_values_per_channel(norm, (x.shape[0], conv.out_channels, *size), "1")
+        ensure_available(x)
         norm = _count_batch(bn, norm)
         if norm.training or _records_gradient(x, conv.weight, norm.weight, norm.bias, conv.bias):
             y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
@@ -212,6 +214,7 @@ class FusedResidual(Residual):
         dtype = _autocast_dtype(X)
         x = channels_last(X if dtype is None else X.to(dtype))
         self._check(x, (norm1, norm2), cast=dtype is not None)
+        ensure_available(x)
         norm1, norm2 = _count_batch(self.bn1, norm1), _count_batch(self.bn2, norm2)
         weights = [conv.weight.to(x.dtype) for conv in (self.conv1, self.conv2)]
         weights.append(None if self.conv3 is None else self.conv3.weight.to(x.dtype))

@@ -507,7 +507,7 @@ BAD = {
     "variance's device": ({"running_var": _meta}, ValueError, "running_var: expected the input's device .* got meta"),
     "mean without variance": ({"running_var": lambda t: None}, ValueError, "running_mean and running_var both"),
     "variance without mean": ({"running_mean": lambda t: None}, ValueError, "running_mean and running_var both"),
-    "shortcut's shape": ({"shortcut": lambda t: t[:, :, :1]}, ValueError, r"shortcut: expected .* shape \(2, 6, 3, 5\)"),
+    "shortcut's shape": ({"shortcut": lambda t: t[:, :, :1]}, ValueError, r"shortcut: expected .* \(2, 6, 3, 5\)"),
     "shortcut to broadcast": ({"shortcut": lambda t: t[:1]}, ValueError, "shortcut: expected the input's shape"),
     "shortcut's channels": ({"shortcut": lambda t: t[:, :5]}, ValueError, "shortcut: expected 6 channels, got 5"),
     "shortcut's rank": ({"shortcut": lambda t: t[0]}, ValueError, "shortcut: expected 4 axes"),
