@@ -42,28 +42,35 @@ def _check_device(name: str, t: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name}: expected the input's device {x.device}, got {t.device}")
 
 
-def check_weight(name: str, t: Tensor, x: Tensor) -> None:
-    """ValueError or TypeError unless a convolution's parameter has x's type and device."""
-    _check_dtype(name, t, x)
+def check_conv_weight(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], cast: bool) -> None:
+    """ValueError or TypeError unless a convolution's weight has the shape, x's type (any that is `cast`) and device."""
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+    if not cast:
+        _check_dtype(name, t, x)
+    _check_device(name, t, x)
+
+
+def check_vector(name: str, t: Tensor, x: Tensor, channels: int) -> None:
+    """ValueError or TypeError unless t is (channels,), on x's device, of x's type or that of the statistics."""
+    accepted = (x.dtype, statistics_dtype(x.dtype))
+    if tuple(t.shape) != (channels,):
+        raise ValueError(f"{name}: expected shape ({channels},), got {tuple(t.shape)}")
+    if t.dtype not in accepted:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, dict.fromkeys(accepted)))}, got {t.dtype}")
     _check_device(name, t, x)
 
 
 def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -> None:
-    """ValueError or TypeError unless the norm's vectors are (channels,), on x's device, of x's type or float32."""
+    """ValueError or TypeError unless the norm is complete for its mode and each vector passes `check_vector`."""
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}: expected running_mean and running_var both or neither")
     if not norm.training and norm.running_mean is None:
         raise ValueError(f"{name}: expected running_mean and running_var, since training is False, got None")
-    accepted = (x.dtype, statistics_dtype(x.dtype))
     for field in ("weight", "bias", "running_mean", "running_var", "conv_bias"):
         t = getattr(norm, field)
-        if t is None:
-            continue
-        if tuple(t.shape) != (channels,):
-            raise ValueError(f"{name}.{field}: expected shape ({channels},), got {tuple(t.shape)}")
-        if t.dtype not in accepted:
-            raise TypeError(f"{name}.{field}: expected {' or '.join(map(str, dict.fromkeys(accepted)))}, got {t.dtype}")
-        _check_device(f"{name}.{field}", t, x)
+        if t is not None:
+            check_vector(f"{name}.{field}", t, x, channels)
 
 
 def check_values_per_channel(norm: Norm, shape: tuple[int, int, int, int], name: str = "batch_norm") -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet.backends import ensure_available
-from resnet.checks import check_activation, check_norm, check_values_per_channel, check_weight
+from resnet.checks import check_activation, check_conv_weight, check_norm, check_values_per_channel, check_vector
 from resnet.functional import channels_last
 from resnet.norm import Norm
 from resnet.reference import Residual, Stem
@@ -94,6 +94,10 @@ def _count_batch(bn: nn.BatchNorm2d, norm: Norm) -> Norm:
     return norm
 
 
+def _weight_shape(conv: nn.Conv2d) -> tuple[int, ...]:
+    return (conv.out_channels, conv.in_channels, *conv.kernel_size)
+
+
 def _to_channels_last(module: nn.Module) -> None:
     """Hold the convolutions' weights as K, R, S, C, so that no call has to convert them."""
     module.to(memory_format=torch.channels_last)
@@ -102,7 +106,7 @@ def _to_channels_last(module: nn.Module) -> None:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type in which autocast would run eager's convolutions on x; None where it would not cast."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
@@ -139,8 +143,7 @@ class FusedStem(Stem):
         x = channels_last(X if dtype is None else X.to(dtype))
         norm = _norm(bn, conv)
         size = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in x.shape[2:]]
-        if dtype is None:
-            check_weight("0.weight", conv.weight, x)
+        check_conv_weight("0.weight", conv.weight, x, _weight_shape(conv), cast=dtype is not None)
         check_norm(norm, x, conv.out_channels, "1")
         check_values_per_channel(norm, (x.shape[0], conv.out_channels, *size), "1")
         ensure_available(x)
@@ -198,8 +201,10 @@ class FusedResidual(Residual):
         stride = self.conv1.stride[0]
         shape = (x.shape[0], self.conv1.out_channels, *((s - 1) // stride + 1 for s in x.shape[2:]))
         for name, conv in (("conv1", self.conv1), ("conv2", self.conv2), ("conv3", self.conv3)):
-            if conv is not None and not cast:
-                check_weight(f"{name}.weight", conv.weight, x)
+            if conv is not None:
+                check_conv_weight(f"{name}.weight", conv.weight, x, _weight_shape(conv), cast)
+        if self.conv3 is not None and self.conv3.bias is not None:
+            check_vector("conv3.bias", self.conv3.bias, x, shape[1])
         for name, norm in zip(("bn1", "bn2"), norms, strict=True):
             check_norm(norm, x, shape[1], name)
             check_values_per_channel(norm, shape, name)

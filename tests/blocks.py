@@ -6,9 +6,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from triton.runtime import interpreter
 
 from resnet import FusedResidual, FusedStem, Residual, Stem
 from tests.conftest import DEVICE
@@ -26,6 +28,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def _rounded(convert: Callable) -> Callable:
+    def converted(values, source, target, mode):
+        if target.name != "bf16":
+            return convert(values, source, target, mode)
+        return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+
+    return converted
+
+
+@pytest.fixture(autouse=True)
+def rounding_interpreter(monkeypatch):
+    """To bfloat16 Triton's interpreter cuts float32 off; compiled code rounds, and so does the interpreter here."""
+    monkeypatch.setattr(interpreter, "_convert_float", _rounded(interpreter._convert_float))
 
 
 def name_of(value: object) -> str:
@@ -110,8 +127,12 @@ def step(module: nn.Module, x: Tensor, context: Callable[[Callable[[], Tensor]],
 
 
 def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]) -> None:
-    """Of several draws (eager, fused, exact): each tensor of fused as exact as eager's, counters equal."""
+    """Of several draws (eager, fused, exact): each tensor of fused as exact as eager's, counters equal.
+
+    The gradient of a bias that a BatchNorm takes out again is zero: what float64 finds there is its own rounding.
+    """
     eager, fused, exact = zip(*results)
+    exact = [{name: v * (v.abs() > 1e-11) if name.endswith("bias") else v for name, v in e.items()} for e in exact]
     assert fused[0].keys() == eager[0].keys()
     for name in fused[0]:
         if fused[0][name].is_floating_point():

@@ -255,6 +255,11 @@ def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
         torch.testing.assert_close(compiled(x), plain(x))
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_compiled_in_one_graph_equals_uncompiled(any_backend, module):
+    assert_compiles(MODULES[module](), draw(2, 3, 7, 6), "aot_eager")
+
+
 def small_net() -> nn.Sequential:
     return nn.Sequential(
         FusedStem(1, 4),
