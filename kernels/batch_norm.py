@@ -305,6 +305,18 @@ def backward_finalize_kernel(
 
 
 @triton.jit
+def center_grad(g, x_value, stats, sums, cols, M, C: tl.constexpr, ACC: tl.constexpr):
+    """g - sum_g / M - xhat * sum_gx / M: the gradient behind the batch's statistics."""
+    live = cols < C
+    count = (M + tl.zeros([1], tl.int64)).to(ACC)
+    mean = tl.load(stats + cols, mask=live)
+    invstd = tl.load(stats + C + cols, mask=live)
+    mean_g = tl.load(sums + cols, mask=live) / count
+    slope = tl.load(sums + C + cols, mask=live) / count * invstd
+    return tl.fma(-slope[None, :], x_value - mean[None, :], g - mean_g[None, :])
+
+
+@triton.jit
 def backward_apply_kernel(
     dout,  # (M, C)
     x,  # (M, C); not read with frozen statistics and a given mask
@@ -342,12 +354,7 @@ def backward_apply_kernel(
     if dshortcut is not None:
         tl.store(dshortcut + row0 * C + offsets, g, mask=mask)
     if sums is not None:
-        count = (M + tl.zeros([1], tl.int64)).to(ACC)
-        mean = tl.load(stats + cols, mask=live)
-        invstd = tl.load(stats + C + cols, mask=live)
-        mean_g = tl.load(sums + cols, mask=live) / count
-        slope = tl.load(sums + C + cols, mask=live) / count * invstd
-        g = tl.fma(-slope[None, :], value - mean[None, :], g - mean_g[None, :])
+        g = center_grad(g, value, stats, sums, cols, M, C, ACC)
     tl.store(dx + offsets, scale[None, :] * g, mask=mask)
 
 
@@ -373,6 +380,17 @@ class Tiling:
     @property
     def rows(self) -> int:
         return self.tiles * self.BLOCK_M
+
+    def options(self, x: Tensor) -> dict[str, object]:
+        """What every kernel that moves x is launched with."""
+        return {
+            "C": x.shape[1],
+            "ACC": accumulator(x)[1],
+            "BLOCK_M": self.BLOCK_M,
+            "BLOCK_C": self.BLOCK_C,
+            "num_warps": self.num_warps,
+            **FLAGS,
+        }
 
 
 @cache
@@ -456,12 +474,7 @@ def statistics(
             M,
             t.partials,
             t.tiles,
-            C=C,
-            ACC=ACC,
-            BLOCK_M=t.BLOCK_M,
-            BLOCK_C=t.BLOCK_C,
-            num_warps=t.num_warps,
-            **FLAGS,
+            **t.options(x),
         )
         finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
             partial,
@@ -542,12 +555,7 @@ def apply(
             out,
             M,
             RELU=relu,
-            C=C,
-            ACC=accumulator(x)[1],
-            BLOCK_M=t.BLOCK_M,
-            BLOCK_C=t.BLOCK_C,
-            num_warps=t.num_warps,
-            **FLAGS,
+            **t.options(x),
         )
     return out
 
@@ -565,8 +573,7 @@ def backward_reduce(
     M, C = nhwc_shape(x)
     nhwc_shape(dout)
     t = tiling(M, C)
-    dtype, ACC = accumulator(x)
-    partial = torch.empty((2, t.partials, C), dtype=dtype, device=x.device)
+    partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     with torch.cuda.device_of(x):
         backward_reduce_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
             dout,
@@ -578,12 +585,7 @@ def backward_reduce(
             t.partials,
             t.tiles,
             RELU=relu,
-            C=C,
-            ACC=ACC,
-            BLOCK_M=t.BLOCK_M,
-            BLOCK_C=t.BLOCK_C,
-            num_warps=t.num_warps,
-            **FLAGS,
+            **t.options(x),
         )
     return merge_sums(partial, dweight, dbias)
 
@@ -630,11 +632,6 @@ def backward_apply(
             dshortcut,
             M,
             RELU=relu,
-            C=C,
-            ACC=accumulator(x)[1],
-            BLOCK_M=t.BLOCK_M,
-            BLOCK_C=t.BLOCK_C,
-            num_warps=t.num_warps,
-            **FLAGS,
+            **t.options(x),
         )
     return dx

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch_norm import FLAGS, Tiling, accumulator, merge_sums, nhwc_shape, tiling
+from kernels.batch_norm import Tiling, accumulator, center_grad, merge_sums, nhwc_shape, tiling
 from kernels.pointwise import affine, relu, relu_passes
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
@@ -176,13 +176,8 @@ def pool_backward_apply_kernel(
     mask = (pixels < H * W)[:, None] & live[None, :]
     offsets = n * H * W * C + pixels[:, None] * C + cols[None, :]
     if sums is not None:
-        count = (M + tl.zeros([1], tl.int64)).to(ACC)
-        mean = tl.load(stats + cols, mask=live)
-        invstd = tl.load(stats + C + cols, mask=live)
-        mean_g = tl.load(sums + cols, mask=live) / count
-        slope = tl.load(sums + C + cols, mask=live) / count * invstd
         value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
-        g = tl.fma(-slope[None, :], value - mean[None, :], g - mean_g[None, :])
+        g = center_grad(g, value, stats, sums, cols, M, C, ACC)
     scale = tl.load(stats + 2 * C + cols, mask=live)
     tl.store(dy + offsets, scale[None, :] * g, mask=mask)
 
@@ -226,12 +221,7 @@ def apply_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
             P,
             Q,
             tiles,
-            C=C,
-            ACC=accumulator(y)[1],
-            BLOCK_M=t.BLOCK_M,
-            BLOCK_C=t.BLOCK_C,
-            num_warps=t.num_warps,
-            **FLAGS,
+            **t.options(y),
         )
     return out, tap
 
@@ -253,8 +243,7 @@ def backward_reduce(
     whole = tiling(N * tiles * t.BLOCK_M, C)
     steps = triton.cdiv(whole.rows, t.BLOCK_M)
     T = triton.cdiv(N * tiles, steps)
-    dtype, ACC = accumulator(y)
-    partial = torch.empty((2, T, C), dtype=dtype, device=y.device)
+    partial = torch.empty((2, T, C), dtype=accumulator(y)[0], device=y.device)
     with torch.cuda.device_of(y):
         pool_backward_reduce_kernel[(T, triton.cdiv(C, t.BLOCK_C))](
             dout,
@@ -270,12 +259,7 @@ def backward_reduce(
             T,
             tiles,
             steps,
-            C=C,
-            ACC=ACC,
-            BLOCK_M=t.BLOCK_M,
-            BLOCK_C=t.BLOCK_C,
-            num_warps=t.num_warps,
-            **FLAGS,
+            **t.options(y),
         )
     return merge_sums(partial, dweight, dbias)
 
@@ -301,11 +285,6 @@ def backward_apply(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Ten
             W,
             *out.shape[2:],
             tiles,
-            C=C,
-            ACC=accumulator(y)[1],
-            BLOCK_M=t.BLOCK_M,
-            BLOCK_C=t.BLOCK_C,
-            num_warps=t.num_warps,
-            **FLAGS,
+            **t.options(y),
         )
     return dy

@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 from resnet import FusedResidual, FusedStem, Residual, Stem
 from tests.conftest import DEVICE
-from tests.parity import assert_as_exact_as_eager
+from tests.parity import assert_as_exact_as_eager, rms
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -126,16 +126,26 @@ def step(module: nn.Module, x: Tensor, context: Callable[[Callable[[], Tensor]],
     }
 
 
-def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]) -> None:
+def assert_parity(
+    results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]], relu_flips: bool = False
+) -> None:
     """Of several draws (eager, fused, exact): each tensor of fused as exact as eager's, counters equal.
 
     The gradient of a bias that a BatchNorm takes out again is zero: what float64 finds there is its own rounding.
+    With `relu_flips` gradients may differ by those of values within a rounding of zero, which a ReLU lets through or
+    not by chance: in half precision a share of about eps, so sqrt(eps) in root mean square, for either of two ReLUs.
     """
     eager, fused, exact = zip(*results)
     exact = [{name: v * (v.abs() > 1e-11) if name.endswith("bias") else v for name, v in e.items()} for e in exact]
     assert fused[0].keys() == eager[0].keys()
     for name in fused[0]:
-        if fused[0][name].is_floating_point():
+        if relu_flips and name.startswith("d"):
+            errors = (rms([s[name].double() - e[name] for s, e in zip(side, exact)]) for side in (fused, eager))
+            fused_error, eager_error = errors
+            size = rms([e[name] for e in exact])
+            bound = 2 * eager_error + 4 * torch.finfo(fused[0]["out"].dtype).eps ** 0.5 * size
+            assert fused_error <= bound, f"{name}: error {fused_error:.3g}, eager's {eager_error:.3g}, size {size:.3g}"
+        elif fused[0][name].is_floating_point():
             assert_as_exact_as_eager(name, *([draws[name] for draws in side] for side in (fused, eager, exact)))
         else:
             assert all(torch.equal(f[name], e[name]) for f, e in zip(fused, eager)), name

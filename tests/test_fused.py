@@ -44,13 +44,10 @@ blocks = pytest.mark.parametrize("args", BLOCKS, ids=["identity", "1x1", "1x1 st
 modes = pytest.mark.parametrize("mode", MODES)
 
 
-# In half precision the ReLU of a value within a rounding of zero falls either way, and so does its gradient. Draws of
-# some ten thousand values have enough of them on both sides to be compared.
-
-
-def assert_trios_parity(trios: list[Trio], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+def assert_trios_parity(trios: list[Trio], shape: tuple[int, ...], **options) -> None:
+    dtype = next(trios[0].fused.parameters()).dtype
     draws = [draw(*shape, seed=seed, dtype=dtype) for seed in range(len(trios))]
-    assert_parity([tuple(step(m, x) for m in t.all) for t, x in zip(trios, draws)])
+    assert_parity([tuple(step(m, x) for m in t.all) for t, x in zip(trios, draws)], **options)
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -65,7 +62,26 @@ def is_channels_last(t: Tensor) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_a_block_is_as_exact_as_eager(any_backend, dtype, mode, args):
     trios = [trio(Residual, *args, seed=seed, dtype=dtype).each(MODES[mode]) for seed in range(4)]
-    assert_trios_parity(trios, (8, 4, 16, 16) if dtype in HALF else (4, 4, 7, 6), dtype)
+    assert_trios_parity(trios, (4, 4, 7, 6), relu_flips=dtype in HALF)
+
+
+def open_relus(module: nn.Module) -> None:
+    """Move every value far above zero, where the ReLU lets all through."""
+    for bn in module.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            bn.weight.clamp_(-1, 1)
+            bn.bias.add_(12)
+
+
+@blocks
+@modes
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_half_precision_gradients_are_as_exact_as_eagers_where_no_relu_flips(any_backend, dtype, mode, args):
+    trios = [trio(Residual, *args, seed=seed, dtype=dtype).each(MODES[mode]) for seed in range(3)]
+    with torch.no_grad():
+        for t in trios:
+            t.each(open_relus)
+    assert_trios_parity(trios, (4, 4, 7, 6))
 
 
 @blocks
@@ -168,8 +184,8 @@ def test_convolutions_without_bias(any_backend, names, train):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("channels", [(1, 4), (3, 5)], ids=name_of)
 def test_a_stem_is_as_exact_as_eager(any_backend, channels, dtype, train):
-    trios = [trio(Stem, *channels, seed=seed, dtype=dtype, train=train) for seed in range(4)]
-    assert_trios_parity(trios, (8, channels[0], 34, 35) if dtype in HALF else (4, channels[0], 18, 15), dtype)
+    trios = [trio(Stem, *channels, seed=seed, dtype=dtype, train=train) for seed in range(3)]
+    assert_trios_parity(trios, (4, channels[0], 14, 11), relu_flips=dtype in HALF)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -763,12 +779,12 @@ def test_autocast_is_as_exact_as_eager_under_it(any_backend, dtype, train, kind)
             return call()
 
     results = []
-    for seed in range(4):
+    for seed in range(3):
         t = inference_trio(kind, seed=seed).each(lambda m: m.train(train))
-        x = images(kind, (8, 34, 35) if kind == "stem" else (8, 16, 15), seed=seed)
+        x = images(kind, (4, 12, 9), seed=seed)
         results.append((step(t.eager, x, autocast), step(t.fused, x, autocast), step(t.exact, x)))
         assert results[-1][1]["out"].dtype == dtype
-    assert_parity(results)
+    assert_parity(results, relu_flips=True)
 
 
 @kinds
@@ -791,14 +807,14 @@ def test_a_chain_of_blocks_under_autocast(any_backend):
     for seed in range(4):
         first, second = trio(Residual, *STRIDED, seed=seed), trio(Residual, 6, 6, seed=seed + 10)
         chains = [nn.Sequential(a, b) for a, b in zip(first.all, second.all)]
-        x = draw(8, 4, 16, 16, seed=seed)
+        x = draw(4, 4, 12, 11, seed=seed)
 
         def autocast(call):
             with torch.autocast(DEVICE.type, torch.bfloat16):
                 return call()
 
         results.append((step(chains[0], x, autocast), step(chains[1], x, autocast), step(chains[2], x)))
-    assert_parity(results)
+    assert_parity(results, relu_flips=True)
 
 
 # ---- kept for backward -----------------------------------------------------------------------------------------
