@@ -20,17 +20,19 @@ $(STAMP): requirements.txt
 	  { echo "make: pip could not install requirements.txt (above: why); with the cause gone, run make again" >&2; exit 1; }
 	@touch $@
 
-# Two runs, since a process either interprets Triton's kernels or compiles them. With a GPU both compile. The second
-# needs the module ptxsim; pytest's status 5 (nothing collected) is what skipping whole files leaves where it is absent.
+# Two runs side by side, since a process either interprets Triton's kernels or compiles them. With a GPU both compile.
+# The second needs the module ptxsim; pytest's status 5 (nothing collected) is what skipping whole files leaves where it
+# is absent.
 test: $(STAMP)
-	@status=0; \
-	interpret=TRITON_INTERPRET=1; \
+	@interpret=TRITON_INTERPRET=1; \
 	if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  interpret='-u TRITON_INTERPRET'; \
 	fi; \
+	env -u TRITON_INTERPRET $(RUN) pytest tests/emulated >$(VENV)/emulated.log 2>&1 & emulated=$$!; \
+	status=0; \
 	env $$interpret $(RUN) pytest tests --ignore=tests/emulated || status=1; \
-	env -u TRITON_INTERPRET $(RUN) pytest tests/emulated || \
-	  { [ $$? -eq 5 ] && ! $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; } || status=1; \
+	wait $$emulated; code=$$?; cat $(VENV)/emulated.log; \
+	[ $$code -eq 0 ] || { [ $$code -eq 5 ] && ! $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; } || status=1; \
 	exit $$status
 
 bench: $(STAMP)

@@ -49,6 +49,9 @@ def _stats(x: Tensor, norm: Norm) -> Tensor:
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """x * scale + shift per channel in one pass: BatchNorm's frozen form with mean 0, variance 1 and eps 0."""
+    if scale.device.type == "cpu" and not scale.isfinite().all():  # its own shift would be NaN: mean * scale, 0 * inf
+        z = (x.to(scale.dtype) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
+        return z if out is None else out.copy_(z)
     arguments = (x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
     if out is None:
         return torch.native_batch_norm(*arguments)[0]

@@ -1,6 +1,6 @@
 """Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
 
-`tests/emulated` is the exception: it compiles the kernels, so it runs in a process of its own (`pytest tests/emulated`).
+`tests/emulated` is the exception: it compiles the kernels, so it runs in a process of its own.
 """
 
 import os

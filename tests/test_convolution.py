@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.parity import assert_as_exact_as_eager
 from torch.nn.functional import conv2d
 
 from resnet.convolution import convolve, convolve_backward, is_small
+from tests.parity import assert_as_exact_as_eager
 
 # N, C, K, H, W, R, stride, padding
 SMALL = {

@@ -50,6 +50,14 @@ def assert_trios_parity(trios: list[Trio], shape: tuple[int, ...], **options) ->
     assert_parity([tuple(step(m, x) for m in t.all) for t, x in zip(trios, draws)], **options)
 
 
+def assert_exact(t: Trio, x: Tensor) -> None:
+    """A step of a float64 trio gives eager's values: where a few values per channel would leave float32 to luck."""
+    expected, got = step(t.exact, x), step(t.fused, x)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-9, rtol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def is_channels_last(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last)
 
@@ -89,19 +97,18 @@ def test_half_precision_gradients_are_as_exact_as_eagers_where_no_relu_flips(any
 @pytest.mark.parametrize("size", [(3, 1, 1), (1, 1, 9), (1, 4, 3), (2, 2, 1), (5, 1, 2)], ids=name_of)
 def test_a_block_on_odd_sizes(any_backend, size, train, args):
     n, h, w = size
-    assert_trios_parity([trio(Residual, *args, seed=seed, train=train) for seed in range(4)], (n, 4, h, w))
+    assert_exact(trio(Residual, *args, dtype=torch.float64, train=train), draw(n, 4, h, w))
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("args", [(1, 1), (3, 3), (1, 5, True, 2), (3, 6, True, 2), (16, 17, True), (6, 1, True, 3)])
 def test_a_block_of_odd_channels(any_backend, args, train):
-    trios = [trio(Residual, *args, seed=seed, train=train) for seed in range(4)]
-    assert_trios_parity(trios, (2, args[0], 5, 7))
+    assert_exact(trio(Residual, *args, dtype=torch.float64, train=train), draw(2, args[0], 5, 7))
 
 
 def test_a_block_with_a_small_map_of_many_channels(any_backend):
     """Where the CPU's convolution becomes a matrix product."""
-    assert_trios_parity([trio(Residual, 128, 128)], (2, 128, 3, 3))
+    assert_trios_parity([trio(Residual, 128, 128, seed=seed) for seed in range(2)], (2, 128, 3, 3))
 
 
 @blocks
@@ -114,10 +121,7 @@ def test_running_statistics_over_several_batches(any_backend, momentum, mode, ar
 
     t = trio(Residual, *args, dtype=torch.float64).each(configure)
     for seed in range(3):
-        x = draw(2, 4, 4, 5, seed=seed)
-        expected, got = step(t.exact, x), step(t.fused, x)
-        for name in expected:
-            torch.testing.assert_close(got[name], expected[name], msg=lambda m, n=name: f"{n}: {m}")
+        assert_exact(t, draw(2, 4, 4, 5, seed=seed))
 
 
 def replaced_norms(**options):
@@ -140,13 +144,11 @@ def replaced_norms(**options):
     ids=name_of,
 )
 def test_other_settings_of_batch_norm(any_backend, options, train, args):
-    trios = [trio(Residual, *args, seed=s, train=train).each(replaced_norms(**options)) for s in range(3)]
-    assert_trios_parity(trios, (2, 4, 5, 6))
+    t = trio(Residual, *args, dtype=torch.float64, train=train).each(replaced_norms(**options))
+    x = draw(2, 4, 5, 6)
+    assert_exact(t, x)
     with torch.no_grad():
-        for m in trios[0].all:
-            m.eval()
-        x = draw(2, 4, 5, 6)
-        torch.testing.assert_close(trios[0].fused(x), trios[0].eager(x))
+        torch.testing.assert_close(t.each(nn.Module.eval).fused(x.double()), t.exact(x.double()))
 
 
 def test_statistics_may_stop_being_tracked(any_backend):
@@ -155,11 +157,12 @@ def test_statistics_may_stop_being_tracked(any_backend):
     def change(module):
         module.bn1.track_running_stats = module.bn2.track_running_stats = False
 
-    t = trio(Residual, 4, 4).each(change)
+    t = trio(Residual, 4, 4, dtype=torch.float64).each(change)
     before = snapshot(t.fused)
-    assert_trios_parity([t], (2, 4, 5, 6))
+    x = draw(2, 4, 5, 6)
+    assert_exact(t, x)
     same(snapshot(t.fused), before)
-    assert_trios_parity([t.each(nn.Module.eval)], (2, 4, 5, 6))
+    assert_exact(t.each(nn.Module.eval), x)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -169,12 +172,12 @@ def test_convolutions_without_bias(any_backend, names, train):
         for name in names:
             getattr(module, name).bias = None
 
-    trios = [trio(Residual, *STRIDED, seed=seed, train=train).each(change) for seed in range(3)]
-    assert_trios_parity(trios, (2, 4, 5, 6))
+    t = trio(Residual, *STRIDED, dtype=torch.float64, train=train).each(change)
+    x = draw(2, 4, 5, 6)
+    assert_exact(t, x)
     if not train:
-        x = draw(2, 4, 5, 6)
         with torch.no_grad():
-            torch.testing.assert_close(trios[0].fused(x), trios[0].eager(x))
+            torch.testing.assert_close(t.fused(x.double()), t.exact(x.double()))
 
 
 # ---- parity: the stem ------------------------------------------------------------------------------------------
@@ -182,17 +185,16 @@ def test_convolutions_without_bias(any_backend, names, train):
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("channels", [(1, 4), (3, 5)], ids=name_of)
-def test_a_stem_is_as_exact_as_eager(any_backend, channels, dtype, train):
-    trios = [trio(Stem, *channels, seed=seed, dtype=dtype, train=train) for seed in range(3)]
-    assert_trios_parity(trios, (4, channels[0], 14, 11), relu_flips=dtype in HALF)
+def test_a_stem_is_as_exact_as_eager(any_backend, dtype, train):
+    trios = [trio(Stem, 3, 5, seed=seed, dtype=dtype, train=train) for seed in range(3)]
+    assert_trios_parity(trios, (4, 3, 14, 11), relu_flips=dtype in HALF)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("size", [(3, 1, 1), (2, 1, 9), (2, 5, 2), (1, 8, 8)], ids=name_of)
 def test_a_stem_on_odd_sizes(any_backend, size, train):
     n, h, w = size
-    assert_trios_parity([trio(Stem, 3, 4, seed=seed, train=train) for seed in range(4)], (n, 3, h, w))
+    assert_exact(trio(Stem, 3, 4, dtype=torch.float64, train=train), draw(n, 3, h, w))
 
 
 @pytest.mark.parametrize(
@@ -203,9 +205,9 @@ def test_a_stem_with_other_settings_of_batch_norm(any_backend, train, options):
     def change(module):
         module[1] = nn.BatchNorm2d(4, **options).to(DEVICE, module[0].weight.dtype).train(train)
 
-    t = trio(Stem, 3, 4, train=train).each(change)
-    for _ in range(2):
-        assert_trios_parity([t], (4, 3, 12, 13))
+    t = trio(Stem, 3, 4, dtype=torch.float64, train=train).each(change)
+    for seed in range(2):
+        assert_exact(t, draw(2, 3, 10, 9, seed=seed))
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.0])
@@ -220,10 +222,7 @@ def test_ties_in_a_stems_pool_go_where_eager_sends_them(any_backend, value):
         nn.init.zeros_(stem[1].bias)
 
     t = trio(Stem, 1, 3, dtype=torch.float64, train=False).each(change)
-    x = draw(2, 1, 9, 8)
-    expected = step(t.exact, x)
-    for name, got in step(t.fused, x).items():
-        torch.testing.assert_close(got, expected[name], msg=lambda m, n=name: f"{n}: {m}")
+    assert_exact(t, draw(2, 1, 9, 8))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -368,20 +367,17 @@ def test_a_changed_weight_is_never_read_stale(any_backend, change, kind, name):
         assert torch.equal(after, copy.deepcopy(fused)(x))
 
 
-def test_no_change_of_a_single_value_can_hide(any_backend):
-    """Every value of one filter in turn, by little: the output moves as a fresh module's does."""
-    if any_backend == "triton":
-        pytest.skip("nothing is folded where Triton runs")
-    fused = inference_trio("identity").fused
-    x = images("identity")
-    filter = fused.conv1.weight.data[0]
-    with torch.no_grad():
-        for index in torch.cartesian_prod(*(torch.arange(n) for n in filter.shape)).tolist():
+def test_no_change_of_a_single_value_can_hide():
+    """Every value of one filter in turn, by a thousandth: outputs move with it, to within some roundings of theirs."""
+    fused = inference_trio("identity").fused.cpu()
+    x = images("identity").cpu()
+    values = fused.conv1.weight.data[0]
+    with torch.no_grad(), resnet.backend("torch"):
+        for index in torch.cartesian_prod(*(torch.arange(n) for n in values.shape)).tolist():
             fused(x)
-            filter[tuple(index)] += 1e-4
-            # fresh by another weight tensor, which no fold can belong to
-            expected = copy.deepcopy(fused)(x)
-            torch.testing.assert_close(fused(x), expected, rtol=1e-6, atol=2e-6, msg=lambda m, i=index: f"{i}: {m}")
+            values[tuple(index)] += 3e-5
+            # A copy has another weight tensor, to which nothing folded can belong.
+            torch.testing.assert_close(fused(x), copy.deepcopy(fused)(x), rtol=0, atol=1e-5)
 
 
 @kinds
@@ -1007,10 +1003,10 @@ def test_a_stem_of_another_kernel_is_fused_too(any_backend):
         torch.manual_seed(5)
         stem[0] = nn.Conv2d(3, 4, 3, stride=1, padding=1).to(DEVICE, stem[0].weight.dtype)
 
-    trios = [trio(Stem, 3, 4, seed=seed).each(change) for seed in range(3)]
+    t = trio(Stem, 3, 4, dtype=torch.float64).each(change)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert_trios_parity(trios, (2, 3, 7, 6))
+        assert_exact(t, draw(2, 3, 7, 6))
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------

@@ -395,7 +395,15 @@ def test_ctrl_c_after_all_work_is_done_does_not_spoil_it(tmp_path, monkeypatch):
     assert main(options(small(save=str(tmp_path / "net.pt")))) == 0
 
 
-def test_a_second_ctrl_c_stops_at_once():
+@pytest.fixture
+def heard_ctrl_c():
+    """SIGINT as a terminal's foreground has it; a job in the background starts with it ignored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+def test_a_second_ctrl_c_stops_at_once(heard_ctrl_c):
     usual = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), training._deferred_interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
@@ -404,7 +412,7 @@ def test_a_second_ctrl_c_stops_at_once():
     assert signal.getsignal(signal.SIGINT) == usual
 
 
-def test_ctrl_c_while_the_data_are_read_is_exit_status_130(monkeypatch):
+def test_ctrl_c_while_the_data_are_read_is_exit_status_130(heard_ctrl_c, monkeypatch):
     monkeypatch.setattr(training, "load", lambda folder: signal.raise_signal(signal.SIGINT))
     assert main(options(small())) == 130
 
