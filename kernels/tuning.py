@@ -1,11 +1,33 @@
-"""Tile configurations of the implicit GEMMs, and which of them a launch uses."""
+"""Tile configurations of the implicit GEMMs: one table, a model that ranks it for a launch, and the choice among them.
+
+    config = tuning.gemm_config("forward", shape, x, launch, precision="ieee", prologue=True)
+
+The first launch of a key times up to 8 candidates (`kernels.choices`), later ones look the answer up. A key holds the
+operation, the channels and the window, the type, every switch that the kernel is compiled with, and the number of
+pixels rounded up to a power of two, so that another batch size is seldom another key.
+
+The model is a lower bound of a launch's time, good for ranking, in clocks of a processor (SM, CU):
+
+    time = max(bytes / bandwidth, programs of a processor * steps * clocks of a step) + latency of its waves
+    step = max(products / tensor rate, instructions / 4, shared memory's bytes / 128, L2's bytes / 40)
+
+Configurations that need more shared memory or registers than there are, or are wider than the matrix, are left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from kernels import choices
+from kernels.geometry import ConvShape
 
 
 @dataclass(frozen=True)
@@ -21,7 +43,302 @@ class Config:
     def options(self) -> dict[str, int]:
         return asdict(self)
 
+    def __str__(self) -> str:
+        return f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}, {self.num_warps} warps, {self.num_stages} stages"
+
+
+@cache
+def _config(text: str) -> Config:
+    """The inverse of str."""
+    return Config(*map(int, re.findall(r"\d+", text)))
+
+
+# ---- the table -------------------------------------------------------------------------------------------------
+
+# The last of each is so small that it is always a candidate. A product needs 16 of every dimension.
+_HALF = (
+    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 4),
+    Config(256, 64, 64, 8, 3),
+    Config(256, 64, 32, 8, 3),
+    Config(128, 64, 64, 4, 3),
+    Config(128, 64, 32, 4, 4),
+    Config(64, 128, 64, 4, 3),
+    Config(64, 128, 32, 4, 4),
+    Config(64, 64, 64, 4, 3),
+    Config(64, 64, 64, 4, 4),
+    Config(64, 64, 32, 4, 4),
+    Config(128, 32, 64, 4, 3),
+    Config(128, 32, 32, 4, 3),
+    Config(64, 32, 64, 4, 4),
+    Config(32, 64, 64, 4, 4),
+    Config(64, 16, 32, 4, 3),
+    Config(32, 32, 32, 2, 3),
+    Config(16, 16, 16, 2, 2),
+)
+_TF32 = (
+    Config(128, 128, 32, 8, 3),
+    Config(128, 64, 32, 4, 3),
+    Config(64, 128, 32, 4, 3),
+    Config(64, 64, 32, 4, 3),
+    Config(64, 64, 16, 4, 3),
+    Config(128, 32, 32, 4, 3),
+    Config(64, 32, 32, 4, 3),
+    Config(32, 32, 32, 2, 3),
+    Config(16, 16, 16, 2, 2),
+)
+_SINGLE = (  # exact float32: no tensor cores, every thread holds BLOCK_K of its operands in registers
+    Config(64, 64, 16, 4, 3),
+    Config(64, 32, 16, 4, 3),
+    Config(32, 64, 16, 4, 3),
+    Config(32, 32, 32, 4, 3),
+    Config(32, 32, 16, 2, 3),
+    Config(16, 16, 16, 2, 2),
+)
+_DOUBLE = (
+    Config(64, 32, 16, 4, 2),
+    Config(32, 32, 16, 4, 2),
+    Config(32, 16, 16, 2, 2),
+    Config(16, 16, 16, 2, 2),
+)
+TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
+    operation: {"half": _HALF, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE}
+    for operation in ("forward", "grad_input", "grad_weight")
+}
+
+
+# ---- the launch --------------------------------------------------------------------------------------------------
+
+
+class Gemm(NamedTuple):
+    """What a launch's best tile depends on: the key of its choice."""
+
+    operation: str  # of TABLE
+    pixels: int  # rows of the forward and of grad-input, reduction of grad-weight; a power of two
+    C: int
+    K: int
+    R: int
+    S: int
+    stride: int
+    padding: int
+    dtype: torch.dtype
+    switches: tuple[tuple[str, object], ...]  # of the kernel's compilation, by name
+
+    def switch(self, name: str, default: object = None) -> object:
+        return dict(self.switches).get(name, default)
+
+    @property
+    def kind(self) -> str:
+        """Of product: a key of TABLE's tables."""
+        if self.dtype == torch.float32:
+            return "tf32" if self.switch("precision") == "tf32" else "single"
+        return "double" if self.dtype == torch.float64 else "half"
+
+    @property
+    def problem(self) -> tuple[int, int, int, int]:
+        """(rows, columns, taps, reduction): rows x columns sums over taps x reduction."""
+        window = self.R * self.S
+        if self.operation == "grad_weight":
+            return self.K, self.C * window, 1, self.pixels
+        rows, columns, reduction = self.pixels, self.K, self.C
+        if self.operation == "grad_input":
+            columns, reduction = self.C, self.K
+            window = max(1, window // self.stride**2)  # of a pixel, on average
+        return (rows, columns, 1, window * reduction) if self.switch("flat") else (rows, columns, window, reduction)
+
+
+def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: object) -> Gemm:
+    """The key of a launch. Of the switches the model reads `precision` ("tf32", "ieee"), `flat` and `prologue`.
+
+    Args:
+        operation: "forward", "grad_input" or "grad_weight".
+        switches: everything else that the kernel is compiled for, always in the same order.
+    """
+    pixels = shape.N * shape.H * shape.W if operation == "grad_input" else shape.M
+    bucket = 1 << max(pixels - 1, 0).bit_length()
+    window = shape.R, shape.S, shape.stride, shape.padding
+    return Gemm(operation, bucket, shape.C, shape.K, *window, dtype, tuple(switches.items()))
+
+
+# ---- the devices -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the model knows of a device."""
+
+    shared_memory: int  # bytes that a program may have; a processor has 1 KiB more
+    processors: int  # SMs, CUs
+    products: int  # multiply-adds per clock and processor, of half precision on tensor cores
+    clock: float  # GHz
+    bandwidth: float  # GB/s
+    asynchronous: bool = False  # tensor cores read shared memory themselves (wgmma, tcgen05): a stage more is held
+    registers: int = 65536  # of 32 bits, per processor
+
+    def shared_bytes(self, config: Config, kind: str) -> int:
+        """Of the pipeline's tiles; the epilogue's take their place."""
+        size = _SIZES[kind]
+        step = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size
+        stages = config.num_stages if self.asynchronous else max(config.num_stages - 1, 1)
+        return max(stages * step, config.BLOCK_M * config.BLOCK_N * size)
+
+
+_SIZES = {"half": 2, "tf32": 4, "single": 4, "double": 8}
+
+SM_80 = Target(163 * 1024, 108, 1024, 1.41, 2039)
+SM_90 = Target(227 * 1024, 132, 2048, 1.755, 3350, asynchronous=True)
+SM_100 = Target(227 * 1024, 148, 4096, 1.85, 8000, asynchronous=True)
+GFX942 = Target(64 * 1024, 304, 1024, 2.1, 5300, registers=131072)
+# In the interpreter and the emulator: the shared memory of the smallest supported NVIDIA GPU, else as SM_90.
+ANY = Target(99 * 1024, 132, 2048, 1.755, 3350, asynchronous=True)
+
+
+@cache
+def _target(device: torch.device) -> Target:
+    if device.type != "cuda":
+        return ANY
+    from triton.runtime import driver
+
+    device_index = torch.cuda.current_device() if device.index is None else device.index
+    properties = driver.active.utils.get_device_properties(device_index)
+    shared, processors = properties["max_shared_mem"], properties["multiprocessor_count"]
+    clock = properties["sm_clock_rate"] / 1e6
+    bandwidth = 2 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8 / 1e6
+    if torch.version.hip:
+        return Target(shared, processors, GFX942.products, clock, bandwidth, registers=GFX942.registers)
+    major, minor = torch.cuda.get_device_capability(device)
+    products = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096, (10, 3): 4096}.get((major, minor), 512)
+    return Target(shared, processors, products, clock, bandwidth, asynchronous=major in (9, 10))
+
+
+# ---- the model -------------------------------------------------------------------------------------------------
+
+_TIMED = 8  # candidates per key
+_REGISTERS = 255  # of a thread
+_THREADS = 2048  # of a processor
+_L2 = 40  # bytes per clock that a processor gets of the L2 cache
+_LATENCY = 800  # clocks from a load to its data, of L2 and memory between them
+_START = 3 * _LATENCY  # clocks of a program before its first product and after its last
+
+
+def _registers(config: Config, gemm: Gemm) -> float:
+    """Of a thread, fitted to compiled kernels: accumulators twice, since the epilogue rounds and sums them."""
+    size, threads = _SIZES[gemm.kind], 32 * config.num_warps
+    accumulators = config.BLOCK_M * config.BLOCK_N * max(size, 4) / 4 / threads
+    chunks = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size / 16 / threads
+    operand = config.BLOCK_M * config.BLOCK_K * size / 4 / threads if gemm.switch("prologue") else 0
+    return 40 + 2 * accumulators + 3 * chunks + operand
+
+
+def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
+    """(modelled time, bytes asked of L2): the second decides where the first is equal."""
+    rows, columns, taps, reduction = gemm.problem
+    M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    size, warps = _SIZES[gemm.kind], config.num_warps
+    asynchronous = target.asynchronous and M >= 64 and warps % 4 == 0 and gemm.kind in ("half", "tf32")
+
+    tiles = -(-rows // M) * -(-columns // N)
+    steps = taps * -(-reduction // K)
+    splits = 1
+    if gemm.operation == "grad_weight":  # the reduction is split until the device is full
+        splits = max(1, min(steps // 4, 2 * target.processors // tiles))
+        steps = -(-steps // splits)
+    programs = tiles * splits
+
+    products = M * N * K
+    loaded = (M + N) * K * size
+    if gemm.kind == "single":
+        tensor, instructions = 0, products / 32
+    else:
+        rate = target.products / {"half": 1, "tf32": 2, "double": 16}[gemm.kind]
+        tensor = products / (rate if asynchronous or not target.asynchronous else rate / 2)
+        instructions = 0 if asynchronous else products / {"half": 2048, "tf32": 1024, "double": 256}[gemm.kind]
+    across = min(warps, max(1, N // 32))  # warps along N, the rest along M
+    fragments = 0 if asynchronous else (M * across + N * (warps // across or 1)) * K * size
+    instructions += fragments / 512 + 16 * loaded / 512 + 20 * warps  # by ldmatrix, cp.async with its address, loop
+    if gemm.switch("prologue"):
+        instructions += 7 * M * K / 32
+    shared = (loaded + (loaded if asynchronous else fragments)) / 128
+
+    resident = max(
+        1,
+        min(
+            (target.shared_memory + 1024) // (target.shared_bytes(config, gemm.kind) + 1024),
+            int(target.registers / (32 * warps * min(_registers(config, gemm), _REGISTERS))),
+            _THREADS // (32 * warps),
+        ),
+    )
+    step = max(tensor, instructions / 4, shared, loaded / _L2)
+    per_processor = -(-programs // target.processors)
+    waves = -(-per_processor // resident)
+    # A wave of few programs waits for its loads: each has num_stages - 1 steps under way.
+    together = min(per_processor, resident)
+    step = max(step, _LATENCY / max(config.num_stages - 1, 1) / together)
+    clocks = per_processor * steps * step + waves * _START
+    moved = (rows * columns + rows * reduction + columns * reduction * taps) * size
+    if gemm.operation == "grad_weight":
+        moved = (rows + gemm.C) * reduction * size + 2 * splits * rows * columns * 4
+    return max(clocks / target.clock / 1e9, moved / target.bandwidth / 1e9), programs * steps * loaded
+
+
+def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
+    """Whether it runs without spilling, and is not twice as wide as the matrix or more."""
+    rows, columns, _, reduction = gemm.problem
+    narrow = all(
+        block == 16 or block < 2 * length
+        for block, length in ((config.BLOCK_M, rows), (config.BLOCK_N, columns), (config.BLOCK_K, reduction))
+    )
+    shared = target.shared_bytes(config, gemm.kind)
+    return narrow and shared <= target.shared_memory and _registers(config, gemm) <= _REGISTERS
+
+
+@cache
+def candidates(gemm: Gemm, target: Target = ANY) -> tuple[Config, ...]:
+    """At most 8 configurations that can run on the device, the best one by the model first."""
+    fitting = [config for config in TABLE[gemm.operation][gemm.kind] if _fits(config, gemm, target)]
+    return tuple(sorted(fitting, key=lambda config: _seconds(config, gemm, target))[:_TIMED])
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------
+
+_every: Target | None = None
+
+
+@contextmanager
+def every_candidate(target: Target = ANY) -> Iterator[None]:
+    """Inside, each launch first runs once with every candidate that a device like `target` would time.
+
+    For whoever records launches, to compile and count all that can be chosen.
+    """
+    global _every
+    previous, _every = _every, target
+    try:
+        yield
+    finally:
+        _every = previous
+
+
+def gemm_config(
+    operation: str, shape: ConvShape, x: Tensor, run: Callable[[Config], object], **switches: object
+) -> Config:
+    """The configuration to launch with; see `gemm` for the arguments.
+
+    Args:
+        x: an operand: type and device.
+        run: launches once with a configuration, changing nothing that it reads.
+    """
+    key = gemm(operation, shape, x.dtype, **switches)
+    if _every is None:
+        name = choices.remembered(key, x.device)
+        if name is not None:
+            return _config(name)
+    return best(key, candidates(key, _every or _target(x.device)), run, x.device)
+
 
 def best(key: tuple, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device) -> Config:
-    """The candidate to launch with: the first one until something is timed."""
-    return candidates[0]
+    """The fastest of `candidates` on the device, as `kernels.choices` remembers or times it; on the CPU the first."""
+    if _every is not None:
+        for config in candidates:
+            run(config)
+        return candidates[0]
+    return _config(choices.choose(key, {str(config): partial(run, config) for config in candidates}, device))
