@@ -142,22 +142,34 @@ def freeze_kernel(
 ):
     """stats from the running statistics, the convolution's bias folded into the mean. Grid (column tiles,)."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    live = cols < C
-    mean = tl.load(running_mean + cols, mask=live).to(ACC)
-    if conv_bias is not None:
-        mean -= tl.load(conv_bias + cols, mask=live).to(ACC)
-    invstd = inverse_std(tl.load(running_var + cols, mask=live).to(ACC), eps)
+    mean, invstd = load_running(running_mean, running_var, conv_bias, eps, cols, C, ACC)
     store_stats(stats, weight, bias, mean, invstd, cols, C)
 
 
 @triton.jit
-def store_stats(stats, weight, bias, mean, invstd, cols, C: tl.constexpr):
+def load_running(running_mean, running_var, conv_bias, eps, cols, C: tl.constexpr, ACC: tl.constexpr):
+    """mean and invstd of the running statistics, the convolution's bias folded into the mean."""
+    mean = tl.load(running_mean + cols, mask=cols < C, other=0.0).to(ACC)
+    if conv_bias is not None:
+        mean -= tl.load(conv_bias + cols, mask=cols < C, other=0.0).to(ACC)
+    return mean, inverse_std(tl.load(running_var + cols, mask=cols < C, other=0.0).to(ACC), eps)
+
+
+@triton.jit
+def load_affine(mean, invstd, weight, bias, cols, C: tl.constexpr):
+    """scale and shift: batch_norm(x) = x * scale + shift."""
     scale = invstd
     if weight is not None:
-        scale = invstd * tl.load(weight + cols, mask=cols < C).to(invstd.dtype)
+        scale = invstd * tl.load(weight + cols, mask=cols < C, other=0.0).to(invstd.dtype)
     shift = -mean * scale
     if bias is not None:
-        shift = tl.fma(-mean, scale, tl.load(bias + cols, mask=cols < C).to(invstd.dtype))
+        shift = tl.fma(-mean, scale, tl.load(bias + cols, mask=cols < C, other=0.0).to(invstd.dtype))
+    return scale, shift
+
+
+@triton.jit
+def store_stats(stats, weight, bias, mean, invstd, cols, C: tl.constexpr):
+    scale, shift = load_affine(mean, invstd, weight, bias, cols, C)
     tl.store(stats + cols, mean, mask=cols < C)
     tl.store(stats + C + cols, invstd, mask=cols < C)
     tl.store(stats + 2 * C + cols, scale, mask=cols < C)
