@@ -475,10 +475,7 @@ def statistics(
     """
     M, C = nhwc_shape(x)
     t = tiling(M, C)
-    dtype, ACC = accumulator(x)
-    partial = torch.empty((2, t.partials, C), dtype=dtype, device=x.device)
-    stats = torch.empty((4, C), dtype=dtype, device=x.device)
-    merge = _merge_blocks(t.partials, C)
+    partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     with torch.cuda.device_of(x):
         statistics_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
             x,
@@ -488,6 +485,30 @@ def statistics(
             t.tiles,
             **t.options(x),
         )
+    return finalize(partial, t.rows, M, weight, bias, running_mean, running_var, momentum, eps, conv_bias)
+
+
+def finalize(
+    partial: Tensor,
+    rows: int,
+    M: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    conv_bias: Tensor | None = None,
+) -> Tensor:
+    """stats (4, C), and the running statistics in place, as `statistics`, from the partials of M rows.
+
+    partial (2, T, C) float32 or float64, contiguous: the mean and M2 = sum (x - mean)^2 of each `rows` rows in turn,
+    the last of fewer: (T - 1) * rows < M <= T * rows. Merged in a fixed order.
+    """
+    _, T, C = partial.shape
+    stats = torch.empty((4, C), dtype=partial.dtype, device=partial.device)
+    merge = _merge_blocks(T, C)
+    with torch.cuda.device_of(partial):
         finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
             partial,
             weight,
@@ -497,12 +518,12 @@ def statistics(
             running_var,
             stats,
             M,
-            t.partials,
-            t.rows,
+            T,
+            rows,
             momentum,
             eps,
             C=C,
-            ACC=ACC,
+            ACC=accumulator(partial)[1],
             num_warps=4,
             **merge,
             **FLAGS,
