@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.pointwise import affine, inverse_std, relu, relu_passes
+from kernels.pointwise import affine, inverse_std, recomputed_relu_passes, relu, relu_passes
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
@@ -229,10 +229,10 @@ def load_masked_grad(
     g = tl.load(dout + offsets, mask=mask, other=0.0).to(ACC)
     if RELU:
         if out is not None:
-            z = tl.load(out + offsets, mask=mask, other=0.0)
+            passes = relu_passes(tl.load(out + offsets, mask=mask, other=0.0))
         else:
-            z = affine(x_value, scale[None, :], shift[None, :]).to(STORED)
-        g = tl.where(relu_passes(z), g, 0.0)
+            passes = recomputed_relu_passes(x_value, scale[None, :], shift[None, :], STORED)
+        g = tl.where(passes, g, 0.0)
     return g
 
 
