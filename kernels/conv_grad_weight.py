@@ -29,7 +29,7 @@ from torch import Tensor
 from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
 from kernels.geometry import ConvShape, check_nhwc
 from kernels.pointwise import relu_passes
-from kernels.prologue import batch_norm_relu
+from kernels.prologue import affine_relu, keep
 from kernels.tuning import Config, best
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
@@ -87,6 +87,10 @@ def conv_grad_weight_kernel(
     if stats is not None:
         scale = tl.load(stats + 2 * C + channels, mask=live_c, other=0.0)
         shift = tl.load(stats + 3 * C + channels, mask=live_c, other=0.0)
+        if DY_MOVES:
+            scale, shift = scale[:, None], shift[:, None]
+        else:
+            scale, shift = scale[None, :], shift[None, :]
 
     # Pixel (n, i, j) of each row of the step, n counted from the first image of the split.
     GH = H if DY_MOVES else P
@@ -104,12 +108,12 @@ def conv_grad_weight_kernel(
     if DY_MOVES:
         VH, VW = P, Q
         row0, col0 = PADDING - tap // S, PADDING - tap % S
-        still_offsets = rows[:, None] * C + cs[None, :]
+        still_offsets = cs[:, None] + rows[None, :] * C
         x += m0 * C
     else:
         VH, VW = H, W
         row0, col0 = tap // S - PADDING, tap % S - PADDING
-        still_offsets = rows[:, None] * K + ks[None, :]
+        still_offsets = ks[:, None] + rows[None, :] * K
         dy += m0 * K
         if out is not None:
             out += m0 * K
@@ -139,9 +143,9 @@ def conv_grad_weight_kernel(
         else:
             moved = (n * VH + v) * VW + w
         if DY_MOVES:
-            a = load_input(x + still_offsets, valid[:, None], live_c[None, :], scale, shift)
+            a = load_input(x + still_offsets, valid[None, :], live_c[:, None], scale, shift)
         else:
-            g = load_grad(dy, out, still_offsets, valid[:, None] & live_k[None, :])
+            g = load_grad(dy, out, still_offsets, live_k[:, None] & valid[None, :])
         new = ()
         for t in tl.static_range(TAPS):
             if FLAT:
@@ -149,19 +153,19 @@ def conv_grad_weight_kernel(
                 high, wide = v[:, None] + r[None, :], w[:, None] + s[None, :]
                 inside = valid[:, None] & (high >= 0) & (high < H) & (wide >= 0) & (wide < W)
                 a = load_input(x + offsets, inside, live_c[None, :], scale, shift)
-                new += (tl.dot(tl.trans(g), a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (tl.dot(g, a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
             elif DY_MOVES:
                 inside = valid & within(v, VH) & within(w - t, VW)
                 offsets = (moved - t)[:, None] * K + ks[None, :]
                 g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
-                new += (tl.dot(tl.trans(a), g, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (tl.dot(a, g, acc[t], input_precision=PRECISION, out_dtype=ACC),)
             else:
                 inside = valid
                 if PADDING > 0:
                     inside = valid & within(v, VH) & within(w + t, VW)
                 offsets = (moved + t)[:, None] * C + cs[None, :]
                 a = load_input(x + offsets, inside[:, None], live_c[None, :], scale, shift)
-                new += (tl.dot(tl.trans(g), a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (tl.dot(g, a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
         acc = new
         # The next step's pixels, without a division.
         j += BLOCK_K % GW
@@ -206,16 +210,19 @@ def load_grad(dy, out, offsets, mask):
     """A tile of dy (rows, K), masked by the ReLU of `out`, zero where not `mask`."""
     g = tl.load(dy + offsets, mask=mask, other=0.0)
     if out is not None:
-        g = tl.where(relu_passes(tl.load(out + offsets, mask=mask, other=0.0)), g, tl.zeros_like(g))
+        g = keep(g, relu_passes(tl.load(out + offsets, mask=mask, other=0.0)))
     return g
 
 
 @triton.jit
 def load_input(pointers, inside, live, scale, shift):
-    """A tile (rows, C) of the convolution's input, zero where not `inside`; activated where scale is given."""
+    """A tile of the convolution's input, zero where not `inside`; activated where scale is given.
+
+    Its channels lie along either axis, and scale and shift along the same.
+    """
     value = tl.load(pointers, mask=inside & live, other=0.0)
     if scale is not None:
-        value = batch_norm_relu(value, scale, shift, inside)
+        value = keep(affine_relu(value, scale, shift), inside)
     return value
 
 
