@@ -101,10 +101,30 @@ _DOUBLE = (
     Config(32, 16, 16, 2, 2),
     Config(16, 16, 16, 2, 2),
 )
+_PIXELS_REDUCED = (  # rows and columns are channels, the reduction is long: wide steps, many warps for many taps
+    Config(128, 64, 64, 8, 3),
+    Config(64, 64, 64, 8, 3),
+    Config(64, 64, 64, 4, 3),
+    Config(64, 64, 32, 4, 4),
+    Config(128, 64, 32, 8, 4),
+    Config(128, 128, 64, 8, 3),
+    Config(64, 32, 64, 4, 3),
+    Config(32, 64, 64, 4, 3),
+    Config(32, 32, 64, 4, 3),
+    Config(16, 64, 64, 4, 3),
+    Config(64, 16, 64, 4, 3),
+    Config(32, 32, 32, 2, 3),
+    Config(16, 16, 16, 2, 2),
+)
+_SMALL = (Config(64, 64, 16, 4, 2), Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(16, 16, 16, 4, 2))
+_POOLED = (Config(64, 64, 32, 4, 1),)  # its prologue gathers: nothing to pipeline
 TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
-    operation: {"half": _HALF, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE}
-    for operation in ("forward", "grad_input", "grad_weight")
+    "forward": {"half": _HALF, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
+    "grad_input": {"half": _HALF, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
+    "grad_weight": {"half": _PIXELS_REDUCED, "tf32": _SMALL, "single": _SMALL, "double": _SMALL},
+    "grad_weight_max_pool": dict.fromkeys(("half", "tf32", "single", "double"), _POOLED),
 }
+_MAX_ACCUMULATORS = 100  # registers of a thread for which grad-weight takes a whole row of taps at once
 
 
 # ---- the launch --------------------------------------------------------------------------------------------------
@@ -135,23 +155,33 @@ class Gemm(NamedTuple):
         return "double" if self.dtype == torch.float64 else "half"
 
     @property
+    def reduces_pixels(self) -> bool:
+        return self.operation.startswith("grad_weight")
+
+    @property
     def problem(self) -> tuple[int, int, int, int]:
-        """(rows, columns, taps, reduction): rows x columns sums over taps x reduction."""
-        window = self.R * self.S
-        if self.operation == "grad_weight":
-            return self.K, self.C * window, 1, self.pixels
-        rows, columns, reduction = self.pixels, self.K, self.C
-        if self.operation == "grad_input":
+        """(rows, columns, taps, reduction): rows x columns of sums over taps x reduction; of grad-weight, taps of them.
+
+        The rows of grad-weight are the channels of the operand that does not move from tap to tap.
+        """
+        rows, columns, taps, reduction = self.pixels, self.K, self.R * self.S, self.C
+        if self.reduces_pixels:
+            rows, columns, reduction = self.K, self.C, self.pixels
+            if self.switch("flat"):
+                return rows, columns * taps, 1, reduction
+            if self.switch("prologue") and self.stride == 1:
+                rows, columns = columns, rows
+        elif self.operation == "grad_input":
             columns, reduction = self.C, self.K
-            window = max(1, window // self.stride**2)  # of a pixel, on average
-        return (rows, columns, 1, window * reduction) if self.switch("flat") else (rows, columns, window, reduction)
+            taps = max(1, taps // self.stride**2)  # of a pixel, on average
+        return (rows, columns, 1, taps * reduction) if self.switch("flat") else (rows, columns, taps, reduction)
 
 
 def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: object) -> Gemm:
     """The key of a launch. Of the switches the model reads `precision` ("tf32", "ieee"), `flat` and `prologue`.
 
     Args:
-        operation: "forward", "grad_input" or "grad_weight".
+        operation: of TABLE.
         switches: everything else that the kernel is compiled for, always in the same order.
     """
     pixels = shape.N * shape.H * shape.W if operation == "grad_input" else shape.M
@@ -221,10 +251,18 @@ _LATENCY = 800  # clocks from a load to its data, of L2 and memory between them
 _START = 3 * _LATENCY  # clocks of a program before its first product and after its last
 
 
+def _taps_at_once(config: Config, gemm: Gemm) -> int:
+    """Of grad-weight: accumulators of a program that share the operand which stands still."""
+    accumulators = config.BLOCK_M * config.BLOCK_N * max(_SIZES[gemm.kind], 4) / 4 / (32 * config.num_warps)
+    return gemm.S if not gemm.switch("flat") and accumulators * gemm.S <= _MAX_ACCUMULATORS else 1
+
+
 def _registers(config: Config, gemm: Gemm) -> float:
-    """Of a thread, fitted to compiled kernels: accumulators twice, since the epilogue rounds and sums them."""
+    """Of a thread, fitted to compiled kernels: accumulators twice where the epilogue rounds and sums them."""
     size, threads = _SIZES[gemm.kind], 32 * config.num_warps
     accumulators = config.BLOCK_M * config.BLOCK_N * max(size, 4) / 4 / threads
+    if gemm.reduces_pixels:
+        accumulators *= 0.625 * _taps_at_once(config, gemm)
     chunks = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size / 16 / threads
     operand = config.BLOCK_M * config.BLOCK_K * size / 4 / threads if gemm.switch("prologue") else 0
     return 40 + 2 * accumulators + 3 * chunks + operand
@@ -239,14 +277,17 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
 
     tiles = -(-rows // M) * -(-columns // N)
     steps = taps * -(-reduction // K)
-    splits = 1
-    if gemm.operation == "grad_weight":  # the reduction is split until the device is full
+    splits = at_once = 1
+    if gemm.reduces_pixels:  # the reduction is split until the device is full
+        at_once = _taps_at_once(config, gemm)
+        tiles *= -(-taps // at_once)
+        steps //= taps
         splits = max(1, min(steps // 4, 2 * target.processors // tiles))
         steps = -(-steps // splits)
     programs = tiles * splits
 
-    products = M * N * K
-    loaded = (M + N) * K * size
+    products = M * N * K * at_once
+    loaded = (M + N * at_once) * K * size
     if gemm.kind == "single":
         tensor, instructions = 0, products / 32
     else:
@@ -254,7 +295,7 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
         tensor = products / (rate if asynchronous or not target.asynchronous else rate / 2)
         instructions = 0 if asynchronous else products / {"half": 2048, "tf32": 1024, "double": 256}[gemm.kind]
     across = min(warps, max(1, N // 32))  # warps along N, the rest along M
-    fragments = 0 if asynchronous else (M * across + N * (warps // across or 1)) * K * size
+    fragments = 0 if asynchronous else (M * across + N * at_once * (warps // across or 1)) * K * size
     instructions += fragments / 512 + 16 * loaded / 512 + 20 * warps  # by ldmatrix, cp.async with its address, loop
     if gemm.switch("prologue"):
         instructions += 7 * M * K / 32
@@ -276,8 +317,8 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
     step = max(step, _LATENCY / max(config.num_stages - 1, 1) / together)
     clocks = per_processor * steps * step + waves * _START
     moved = (rows * columns + rows * reduction + columns * reduction * taps) * size
-    if gemm.operation == "grad_weight":
-        moved = (rows + gemm.C) * reduction * size + 2 * splits * rows * columns * 4
+    if gemm.reduces_pixels:
+        moved = (gemm.K + gemm.C) * reduction * size + 2 * splits * rows * columns * taps * 4
     return max(clocks / target.clock / 1e9, moved / target.bandwidth / 1e9), programs * steps * loaded
 
 
@@ -295,7 +336,8 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
 @cache
 def candidates(gemm: Gemm, target: Target = ANY) -> tuple[Config, ...]:
     """At most 8 configurations that can run on the device, the best one by the model first."""
-    fitting = [config for config in TABLE[gemm.operation][gemm.kind] if _fits(config, gemm, target)]
+    table = TABLE[gemm.operation][gemm.kind]
+    fitting = [config for config in table if _fits(config, gemm, target)] or [table[-1]]
     return tuple(sorted(fitting, key=lambda config: _seconds(config, gemm, target))[:_TIMED])
 
 
