@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
-from kernels.geometry import ConvShape, check_nhwc
+from kernels.geometry import ConvShape, check_like, check_nhwc
+from kernels.implicit_gemm import dot
 from kernels.pointwise import relu_passes
 from kernels.prologue import affine_relu, keep
 from kernels.tuning import Config, best
@@ -155,19 +156,19 @@ def conv_grad_weight_kernel(
                 high, wide = v[:, None] + r[None, :], w[:, None] + s[None, :]
                 inside = valid[:, None] & (high >= 0) & (high < H) & (wide >= 0) & (wide < W)
                 a = load_input(x + offsets, inside, live_c[None, :], scale, shift)
-                new += (tl.dot(g, a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (dot(g, a, acc[t], PRECISION),)
             elif DY_MOVES:
                 inside = valid & within(v, VH) & within(w - t, VW)
                 offsets = (moved - t)[:, None] * K + ks[None, :]
                 g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
-                new += (tl.dot(a, g, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (dot(a, g, acc[t], PRECISION),)
             else:
                 inside = valid
                 if PADDING > 0:
                     inside = valid & within(v, VH) & within(w + t, VW)
                 offsets = (moved + t)[:, None] * C + cs[None, :]
                 a = load_input(x + offsets, inside[:, None], live_c[None, :], scale, shift)
-                new += (tl.dot(g, a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (dot(g, a, acc[t], PRECISION),)
         acc = new
         # The next step's pixels, without a division.
         j += BLOCK_K % GW
@@ -252,12 +253,12 @@ def merge_kernel(
 
 # BLOCK_M channels of the operand that stands still, BLOCK_N of the one that moves, BLOCK_K pixels per step.
 CONFIGS = (
-    Config(128, 64, 64, num_warps=8, num_stages=3),
-    Config(64, 64, 64, num_warps=8, num_stages=3),
-    Config(64, 64, 64, num_warps=4, num_stages=3),
-    Config(64, 64, 32, num_warps=4, num_stages=4),
     Config(128, 64, 32, num_warps=8, num_stages=4),
+    Config(128, 64, 64, num_warps=8, num_stages=3),
+    Config(64, 64, 32, num_warps=4, num_stages=3),
+    Config(64, 64, 64, num_warps=4, num_stages=3),
     Config(128, 128, 64, num_warps=8, num_stages=3),
+    Config(128, 128, 32, num_warps=8, num_stages=4),
 )
 _PROGRAMS = 256  # wanted in all: two per SM of a large GPU
 _MIN_STEPS = 4  # of a split
@@ -288,7 +289,9 @@ def fit(config: Config, shape: ConvShape, itemsize: int, activated: bool) -> Con
     if itemsize > 2:  # wider elements, and more registers for them
         config = Config(min(64, config.BLOCK_M), min(64, config.BLOCK_N), 16, 4, 2)
     size = lambda block, n: max(16, min(block, triton.next_power_of_2(n)))  # noqa: E731
-    return replace(config, BLOCK_M=size(config.BLOCK_M, still), BLOCK_N=size(config.BLOCK_N, moving))
+    BLOCK_M = size(config.BLOCK_M, still)
+    num_warps = min(config.num_warps, BLOCK_M // 16)  # of the 16 rows of a tensor core's product each
+    return replace(config, BLOCK_M=BLOCK_M, BLOCK_N=size(config.BLOCK_N, moving), num_warps=num_warps)
 
 
 def dy_moves(shape: ConvShape, activated: bool) -> bool:
@@ -340,11 +343,6 @@ def _splits(shape: ConvShape, tiles: int, steps: int, itemsize: int) -> int:
     return max(splits, min(steps, triton.cdiv(4 * activations, _MAX_SPAN)))
 
 
-def _merge_blocks(splits: int) -> dict[str, int]:
-    BLOCK_T = min(16, triton.next_power_of_2(splits))
-    return {"BLOCK_T": BLOCK_T, "BLOCK": 1024 // BLOCK_T}
-
-
 # ---- launchers -------------------------------------------------------------------------------------------------
 
 
@@ -369,7 +367,7 @@ def conv_grad_weight(
     """
     shape = _check(dy, x, kernel_size, stride, padding, stats, out)
     if shape.N == 0:
-        return _empty_weight(x, shape).zero_()
+        return empty_weight(x, shape).zero_()
     key = ("conv_grad_weight", shape, x.dtype, stats is not None, out is not None, tf32)
 
     def run(config: Config) -> Tensor:
@@ -384,7 +382,7 @@ def _launch(
     config = fit(config, shape, x.element_size(), stats is not None)
     launch = plan(shape, config, x.element_size(), stats is not None)
     dtype, ACC = accumulator(x)
-    dw = _empty_weight(x, shape)
+    dw = empty_weight(x, shape)
     size = dw.numel()
     partial = dw if launch.splits == 1 else torch.empty((launch.splits, size), dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
@@ -406,15 +404,30 @@ def _launch(
             **config.options(),
             **FLAGS,
         )
-        if launch.splits > 1:
-            merge = _merge_blocks(launch.splits)
-            merge_kernel[(triton.cdiv(size, merge["BLOCK"]),)](
-                partial, dw, launch.splits, size, ACC=ACC, num_warps=4, **merge, **FLAGS
-            )
+    return dw if launch.splits == 1 else merge_splits(partial, dw)
+
+
+def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
+    """dw, any shape, the sum of partial (splits, dw.numel()) in the order of dw's memory, rounded to dw's type."""
+    splits, size = partial.shape
+    BLOCK_T = min(16, triton.next_power_of_2(splits))
+    BLOCK = 1024 // BLOCK_T
+    with torch.cuda.device_of(dw):
+        merge_kernel[(triton.cdiv(size, BLOCK),)](
+            partial,
+            dw,
+            splits,
+            size,
+            ACC=accumulator(partial)[1],
+            BLOCK_T=BLOCK_T,
+            BLOCK=BLOCK,
+            num_warps=4,
+            **FLAGS,
+        )
     return dw
 
 
-def _empty_weight(x: Tensor, shape: ConvShape) -> Tensor:
+def empty_weight(x: Tensor, shape: ConvShape) -> Tensor:
     return x.new_empty((shape.K, shape.R, shape.S, shape.C)).permute(0, 3, 1, 2)
 
 
@@ -443,19 +456,9 @@ def _check(
             f"{padding}, got {tuple(dy.shape)}"
         )
     if stats is not None:
-        check_stats(stats, x)
+        check_like("stats", stats, (4, C), accumulator(x)[0], x.device)
     if out is not None:
-        check_nhwc("out", out, x)
-        if out.shape != dy.shape:
-            raise ValueError(f"out: expected the shape of dy {tuple(dy.shape)}, got {tuple(out.shape)}")
+        check_nhwc("out", out, x, expected)
     if 4 * max(H * W * C, shape.P * shape.Q * shape.K) > _MAX_SPAN or shape.K * R * S * C > _MAX_SPAN:
         raise ValueError(f"an image or the weight is too large for 32-bit offsets: {shape}")
     return shape
-
-
-def check_stats(stats: Tensor, x: Tensor) -> None:
-    """ValueError unless stats is a contiguous (4, C), TypeError unless of the accumulator's type of x's channels."""
-    if tuple(stats.shape) != (4, x.shape[1]) or not stats.is_contiguous():
-        raise ValueError(f"stats: expected a contiguous (4, {x.shape[1]}), got {tuple(stats.shape)}, {stats.stride()}")
-    if stats.dtype != accumulator(x)[0] or stats.device != x.device:
-        raise TypeError(f"stats: expected {accumulator(x)[0]} on {x.device}, got {stats.dtype} on {stats.device}")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from kernels import conv_grad_weight as kernels
-from kernels.geometry import ConvShape, is_nhwc
+from kernels.geometry import ConvShape
 from kernels.tuning import Config
 from tests.blocks import DTYPES, draw, name_of, one_thread, rounding_interpreter  # noqa: F401
 from tests.conftest import DEVICE
@@ -78,14 +78,14 @@ def assert_parity(shape: ConvShape, dtype: torch.dtype, prologue: str) -> None:
     for seed in range(0, 1 if shape.K * shape.C * shape.R * shape.S > 64 else 40, 4):
         case = operands(shape, dtype, prologue, seed)
         dw = grad_weight(shape, *case)
-        assert dw.shape == (shape.K, shape.C, shape.R, shape.S) and is_nhwc(dw)
+        assert dw.shape == (shape.K, shape.C, shape.R, shape.S) and dw.is_contiguous(memory_format=torch.channels_last)
         fused.append(dw)
         eager.append(reference(shape, *case, dtype))
         exact.append(reference(shape, *case, torch.float64))
     assert_as_exact_as_eager("dw", fused, eager, exact)
 
 
-@pytest.mark.parametrize("prologue", PROLOGUES)
+@pytest.mark.parametrize("prologue", ["plain", "both"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_as_exact_as_eager_for_every_shape(shape, prologue):
     assert_parity(shape, torch.float32, prologue)
@@ -93,7 +93,7 @@ def test_as_exact_as_eager_for_every_shape(shape, prologue):
 
 @pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", ["3x3", "3x3, stride 2", "three to six channels"])
+@pytest.mark.parametrize("shape", ["3x3", "3x3, stride 2"])
 def test_as_exact_as_eager_for_every_type(shape, dtype, prologue):
     assert_parity(SHAPES[shape], dtype, prologue)
 
@@ -110,15 +110,15 @@ def shapes(draw_from) -> ConvShape:
 
 
 @given(shapes(), st.sampled_from(DTYPES), st.sampled_from(sorted(PROLOGUES)))
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_as_exact_as_eager_for_any_shape(shape, dtype, prologue):
     assert_parity(shape, dtype, prologue)
 
 
-@pytest.mark.parametrize("prologue", PROLOGUES)
+@pytest.mark.parametrize("prologue", ["plain", "activated"])  # where x moves, and where dy does
 def test_every_split_and_tile_is_added_once(monkeypatch, prologue):
     """Small tiles: several of every axis of dW, several splits, and a last split of fewer steps than the others."""
-    shape = ConvShape(3, 7, 9, 40, 36, 3, 3, 1, 1)
+    shape = ConvShape(3, 7, 10, 24, 36, 3, 3, 1, 1)
     config = Config(16, 16, 16, num_warps=1, num_stages=2)
     monkeypatch.setattr(kernels, "CONFIGS", (config,))
     monkeypatch.setattr(kernels, "_MIN_STEPS", 3)
@@ -150,7 +150,7 @@ def test_same_bits_twice(dtype):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, by which the interpreter multiplies
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
-@pytest.mark.parametrize("prologue", PROLOGUES)
+@pytest.mark.parametrize("prologue", ["masked", "both"])
 def test_nan_and_inf_reach_the_gradients_they_enter_and_no_other_channel(prologue, bad):
     shape = SHAPES["3x3"]
     dy, x, stats, out = operands(shape, torch.float32, prologue)
@@ -187,7 +187,9 @@ def test_padding_is_zero_after_the_activation():
 def test_empty_batch_gives_zeros():
     dy, x = draw(0, 6, 4, 4), draw(0, 3, 4, 4)
     dw = kernels.conv_grad_weight(dy, x, (3, 3), 1, 1)
-    assert torch.equal(dw, torch.zeros(6, 3, 3, 3, device=DEVICE)) and is_nhwc(dw)
+    assert torch.equal(dw, torch.zeros(6, 3, 3, 3, device=DEVICE)) and dw.is_contiguous(
+        memory_format=torch.channels_last
+    )
 
 
 WRONG = {
@@ -202,9 +204,9 @@ WRONG = {
     ),
     "stride 0": (ValueError, "positive", {"stride": 0}),
     "negative padding": (ValueError, "padding", {"padding": -1}),
-    "stats of other channels": (ValueError, r"stats: expected a contiguous \(4, 20\)", {"stats": draw(4, 19)}),
+    "stats of other channels": (ValueError, r"stats: .*\(4, 20\)", {"stats": draw(4, 19)}),
     "stats in half": (TypeError, "stats: expected torch.float32", {"stats": draw(4, 20).half()}),
-    "out of another size": (ValueError, "out: expected the shape of dy", {"out": draw(2, 17, 7, 4)}),
+    "out of another size": (ValueError, r"out: expected shape \(2, 17, 7, 5\)", {"out": draw(2, 17, 7, 4)}),
 }
 
 
