@@ -1,6 +1,7 @@
-"""Grad-weight of the stem's convolution, from the pooled gradient: max-pool, ReLU and BatchNorm undone as it is loaded.
+"""Grad-weight of the stem's convolution from the pooled gradient: pool, ReLU and BatchNorm undone as it is loaded.
 
-    dW[k, r, s, c] = sum over pixels (n, p, q) of y of dy[n, p, q, k] * x[n, p*stride - padding + r, q*stride - padding + s, c]
+    dW[k, r, s, c] = sum over pixels (n, p, q) of y of dy[n, p, q, k] * x[n, h, w, c]
+    h, w = p * stride - padding + r, q * stride - padding + s
     dy = scale * (g - sum_g / M - xhat * sum_gx / M) in training, scale * g with frozen statistics
     g  = the pooled gradient gathered, see batch_norm_max_pool.py
 
@@ -8,8 +9,8 @@ y is (N, P, Q, K), dout, out and tap are (N, OP, OQ, K), x is (N, H, W, C), dW (
 net, dy, is never written. Rows of the GEMM are k, columns the flattened (r, s, c), since a stem's input has few
 channels; the reduction over pixels is split, and the partial results are added in a fixed order.
 
-Passes: reads y, dout, out, tap and x once each for every BLOCK_M channels and BLOCK_N columns, so once for a 7x7 stem of
-64 channels and one input channel.
+Passes: reads y, dout, out, tap and x once each for every BLOCK_M channels and BLOCK_N columns, so once for a 7x7 stem
+of 64 channels and one input channel.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, center_grad
+from kernels.batch_norm import FLAGS, accumulator, center_grad, nhwc_shape
 from kernels.batch_norm_max_pool import gather_grad
 from kernels.conv_grad_weight import empty_weight, merge_splits
 from kernels.geometry import ConvShape, check_like, check_nhwc, check_span
@@ -122,14 +123,21 @@ def conv_grad_weight_max_pool(
     Raises:
         ValueError, TypeError: a shape, layout, type or device that does not fit.
     """
-    check_nhwc("x", x)
+    nhwc_shape(x)
     check_nhwc("y", y, x)
+    if min(*kernel_size, stride) < 1 or padding < 0:
+        raise ValueError(
+            f"expected a positive kernel_size and stride, and a padding of at least 0, got {kernel_size}, {stride} and "
+            f"{padding}"
+        )
     shape = ConvShape(*(x.shape[i] for i in (0, 2, 3, 1)), y.shape[1], *kernel_size, stride, padding)
     check_nhwc("y", y, x, (shape.N, shape.K, shape.P, shape.Q))
     pooled = (shape.N, shape.K, (shape.P + 1) // 2, (shape.Q + 1) // 2)
     check_nhwc("dout", dout, x, pooled)
     check_nhwc("out", out, x, pooled)
     check_nhwc("tap", tap, None, pooled)
+    if tap.dtype != torch.uint8 or tap.device != x.device:
+        raise TypeError(f"tap: expected torch.uint8 on {x.device}, got {tap.dtype} on {tap.device}")
     dtype, ACC = accumulator(x)
     check_like("stats", stats, (4, shape.K), dtype, x.device)
     if sums is not None:

@@ -15,14 +15,16 @@ KERNEL = "conv_grad_weight_kernel"
 # 3x3 at stage 1 and 2, and what a shortcut's 1x1 takes: the operands' bulk paths, in whole tiles.
 STAGES = {
     "64 channels": ConvShape(2, 24, 24, 64, 64, 3, 3, 1, 1),
-    "128 channels": ConvShape(4, 12, 12, 128, 128, 3, 3, 1, 1),
+    "128 channels": ConvShape(8, 12, 12, 128, 128, 3, 3, 1, 1),
     "stride 2": ConvShape(4, 24, 24, 64, 128, 3, 3, 2, 1),
     "shortcut": ConvShape(4, 24, 24, 64, 128, 1, 1, 2, 0),
 }
 SECTOR_EFFICIENCY = 0.95
 WAVEFRONTS_OVER_IDEAL = 1.1
-# Warp instructions per tensor-core product, of which an A100 has room for 8: a launch of 18 steps, prologue included.
+# Warp instructions per tensor-core product, of which an A100 has room for 8, in splits of 18 steps. A 1x1 convolution
+# has one product per pair of loads, and is bound by memory.
 INSTRUCTIONS_PER_PRODUCT = {"plain": 5.5, "activated": 7.0}
+INSTRUCTIONS_OF_1X1 = 7.0
 TRAFFIC_OVER_FLOOR = 1.03
 
 
@@ -41,7 +43,6 @@ def launch(emulate, shape: ConvShape, dtype: torch.dtype, prologue: str, **optio
         ("3x3", torch.float16, "both"),
         ("3x3", torch.bfloat16, "activated"),
         ("3x3", torch.float32, "both"),
-        ("3x3", torch.float64, "plain"),
         ("3x3, stride 2", torch.float16, "both"),
         ("3x3, stride 2", torch.bfloat16, "masked"),
         ("1x1", torch.float16, "masked"),
@@ -82,13 +83,14 @@ def test_wide_accesses_tensor_cores_and_no_spill(emulate, long_splits, name, pro
     ptxas = report.ptxas()
     assert ptxas["spill_stores"] == ptxas["spill_loads"] == 0, ptxas
     assert report.mma > 0 and report.instr["cp.async"] > 0
-    assert report.warp_instr <= INSTRUCTIONS_PER_PRODUCT[prologue] * report.mma, str(report)
+    limit = INSTRUCTIONS_OF_1X1 if shape.R == 1 else INSTRUCTIONS_PER_PRODUCT[prologue]
+    assert report.warp_instr <= limit * report.mma, str(report)
 
 
 @pytest.mark.parametrize("prologue", PROLOGUES)
 def test_bytes_moved_are_at_the_floor(emulate, prologue):
     """dy, x and with a mask `out`, once each; beside them the partial results of this launch."""
-    shape = STAGES["128 channels"]
+    shape = ConvShape(4, 8, 8, 128, 128, 3, 3, 1, 1)
     (dy, x, _, out), dw, report = launch(emulate, shape, torch.float16, prologue)
     activations = sum(t.numel() * t.element_size() for t in (dy, x, out) if t is not None)
     splits = report.grid[1]
