@@ -18,7 +18,7 @@ skips its padding: here padding is a zero that is multiplied, and 0 * Inf is NaN
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
-from kernels.geometry import ConvShape, check_nhwc
+from kernels.geometry import ConvShape, check_like, check_nhwc
+from kernels.implicit_gemm import dot
 from kernels.pointwise import relu_passes
 from kernels.prologue import affine_relu, keep
 from kernels.tuning import Config, best
@@ -65,23 +66,25 @@ def conv_grad_weight_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """TAPS kernel positions of a row r, BLOCK_M of K by BLOCK_N of C, over one split. Grid (tiles of dW, splits).
+    """TAPS positions (r, s) of a row r, for BLOCK_M by BLOCK_N channels, over one split. Grid (tiles of dW, splits).
 
-    One operand stands still: its pixels are read in order, once for all taps. The other moves with the tap. dy stands
-    still and x moves, unless x goes through BatchNorm: then, with stride 1, dy moves, so that the activation is
-    recomputed once for all taps and its padding is never met. The still operand is the dot's first, which the tensor
-    cores of sm_90 take from registers.
+    One operand stands still: its pixels are read in order, BLOCK_M channels, once for all taps. The other moves with
+    the tap, BLOCK_N channels. dy stands still and x moves, unless x goes through BatchNorm: then, with stride 1, dy
+    moves, so that the activation is recomputed once for all taps and its padding is never met. The still operand is
+    the dot's first, which the tensor cores of sm_90 take from registers.
 
     With FLAT, for few channels, a column is any of R * S * C positions, and an element of x has its own address.
     """
     COLUMNS: tl.constexpr = R * S * C if FLAT else C
-    K_TILES: tl.constexpr = (K + BLOCK_M - 1) // BLOCK_M
-    C_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
-    ks = tl.program_id(0) % K_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
-    cs = tl.program_id(0) // K_TILES % C_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    BLOCK_OUT: tl.constexpr = BLOCK_N if DY_MOVES else BLOCK_M
+    BLOCK_IN: tl.constexpr = BLOCK_M if DY_MOVES else BLOCK_N
+    K_TILES: tl.constexpr = (K + BLOCK_OUT - 1) // BLOCK_OUT
+    C_TILES: tl.constexpr = (COLUMNS + BLOCK_IN - 1) // BLOCK_IN
+    ks = tl.program_id(0) % K_TILES * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    cs = tl.program_id(0) // K_TILES % C_TILES * BLOCK_IN + tl.arange(0, BLOCK_IN)
     tap = tl.program_id(0) // (K_TILES * C_TILES) * TAPS
-    live_k = ks < K if K % BLOCK_M else tl.full([BLOCK_M], True, tl.int1)
-    live_c = cs < COLUMNS if COLUMNS % BLOCK_N else tl.full([BLOCK_N], True, tl.int1)
+    live_k = ks < K if K % BLOCK_OUT else tl.full([BLOCK_OUT], True, tl.int1)
+    live_c = cs < COLUMNS if COLUMNS % BLOCK_IN else tl.full([BLOCK_IN], True, tl.int1)
     channels = cs % C if FLAT else cs
     scale, shift = None, None
     if stats is not None:
@@ -133,7 +136,7 @@ def conv_grad_weight_kernel(
 
     acc = ()
     for _ in tl.static_range(TAPS):
-        acc += (tl.zeros([BLOCK_N, BLOCK_M] if DY_MOVES else [BLOCK_M, BLOCK_N], ACC),)
+        acc += (tl.zeros([BLOCK_M, BLOCK_N], ACC),)
     for step in range(tl.cdiv(left, BLOCK_K)):
         valid = tl.full([BLOCK_K], True, tl.int1) if EVEN else rows < left - step * BLOCK_K
         v = i * STRIDE + row0
@@ -153,19 +156,19 @@ def conv_grad_weight_kernel(
                 high, wide = v[:, None] + r[None, :], w[:, None] + s[None, :]
                 inside = valid[:, None] & (high >= 0) & (high < H) & (wide >= 0) & (wide < W)
                 a = load_input(x + offsets, inside, live_c[None, :], scale, shift)
-                new += (tl.dot(g, a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (dot(g, a, acc[t], PRECISION),)
             elif DY_MOVES:
                 inside = valid & within(v, VH) & within(w - t, VW)
                 offsets = (moved - t)[:, None] * K + ks[None, :]
                 g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
-                new += (tl.dot(a, g, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (dot(a, g, acc[t], PRECISION),)
             else:
                 inside = valid
                 if PADDING > 0:
                     inside = valid & within(v, VH) & within(w + t, VW)
                 offsets = (moved + t)[:, None] * C + cs[None, :]
                 a = load_input(x + offsets, inside[:, None], live_c[None, :], scale, shift)
-                new += (tl.dot(g, a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+                new += (dot(g, a, acc[t], PRECISION),)
         acc = new
         # The next step's pixels, without a division.
         j += BLOCK_K % GW
@@ -248,13 +251,13 @@ def merge_kernel(
 
 # ---- tiling ----------------------------------------------------------------------------------------------------
 
-# BLOCK_M of K, BLOCK_N of C (of R * S * C for few channels), BLOCK_K pixels per step.
+# BLOCK_M channels of the operand that stands still, BLOCK_N of the one that moves, BLOCK_K pixels per step.
 CONFIGS = (
+    Config(128, 64, 32, num_warps=8, num_stages=4),
+    Config(128, 64, 64, num_warps=8, num_stages=3),
+    Config(64, 64, 32, num_warps=4, num_stages=3),
     Config(64, 64, 64, num_warps=4, num_stages=3),
     Config(128, 128, 64, num_warps=8, num_stages=3),
-    Config(128, 64, 64, num_warps=4, num_stages=3),
-    Config(64, 128, 64, num_warps=4, num_stages=3),
-    Config(64, 64, 32, num_warps=4, num_stages=4),
     Config(128, 128, 32, num_warps=8, num_stages=4),
 )
 _PROGRAMS = 256  # wanted in all: two per SM of a large GPU
@@ -279,33 +282,36 @@ def few_channels(shape: ConvShape) -> bool:
     return shape.C < _FLAT_BELOW
 
 
-def fit(config: Config, shape: ConvShape, itemsize: int) -> Config:
-    """config, its tile no larger than dW and never smaller than a tensor core's."""
+def fit(config: Config, shape: ConvShape, itemsize: int, activated: bool) -> Config:
+    """config, its tile no larger than dW and never smaller than a tensor core's; `activated`: with `stats`."""
     columns = shape.R * shape.S * shape.C if few_channels(shape) else shape.C
-    size = lambda block, n: max(16, min(block, triton.next_power_of_2(n)))  # noqa: E731
-    if itemsize > 2:  # the same bytes per step
+    still, moving = (columns, shape.K) if dy_moves(shape, activated) else (shape.K, columns)
+    if itemsize > 2:  # wider elements, and more registers for them
         config = Config(min(64, config.BLOCK_M), min(64, config.BLOCK_N), 16, 4, 2)
-    return Config(
-        size(config.BLOCK_M, shape.K),
-        size(config.BLOCK_N, columns),
-        config.BLOCK_K,
-        config.num_warps,
-        config.num_stages,
-    )
+    size = lambda block, n: max(16, min(block, triton.next_power_of_2(n)))  # noqa: E731
+    BLOCK_M = size(config.BLOCK_M, still)
+    num_warps = min(config.num_warps, BLOCK_M // 16)  # of the 16 rows of a tensor core's product each
+    return replace(config, BLOCK_M=BLOCK_M, BLOCK_N=size(config.BLOCK_N, moving), num_warps=num_warps)
+
+
+def dy_moves(shape: ConvShape, activated: bool) -> bool:
+    return activated and shape.stride == 1 and not few_channels(shape)
 
 
 @cache
 def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> Launch:
     """Splits, tiles and specialisation of a launch."""
     flat = few_channels(shape)
-    columns = shape.R * shape.S * shape.C if flat else shape.C
+    moves = dy_moves(shape, activated)
     accumulators = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps) * max(1, itemsize // 4)
     taps = shape.S if not flat and accumulators * shape.S <= _MAX_ACCUMULATORS else 1
-    dy_moves = activated and shape.stride == 1 and not flat
-    tiles = triton.cdiv(shape.K, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N)
-    if not flat:
-        tiles *= shape.R * shape.S // taps
-    M = shape.N * shape.H * shape.W if dy_moves else shape.M
+    block_k, block_c = (config.BLOCK_N, config.BLOCK_M) if moves else (config.BLOCK_M, config.BLOCK_N)
+    tiles = triton.cdiv(shape.K, block_k)
+    if flat:
+        tiles *= triton.cdiv(shape.R * shape.S * shape.C, block_c)
+    else:
+        tiles *= triton.cdiv(shape.C, block_c) * (shape.R * shape.S // taps)
+    M = shape.N * shape.H * shape.W if moves else shape.M
     steps = triton.cdiv(M, config.BLOCK_K)
     per_split = triton.cdiv(steps, _splits(shape, tiles, steps, itemsize))
     return Launch(
@@ -315,7 +321,7 @@ def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> La
         pixels=M,
         constants={
             **shape.constants(),
-            "DY_MOVES": dy_moves,
+            "DY_MOVES": moves,
             "SAME": shape.stride == 1 and (shape.H, shape.W) == (shape.P, shape.Q),
             "EVEN": M % config.BLOCK_K == 0,
             "FLAT": flat,
@@ -335,11 +341,6 @@ def _splits(shape: ConvShape, tiles: int, steps: int, itemsize: int) -> int:
     affordable = max(activations * itemsize // (4 * partial), _PROGRAMS // 2 // tiles)
     splits = max(1, min(_PROGRAMS // tiles, affordable, steps // _MIN_STEPS))
     return max(splits, min(steps, triton.cdiv(4 * activations, _MAX_SPAN)))
-
-
-def _merge_blocks(splits: int) -> dict[str, int]:
-    BLOCK_T = min(16, triton.next_power_of_2(splits))
-    return {"BLOCK_T": BLOCK_T, "BLOCK": 1024 // BLOCK_T}
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------
@@ -366,7 +367,7 @@ def conv_grad_weight(
     """
     shape = _check(dy, x, kernel_size, stride, padding, stats, out)
     if shape.N == 0:
-        return _empty_weight(x, shape).zero_()
+        return empty_weight(x, shape).zero_()
     key = ("conv_grad_weight", shape, x.dtype, stats is not None, out is not None, tf32)
 
     def run(config: Config) -> Tensor:
@@ -378,10 +379,10 @@ def conv_grad_weight(
 def _launch(
     config: Config, dy: Tensor, x: Tensor, shape: ConvShape, stats: Tensor | None, out: Tensor | None, tf32: bool
 ) -> Tensor:
-    config = fit(config, shape, x.element_size())
+    config = fit(config, shape, x.element_size(), stats is not None)
     launch = plan(shape, config, x.element_size(), stats is not None)
     dtype, ACC = accumulator(x)
-    dw = _empty_weight(x, shape)
+    dw = empty_weight(x, shape)
     size = dw.numel()
     partial = dw if launch.splits == 1 else torch.empty((launch.splits, size), dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
@@ -403,15 +404,30 @@ def _launch(
             **config.options(),
             **FLAGS,
         )
-        if launch.splits > 1:
-            merge = _merge_blocks(launch.splits)
-            merge_kernel[(triton.cdiv(size, merge["BLOCK"]),)](
-                partial, dw, launch.splits, size, ACC=ACC, num_warps=4, **merge, **FLAGS
-            )
+    return dw if launch.splits == 1 else merge_splits(partial, dw)
+
+
+def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
+    """dw, any shape, the sum of partial (splits, dw.numel()) in the order of dw's memory, rounded to dw's type."""
+    splits, size = partial.shape
+    BLOCK_T = min(16, triton.next_power_of_2(splits))
+    BLOCK = 1024 // BLOCK_T
+    with torch.cuda.device_of(dw):
+        merge_kernel[(triton.cdiv(size, BLOCK),)](
+            partial,
+            dw,
+            splits,
+            size,
+            ACC=accumulator(partial)[1],
+            BLOCK_T=BLOCK_T,
+            BLOCK=BLOCK,
+            num_warps=4,
+            **FLAGS,
+        )
     return dw
 
 
-def _empty_weight(x: Tensor, shape: ConvShape) -> Tensor:
+def empty_weight(x: Tensor, shape: ConvShape) -> Tensor:
     return x.new_empty((shape.K, shape.R, shape.S, shape.C)).permute(0, 3, 1, 2)
 
 
@@ -440,19 +456,9 @@ def _check(
             f"{padding}, got {tuple(dy.shape)}"
         )
     if stats is not None:
-        check_stats(stats, x)
+        check_like("stats", stats, (4, C), accumulator(x)[0], x.device)
     if out is not None:
-        check_nhwc("out", out, x)
-        if out.shape != dy.shape:
-            raise ValueError(f"out: expected the shape of dy {tuple(dy.shape)}, got {tuple(out.shape)}")
+        check_nhwc("out", out, x, expected)
     if 4 * max(H * W * C, shape.P * shape.Q * shape.K) > _MAX_SPAN or shape.K * R * S * C > _MAX_SPAN:
         raise ValueError(f"an image or the weight is too large for 32-bit offsets: {shape}")
     return shape
-
-
-def check_stats(stats: Tensor, x: Tensor) -> None:
-    """ValueError unless stats is a contiguous (4, C), TypeError unless of the accumulator's type of x's channels."""
-    if tuple(stats.shape) != (4, x.shape[1]) or not stats.is_contiguous():
-        raise ValueError(f"stats: expected a contiguous (4, {x.shape[1]}), got {tuple(stats.shape)}, {stats.stride()}")
-    if stats.dtype != accumulator(x)[0] or stats.device != x.device:
-        raise TypeError(f"stats: expected {accumulator(x)[0]} on {x.device}, got {stats.dtype} on {stats.device}")

@@ -1,0 +1,185 @@
+"""Grad-weight of the stem's convolution from the pooled gradient: pool, ReLU and BatchNorm undone as it is loaded.
+
+    dW[k, r, s, c] = sum over pixels (n, p, q) of y of dy[n, p, q, k] * x[n, h, w, c]
+    h, w = p * stride - padding + r, q * stride - padding + s
+    dy = scale * (g - sum_g / M - xhat * sum_gx / M) in training, scale * g with frozen statistics
+    g  = the pooled gradient gathered, see batch_norm_max_pool.py
+
+y is (N, P, Q, K), dout, out and tap are (N, OP, OQ, K), x is (N, H, W, C), dW (K, R, S, C): the largest gradient of the
+net, dy, is never written. Rows of the GEMM are k, columns the flattened (r, s, c), since a stem's input has few
+channels; the reduction over pixels is split, and the partial results are added in a fixed order.
+
+Passes: reads y, dout, out, tap and x once each for every BLOCK_M channels and BLOCK_N columns, so once for a 7x7 stem
+of 64 channels and one input channel.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import tuning
+from kernels.batch_norm import FLAGS, accumulator, center_grad, nhwc_shape
+from kernels.batch_norm_max_pool import gather_grad
+from kernels.conv_grad_weight import empty_weight, merge_splits
+from kernels.geometry import ConvShape, check_like, check_nhwc, check_span
+from kernels.implicit_gemm import dot
+
+# ---- the kernel ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def conv_grad_weight_max_pool_kernel(
+    dout,  # (N, OP, OQ, K)
+    out,  # (N, OP, OQ, K)
+    tap,  # (N, OP, OQ, K) uint8
+    y,  # (N, P, Q, K)
+    stats,  # (4, K)
+    sums,  # (2, K); None: frozen statistics
+    x,  # (N, H, W, C)
+    partial,  # (splits, K, R, S, C)
+    M,  # N * P * Q
+    N,
+    H,
+    W,
+    P,
+    Q,
+    OP,
+    OQ,
+    TILES,  # BLOCK_K-pixel tiles of one image's y
+    STEPS,  # of them per split
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid (splits, k tiles, column tiles)."""
+    k = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = j // (S * C)
+    s = j // C % S
+    scale = tl.load(stats + 2 * K + k, mask=k < K, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    first = tl.program_id(0) * STEPS
+    for step in range(first, tl.minimum(first + STEPS, N * TILES)):
+        n = tl.cast(step // TILES, tl.int64)
+        pixels = step % TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+        live = pixels < P * Q
+        pooled = n * OP * OQ * K
+        g = gather_grad(dout + pooled, out + pooled, tap + pooled, pixels, k, P, Q, OP, OQ, K, ACC, BLOCK_K, BLOCK_M)
+        if sums is not None:
+            offsets = pixels[:, None] * K + k[None, :]
+            value = tl.load(y + n * P * Q * K + offsets, mask=live[:, None] & (k < K)[None, :], other=0.0).to(ACC)
+            g = center_grad(g, value, stats, sums, k, M, K, ACC)
+        dy = tl.where(live[:, None], scale[None, :] * g, 0.0).to(x.dtype.element_ty)
+        h = (pixels // Q * STRIDE - PADDING)[:, None] + r[None, :]
+        w = (pixels % Q * STRIDE - PADDING)[:, None] + s[None, :]
+        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & live[:, None] & (j < R * S * C)[None, :]
+        a = tl.load(x + n * H * W * C + ((h * W + w) * C + (j % C)[None, :]), mask=inside, other=0.0)
+        acc = dot(tl.trans(dy), a, acc, PRECISION)
+    partial += tl.program_id(0).to(tl.int64) * (K * R * S * C)
+    mask = (k < K)[:, None] & (j < R * S * C)[None, :]
+    tl.store(partial + k[:, None] * (R * S * C) + j[None, :], acc, mask=mask)
+
+
+# ---- the launcher ----------------------------------------------------------------------------------------------
+
+CONFIGS = (tuning.Config(64, 64, 32, 4, 1),)
+_PROGRAMS = 512  # wanted in all: four per SM of a large GPU
+
+
+def conv_grad_weight_max_pool(
+    dout: Tensor,
+    out: Tensor,
+    tap: Tensor,
+    y: Tensor,
+    stats: Tensor,
+    sums: Tensor | None,
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+    tf32: bool = False,
+) -> Tensor:
+    """dW (K, C, R, S) channels_last of y = conv(x), from what `batch_norm_max_pool.apply_pool` made of y.
+
+    Args:
+        dout, out, tap: (N, K, OP, OQ) channels_last; tap uint8.
+        y: (N, K, P, Q) channels_last.
+        stats: (4, K); sums: (2, K) of `batch_norm_max_pool.backward_reduce`, None for frozen statistics.
+        x: (N, C, H, W) channels_last.
+        kernel_size, stride, padding: the convolution's.
+        tf32: float32 products in TensorFloat-32.
+
+    Raises:
+        ValueError, TypeError: a shape, layout, type or device that does not fit.
+    """
+    nhwc_shape(x)
+    check_nhwc("y", y, x)
+    if min(*kernel_size, stride) < 1 or padding < 0:
+        raise ValueError(
+            f"expected a positive kernel_size and stride, and a padding of at least 0, got {kernel_size}, {stride} and "
+            f"{padding}"
+        )
+    shape = ConvShape(*(x.shape[i] for i in (0, 2, 3, 1)), y.shape[1], *kernel_size, stride, padding)
+    check_nhwc("y", y, x, (shape.N, shape.K, shape.P, shape.Q))
+    pooled = (shape.N, shape.K, (shape.P + 1) // 2, (shape.Q + 1) // 2)
+    check_nhwc("dout", dout, x, pooled)
+    check_nhwc("out", out, x, pooled)
+    check_nhwc("tap", tap, None, pooled)
+    if tap.dtype != torch.uint8 or tap.device != x.device:
+        raise TypeError(f"tap: expected torch.uint8 on {x.device}, got {tap.dtype} on {tap.device}")
+    dtype, ACC = accumulator(x)
+    check_like("stats", stats, (4, shape.K), dtype, x.device)
+    if sums is not None:
+        check_like("sums", sums, (2, shape.K), dtype, x.device)
+    check_span(shape.H * shape.W * shape.C + shape.P * shape.Q * shape.K, 1, 1, 1)
+    dw = empty_weight(x, shape)
+    if x.numel() == 0:
+        return dw.zero_()
+
+    def launch(config: tuning.Config) -> Tensor:
+        columns = shape.R * shape.S * shape.C
+        grid = triton.cdiv(shape.K, config.BLOCK_M), triton.cdiv(columns, config.BLOCK_N)
+        tiles = triton.cdiv(shape.P * shape.Q, config.BLOCK_K)
+        steps = triton.cdiv(shape.N * tiles * grid[0] * grid[1], _PROGRAMS)
+        splits = triton.cdiv(shape.N * tiles, steps)
+        partial = torch.empty((splits, dw.numel()), dtype=dtype, device=x.device)
+        with torch.cuda.device_of(x):
+            conv_grad_weight_max_pool_kernel[(splits, *grid)](
+                dout,
+                out,
+                tap,
+                y,
+                stats,
+                sums,
+                x,
+                partial,
+                shape.M,
+                shape.N,
+                shape.H,
+                shape.W,
+                shape.P,
+                shape.Q,
+                *pooled[2:],
+                tiles,
+                steps,
+                ACC=ACC,
+                PRECISION="tf32" if tf32 and x.dtype == torch.float32 else "ieee",
+                **shape.constants(),
+                **config.options(),
+                **FLAGS,
+            )
+        return merge_splits(partial, dw)
+
+    key = ("conv_grad_weight_max_pool", shape, x.dtype, sums is not None, tf32)
+    return launch(tuning.best(key, CONFIGS, launch, x.device))

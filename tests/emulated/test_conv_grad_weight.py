@@ -1,0 +1,98 @@
+"""`kernels/conv_grad_weight.py` as compiled code: parity, and what it asks of memory, registers and tensor cores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import conv_grad_weight as kernels
+from kernels.geometry import ConvShape
+from tests.blocks import name_of, one_thread  # noqa: F401
+from tests.parity import assert_as_exact_as_eager
+from tests.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
+
+KERNEL = "conv_grad_weight_kernel"
+# 3x3 at stage 1 and 2, and what a shortcut's 1x1 takes: the operands' bulk paths, in whole tiles.
+STAGES = {
+    "64 channels": ConvShape(2, 24, 24, 64, 64, 3, 3, 1, 1),
+    "128 channels": ConvShape(8, 12, 12, 128, 128, 3, 3, 1, 1),
+    "stride 2": ConvShape(4, 24, 24, 64, 128, 3, 3, 2, 1),
+    "shortcut": ConvShape(4, 24, 24, 64, 128, 1, 1, 2, 0),
+}
+SECTOR_EFFICIENCY = 0.95
+WAVEFRONTS_OVER_IDEAL = 1.1
+# Warp instructions per tensor-core product, of which an A100 has room for 8, in splits of 18 steps. A 1x1 convolution
+# has one product per pair of loads, and is bound by memory.
+INSTRUCTIONS_PER_PRODUCT = {"plain": 5.5, "activated": 7.0}
+INSTRUCTIONS_OF_1X1 = 7.0
+TRAFFIC_OVER_FLOOR = 1.03
+
+
+def launch(emulate, shape: ConvShape, dtype: torch.dtype, prologue: str, **options):
+    """(operands, dW, report of the GEMM)."""
+    case = operands(shape, dtype, prologue)
+    with emulate(**options) as launches:
+        dw = grad_weight(shape, *case)
+    (report,) = (r for r in launches if r.name == KERNEL)
+    return case, dw, report
+
+
+@pytest.mark.parametrize(
+    "name, dtype, prologue",
+    [
+        ("3x3", torch.float16, "both"),
+        ("3x3", torch.bfloat16, "activated"),
+        ("3x3", torch.float32, "both"),
+        ("3x3, stride 2", torch.float16, "both"),
+        ("3x3, stride 2", torch.bfloat16, "masked"),
+        ("1x1", torch.float16, "masked"),
+        ("1x1, stride 2", torch.float32, "activated"),
+        ("three to six channels", torch.float16, "activated"),
+        ("stem", torch.float16, "plain"),
+        ("stem, RGB", torch.bfloat16, "both"),
+        ("one channel, 1x1", torch.float32, "plain"),
+    ],
+    ids=name_of,
+)
+def test_parity(emulate, name, dtype, prologue):
+    shape = SHAPES[name]
+    case, dw, _ = launch(emulate, shape, dtype, prologue)
+    exact = reference(shape, *case, torch.float64)
+    assert_as_exact_as_eager("dw", [dw], [reference(shape, *case, dtype)], [exact])
+
+
+@pytest.fixture
+def long_splits(monkeypatch):
+    """Splits of 18 steps, as a batch of 256 has, where so few pixels would be cut into shorter ones."""
+    monkeypatch.setattr(kernels, "_MIN_STEPS", 18)
+    kernels.plan.cache_clear()
+    yield
+    kernels.plan.cache_clear()
+
+
+@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("prologue", INSTRUCTIONS_PER_PRODUCT)
+def test_wide_accesses_tensor_cores_and_no_spill(emulate, long_splits, name, prologue):
+    shape = STAGES[name]
+    if prologue == "activated" and shape.stride == 2:
+        pytest.skip("a block's stride-2 convolution reads its input as it is")
+    _, _, report = launch(emulate, shape, torch.float16, prologue, select=lambda *_: [0])
+    assert min(report.gld_efficiency, report.gst_efficiency) >= SECTOR_EFFICIENCY, str(report)
+    wavefronts, ideal = (getattr(report, f"sld_{k}") + getattr(report, f"sst_{k}") for k in ("wavefronts", "ideal"))
+    assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal, str(report)
+    ptxas = report.ptxas()
+    assert ptxas["spill_stores"] == ptxas["spill_loads"] == 0, ptxas
+    assert report.mma > 0 and report.instr["cp.async"] > 0
+    limit = INSTRUCTIONS_OF_1X1 if shape.R == 1 else INSTRUCTIONS_PER_PRODUCT[prologue]
+    assert report.warp_instr <= limit * report.mma, str(report)
+
+
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_bytes_moved_are_at_the_floor(emulate, prologue):
+    """dy, x and with a mask `out`, once each; beside them the partial results of this launch."""
+    shape = ConvShape(4, 8, 8, 128, 128, 3, 3, 1, 1)
+    (dy, x, _, out), dw, report = launch(emulate, shape, torch.float16, prologue)
+    activations = sum(t.numel() * t.element_size() for t in (dy, x, out) if t is not None)
+    splits = report.grid[1]
+    assert report.unique_write_sectors * 32 == splits * dw.numel() * (4 if splits > 1 else 2)
+    assert activations <= report.unique_read_sectors * 32 <= TRAFFIC_OVER_FLOOR * activations
