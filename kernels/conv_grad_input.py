@@ -35,6 +35,16 @@ from kernels.tuning import Config
 
 
 @triton.jit
+def divide(x, d):
+    """x // d and x % d of a tile x >= 0 by a positive scalar: one division, then a multiplication per element."""
+    reciprocal = tl.full([], 0xFFFFFFFF, tl.uint32) // d.to(tl.uint32)  # its quotient is right or one too small
+    quotient = tl.umulhi(x.to(tl.uint32), reciprocal).to(tl.int32)
+    rest = x - quotient * d
+    more = (rest >= d).to(tl.int32)
+    return quotient + more, rest - more * d
+
+
+@triton.jit
 def load_pixels(x, offsets, hits, ks, left, K: tl.constexpr, BLOCK_K: tl.constexpr):
     """A tile (rows, BLOCK_K) of channels of pixels; zero where a row does not hit the image, and beyond K."""
     mask = hits[:, None]
@@ -121,9 +131,8 @@ def grad_input_kernel(
     image0 = row0 // area
     rows = row0 - image0 * area + tl.arange(0, BLOCK_M)  # within the class, from image0 on
     inside = rows < (N - image0) * height * width
-    n = rows // area
-    i = (rows - n * area) // tl.maximum(width, 1)
-    j = rows - n * area - i * width
+    n, pixel = divide(rows, area)
+    i, j = divide(pixel, tl.maximum(width, 1))
     dy += image0.to(tl.int64) * (P * Q * K)
     dy_rows = ((n * P + p0 + i) * Q + q0 + j) * K
     if STRIDE == 1:
@@ -134,9 +143,9 @@ def grad_input_kernel(
     # Bit a of a row is set where tap a misses the image, bit 16 + b likewise: a tap is one AND with a scalar.
     misses = tl.where(inside, 0, -1)
     for a in tl.static_range((R + STRIDE - 1) // STRIDE):
-        misses |= tl.where((p0 + i >= a) & (p0 + i < P + a), 0, 1 << a)
+        misses |= tl.where((p0 + i - a).to(tl.uint32) < P.to(tl.uint32), 0, 1 << a)
     for b in tl.static_range((S + STRIDE - 1) // STRIDE):
-        misses |= tl.where((q0 + j >= b) & (q0 + j < Q + b), 0, 65536 << b)
+        misses |= tl.where((q0 + j - b).to(tl.uint32) < Q.to(tl.uint32), 0, 65536 << b)
 
     ks = tl.arange(0, BLOCK_K)
     REDUCTION_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -165,16 +174,17 @@ def grad_input_kernel(
 
     if shortcut_weight is not None:  # h = STRIDE * p: only the class (0, 0), whose rows are the pixels of dout in order
         image = image0.to(tl.int64) * (P * Q * K)
+        HALF_K: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 32 else BLOCK_K  # two tiles in the place of one of dy
+        ks = tl.arange(0, HALF_K)
         offsets = rows[:, None] * K + ks[None, :]
         weight_offsets = ks[:, None] * C + cols[None, :]
-        for t in tl.range(tl.where(ph + pw == 0, REDUCTION_TILES, 0), num_stages=2):
-            k = t * BLOCK_K
-            g = load_pixels(dout + image + k, offsets, inside, ks, K - k, K, BLOCK_K)
+        for k in range(0, tl.where(ph + pw == 0, K, 0), HALF_K):
+            g = load_pixels(dout + image + k, offsets, inside, ks, K - k, K, HALF_K)
             if out is not None:
-                z = load_pixels(out + image + k, offsets, inside, ks, K - k, K, BLOCK_K)
+                z = load_pixels(out + image + k, offsets, inside, ks, K - k, K, HALF_K)
                 g = tl.where(relu_passes(z), g, tl.zeros_like(g))
             w = shortcut_weight + k * C
-            weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
+            weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, HALF_K)
             acc = tl.dot(g, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
 
     mask = inside[:, None]
@@ -195,9 +205,9 @@ def grad_input_kernel(
         g = tl.where(passes, g, tl.zeros_like(g))  # zero beyond the last row too, where acc is 0 * weight
         tl.store(dx + image + offsets, g, mask=mask)
         g = g.to(ACC)
-        index = tile * C + cols
-        tl.store(partial + index, tl.sum(g, 0), mask=live)
-        tl.store(partial + T * C + index, tl.sum(g * (value - mean[None, :]), 0) * invstd, mask=live)
+        partial += tile.to(tl.int64) * C + cols
+        tl.store(partial, tl.sum(g, 0), mask=live)
+        tl.store(partial + T.to(tl.int64) * C, tl.sum(g * (value - mean[None, :]), 0) * invstd, mask=live)
     else:
         if shortcut_weight is None and dout is not None:
             g = tl.load(dout + image + offsets, mask=mask, other=0.0)
@@ -231,17 +241,23 @@ class Shortcut(NamedTuple):
     weight: Tensor  # (K, C, 1, 1)
 
 
-# Columns as wide as C and rows enough that two programs share an SM.
-CONFIGS = (
-    Config(128, 64, 64, 4, 3),
-    Config(128, 128, 64, 8, 3),
-    Config(128, 128, 32, 4, 3),
-    Config(64, 128, 64, 4, 3),
-    Config(64, 64, 64, 4, 3),
-    Config(128, 64, 32, 4, 4),
-    Config(256, 64, 32, 4, 3),
-    Config(32, 32, 32, 2, 2),
-)
+# By bytes per element. Columns as wide as C, and shared memory for two programs per SM.
+CONFIGS = {
+    2: (
+        Config(128, 64, 64, 4, 3),
+        Config(128, 128, 64, 8, 3),
+        Config(128, 128, 32, 4, 3),
+        Config(64, 128, 64, 4, 3),
+        Config(64, 64, 64, 4, 3),
+        Config(128, 64, 32, 4, 4),
+        Config(256, 64, 32, 8, 3),
+        Config(32, 64, 64, 4, 3),
+    ),
+    4: (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 4, 3), Config(32, 64, 32, 4, 3)),
+    8: (Config(32, 32, 16, 4, 2),),
+}
+_TAPS = 15  # bits per axis of a row's misses
+_INT32 = 2**31
 
 
 def conv_grad_input(
@@ -253,40 +269,124 @@ def conv_grad_input(
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    M, T = 0, 0
-    x = dy.new_empty((shape.N, shape.C, shape.H, shape.W)).contiguous(memory_format=torch.channels_last)
+    """dx (N, C, H, W) of dy (N, K, P, Q), with the epilogue applied; with ReluMask (g, sums (2, C)).
+
+    `shape` is the forward convolution's. All activations and weights are dense channels_last and of dy's dtype and
+    device; `stats` is contiguous float32 (float64 for float64). sum g * xhat and sum g are also written to `dweight` and
+    `dbias` (C,), rounded to their types. `tf32` lets float32 be multiplied as TF32. An empty batch launches nothing.
+
+    Raises ValueError for a wrong shape or layout, and where one tile's pixels span 2^31 elements or more; TypeError for
+    a wrong dtype or device.
+    """
+    _check(dy, weight, shape, epilogue, dweight, dbias)
+    dtype, ACC = accumulator(dy)
+    dx = torch.empty(
+        (shape.N, shape.C, shape.H, shape.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
+    )
     mask = epilogue if isinstance(epilogue, ReluMask) else None
     branch = epilogue if isinstance(epilogue, (Residual, Shortcut)) else None
-    acc, ACC = accumulator(dy)
+    if shape.N == 0:
+        for grad in (dweight, dbias):
+            if grad is not None:
+                grad.zero_()
+        return (dx, torch.zeros((2, shape.C), dtype=dtype, device=dy.device)) if mask else dx
 
-    def run(config):
-        area = triton.cdiv(shape.H, shape.stride) * triton.cdiv(shape.W, shape.stride)
-        T = triton.cdiv(shape.N * area, config.BLOCK_M) * shape.stride**2
-        partial = torch.empty((2, T, shape.C), dtype=acc, device=dy.device) if mask else None
-        grid = (T * triton.cdiv(shape.C, config.BLOCK_N),)
-        grad_input_kernel[grid](
-            dy,
-            weight,
-            x,
-            mask.y1 if mask else None,
-            mask.stats if mask else None,
-            partial,
-            branch.dout if branch else None,
-            branch.out if branch else None,
-            branch.weight if isinstance(branch, Shortcut) else None,
-            shape.N,
-            shape.H,
-            shape.W,
-            shape.P,
-            shape.Q,
-            T,
-            **shape.constants(),
-            ACC=ACC,
-            INPUT_PRECISION="tf32" if tf32 else "ieee",
-            **config.options(),
-            **FLAGS,
-        )
+    def run(config: Config) -> Tensor | None:
+        T = _row_tiles(shape, config)
+        partial = torch.empty((2, T, shape.C), dtype=dtype, device=dy.device) if mask else None
+        with torch.cuda.device_of(dy):
+            grad_input_kernel[(T * triton.cdiv(shape.C, config.BLOCK_N),)](
+                dy,
+                weight,
+                dx,
+                mask.y1 if mask else None,
+                mask.stats if mask else None,
+                partial,
+                branch.dout if branch else None,
+                branch.out if branch else None,
+                branch.weight if isinstance(branch, Shortcut) else None,
+                shape.N,
+                shape.H,
+                shape.W,
+                shape.P,
+                shape.Q,
+                T,
+                **shape.constants(),
+                ACC=ACC,
+                INPUT_PRECISION="tf32" if tf32 else "ieee",
+                **config.options(),
+                **FLAGS,
+            )
         return partial
 
-    partial = run(tuning.best((), CONFIGS, run, dy.device))
-    return (x, merge_sums(partial, dweight, dbias)) if mask else x
+    key = (
+        "conv_grad_input",
+        *shape.constants().values(),
+        *(shape.H, shape.W, triton.next_power_of_2(shape.N)),
+        *(dy.dtype, tf32, type(epilogue).__name__, branch is not None and branch.out is not None),
+    )
+    partial = run(tuning.best(key, CONFIGS[dy.element_size()], run, dy.device))
+    return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
+
+
+def _row_tiles(shape: ConvShape, config: Config) -> int:
+    """Of all parity classes: each has as many as the largest, (0, 0), needs."""
+    pixels = shape.N * triton.cdiv(shape.H, shape.stride) * triton.cdiv(shape.W, shape.stride)
+    return triton.cdiv(pixels, config.BLOCK_M) * shape.stride**2
+
+
+def _check(
+    dy: Tensor,
+    weight: Tensor,
+    shape: ConvShape,
+    epilogue: ReluMask | Residual | Shortcut | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    nhwc_shape(dy)
+    x, y = (shape.N, shape.C, shape.H, shape.W), (shape.N, shape.K, shape.P, shape.Q)
+    tensors = {"dy": (dy, y), "weight": (weight, (shape.K, shape.C, shape.R, shape.S))}
+    vectors = {"dweight": dweight, "dbias": dbias}
+    if isinstance(epilogue, ReluMask):
+        tensors["y1"] = epilogue.y1, x
+    elif isinstance(epilogue, Residual):
+        tensors |= {"dout": (epilogue.dout, x), "out": (epilogue.out, x)}
+    elif isinstance(epilogue, Shortcut):
+        tensors |= {"dout": (epilogue.dout, y), "shortcut weight": (epilogue.weight, (shape.K, shape.C, 1, 1))}
+        if epilogue.out is not None:
+            tensors["out"] = epilogue.out, y
+        reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
+        if y[2:] != reached:
+            raise ValueError(f"shape: a 1x1 shortcut of stride {shape.stride} has {reached} pixels, dy has {y[2:]}")
+    elif epilogue is not None:
+        raise TypeError(f"epilogue: expected ReluMask, Residual, Shortcut or None, got {type(epilogue).__name__}")
+    for name, (tensor, expected) in tensors.items():
+        check_nhwc(name, tensor, dy)
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
+
+    if isinstance(epilogue, ReluMask):
+        stats = epilogue.stats
+        if stats.shape != (4, shape.C) or not stats.is_contiguous():
+            raise ValueError(f"stats: expected a contiguous (4, {shape.C}), got {tuple(stats.shape)}, {stats.stride()}")
+        if stats.dtype != accumulator(dy)[0] or stats.device != dy.device:
+            raise TypeError(
+                f"stats: expected {accumulator(dy)[0]} on {dy.device}, got {stats.dtype} on {stats.device}"
+            )
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if not isinstance(epilogue, ReluMask):
+            raise ValueError(f"{name}: only ReluMask has sums to write there")
+        if vector.shape != (shape.C,) or not vector.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous ({shape.C},), got {tuple(vector.shape)}")
+        if vector.device != dy.device:
+            raise TypeError(f"{name}: expected a tensor on {dy.device}, got one on {vector.device}")
+
+    if max(shape.R, shape.S) > _TAPS * shape.stride:
+        raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")
+    rows = max(config.BLOCK_M for config in CONFIGS[dy.element_size()])
+    area = max(1, shape.H // shape.stride) * max(1, shape.W // shape.stride)  # of the smallest class with any pixels
+    span = min(shape.N, rows // area + 2) * max(shape.H * shape.W * shape.C, (shape.P + shape.R) * shape.Q * shape.K)
+    if max(span, shape.N * shape.H * shape.W + rows, weight.numel()) >= _INT32:
+        raise ValueError(f"dy: a tile of {shape} spans 2^31 elements or more")
