@@ -370,9 +370,7 @@ def _check(
         if stats.shape != (4, shape.C) or not stats.is_contiguous():
             raise ValueError(f"stats: expected a contiguous (4, {shape.C}), got {tuple(stats.shape)}, {stats.stride()}")
         if stats.dtype != accumulator(dy)[0] or stats.device != dy.device:
-            raise TypeError(
-                f"stats: expected {accumulator(dy)[0]} on {dy.device}, got {stats.dtype} on {stats.device}"
-            )
+            raise TypeError(f"stats: expected {accumulator(dy)[0]} on {dy.device}, got {stats.dtype} on {stats.device}")
     for name, vector in vectors.items():
         if vector is None:
             continue
