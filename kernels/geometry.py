@@ -53,15 +53,44 @@ def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> ConvShap
     return shape
 
 
-def is_nhwc(t: Tensor) -> bool:
-    return t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
-
-
-def check_nhwc(name: str, t: Tensor, like: Tensor | None = None) -> None:
-    """ValueError unless t is a dense channels_last tensor, TypeError unless of the type of `like`."""
-    if not is_nhwc(t):
+def check_nhwc(name: str, t: Tensor, like: Tensor | None = None, shape: tuple[int, ...] | None = None) -> None:
+    """ValueError unless t is dense channels_last (of `shape`), TypeError unless of the type and device of `like`."""
+    if t.dim() != 4 or not t.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(
-            f"{name}: expected a dense channels_last tensor, got shape {tuple(t.shape)}, strides {t.stride()}"
+            f"{name}: expected a dense channels_last tensor (N, C, H, W), got shape {tuple(t.shape)}, "
+            f"strides {t.stride()}"
         )
+    if shape is not None and t.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
     if like is not None and (t.dtype != like.dtype or t.device != like.device):
         raise TypeError(f"{name}: expected {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
+
+
+def check_like(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """ValueError or TypeError unless t is contiguous and has this shape, type and device."""
+    if t.shape != shape or not t.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor of shape {shape}, got {tuple(t.shape)}, {t.stride()}")
+    if t.dtype != dtype or t.device != device:
+        raise TypeError(f"{name}: expected {dtype} on {device}, got {t.dtype} on {t.device}")
+
+
+def check_vector(name: str, t: Tensor | None, length: int, like: Tensor) -> None:
+    """ValueError or TypeError unless t is None or (length,), contiguous, floating, on the device of `like`."""
+    if t is None:
+        return
+    if t.shape != (length,) or not t.is_contiguous() or t.device != like.device:
+        raise ValueError(
+            f"{name}: expected a contiguous ({length},) on {like.device}, got {tuple(t.shape)} on {t.device}"
+        )
+    if not t.is_floating_point():
+        raise TypeError(f"{name}: expected a floating type, got {t.dtype}")
+
+
+def check_span(image: int, pixels: int, images: int, rows: int) -> None:
+    """ValueError where `rows` rows of a tile, `pixels` of them to an image, lie more than 2^31 elements apart.
+
+    Offsets within a tile are 32 bits wide, from a 64-bit base at the tile's first image.
+    """
+    span = image * min(images, rows // max(pixels, 1) + 2)
+    if span >= 2**31:
+        raise ValueError(f"expected images whose tiles span less than 2^31 elements, got {image} elements an image")
