@@ -2,10 +2,10 @@
 
     acc[n,h,w,c] = sum over r,s,k of dy[n,p,q,k] * W[k,r,s,c],  p = (h + padding - r) / stride, q likewise
 
-    plain       dx = acc
-    ReluMask    g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
-    Residual    dx = acc + dout * (out > 0)
-    Shortcut    dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
+    plain         dx = acc
+    ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
+    Residual      dx = acc + dout * (out > 0)
+    ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
 
 Rows of the GEMM are input pixels, columns are C, the reduction runs over (r, s, k). Activations are dense NHWC, the
 weight is K,R,S,C contiguous (both `torch.channels_last`), in float16, bfloat16, float32 or float64; accumulation and
@@ -15,11 +15,12 @@ With a stride only every stride-th tap meets an output pixel, and which ones dep
 each parity class (h % stride, w % stride) is a sub-grid of its own that runs over its own taps; a class without taps
 (1x1, stride 2) still runs its epilogue. All classes are one launch.
 
-Passes over an activation, besides dy and dx: ReluMask 1 (y1), Residual 2, Shortcut 2 (1 without `out`) of dy's size.
+Passes over an activation, besides dy and dx: ReluMask 1 (y1); Residual 2; ShortcutGrad 2 of dy's size, or 1.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,19 +30,10 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
-from kernels.geometry import ConvShape, check_nhwc
+from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector
+from kernels.implicit_gemm import dot, split_pixels
 from kernels.pointwise import recomputed_relu_passes, relu_passes
 from kernels.tuning import Config
-
-
-@triton.jit
-def divide(x, d):
-    """x // d and x % d of a tile x >= 0 by a positive scalar: one division, then a multiplication per element."""
-    reciprocal = tl.full([], 0xFFFFFFFF, tl.uint32) // d.to(tl.uint32)  # its quotient is right or one too small
-    quotient = tl.umulhi(x.to(tl.uint32), reciprocal).to(tl.int32)
-    rest = x - quotient * d
-    more = (rest >= d).to(tl.int32)
-    return quotient + more, rest - more * d
 
 
 @triton.jit
@@ -100,7 +92,7 @@ def grad_input_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     ACC: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -124,15 +116,14 @@ def grad_input_kernel(
     B = (S - s0 + STRIDE - 1) // STRIDE
     height = (H - ph + STRIDE - 1) // STRIDE
     width = (W - pw + STRIDE - 1) // STRIDE
-    area = tl.maximum(height * width, 1)
+    area = tl.maximum(height, 1) * tl.maximum(width, 1)
 
     # Offsets: 64 bits to the first image of the tile, 32 within the tile.
     row0 = tile // (STRIDE * STRIDE) * BLOCK_M
     image0 = row0 // area
     rows = row0 - image0 * area + tl.arange(0, BLOCK_M)  # within the class, from image0 on
     inside = rows < (N - image0) * height * width
-    n, pixel = divide(rows, area)
-    i, j = divide(pixel, tl.maximum(width, 1))
+    n, i, j = split_pixels(rows, tl.maximum(height, 1), tl.maximum(width, 1))
     dy += image0.to(tl.int64) * (P * Q * K)
     dy_rows = ((n * P + p0 + i) * Q + q0 + j) * K
     if STRIDE == 1:
@@ -160,7 +151,7 @@ def grad_input_kernel(
         dy_tile = load_pixels(dy + (k - (a * Q + b) * K), dy_offsets, hits, ks, K - k, K, BLOCK_K)
         w = weight + (k * (R * S) + (r0 + STRIDE * a) * S + s0 + STRIDE * b) * C
         weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
-        acc = tl.dot(dy_tile, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        acc = dot(dy_tile, weight_tile, acc, PRECISION)
         if REDUCTION_TILES > 1:
             k += BLOCK_K
             done = (k >= K).to(tl.int32)
@@ -185,7 +176,7 @@ def grad_input_kernel(
                 g = tl.where(relu_passes(z), g, tl.zeros_like(g))
             w = shortcut_weight + k * C
             weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, HALF_K)
-            acc = tl.dot(g, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+            acc = dot(g, weight_tile, acc, PRECISION)
 
     mask = inside[:, None]
     if C % BLOCK_N != 0:
@@ -233,7 +224,7 @@ class Residual(NamedTuple):
     out: Tensor  # (N, C, H, W)
 
 
-class Shortcut(NamedTuple):
+class ShortcutGrad(NamedTuple):
     """The convolution's input also feeds a 1x1 convolution of the same stride, of which dout * (out > 0) is known."""
 
     dout: Tensor  # (N, K, P, Q)
@@ -257,14 +248,13 @@ CONFIGS = {
     8: (Config(32, 32, 16, 4, 2),),
 }
 _TAPS = 15  # bits per axis of a row's misses
-_INT32 = 2**31
 
 
 def conv_grad_input(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | Residual | Shortcut | None = None,
+    epilogue: ReluMask | Residual | ShortcutGrad | None = None,
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -272,19 +262,21 @@ def conv_grad_input(
     """dx (N, C, H, W) of dy (N, K, P, Q), with the epilogue applied; with ReluMask (g, sums (2, C)).
 
     `shape` is the forward convolution's. All activations and weights are dense channels_last and of dy's dtype and
-    device; `stats` is contiguous float32 (float64 for float64). sum g * xhat and sum g are also written to `dweight` and
-    `dbias` (C,), rounded to their types. `tf32` lets float32 be multiplied as TF32. An empty batch launches nothing.
+    device; `stats` is contiguous float32 (float64 for float64). sum g * xhat and sum g are also written to `dweight`
+    and `dbias` (C,), rounded to their types. `tf32`: float32 products in TensorFloat-32. An empty batch launches
+    nothing.
 
     Raises ValueError for a wrong shape or layout, and where one tile's pixels span 2^31 elements or more; TypeError for
     a wrong dtype or device.
     """
     _check(dy, weight, shape, epilogue, dweight, dbias)
     dtype, ACC = accumulator(dy)
+    precision = "tf32" if tf32 and dy.dtype == torch.float32 else "ieee"
     dx = torch.empty(
         (shape.N, shape.C, shape.H, shape.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
     )
     mask = epilogue if isinstance(epilogue, ReluMask) else None
-    branch = epilogue if isinstance(epilogue, (Residual, Shortcut)) else None
+    branch = epilogue if isinstance(epilogue, (Residual, ShortcutGrad)) else None
     if shape.N == 0:
         for grad in (dweight, dbias):
             if grad is not None:
@@ -304,7 +296,7 @@ def conv_grad_input(
                 partial,
                 branch.dout if branch else None,
                 branch.out if branch else None,
-                branch.weight if isinstance(branch, Shortcut) else None,
+                branch.weight if isinstance(branch, ShortcutGrad) else None,
                 shape.N,
                 shape.H,
                 shape.W,
@@ -313,7 +305,7 @@ def conv_grad_input(
                 T,
                 **shape.constants(),
                 ACC=ACC,
-                INPUT_PRECISION="tf32" if tf32 else "ieee",
+                PRECISION=precision,
                 **config.options(),
                 **FLAGS,
             )
@@ -323,7 +315,7 @@ def conv_grad_input(
         "conv_grad_input",
         *shape.constants().values(),
         *(shape.H, shape.W, triton.next_power_of_2(shape.N)),
-        *(dy.dtype, tf32, type(epilogue).__name__, branch is not None and branch.out is not None),
+        *(dy.dtype, precision, type(epilogue).__name__, branch is not None and branch.out is not None),
     )
     partial = run(tuning.best(key, CONFIGS[dy.element_size()], run, dy.device))
     return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
@@ -339,52 +331,39 @@ def _check(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | Residual | Shortcut | None,
+    epilogue: ReluMask | Residual | ShortcutGrad | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
     nhwc_shape(dy)
     x, y = (shape.N, shape.C, shape.H, shape.W), (shape.N, shape.K, shape.P, shape.Q)
-    tensors = {"dy": (dy, y), "weight": (weight, (shape.K, shape.C, shape.R, shape.S))}
-    vectors = {"dweight": dweight, "dbias": dbias}
+    check_nhwc("dy", dy, shape=y)
+    check_nhwc("weight", weight, dy, (shape.K, shape.C, shape.R, shape.S))
     if isinstance(epilogue, ReluMask):
-        tensors["y1"] = epilogue.y1, x
+        check_nhwc("y1", epilogue.y1, dy, x)
+        check_like("stats", epilogue.stats, (4, shape.C), accumulator(dy)[0], dy.device)
+        check_vector("dweight", dweight, shape.C, dy)
+        check_vector("dbias", dbias, shape.C, dy)
+    elif dweight is not None or dbias is not None:
+        raise ValueError("dweight, dbias: only ReluMask has sums to write there")
     elif isinstance(epilogue, Residual):
-        tensors |= {"dout": (epilogue.dout, x), "out": (epilogue.out, x)}
-    elif isinstance(epilogue, Shortcut):
-        tensors |= {"dout": (epilogue.dout, y), "shortcut weight": (epilogue.weight, (shape.K, shape.C, 1, 1))}
-        if epilogue.out is not None:
-            tensors["out"] = epilogue.out, y
+        check_nhwc("dout", epilogue.dout, dy, x)
+        check_nhwc("out", epilogue.out, dy, x)
+    elif isinstance(epilogue, ShortcutGrad):
         reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
         if y[2:] != reached:
             raise ValueError(f"shape: a 1x1 shortcut of stride {shape.stride} has {reached} pixels, dy has {y[2:]}")
+        check_nhwc("dout", epilogue.dout, dy, y)
+        if epilogue.out is not None:
+            check_nhwc("out", epilogue.out, dy, y)
+        check_nhwc("shortcut weight", epilogue.weight, dy, (shape.K, shape.C, 1, 1))
     elif epilogue is not None:
-        raise TypeError(f"epilogue: expected ReluMask, Residual, Shortcut or None, got {type(epilogue).__name__}")
-    for name, (tensor, expected) in tensors.items():
-        check_nhwc(name, tensor, dy)
-        if tensor.shape != expected:
-            raise ValueError(f"{name}: expected shape {expected}, got {tuple(tensor.shape)}")
-
-    if isinstance(epilogue, ReluMask):
-        stats = epilogue.stats
-        if stats.shape != (4, shape.C) or not stats.is_contiguous():
-            raise ValueError(f"stats: expected a contiguous (4, {shape.C}), got {tuple(stats.shape)}, {stats.stride()}")
-        if stats.dtype != accumulator(dy)[0] or stats.device != dy.device:
-            raise TypeError(f"stats: expected {accumulator(dy)[0]} on {dy.device}, got {stats.dtype} on {stats.device}")
-    for name, vector in vectors.items():
-        if vector is None:
-            continue
-        if not isinstance(epilogue, ReluMask):
-            raise ValueError(f"{name}: only ReluMask has sums to write there")
-        if vector.shape != (shape.C,) or not vector.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous ({shape.C},), got {tuple(vector.shape)}")
-        if vector.device != dy.device:
-            raise TypeError(f"{name}: expected a tensor on {dy.device}, got one on {vector.device}")
+        raise TypeError(f"epilogue: expected ReluMask, Residual, ShortcutGrad or None, got {type(epilogue).__name__}")
 
     if max(shape.R, shape.S) > _TAPS * shape.stride:
         raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")
     rows = max(config.BLOCK_M for config in CONFIGS[dy.element_size()])
-    area = max(1, shape.H // shape.stride) * max(1, shape.W // shape.stride)  # of the smallest class with any pixels
-    span = min(shape.N, rows // area + 2) * max(shape.H * shape.W * shape.C, (shape.P + shape.R) * shape.Q * shape.K)
-    if max(span, shape.N * shape.H * shape.W + rows, weight.numel()) >= _INT32:
-        raise ValueError(f"dy: a tile of {shape} spans 2^31 elements or more")
+    if shape.N * shape.H * shape.W + rows >= 2**31:
+        raise ValueError(f"shape: expected fewer than 2^31 pixels, got {shape.N} images of {shape.H}x{shape.W}")
+    area = (shape.H // shape.stride) * (shape.W // shape.stride)  # of the smallest parity class with any pixels
+    check_span(max(math.prod(x[1:]), (shape.P + shape.R) * shape.Q * shape.K), area, shape.N, rows)

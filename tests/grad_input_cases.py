@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from kernels.batch_norm import accumulator
-from kernels.conv_grad_input import ReluMask, Residual, Shortcut, conv_grad_input
+from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
 from kernels.geometry import ConvShape
 from kernels.tuning import Config
 from tests.blocks import DTYPES, draw
@@ -20,7 +20,7 @@ from tests.parity import assert_as_exact_as_eager
 EPILOGUES = ("none", "mask", "residual", "shortcut", "shortcut, gradient masked before")
 
 # Tiles so small that shapes of a few pixels and channels have several of them in every dimension, the last ones ragged.
-SMALL_TILES = {size: (Config(32, 16, 16, 4, 2),) for size in (2, 4, 8)}
+SMALL_TILES = {size: (Config(32, 16, 32, 4, 2),) for size in (2, 4, 8)}
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Case:
     shape: ConvShape
     dy: Tensor
     weight: Tensor
-    epilogue: ReluMask | Residual | Shortcut | None
+    epilogue: ReluMask | Residual | ShortcutGrad | None
 
     @staticmethod
     def of(shape: ConvShape, epilogue: str, dtype: torch.dtype, seed: int = 0) -> Case:
@@ -50,7 +50,7 @@ class Case:
             options = None
         else:
             dout, out, shortcut_weight = tensor(*y), tensor(*y), tensor(shape.K, shape.C, 1, 1) / 4
-            options = Shortcut(dout, out if epilogue == "shortcut" else None, shortcut_weight)
+            options = ShortcutGrad(dout, out if epilogue == "shortcut" else None, shortcut_weight)
         return Case(shape, dy, weight, options)
 
     def fused(self, tf32: bool = False) -> list[Tensor]:
@@ -72,7 +72,7 @@ class Case:
             return [g.to(dtype), g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))]
         if isinstance(self.epilogue, Residual):
             dx = dx + masked(self.epilogue.dout.to(dtype), self.epilogue.out)
-        if isinstance(self.epilogue, Shortcut):
+        if isinstance(self.epilogue, ShortcutGrad):
             g = masked(self.epilogue.dout.to(dtype), self.epilogue.out)
             dx = dx + grad_input(s, self.epilogue.weight.to(dtype), g, 0)
         return [dx]
@@ -89,7 +89,7 @@ def masked(g: Tensor, out: Tensor | None) -> Tensor:
 def assert_parity(shape: ConvShape, epilogue: str, dtype: torch.dtype) -> None:
     """dx, and the sums of a mask, as exact as PyTorch's, over draws enough that no single rounding decides."""
     values = shape.C if epilogue == "mask" else shape.N * shape.H * shape.W * shape.C
-    cases = [Case.of(shape, epilogue, dtype, seed) for seed in range(-(-24 // values))]
+    cases = [Case.of(shape, epilogue, dtype, seed) for seed in range(-(-12 // values))]
     fused, eager, exact = (
         list(zip(*results))
         for results in (
@@ -105,8 +105,8 @@ def assert_parity(shape: ConvShape, epilogue: str, dtype: torch.dtype) -> None:
 # ---- pairwise combinations -------------------------------------------------------------------------------------------
 
 _AXES = {
-    "pixels": ((1, 1, 1), (2, 5, 7), (3, 6, 3)),  # N, H, W
-    "channels": ((3, 6), (16, 32), (20, 17), (24, 8)),  # C, K
+    "pixels": ((1, 1, 1), (2, 5, 4), (3, 3, 4)),  # N, H, W
+    "channels": ((3, 6), (16, 32), (20, 17), (24, 40)),  # C, K
     "kernel": (1, 3, 7),
     "stride": (1, 2, 3),
     "padding": (0, 1, 3),
@@ -123,7 +123,7 @@ def is_valid(shape: ConvShape, epilogue: str) -> bool:
     """There is an output pixel, and a 1x1 shortcut of the same stride has as many of them."""
     reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
     shortcut = epilogue.startswith("shortcut")
-    return min(shape.P, shape.Q) >= 1 and (not shortcut or (shape.P, shape.Q) == reached)
+    return min(shape.P, shape.Q) >= 1 and (not shortcut or reached == (shape.P, shape.Q))
 
 
 def pairwise() -> list[tuple[ConvShape, str, torch.dtype]]:
@@ -142,7 +142,7 @@ def pairwise() -> list[tuple[ConvShape, str, torch.dtype]]:
     chosen = []
     while missing:
         # the best of a few: of all of them would save no more than a case or two
-        some = [i for i in rng.sample(range(len(valid)), 40)]
+        some = rng.sample(range(len(valid)), 40)
         best = max(some, key=lambda i: len(pairs[i] & missing))
         if not pairs[best] & missing:
             best = next(i for i in range(len(valid)) if pairs[i] & missing)
