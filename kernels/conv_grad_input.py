@@ -186,19 +186,16 @@ def grad_input_kernel(
     STORED: tl.constexpr = dx.dtype.element_ty
     if y1 is not None:
         live = cols < C
-        mean = tl.load(stats + cols, mask=live)
-        invstd = tl.load(stats + C + cols, mask=live)
-        scale = tl.load(stats + 2 * C + cols, mask=live)
-        shift = tl.load(stats + 3 * C + cols, mask=live)
+        scale = tl.load(stats + (2 * C + cols)[None, :], mask=live[None, :])
+        shift = tl.load(stats + (3 * C + cols)[None, :], mask=live[None, :])
         value = tl.load(y1 + image + offsets, mask=mask, other=0.0).to(ACC)
-        passes = mask & recomputed_relu_passes(value, scale[None, :], shift[None, :], STORED)
-        g = acc.to(STORED)
-        g = tl.where(passes, g, tl.zeros_like(g))  # zero beyond the last row too, where acc is 0 * weight
-        tl.store(dx + image + offsets, g, mask=mask)
-        g = g.to(ACC)
+        passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # beyond, acc is 0 * weight
+        g = tl.where(passes, acc.to(STORED).to(ACC), 0.0)
+        tl.store(dx + image + offsets, g.to(STORED), mask=mask)
+        sum_gx = tl.sum(g * (value - tl.load(stats + cols[None, :], mask=live[None, :])), 0)
         partial += tile.to(tl.int64) * C + cols
         tl.store(partial, tl.sum(g, 0), mask=live)
-        tl.store(partial + T.to(tl.int64) * C, tl.sum(g * (value - mean[None, :]), 0) * invstd, mask=live)
+        tl.store(partial + T.to(tl.int64) * C, sum_gx * tl.load(stats + C + cols, mask=live), mask=live)
     else:
         if shortcut_weight is None and dout is not None:
             g = tl.load(dout + image + offsets, mask=mask, other=0.0)
