@@ -229,7 +229,7 @@ class ShortcutGrad(NamedTuple):
     weight: Tensor  # (K, C, 1, 1)
 
 
-# By bytes per element. Columns as wide as C, and shared memory for two programs per SM.
+# By bytes per element: tiles as wide as C or half of it, shared memory for two programs per SM or more.
 CONFIGS = {
     2: (
         Config(128, 64, 64, 4, 3),
@@ -239,11 +239,11 @@ CONFIGS = {
         Config(64, 64, 64, 4, 3),
         Config(128, 64, 32, 4, 4),
         Config(256, 64, 32, 8, 3),
-        Config(32, 64, 64, 4, 3),
     ),
     4: (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 4, 3), Config(32, 64, 32, 4, 3)),
     8: (Config(32, 32, 16, 4, 2),),
 }
+_MASKED_TILE = 64  # accumulators per thread: the sums of a mask hold several values beside each, and more would spill
 _TAPS = 15  # bits per axis of a row's misses
 
 
@@ -314,7 +314,10 @@ def conv_grad_input(
         *(shape.H, shape.W, triton.next_power_of_2(shape.N)),
         *(dy.dtype, precision, type(epilogue).__name__, branch is not None and branch.out is not None),
     )
-    partial = run(tuning.best(key, CONFIGS[dy.element_size()], run, dy.device))
+    configs = CONFIGS[dy.element_size()]
+    if mask:
+        configs = [c for c in configs if c.BLOCK_M * c.BLOCK_N <= 32 * c.num_warps * _MASKED_TILE]
+    partial = run(tuning.best(key, configs, run, dy.device))
     return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
 
 
