@@ -351,7 +351,7 @@ def _check(
         check_nhwc("out", epilogue.out, dy, x)
     elif isinstance(epilogue, ShortcutGrad):
         reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
-        if y[2:] != reached:
+        if reached != y[2:]:
             raise ValueError(f"shape: a 1x1 shortcut of stride {shape.stride} has {reached} pixels, dy has {y[2:]}")
         check_nhwc("dout", epilogue.dout, dy, y)
         if epilogue.out is not None:

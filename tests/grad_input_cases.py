@@ -105,7 +105,7 @@ def assert_parity(shape: ConvShape, epilogue: str, dtype: torch.dtype) -> None:
 # ---- pairwise combinations -------------------------------------------------------------------------------------------
 
 _AXES = {
-    "pixels": ((1, 1, 1), (2, 5, 4), (3, 3, 4)),  # N, H, W
+    "pixels": ((2, 5, 4), (1, 3, 13)),  # N, H, W
     "channels": ((3, 6), (16, 32), (20, 17), (24, 40)),  # C, K
     "kernel": (1, 3, 7),
     "stride": (1, 2, 3),

@@ -56,7 +56,7 @@ def test_every_pair_of_options_is_as_exact_as_eager(small_tiles, shape, epilogue
     cases.assert_parity(shape, epilogue, dtype)
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("epilogue", ["mask", "shortcut"])
 def test_the_tiles_of_real_launches_leave_ragged_ends_in_every_dimension(epilogue):
     config = conv_grad_input.CONFIGS[2][0]
     shape = ConvShape(N=2, H=9, W=8, C=config.BLOCK_N + 8, K=config.BLOCK_K + 8, R=3, S=3, stride=1, padding=1)
@@ -99,9 +99,8 @@ def test_a_parity_class_without_taps_still_gets_its_epilogue(small_tiles, epilog
         same_bits(dx[:, :, h::2, w::2], expected[:, :, h::2, w::2])
 
 
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_the_same_bits_come_out_twice_and_results_are_channels_last(small_tiles, epilogue):
-    case = Case.of(replace(RAGGED, stride=2), epilogue, torch.float16)
+def test_the_same_bits_come_out_twice_and_results_are_channels_last(small_tiles):
+    case = Case.of(replace(RAGGED, stride=2), "mask", torch.float16)
     first, second = case.fused(), case.fused()
     for a, b in zip(first, second, strict=True):
         same_bits(a, b)

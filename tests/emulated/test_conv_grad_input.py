@@ -30,7 +30,7 @@ TRAFFIC_OVER_FLOOR = 1.03  # partials are 1% of three passes
 SECTOR_EFFICIENCY = 0.95
 # Shared memory's wavefronts over the ideal. The sums of a mask cross the warps by stores of single words, and on sm_90
 # the reads of the tensor cores, of which there are most, are not counted.
-WAVEFRONTS = dict.fromkeys(PASSES, {80: 1.1, 90: 1.1}) | {"mask": {80: 1.2, 90: 1.4}}
+WAVEFRONTS = {epilogue: {80: 1.1, 90: 1.1} for epilogue in PASSES} | {"mask": {80: 1.2, 90: 1.4}}
 # Warp instructions per tensor-core instruction (m16n8k16), at the fewest channels and so the shortest reduction, for
 # which the epilogue weighs most. Tensor cores leave room for 8 on sm_80 and for 4 on sm_90.
 INSTRUCTIONS = {
