@@ -243,7 +243,7 @@ CONFIGS = {
     4: (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 4, 3), Config(32, 64, 32, 4, 3)),
     8: (Config(32, 32, 16, 4, 2),),
 }
-_MASKED_TILE = 64  # accumulators per thread: the sums of a mask hold several values beside each, and more would spill
+_LOADED_TILE = 64  # accumulators per thread where the epilogue loads tiles beside them: with more it would spill
 _TAPS = 15  # bits per axis of a row's misses
 
 
@@ -315,8 +315,8 @@ def conv_grad_input(
         *(dy.dtype, precision, type(epilogue).__name__, branch is not None and branch.out is not None),
     )
     configs = CONFIGS[dy.element_size()]
-    if mask:
-        configs = [c for c in configs if c.BLOCK_M * c.BLOCK_N <= 32 * c.num_warps * _MASKED_TILE]
+    if isinstance(epilogue, (ReluMask, Residual)):
+        configs = [c for c in configs if c.BLOCK_M * c.BLOCK_N <= 32 * c.num_warps * _LOADED_TILE]
     partial = run(tuning.best(key, configs, run, dy.device))
     return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
 
