@@ -316,7 +316,7 @@ def conv_grad_input(
     )
     configs = CONFIGS[dy.element_size()]
     if isinstance(epilogue, (ReluMask, Residual)):
-        configs = [c for c in configs if c.BLOCK_M * c.BLOCK_N <= 32 * c.num_warps * _LOADED_TILE]
+        configs = [c for c in configs if c.num_warps * 32 * _LOADED_TILE >= c.BLOCK_M * c.BLOCK_N]
     partial = run(tuning.best(key, configs, run, dy.device))
     return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
 
