@@ -233,17 +233,20 @@ class ShortcutGrad(NamedTuple):
 CONFIGS = {
     2: (
         Config(128, 64, 64, 4, 3),
+        Config(128, 64, 32, 4, 4),
         Config(128, 128, 64, 8, 3),
         Config(128, 128, 32, 4, 3),
         Config(64, 128, 64, 4, 3),
         Config(64, 64, 64, 4, 3),
-        Config(128, 64, 32, 4, 4),
         Config(256, 64, 32, 8, 3),
     ),
     4: (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 4, 3), Config(32, 64, 32, 4, 3)),
     8: (Config(32, 32, 16, 4, 2),),
 }
-_LOADED_TILE = 64  # accumulators per thread where the epilogue loads tiles beside them: with more it would spill
+# Registers spill where an epilogue meets more than these values per thread: accumulators beside the tiles that it
+# loads, and values of dout and out that the shortcut's mask brings into registers.
+_ACCUMULATORS = 64
+_MASKED_OPERAND = 32
 _TAPS = 15  # bits per axis of a row's misses
 
 
@@ -314,11 +317,17 @@ def conv_grad_input(
         *(shape.H, shape.W, triton.next_power_of_2(shape.N)),
         *(dy.dtype, precision, type(epilogue).__name__, branch is not None and branch.out is not None),
     )
-    configs = CONFIGS[dy.element_size()]
-    if isinstance(epilogue, (ReluMask, Residual)):
-        configs = [c for c in configs if c.num_warps * 32 * _LOADED_TILE >= c.BLOCK_M * c.BLOCK_N]
+    configs = [c for c in CONFIGS[dy.element_size()] if _fits_registers(c, epilogue)]
     partial = run(tuning.best(key, configs, run, dy.device))
     return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
+
+
+def _fits_registers(config: Config, epilogue: ReluMask | Residual | ShortcutGrad | None) -> bool:
+    threads = 32 * config.num_warps
+    accumulators = config.BLOCK_M * config.BLOCK_N // threads
+    operand = config.BLOCK_M * config.BLOCK_K // threads
+    masked = isinstance(epilogue, ShortcutGrad) and epilogue.out is not None
+    return epilogue is None or (accumulators <= _ACCUMULATORS and (not masked or operand <= _MASKED_OPERAND))
 
 
 def _row_tiles(shape: ConvShape, config: Config) -> int:

@@ -37,7 +37,7 @@ INSTRUCTIONS = {
     "none": {80: 4.6, 90: 3.8},
     "mask": {80: 6.6, 90: 5.8},
     "residual": {80: 5.4, 90: 4.6},
-    "shortcut": {80: 5.4, 90: 4.4},
+    "shortcut": {80: 5.8, 90: 4.8},
     "shortcut, gradient masked before": {80: 4.6, 90: 4.0},
 }
 
