@@ -142,22 +142,34 @@ def freeze_kernel(
 ):
     """stats from the running statistics, the convolution's bias folded into the mean. Grid (column tiles,)."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    live = cols < C
-    mean = tl.load(running_mean + cols, mask=live).to(ACC)
-    if conv_bias is not None:
-        mean -= tl.load(conv_bias + cols, mask=live).to(ACC)
-    invstd = inverse_std(tl.load(running_var + cols, mask=live).to(ACC), eps)
+    mean, invstd = load_running(running_mean, running_var, conv_bias, eps, cols, C, ACC)
     store_stats(stats, weight, bias, mean, invstd, cols, C)
 
 
 @triton.jit
-def store_stats(stats, weight, bias, mean, invstd, cols, C: tl.constexpr):
+def load_running(running_mean, running_var, conv_bias, eps, cols, C: tl.constexpr, ACC: tl.constexpr):
+    """mean and invstd of the running statistics, the convolution's bias folded into the mean."""
+    mean = tl.load(running_mean + cols, mask=cols < C, other=0.0).to(ACC)
+    if conv_bias is not None:
+        mean -= tl.load(conv_bias + cols, mask=cols < C, other=0.0).to(ACC)
+    return mean, inverse_std(tl.load(running_var + cols, mask=cols < C, other=0.0).to(ACC), eps)
+
+
+@triton.jit
+def load_affine(mean, invstd, weight, bias, cols, C: tl.constexpr):
+    """scale and shift: batch_norm(x) = x * scale + shift."""
     scale = invstd
     if weight is not None:
-        scale = invstd * tl.load(weight + cols, mask=cols < C).to(invstd.dtype)
+        scale = invstd * tl.load(weight + cols, mask=cols < C, other=0.0).to(invstd.dtype)
     shift = -mean * scale
     if bias is not None:
-        shift = tl.fma(-mean, scale, tl.load(bias + cols, mask=cols < C).to(invstd.dtype))
+        shift = tl.fma(-mean, scale, tl.load(bias + cols, mask=cols < C, other=0.0).to(invstd.dtype))
+    return scale, shift
+
+
+@triton.jit
+def store_stats(stats, weight, bias, mean, invstd, cols, C: tl.constexpr):
+    scale, shift = load_affine(mean, invstd, weight, bias, cols, C)
     tl.store(stats + cols, mean, mask=cols < C)
     tl.store(stats + C + cols, invstd, mask=cols < C)
     tl.store(stats + 2 * C + cols, scale, mask=cols < C)
@@ -463,10 +475,7 @@ def statistics(
     """
     M, C = nhwc_shape(x)
     t = tiling(M, C)
-    dtype, ACC = accumulator(x)
-    partial = torch.empty((2, t.partials, C), dtype=dtype, device=x.device)
-    stats = torch.empty((4, C), dtype=dtype, device=x.device)
-    merge = _merge_blocks(t.partials, C)
+    partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     with torch.cuda.device_of(x):
         statistics_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
             x,
@@ -476,6 +485,30 @@ def statistics(
             t.tiles,
             **t.options(x),
         )
+    return finalize(partial, t.rows, M, weight, bias, running_mean, running_var, momentum, eps, conv_bias)
+
+
+def finalize(
+    partial: Tensor,
+    rows: int,
+    M: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    conv_bias: Tensor | None = None,
+) -> Tensor:
+    """stats (4, C), and the running statistics in place, as `statistics`, from the partials of M rows.
+
+    partial (2, T, C) float32 or float64, contiguous: the mean and M2 = sum (x - mean)^2 of each `rows` rows in turn,
+    the last of fewer: (T - 1) * rows < M <= T * rows. Merged in a fixed order.
+    """
+    _, T, C = partial.shape
+    stats = torch.empty((4, C), dtype=partial.dtype, device=partial.device)
+    merge = _merge_blocks(T, C)
+    with torch.cuda.device_of(partial):
         finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
             partial,
             weight,
@@ -485,12 +518,12 @@ def statistics(
             running_var,
             stats,
             M,
-            t.partials,
-            t.rows,
+            T,
+            rows,
             momentum,
             eps,
             C=C,
-            ACC=ACC,
+            ACC=accumulator(partial)[1],
             num_warps=4,
             **merge,
             **FLAGS,

@@ -4,7 +4,7 @@ from resnet import FusedResidual, resnet18
 net = resnet18(num_classes=10, in_channels=1, block=FusedResidual)
 """
 
-from resnet.backends import backend, current_backend
+from resnet.backends import backend, convolution, current_backend, current_convolution
 from resnet.fused import FusedResidual, FusedStem
 from resnet.reference import Residual, Stem, resnet18, resnet_block
 
@@ -14,7 +14,9 @@ __all__ = [
     "Residual",
     "Stem",
     "backend",
+    "convolution",
     "current_backend",
+    "current_convolution",
     "resnet18",
     "resnet_block",
 ]

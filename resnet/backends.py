@@ -1,17 +1,24 @@
-"""Which code runs the fused operations: the Triton kernels or plain PyTorch. The only place that decides."""
+"""Which code runs the fused operations: the Triton kernels or plain PyTorch, and the convolutions among them.
+
+The only place that decides.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
+from kernels import choices
 from resnet import torch_batch_norm
 
-_NAMES = ("auto", "triton", "torch")
-_VARIABLE = "FUSED_RESIDUAL_BACKEND"
+T = TypeVar("T")
+
+VARIANTS = ("triton", "epilogue", "pytorch")  # each falls back on the next one where it does not exist
 
 
 def _triton() -> ModuleType:
@@ -46,16 +53,39 @@ def _check_launchable() -> None:
         ) from error
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in _NAMES:
-        raise ValueError(f"{source}: expected one of {', '.join(map(repr, _NAMES))}, got {name!r}")
-    return name
+class _Choice:
+    """A setter, and a context manager that restores the old choice. Its start value comes from the environment.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    current: ClassVar[str]
+
+    def __init_subclass__(cls, names: tuple[str, ...], variable: str):
+        cls.names = names
+        cls.current = cls._checked(os.environ.get(variable, "auto"), variable)
+
+    @classmethod
+    def _checked(cls, name: str, source: str) -> str:
+        if name not in cls.names:
+            raise ValueError(f"{source}: expected one of {', '.join(map(repr, cls.names))}, got {name!r}")
+        return name
+
+    def __init__(self, name: str):
+        cls = type(self)
+        cls._checked(name, cls.__name__)
+        self._previous, cls.current = cls.current, name
+
+    def __enter__(self) -> _Choice:
+        return self
+
+    def __exit__(self, *_) -> None:
+        type(self).current = self._previous
 
 
-_current = _checked(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
-
-
-class backend:
+class backend(_Choice, names=("auto", "triton", "torch"), variable="FUSED_RESIDUAL_BACKEND"):
     """Choose what runs the fused operations: a setter, and a context manager that restores the old choice.
 
     `"auto"` (the default, or what `FUSED_RESIDUAL_BACKEND` says at import): Triton for tensors on a GPU, PyTorch for
@@ -71,28 +101,64 @@ class backend:
     """
 
     def __init__(self, name: str):
-        global _current
-        _checked(name, "backend")
         if name == "triton":
             _check_launchable()
-        self._previous, _current = _current, name
+        super().__init__(name)
 
-    def __enter__(self) -> backend:
-        return self
 
-    def __exit__(self, *_) -> None:
-        global _current
-        _current = self._previous
+class convolution(_Choice, names=("auto", *VARIANTS), variable="FUSED_RESIDUAL_CONV"):
+    """Choose what runs the convolutions of the fused operations on the Triton backend; a setter and a context manager.
+
+    `"pytorch"`: PyTorch's convolution (cuDNN), and BatchNorm's kernels before and after it. `"epilogue"`: a Triton
+    convolution that also does what follows it (BatchNorm's statistics or sums, ReLU, the add); what precedes it is a
+    pass of its own. `"triton"`: what precedes it too is done by the convolution, as it loads its input. `"auto"` (the
+    default, or what `FUSED_RESIDUAL_CONV` says at import): the first call of each shape, type, device and direction
+    times all three, and the fastest is remembered (`kernels.choices`); on the CPU nothing is timed, and "auto" is
+    "triton".
+
+        resnet.convolution("pytorch")          # from now on
+        with resnet.convolution("triton"):     # in this block
+            ...
+
+    Where a convolution has nothing before it, "triton" is "epilogue"; where the Triton kernels do not cover it
+    (groups, dilation), all of them are "pytorch".
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+
+def current_convolution() -> str:
+    """The choice in force: "auto", "triton", "epilogue" or "pytorch"."""
+    return convolution.current
+
+
+def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], device: torch.device) -> Callable[[], T]:
+    """The one of a convolution's variants that `convolution` asks for, not yet called.
+
+    Args:
+        direction: "forward", "grad_input" or "grad_weight", whose times are compared.
+        key: everything else that the times depend on (shape, type, what is fused), the device aside.
+        variants: by name, whole paths to the same result, in the order "triton", "epilogue", "pytorch", the first two
+            only where they exist. With "auto" they are timed, so a call must change nothing that another one reads:
+            running statistics are updated outside.
+    """
+    if convolution.current != "auto":
+        asked = VARIANTS.index(convolution.current)
+        return next(variants[name] for name in VARIANTS[asked:] if name in variants)
+    if len(variants) == 1 or device.type == "cpu":
+        return next(iter(variants.values()))
+    return variants[choices.choose((direction, *key), variants, device)]
 
 
 def current_backend() -> str:
     """The choice in force: "auto", "triton" or "torch"."""
-    return _current
+    return backend.current
 
 
 def implementation(x: Tensor) -> ModuleType:
     """`triton_batch_norm` or `torch_batch_norm`, for tensors on x's device."""
-    if _current == "torch" or (_current == "auto" and x.device.type == "cpu"):
+    if backend.current == "torch" or (backend.current == "auto" and x.device.type == "cpu"):
         return torch_batch_norm
     if x.device.type == "cpu":
         _check_launchable()

@@ -1,0 +1,366 @@
+"""Convolution as implicit GEMM, with BatchNorm + ReLU in its prologue, and statistics, bias or all of inference behind it.
+
+    y[m, k] = sum over r, s, c of a[n, p*stride - padding + r, q*stride - padding + s, c] * weight[k, r, s, c]
+
+    prologue   a = x, or relu(x * scale + shift) per input channel; padding is zero after it
+    epilogue   y as it is; y + bias; y and, per row tile, mean and M2 of y as stored;
+               relu((y + conv_bias - mean) * invstd * weight + bias [+ skip]) with running statistics
+    shortcut   a 1x1 convolution of the same stride over the same pixels (a window's centre), in the same launch
+
+x is (N, H, W, C), y (N, P, Q, K), weight (K, R, S, C), all dense: `torch.channels_last`. Rows of the GEMM are output
+pixels m = (n, p, q), columns are k, the reduction runs over (r, s, c): in steps of one tap and BLOCK_K channels, or,
+for few channels, over the flattened axis. Accumulation is float32 (float64 for float64).
+
+Moves: reads x, writes y; the shortcut one more write, `skip` one more read. Taps and column tiles re-read x from the
+L2 cache: programs that share rows are neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import tuning
+from kernels.batch_norm import FLAGS, accumulator, load_affine, load_running
+from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector, conv_shape
+from kernels.implicit_gemm import dot, split_pixels, valid_taps
+from kernels.pointwise import relu
+from kernels.prologue import batch_norm_relu
+
+# ---- the kernel ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def conv_forward_kernel(
+    x,  # (N, H, W, C)
+    weight,  # (K, R, S, C)
+    stats,  # (4, C) or None: the prologue's mean, invstd, scale, shift
+    y,  # (N, P, Q, K)
+    bias,  # (K,) or None
+    partial,  # (2, T, K) or None: mean and M2 of y in each row tile
+    running_mean,  # (K,) or None: no inference epilogue
+    running_var,  # (K,)
+    norm_weight,  # (K,) or None
+    norm_bias,  # (K,) or None
+    conv_bias,  # (K,) or None
+    skip,  # (N, P, Q, K) or None
+    shortcut_weight,  # (K, 1, 1, C) or None
+    shortcut_y,  # (N, P, Q, K)
+    shortcut_bias,  # (K,) or None
+    shortcut_partial,  # (2, T, K) or None
+    H,
+    W,
+    P,
+    Q,
+    M,  # N * P * Q
+    T,  # row tiles
+    eps: tl.float64,
+    RELU: tl.constexpr,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    FLAT: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid (row tiles * column tiles,), the columns fastest."""
+    COLUMN_TILES: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // COLUMN_TILES
+    m0 = tile.to(tl.int64) * BLOCK_M
+    n0 = m0 // (P * Q)  # the tile's first image: offsets from it fit in 32 bits
+    rows = tl.arange(0, BLOCK_M)
+    live = rows < M - m0
+    pixels = (m0 - n0 * (P * Q)).to(tl.int32) + rows
+    n, p, q = split_pixels(pixels, P, Q)
+    h0 = p * STRIDE - PADDING
+    w0 = q * STRIDE - PADDING
+    x += n0 * H * W * C
+    pixel0 = (n * H + h0) * W + w0
+    k = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    if FLAT:
+        acc = reduce_flat(acc, x, weight, stats, pixel0, h0, w0, live, k, H, W, C, K, R, S, PRECISION, BLOCK_M, BLOCK_K)
+    else:
+        taps = valid_taps(h0, w0, live, H, W, R, S)
+        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_K)
+    out = m0 * K + rows[:, None] * K + k[None, :]
+    mask = live[:, None] & (k < K)[None, :]
+    if running_mean is not None:
+        mean, invstd = load_running(running_mean, running_var, conv_bias, eps, k, K, ACC)
+        scale, shift = load_affine(mean, invstd, norm_weight, norm_bias, k, K)
+        acc = tl.fma(acc, scale[None, :], shift[None, :])
+    if bias is not None:
+        acc += tl.load(bias + k, mask=k < K).to(ACC)[None, :]
+    if skip is not None:
+        acc += tl.load(skip + out, mask=mask).to(ACC)
+    value = acc.to(y.dtype.element_ty)
+    if RELU:
+        value = relu(value)
+    tl.store(y + out, value, mask=mask)
+    if partial is not None:
+        store_moments(partial, value.to(ACC), live, tile, T, k, K)
+
+    if shortcut_weight is not None:
+        # Its pixels were read by the loop above and come from the cache; its accumulator takes the other's place.
+        acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+        centre = (h0 + PADDING < H) & (w0 + PADDING < W) & live
+        pixel0 += PADDING * W + PADDING
+        acc = reduce_taps(
+            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, PRECISION, BLOCK_K
+        )
+        if shortcut_bias is not None:
+            acc += tl.load(shortcut_bias + k, mask=k < K).to(ACC)[None, :]
+        value = acc.to(y.dtype.element_ty)
+        tl.store(shortcut_y + out, value, mask=mask)
+        if shortcut_partial is not None:
+            store_moments(shortcut_partial, value.to(ACC), live, tile, T, k, K)
+
+
+@triton.jit
+def reduce_taps(
+    acc,
+    x,
+    weight,
+    stats,
+    pixel0,
+    taps,
+    k,
+    W,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + sum over (r, s, c), a tap and BLOCK_K channels a step. `pixel0` is each row's first pixel of its window."""
+    CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    BLOCK_N: tl.constexpr = k.shape[0]
+    c = tl.arange(0, BLOCK_K)
+    x += pixel0[:, None] * C + c[None, :]
+    weight += k[None, :] * (R * S * C) + c[:, None]
+    for i in range(R * S * CHANNEL_STEPS):
+        tap = i // CHANNEL_STEPS
+        c0 = i % CHANNEL_STEPS * BLOCK_K
+        mask = ((taps & (tl.cast(1, taps.dtype) << tap)) != 0)[:, None]
+        if C % BLOCK_K != 0:
+            mask = mask & (c < C - c0)[None, :]
+        a = tl.load(x + ((tap // S * W + tap % S) * C + c0), mask=mask, other=0.0)
+        if stats is not None:
+            scale = load_channels(stats + 2 * C, c0 + c, C, BLOCK_K)
+            shift = load_channels(stats + 3 * C, c0 + c, C, BLOCK_K)
+            inside = (taps >> tap & 1) == 1  # said anew: the mask above belongs to a load some steps ahead
+            a = batch_norm_relu(a, scale, shift, inside[:, None])
+        if C % BLOCK_K == 0 and K % BLOCK_N == 0:
+            b = tl.load(weight + (tap * C + c0))
+        else:
+            b = tl.load(weight + (tap * C + c0), mask=(c < C - c0)[:, None] & (k < K)[None, :], other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def load_channels(vector, c, C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A step's part of a per-channel vector; beyond C zeros, of which the prologue makes zeros."""
+    if C % BLOCK_K == 0:
+        return tl.load(vector + c)
+    else:
+        return tl.load(vector + c, mask=c < C, other=0.0)
+
+
+@triton.jit
+def reduce_flat(
+    acc,
+    x,
+    weight,
+    stats,
+    pixel0,
+    h0,
+    w0,
+    live,
+    k,
+    H,
+    W,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + sum over j = (r, s, c) as one axis: with few channels a step of one tap would be mostly padding."""
+    for j0 in range(0, R * S * C, BLOCK_K):
+        j = j0 + tl.arange(0, BLOCK_K)
+        r = j // (S * C)
+        s = j // C % S
+        c = j % C
+        h = h0[:, None] + r[None, :]
+        w = w0[:, None] + s[None, :]
+        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & live[:, None] & (j < R * S * C)[None, :]
+        a = tl.load(x + (pixel0[:, None] * C + ((r * W + s) * C + c)[None, :]), mask=inside, other=0.0)
+        if stats is not None:
+            a = batch_norm_relu(a, tl.load(stats + 2 * C + c), tl.load(stats + 3 * C + c), inside)
+        mask = (j < R * S * C)[:, None] & (k < K)[None, :]
+        b = tl.load(weight + (k[None, :] * (R * S * C) + j[:, None]), mask=mask, other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def store_moments(partial, value, live, tile, T, k, K: tl.constexpr):
+    """mean and M2 of a tile's live rows, each (K,), at row `tile` of partial (2, T, K); rows not live hold zeros."""
+    rows = tl.sum(live.to(tl.int32), 0).to(value.dtype)
+    mean = tl.sum(value, 0) / rows
+    delta = tl.where(live[:, None], value - mean[None, :], 0.0)
+    m2 = tl.sum(delta * delta, 0)
+    offsets = tile.to(tl.int64) * K + k
+    tl.store(partial + offsets, mean, mask=k < K)
+    tl.store(partial + tl.cast(T, tl.int64) * K + offsets, m2, mask=k < K)
+
+
+CONFIGS = (tuning.Config(128, 64, 64, 4, 3),)
+
+# ---- the launcher ----------------------------------------------------------------------------------------------
+
+
+class Frozen(NamedTuple):
+    """A BatchNorm with running statistics behind the convolution; vectors are (K,)."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    conv_bias: Tensor | None  # of the convolution itself
+    eps: float
+
+
+class Moments(NamedTuple):
+    """Statistics of y as `batch_norm.finalize` merges them."""
+
+    partial: Tensor  # (2, T, K): mean and M2 of each row tile
+    rows: int  # of a tile; the last one has fewer
+
+
+class Shortcut(NamedTuple):
+    """The block's 1x1 convolution, of the same input and stride."""
+
+    weight: Tensor  # (K, C, 1, 1)
+    bias: Tensor | None  # (K,)
+
+
+class ConvOutput(NamedTuple):
+    y: Tensor  # (N, K, P, Q)
+    moments: Moments | None
+    shortcut: Tensor | None  # (N, K, P, Q)
+    shortcut_moments: Moments | None
+
+
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    *,
+    stats: Tensor | None = None,
+    bias: Tensor | None = None,
+    frozen: Frozen | None = None,
+    skip: Tensor | None = None,
+    relu: bool = False,
+    moments: bool = False,
+    shortcut: Shortcut | None = None,
+    shortcut_moments: bool = False,
+    tf32: bool = False,
+) -> ConvOutput:
+    """y = conv(a, weight) and what is fused to it; semantics of `torch.nn.functional.conv2d` for one group.
+
+    Args:
+        x: (N, C, H, W) channels_last, float16, bfloat16, float32 or float64.
+        weight: (K, C, R, S) channels_last, of x's type.
+        stride, padding: the same along H and W; padding is with zeros, after the prologue.
+        stats: (4, C) of `batch_norm.statistics`: a = relu(x * scale + shift) in place of x.
+        bias: (K,), added to y.
+        frozen: y becomes batch_norm(y) with running statistics.
+        skip: (N, K, P, Q) channels_last, added after `frozen` and `bias`.
+        relu: a ReLU ends it.
+        moments: also take mean and M2 of y's row tiles, of the values as stored.
+        shortcut: also compute the 1x1 convolution of x (never of a) with the same stride.
+        shortcut_moments: also take the shortcut's.
+        tf32: float32 products in TensorFloat-32.
+
+    Raises:
+        ValueError, TypeError: a shape, layout, type or device that does not fit.
+    """
+    shape = conv_shape(x, weight, stride, padding)
+    dtype, ACC = accumulator(x)
+    if stats is not None:
+        check_like("stats", stats, (4, shape.C), dtype, x.device)
+    check_vector("bias", bias, shape.K, x)
+    for name, vector in zip(Frozen._fields[:-1], frozen or ()):
+        check_vector(name, vector, shape.K, x)
+    out_shape = (shape.N, shape.K, shape.P, shape.Q)
+    if skip is not None:
+        check_nhwc("skip", skip, x, out_shape)
+    if shortcut is not None:
+        check_nhwc("shortcut.weight", shortcut.weight, x, (shape.K, shape.C, 1, 1))
+        check_vector("shortcut.bias", shortcut.bias, shape.K, x)
+        if (shape.R, shape.S) != (2 * padding + 1,) * 2:
+            raise ValueError(
+                f"shortcut: expected a window with its centre at the padding, that is {2 * padding + 1} wide, "
+                f"got {shape.R}x{shape.S}"
+            )
+    flat = shape.C < 16 and stats is None and shortcut is None
+    precision = "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
+
+    def launch(config: tuning.Config) -> ConvOutput:
+        y = torch.empty(out_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+        T = triton.cdiv(shape.M, config.BLOCK_M)
+        taken = Moments(x.new_empty((2, T, shape.K), dtype=dtype), config.BLOCK_M) if moments else None
+        z = torch.empty_like(y) if shortcut is not None else None
+        z_taken = Moments(x.new_empty((2, T, shape.K), dtype=dtype), config.BLOCK_M) if shortcut_moments else None
+        check_span(shape.H * shape.W * shape.C, shape.P * shape.Q, shape.N, config.BLOCK_M)
+        if shape.M:
+            with torch.cuda.device_of(x):
+                conv_forward_kernel[(T * triton.cdiv(shape.K, config.BLOCK_N),)](
+                    x,
+                    weight,
+                    stats,
+                    y,
+                    bias,
+                    taken and taken.partial,
+                    *(frozen[:-1] if frozen is not None else (None,) * 5),
+                    skip,
+                    shortcut and shortcut.weight,
+                    z,
+                    shortcut and shortcut.bias,
+                    z_taken and z_taken.partial,
+                    shape.H,
+                    shape.W,
+                    shape.P,
+                    shape.Q,
+                    shape.M,
+                    T,
+                    frozen.eps if frozen is not None else 0.0,
+                    RELU=relu,
+                    FLAT=flat,
+                    ACC=ACC,
+                    PRECISION=precision,
+                    **shape.constants(),
+                    **config.options(),
+                    **FLAGS,
+                )
+        return ConvOutput(y, taken, z, z_taken)
+
+    options = (relu, moments, flat, precision, *(o is not None for o in (stats, bias, frozen, skip, shortcut)))
+    return launch(tuning.best(("conv_forward", shape, x.dtype, options), CONFIGS, launch, x.device))

@@ -1,0 +1,47 @@
+"""What the implicit GEMMs of a convolution share on the device: which taps of a window exist, and the product."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def split_pixels(pixels, P, Q):
+    """(n, p, q) of pixel indices counted over maps of P x Q. Unsigned: a signed division takes twice as long."""
+    unsigned = pixels.to(tl.uint32)
+    n = unsigned // tl.cast(P * Q, tl.uint32)
+    rest = unsigned - n * tl.cast(P * Q, tl.uint32)
+    p = rest // tl.cast(Q, tl.uint32)
+    return n.to(tl.int32), p.to(tl.int32), (rest - p * tl.cast(Q, tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def valid_taps(h0, w0, live, H, W, R: tl.constexpr, S: tl.constexpr):
+    """Per row a bit mask: bit r*S + s says that pixel (h0 + r, w0 + s) lies in the image; 0 where not `live`.
+
+    Made once, so that a step of the reduction asks for one bit in place of four comparisons.
+    """
+    if R * S > 31:
+        one = tl.full([1], 1, tl.int64)
+    else:
+        one = tl.full([1], 1, tl.int32)
+    first = tl.minimum(tl.maximum(-h0, 0), R)
+    end = tl.maximum(tl.minimum(H - h0, R), first)
+    rows = (one << end) - (one << first)
+    first = tl.minimum(tl.maximum(-w0, 0), S)
+    end = tl.maximum(tl.minimum(W - w0, S), first)
+    columns = tl.where(live, (one << end) - (one << first), 0)
+    spread = rows & 1  # bit r moves to r*S: times the columns' bits that makes R copies side by side
+    for r in tl.static_range(1, R):
+        spread |= (rows & (1 << r)) << (r * (S - 1))
+    return spread * columns
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b. Triton's interpreter multiplies bfloat16's bit patterns; there the operands are widened."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
