@@ -157,6 +157,13 @@ class Launch:
             return pointers, np.zeros_like(mask)
         return pointers - np.uint64(argument.base - argument.tensor.data_ptr() & 2**64 - 1), mask
 
+    # ---- what it did ----
+
+    def accessed(self, name: str, verb: str) -> np.ndarray:
+        """The elements of an argument that were read, written or updated, counted from its first, in order."""
+        (argument,) = (a for a in self.arguments if a.name == name)
+        return np.unique(np.concatenate([np.zeros(0, np.int64), *argument.accesses[verb]]))
+
     # ---- the checks ----
 
     def fail(self, message: str) -> None:
@@ -280,8 +287,9 @@ class Shuffled:
 
     def _shuffled(self, grid: Grid) -> list[Program]:
         programs = every_program(grid)
+        last = programs[-1:]
         self.random.shuffle(programs)
-        return programs
+        return programs[::-1] if programs[-1:] == last else programs  # by chance in order: of two, half the time
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
