@@ -44,6 +44,10 @@ class MemoryFault(AssertionError):
     """What a kernel did to memory that it must not do."""
 
 
+class _CutShort(Exception):
+    """The launch has made the accesses that were wanted of it."""
+
+
 @dataclass
 class Memory:
     """What one launch stored to one storage: by byte // itemsize the program that did, numbered from 1, else 0."""
@@ -101,7 +105,9 @@ class Argument:
 class Launch:
     """One launch under watch."""
 
-    def __init__(self, executor, names: list[str], choose: Callable[[Grid], Sequence[Program]], partial: bool):
+    def __init__(
+        self, executor, names: list[str], choose: Callable[[Grid], Sequence[Program]], partial: bool, limit: int | None
+    ):
         self.kernel = executor.fn.__name__
         self.names = iter(names)
         self.choose = choose
@@ -112,6 +118,7 @@ class Launch:
         self.grid: Grid = (0, 0, 0)
         self.order: Sequence[Program] = ()
         self.program = 0  # of `order`, from 1
+        self.left = limit  # accesses until the launch is cut short; None: it is not
 
     # ---- what the interpreter asks ----
 
@@ -135,6 +142,10 @@ class Launch:
 
     def access(self, verb: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
         """(addresses in memory, the lanes that have one), once every address is found to be one the kernel may use."""
+        if self.left is not None:
+            if not self.left:
+                raise _CutShort
+            self.left -= 1
         live = pointers if mask.all() else pointers[mask]
         if not live.size:
             return pointers, mask
@@ -180,7 +191,7 @@ class Launch:
             first = argument.element(int(offsets[stray][0]))
             self.fail(f"{verb} {np.count_nonzero(stray)} elements outside its tensor, the first {first}")
         if self.partial:
-            argument.accesses[verb].append(offsets // argument.itemsize)
+            argument.accesses[verb].append(offsets.ravel() // argument.itemsize)
         memory = argument.memory
         if memory is None:
             return
@@ -301,10 +312,11 @@ class Chosen:
     """Some programs of each launch, whose accesses are kept."""
 
     choose: Callable[[Grid], Sequence[Program]]
+    limit: int | None
     launches: list[Launch] = field(default_factory=list)
 
     def run(self, executor, launch: Callable[..., Launch], tensors: dict[str, Tensor]) -> None:
-        self.launches.append(launch(self.choose, partial=True))
+        self.launches.append(launch(self.choose, partial=True, limit=self.limit))
 
 
 _policy: Shuffled | Chosen = Shuffled()
@@ -312,10 +324,13 @@ _launch: Launch | None = None  # under way
 
 
 @contextmanager
-def watching(choose: Callable[[Grid], Sequence[Program]]) -> Iterator[list[Launch]]:
-    """Of every launch only the programs that `choose(grid)` gives run; yields the launches with what they accessed."""
+def watching(choose: Callable[[Grid], Sequence[Program]], limit: int | None = None) -> Iterator[list[Launch]]:
+    """Of every launch only the programs that `choose(grid)` gives run; yields the launches with what they accessed.
+
+    A launch ends after `limit` loads and stores.
+    """
     global _policy
-    before, _policy = _policy, Chosen(choose)
+    before, _policy = _policy, Chosen(choose, limit)
     try:
         yield _policy.launches
     finally:
@@ -364,9 +379,11 @@ def sanitized_interpreter() -> Iterator[None]:
         )
         grid = executor.grid
 
-        def launch(choose: Callable[[Grid], Sequence[Program]], partial: bool = False) -> Launch:
+        def launch(
+            choose: Callable[[Grid], Sequence[Program]], partial: bool = False, limit: int | None = None
+        ) -> Launch:
             global _launch
-            outer, _launch = _launch, Launch(executor, list(tensors), choose, partial)
+            outer, _launch = _launch, Launch(executor, list(tensors), choose, partial, limit)
             mine = _launch
             executor.grid = lambda meta: mine.begin(grid(meta) if callable(grid) else grid)
             try:
@@ -375,7 +392,8 @@ def sanitized_interpreter() -> Iterator[None]:
             except InterpreterError:
                 if mine.fault is not None:
                     raise mine.fault from None
-                raise
+                if mine.left != 0:
+                    raise
             finally:
                 executor.grid, _launch = grid, outer
             return mine
