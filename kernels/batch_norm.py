@@ -19,13 +19,14 @@ from `out`), backward apply 3 (4 with `out`, one more to write the shortcut's gr
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.pointwise import affine, inverse_std, relu, relu_passes
+from kernels.pointwise import affine, inverse_std, recomputed_relu_passes, relu, relu_passes
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
@@ -228,10 +229,10 @@ def load_masked_grad(
     g = tl.load(dout + offsets, mask=mask, other=0.0).to(ACC)
     if RELU:
         if out is not None:
-            z = tl.load(out + offsets, mask=mask, other=0.0)
+            passes = relu_passes(tl.load(out + offsets, mask=mask, other=0.0))
         else:
-            z = affine(x_value, scale[None, :], shift[None, :]).to(STORED)
-        g = tl.where(relu_passes(z), g, 0.0)
+            passes = recomputed_relu_passes(x_value, scale[None, :], shift[None, :], STORED)
+        g = tl.where(passes, g, 0.0)
     return g
 
 
@@ -458,6 +459,31 @@ def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
 FLAGS = {"enable_fp_fusion": False}
 
 
+class Moments(NamedTuple):
+    """Mean and M2 = sum (x - mean)^2 of each `rows` rows of M in turn; `finalize` merges them."""
+
+    partial: Tensor  # (2, T, C) float32 or float64
+    rows: int  # of a partial; the last one has fewer
+    M: int
+
+
+def moments(x: Tensor) -> Moments:
+    """The moments of x (N, C, H, W)."""
+    M, C = nhwc_shape(x)
+    t = tiling(M, C)
+    partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
+    with torch.cuda.device_of(x):
+        statistics_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
+            x,
+            partial,
+            M,
+            t.partials,
+            t.tiles,
+            **t.options(x),
+        )
+    return Moments(partial, t.rows, M)
+
+
 def statistics(
     x: Tensor,
     weight: Tensor | None,
@@ -473,19 +499,7 @@ def statistics(
     Semantics of `torch.nn.functional.batch_norm` in training: biased variance in invstd, unbiased in `running_var`.
     `conv_bias` (C,) was left out of x: it is added to the running mean.
     """
-    M, C = nhwc_shape(x)
-    t = tiling(M, C)
-    partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
-    with torch.cuda.device_of(x):
-        statistics_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
-            x,
-            partial,
-            M,
-            t.partials,
-            t.tiles,
-            **t.options(x),
-        )
-    return finalize(partial, t.rows, M, weight, bias, running_mean, running_var, momentum, eps, conv_bias)
+    return finalize(*moments(x), weight, bias, running_mean, running_var, momentum, eps, conv_bias)
 
 
 def finalize(

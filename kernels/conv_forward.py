@@ -1,4 +1,4 @@
-"""Convolution as implicit GEMM, with BatchNorm + ReLU in its prologue, and statistics, bias or all of inference behind it.
+"""Convolution as implicit GEMM: BatchNorm + ReLU in its prologue; statistics, bias or all of inference behind it.
 
     y[m, k] = sum over r, s, c of a[n, p*stride - padding + r, q*stride - padding + s, c] * weight[k, r, s, c]
 
@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, load_affine, load_running
-from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector, conv_shape
+from kernels.batch_norm import FLAGS, Moments, accumulator, load_affine, load_running
+from kernels.geometry import check_like, check_nhwc, check_span, check_vector, conv_shape
 from kernels.implicit_gemm import dot, split_pixels, valid_taps
 from kernels.pointwise import relu
 from kernels.prologue import batch_norm_relu
@@ -246,13 +246,6 @@ class Frozen(NamedTuple):
     eps: float
 
 
-class Moments(NamedTuple):
-    """Statistics of y as `batch_norm.finalize` merges them."""
-
-    partial: Tensor  # (2, T, K): mean and M2 of each row tile
-    rows: int  # of a tile; the last one has fewer
-
-
 class Shortcut(NamedTuple):
     """The block's 1x1 convolution, of the same input and stride."""
 
@@ -315,7 +308,7 @@ def conv_forward(
     if shortcut is not None:
         check_nhwc("shortcut.weight", shortcut.weight, x, (shape.K, shape.C, 1, 1))
         check_vector("shortcut.bias", shortcut.bias, shape.K, x)
-        if (shape.R, shape.S) != (2 * padding + 1,) * 2:
+        if shape.R != 2 * padding + 1 or shape.S != shape.R:
             raise ValueError(
                 f"shortcut: expected a window with its centre at the padding, that is {2 * padding + 1} wide, "
                 f"got {shape.R}x{shape.S}"
@@ -326,9 +319,11 @@ def conv_forward(
     def launch(config: tuning.Config) -> ConvOutput:
         y = torch.empty(out_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         T = triton.cdiv(shape.M, config.BLOCK_M)
-        taken = Moments(x.new_empty((2, T, shape.K), dtype=dtype), config.BLOCK_M) if moments else None
+        taken = Moments(x.new_empty((2, T, shape.K), dtype=dtype), config.BLOCK_M, shape.M) if moments else None
         z = torch.empty_like(y) if shortcut is not None else None
-        z_taken = Moments(x.new_empty((2, T, shape.K), dtype=dtype), config.BLOCK_M) if shortcut_moments else None
+        z_taken = (
+            Moments(x.new_empty((2, T, shape.K), dtype=dtype), config.BLOCK_M, shape.M) if shortcut_moments else None
+        )
         check_span(shape.H * shape.W * shape.C, shape.P * shape.Q, shape.N, config.BLOCK_M)
         if shape.M:
             with torch.cuda.device_of(x):

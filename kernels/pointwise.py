@@ -26,6 +26,12 @@ def relu_passes(z):
 
 
 @triton.jit
+def recomputed_relu_passes(x, scale, shift, STORED: tl.constexpr):
+    """`relu_passes` of x * scale + shift as the forward pass stored it, from x: no mask is kept for backward."""
+    return relu_passes(affine(x, scale, shift).to(STORED))
+
+
+@triton.jit
 def inverse_std(var, eps):
     """1 / sqrt(var + eps), correctly rounded in float32 where `rsqrt` would be approximate."""
     if var.dtype == tl.float64:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels import choices
-from resnet import torch_batch_norm
+from resnet import torch_backend
 
 T = TypeVar("T")
 
@@ -22,15 +22,15 @@ VARIANTS = ("triton", "epilogue", "pytorch")  # each falls back on the next one 
 
 
 def _triton() -> ModuleType:
-    """`triton_batch_norm`, imported at first use: where there is no Triton the rest works without it."""
+    """`triton_backend`, imported at first use: where there is no Triton the rest works without it."""
     try:
-        from resnet import triton_batch_norm
+        from resnet import triton_backend
     except ImportError as error:
         raise RuntimeError(
             f"backend 'triton' needs the package triton, which cannot be imported here ({error}); it is made for "
             "Linux; backends 'auto' on the CPU and 'torch' do without"
         ) from error
-    return triton_batch_norm
+    return triton_backend
 
 
 def _check_launchable() -> None:
@@ -157,9 +157,9 @@ def current_backend() -> str:
 
 
 def implementation(x: Tensor) -> ModuleType:
-    """`triton_batch_norm` or `torch_batch_norm`, for tensors on x's device."""
+    """`triton_backend` or `torch_backend`, for tensors on x's device."""
     if backend.current == "torch" or (backend.current == "auto" and x.device.type == "cpu"):
-        return torch_batch_norm
+        return torch_backend
     if x.device.type == "cpu":
         _check_launchable()
     return _triton()

@@ -6,7 +6,6 @@ import warnings
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from resnet.backends import ensure_available
 from resnet.checks import check_activation, check_conv_weight, check_norm, check_values_per_channel, check_vector
@@ -148,12 +147,11 @@ class FusedStem(Stem):
         check_values_per_channel(norm, (x.shape[0], conv.out_channels, *size), "1")
         ensure_available(x)
         norm = _count_batch(bn, norm)
-        if norm.training or _records_gradient(x, conv.weight, norm.weight, norm.bias, conv.bias):
-            y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-            return _ops.batch_norm_relu_max_pool(channels_last(y), *norm)[0]
+        arguments = (x, conv.weight.to(x.dtype), conv.stride[0], conv.padding[0], *norm)
         with torch.autocast(x.device.type, enabled=False):
-            z = _ops.conv_batch_norm_inference(x, conv.weight.to(x.dtype), conv.stride[0], conv.padding[0], *norm)
-            return pool(z).relu_()
+            if norm.training or _records_gradient(*arguments[:2], norm.weight, norm.bias, conv.bias):
+                return _ops.stem(*arguments)[0]
+            return pool(_ops.conv_batch_norm_inference(*arguments)).relu_()
 
 
 class FusedResidual(Residual):

@@ -36,3 +36,8 @@ class NormGrad(NamedTuple):
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Per-channel maths is float32, float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_grads(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
+    """Uninitialised gradients of a norm's weight and bias."""
+    return tuple(None if v is None else v.new_empty(v.shape) for v in (norm.weight, norm.bias))

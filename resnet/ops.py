@@ -4,7 +4,7 @@ The one place where kernels meet autograd. `torch.compile`, `torch.export` and `
 operator as one node. Activations here are channels_last and checked; `resnet.functional` converts and checks.
 
     fused_residual::batch_norm_add_relu        out = relu(batch_norm(x) [+ shortcut])
-    fused_residual::batch_norm_relu_max_pool   out = max_pool(relu(batch_norm(x))), 3x3 with stride 2
+    fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
     fused_residual::residual_block             the block in training, or in evaluation where gradients are wanted
     fused_residual::residual_block_inference   the block with frozen statistics and without gradients
     fused_residual::conv_batch_norm_inference  batch_norm(conv(x)), likewise
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
-from resnet import backends, inference, torch_batch_norm
-from resnet.convolution import convolve, convolve_backward, out_size
+from resnet import backends
+from resnet.block import Convolutions, Needs, Saved
+from resnet.convolution import out_size
 from resnet.norm import Norm, statistics_dtype
 
 _NAMESPACE = "fused_residual"
@@ -176,7 +177,7 @@ def _batch_norm_add_relu(
     if x.numel() == 0:
         return _like(x), _stats_like(x, x.shape[1]).zero_()
     norm = Norm(weight, bias, running_mean, running_var, conv_bias, training, momentum, eps)
-    out, stats = backends.implementation(x).forward(x, norm, shortcut, relu=relu)
+    out, stats = backends.implementation(x).batch_norm(x, norm, shortcut, relu=relu)
     _mark_updated(norm)
     return out, stats
 
@@ -201,76 +202,85 @@ def _batch_norm_add_relu_backward(dout, x, out, stats, weight, bias, conv_bias, 
     if x.numel() == 0:
         return [_like(t).zero_() for t in _needed(needs, (x, x, weight, bias, conv_bias))]
     norm = Norm(weight, bias, None, None, conv_bias, training, 0.0, eps)
-    grad = backends.implementation(x).backward(dout, x, out, stats, norm, relu, shortcut)
+    grad = backends.implementation(x).batch_norm_backward(dout, x, out, stats, norm, relu, shortcut)
     dconv_bias = _conv_bias_grad(norm, stats, grad.sum_g) if needs[4] else None
     return _needed(needs, (grad.dx, grad.g, grad.dweight, grad.dbias, dconv_bias))
 
 
-# ---- max_pool(relu(batch_norm(x))) -------------------------------------------------------------------------------
+# ---- the stem: max_pool(relu(batch_norm(conv(x)))) ----------------------------------------------------------------
 
 
-def _batch_norm_relu_max_pool_fake(x, *_):
-    N, C, H, W = x.shape
-    out = x.new_empty((N, C, out_size(H, 3, 2, 1), out_size(W, 3, 2, 1))).to(memory_format=torch.channels_last)
-    return out, torch.empty_like(out, dtype=torch.uint8), _stats_like(x, C)
+def _stem_fake(x, weight, stride, padding, *_):
+    y = _conv_batch_norm_fake(x, weight, stride, padding)
+    N, K, P, Q = y.shape
+    out = x.new_empty((N, K, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1))).to(memory_format=torch.channels_last)
+    return out, y, torch.empty_like(out, dtype=torch.uint8), _stats_like(x, K)
 
 
-class _BatchNormReluMaxPoolGrad(torch.autograd.Function):
-    """Saves x, and of a quarter of its size out and a byte per element; stats and the parameters."""
+class _StemGrad(torch.autograd.Function):
+    """Saves x, y, and of a quarter of y's size out and a byte per element; stats and the parameters."""
 
     @staticmethod
     def forward(ctx, keyset, *args):
-        out, tap, stats = _below_autograd(_ops.batch_norm_relu_max_pool.default, keyset, args)
-        x, norm = args[0], Norm(*args[1:])
-        ctx.training, ctx.eps = norm.training, norm.eps
-        ctx.save_for_backward(x, out, tap, stats, norm.weight, norm.bias, norm.conv_bias)
-        ctx.mark_non_differentiable(tap, stats)
+        out, y, tap, stats = _below_autograd(_ops.stem.default, keyset, args)
+        x, weight, ctx.stride, ctx.padding, *norm = args
+        norm = Norm(*norm)
+        ctx.settings = norm.training, norm.eps
+        ctx.save_for_backward(x, y, out, tap, stats, weight, norm.weight, norm.bias, norm.conv_bias)
+        ctx.mark_non_differentiable(y, tap, stats)
         ctx.set_materialize_grads(False)
-        return out, tap, stats
+        return out, y, tap, stats
 
     @staticmethod
     def backward(ctx, dout, *_):
         if dout is None:
-            return (None,) * 10
-        needs = [ctx.needs_input_grad[i] for i in (1, 2, 3, 6)]
+            return (None,) * len(ctx.needs_input_grad)
+        needs = [ctx.needs_input_grad[i] for i in (1, 2, 5, 6, 9)]
         grads = iter(
-            _ops.batch_norm_relu_max_pool_backward(_dense(dout), *ctx.saved_tensors, ctx.training, ctx.eps, needs)
+            _ops.stem_backward(_dense(dout), *ctx.saved_tensors, ctx.stride, ctx.padding, *ctx.settings, needs)
         )
-        dx, dweight, dbias, dconv_bias = (next(grads) if need else None for need in needs)
-        return (None, dx, dweight, dbias, None, None, dconv_bias, None, None, None)
+        dx, dconv, dweight, dbias, dconv_bias = (next(grads) if need else None for need in needs)
+        return (None, dx, dconv, None, None, dweight, dbias, None, None, dconv_bias, None, None, None)
 
 
 @_define(
-    f"batch_norm_relu_max_pool(Tensor x, {_NORM1}) -> (Tensor out, Tensor tap, Tensor stats)",
-    _batch_norm_relu_max_pool_fake,
-    _BatchNormReluMaxPoolGrad,
+    f"stem(Tensor x, Tensor conv_weight, int stride, int padding, {_NORM1}) "
+    "-> (Tensor out, Tensor y, Tensor tap, Tensor stats)",
+    _stem_fake,
+    _StemGrad,
 )
-def _batch_norm_relu_max_pool(x, *norm):
+def _stem(x, weight, stride, padding, *norm):
     if x.numel() == 0:
-        return tuple(t.zero_() for t in _batch_norm_relu_max_pool_fake(x))
+        return tuple(t.zero_() for t in _stem_fake(x, weight, stride, padding))
     norm = Norm(*norm)
-    out, tap, stats = backends.implementation(x).forward_pool(x, norm)
+    out, y, tap, stats = backends.implementation(x).stem(x, weight, norm, stride, padding)
     _mark_updated(norm)
-    return _dense(out), _dense(tap), stats
+    return _dense(out), y, _dense(tap), stats
 
 
-def _batch_norm_relu_max_pool_backward_fake(dout, x, out, tap, stats, weight, bias, conv_bias, training, eps, needs):
-    return [_like(t) for t in _needed(needs, (x, weight, bias, conv_bias))]
+def _stem_backward_fake(dout, x, y, out, tap, stats, *rest):
+    *parameters, _, _, _, _, needs = rest
+    return [_like(t) for t in _needed(needs, (x, *parameters))]
 
 
 @_define(
-    "batch_norm_relu_max_pool_backward(Tensor dout, Tensor x, Tensor out, Tensor tap, Tensor stats, Tensor? weight, "
-    "Tensor? bias, Tensor? conv_bias, bool training, float eps, bool[] needs) -> Tensor[]",
-    _batch_norm_relu_max_pool_backward_fake,
-    _once("batch_norm_relu_max_pool_backward"),
+    "stem_backward(Tensor dout, Tensor x, Tensor y, Tensor out, Tensor tap, Tensor stats, Tensor conv_weight, "
+    "Tensor? weight, Tensor? bias, Tensor? conv_bias, int stride, int padding, bool training, float eps, "
+    "bool[] needs) -> Tensor[]",
+    _stem_backward_fake,
+    _once("stem_backward"),
 )
-def _batch_norm_relu_max_pool_backward(dout, x, out, tap, stats, weight, bias, conv_bias, training, eps, needs):
+def _stem_backward(
+    dout, x, y, out, tap, stats, conv_weight, weight, bias, conv_bias, stride, padding, training, eps, needs
+):
     if x.numel() == 0:
-        return [_like(t).zero_() for t in _needed(needs, (x, weight, bias, conv_bias))]
+        return [_like(t).zero_() for t in _needed(needs, (x, conv_weight, weight, bias, conv_bias))]
     norm = Norm(weight, bias, None, None, conv_bias, training, 0.0, eps)
-    grad = backends.implementation(x).backward_pool(dout, x, out, tap, stats, norm)
-    dconv_bias = _conv_bias_grad(norm, stats, grad.sum_g) if needs[3] else None
-    return _needed(needs, (grad.dx, grad.dweight, grad.dbias, dconv_bias))
+    grad = backends.implementation(x).stem_backward(
+        dout, x, y, out, tap, stats, conv_weight, norm, stride, padding, *needs[:2]
+    )
+    dconv_bias = _conv_bias_grad(norm, stats, grad.sum_g) if needs[4] else None
+    return _needed(needs, (grad.x, grad.conv, grad.weight, grad.bias, dconv_bias))
 
 
 # ---- the residual block ------------------------------------------------------------------------------------------
@@ -341,12 +351,8 @@ def _residual_block(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, str
         empty = _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
         return tuple(t.zero_() for t in empty)
     norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
-    run = backends.implementation(x)
-    y1 = convolve(x, conv1_weight, None, stride, 1)
-    a1, stats1 = run.forward(y1, norm1)
-    y2 = convolve(a1, conv2_weight, None, 1, 1)
-    shortcut = x if conv3_weight is None else convolve(x, conv3_weight, None, stride, 0)
-    out, stats2 = run.forward(y2, norm2, shortcut, shortcut_shift=conv3_bias, into=a1)
+    convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
+    _, y1, y2, out, stats1, stats2 = backends.implementation(x).residual_block(x, convs, norm1, norm2)
     _mark_updated(norm1)
     _mark_updated(norm2)
     return out, y1, y2, stats1, stats2
@@ -394,60 +400,31 @@ def _residual_block_backward(
         parameters = (conv1_weight, conv2_weight, conv3_weight, conv3_bias)
         norms = (weight1, bias1, conv_bias1, weight2, bias2, conv_bias2)
         return [_like(t).zero_() for t in _needed(needs, (x, *parameters, *norms))]
-    needs_x, needs_conv1, needs_conv2, needs_conv3, needs_conv3_bias, _, _, needs_bias1, _, _, needs_bias2 = needs
+    needs = Needs(*needs)
     norm1 = Norm(weight1, bias1, None, None, conv_bias1, training1, 0.0, eps1)
     norm2 = Norm(weight2, bias2, None, None, conv_bias2, training2, 0.0, eps2)
-    run = backends.implementation(x)
-
-    grad2 = run.backward(dout, y2, out, stats2, norm2, shortcut=True)
-    a1 = run.recompute(y1, stats1)
-    da1, dconv2 = convolve_backward(grad2.dx, a1, conv2_weight, 1, 1, True, needs_conv2)
-    grad1 = run.backward(da1, y1, a1, stats1, norm1, consume=True)
-    del a1, da1
-    dx, dconv1 = convolve_backward(grad1.dx, x, conv1_weight, stride, 1, needs_x, needs_conv1)
-    dconv3 = None
-    if conv3_weight is not None:
-        dx3, dconv3 = convolve_backward(grad2.g, x, conv3_weight, stride, 0, needs_x, needs_conv3)
-        dx = dx.add_(dx3) if needs_x else None
-    elif needs_x:
-        dx.add_(grad2.g)
+    convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
+    saved = Saved(x, y1, y2, out, stats1, stats2)
+    grad = backends.implementation(x).residual_block_backward(dout, saved, convs, norm1, norm2, needs)
     return _needed(
         needs,
         (
-            dx,
-            dconv1,
-            dconv2,
-            dconv3,
-            grad2.sum_g.to(conv3_bias.dtype, copy=True) if needs_conv3_bias else None,
-            grad1.dweight,
-            grad1.dbias,
-            _conv_bias_grad(norm1, stats1, grad1.sum_g) if needs_bias1 else None,
-            grad2.dweight,
-            grad2.dbias,
-            _conv_bias_grad(norm2, stats2, grad2.sum_g) if needs_bias2 else None,
+            grad.x,
+            grad.conv1,
+            grad.conv2,
+            grad.conv3,
+            grad.sum_g2.to(conv3_bias.dtype, copy=True) if needs.conv3_bias else None,
+            grad.weight1,
+            grad.bias1,
+            _conv_bias_grad(norm1, stats1, grad.sum_g1) if needs.conv_bias1 else None,
+            grad.weight2,
+            grad.bias2,
+            _conv_bias_grad(norm2, stats2, grad.sum_g2) if needs.conv_bias2 else None,
         ),
     )
 
 
 # ---- frozen, without gradients: inference -------------------------------------------------------------------------
-
-
-def _frozen(
-    x: Tensor,
-    weight: Tensor,
-    norm: Norm,
-    stride: int,
-    padding: int,
-    shortcut: Tensor | None = None,
-    shortcut_shift: Tensor | None = None,
-    relu: bool = True,
-) -> Tensor:
-    """relu(batch_norm(conv(x)) [+ shortcut [+ shortcut_shift]])."""
-    run = backends.implementation(x)
-    if run is torch_batch_norm:
-        out = _dense(inference.conv_batch_norm(x, weight, norm, stride, padding, shortcut, shortcut_shift))
-        return out.relu_() if relu else out
-    return run.forward(convolve(x, weight, None, stride, padding), norm, shortcut, shortcut_shift, relu)[0]
 
 
 def _conv_batch_norm_fake(x, weight, stride, padding, *_):
@@ -462,7 +439,7 @@ def _conv_batch_norm_fake(x, weight, stride, padding, *_):
 def _conv_batch_norm_inference(x, weight, stride, padding, *norm):
     if x.numel() == 0:
         return _conv_batch_norm_fake(x, weight, stride, padding)
-    return _frozen(x, weight, Norm(*norm), stride, padding, relu=False)
+    return backends.implementation(x).conv_batch_norm(x, weight, Norm(*norm), stride, padding)
 
 
 @_define(
@@ -473,6 +450,6 @@ def _conv_batch_norm_inference(x, weight, stride, padding, *norm):
 def _residual_block_inference(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *norms):
     if x.numel() == 0:
         return _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)[0]
-    a = _frozen(x, conv1_weight, Norm(*norms[:_NORM_FIELDS]), stride, 1)
-    shortcut = x if conv3_weight is None else convolve(x, conv3_weight, None, stride, 0)
-    return _frozen(a, conv2_weight, Norm(*norms[_NORM_FIELDS:]), 1, 1, shortcut, conv3_bias)
+    norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
+    convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
+    return backends.implementation(x).residual_block_inference(x, convs, norm1, norm2)

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import batch_norm as kernels
-from kernels import batch_norm_max_pool as pool_kernels
-from resnet.norm import Norm, NormGrad, statistics_dtype
+from resnet.norm import Norm, NormGrad, empty_grads, statistics_dtype
 
 
 def forward(
@@ -16,25 +15,32 @@ def forward(
     shortcut: Tensor | None = None,
     shortcut_shift: Tensor | None = None,
     relu: bool = True,
-    into: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, stats): see `torch_batch_norm.forward`."""
     stats = _stats(x, norm)
-    return kernels.apply(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu, out=into), stats
+    return kernels.apply(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu), stats
 
 
 def _stats(x: Tensor, norm: Norm) -> Tensor:
-    if norm.training:
-        return kernels.statistics(
-            x,
-            norm.weight,
-            norm.bias,
-            norm.running_mean,
-            norm.running_var,
-            norm.momentum,
-            norm.eps,
-            norm.conv_bias,
-        )
+    return batch_stats(kernels.moments(x), norm) if norm.training else frozen_stats(norm, x.dtype)
+
+
+def batch_stats(moments: kernels.Moments, norm: Norm) -> Tensor:
+    """stats (4, C) from the batch's moments; updates the running statistics in place."""
+    return kernels.finalize(
+        *moments,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.momentum,
+        norm.eps,
+        norm.conv_bias,
+    )
+
+
+def frozen_stats(norm: Norm, dtype: torch.dtype) -> Tensor:
+    """stats (4, C) from the running statistics, for activations of `dtype`."""
     return kernels.freeze(
         norm.running_mean,
         norm.running_var,
@@ -42,13 +48,8 @@ def _stats(x: Tensor, norm: Norm) -> Tensor:
         norm.bias,
         norm.eps,
         norm.conv_bias,
-        statistics_dtype(x.dtype),
+        statistics_dtype(dtype),
     )
-
-
-def recompute(x: Tensor, stats: Tensor) -> Tensor:
-    """relu(x * scale + shift), bit-equal to what `forward` gave."""
-    return kernels.apply(x, stats)
 
 
 def backward(
@@ -59,30 +60,11 @@ def backward(
     norm: Norm,
     relu: bool = True,
     shortcut: bool = False,
-    consume: bool = False,
 ) -> NormGrad:
     """Gradients of `forward`, as `torch_batch_norm.backward`. Without a shortcut x gives out's sign."""
     mask = out if shortcut else None
-    dweight = None if norm.weight is None else torch.empty_like(norm.weight)
-    dbias = None if norm.bias is None else torch.empty_like(norm.bias)
+    dweight, dbias = empty_grads(norm)
     sums = kernels.backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
     g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
-    dx = kernels.backward_apply(
-        dout, x, mask, stats, sums if norm.training else None, relu, g, dx=dout if consume else None
-    )
+    dx = kernels.backward_apply(dout, x, mask, stats, sums if norm.training else None, relu, g)
     return NormGrad(dx, dweight, dbias, sums[0], g)
-
-
-def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, tap, stats): see `torch_batch_norm.forward_pool`."""
-    stats = _stats(x, norm)
-    return *pool_kernels.apply_pool(x, stats), stats
-
-
-def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tensor, norm: Norm) -> NormGrad:
-    """Gradients of `forward_pool`."""
-    dweight = None if norm.weight is None else torch.empty_like(norm.weight)
-    dbias = None if norm.bias is None else torch.empty_like(norm.bias)
-    sums = pool_kernels.backward_reduce(dout, x, out, tap, stats, dweight, dbias)
-    dx = pool_kernels.backward_apply(dout, x, out, tap, stats, sums if norm.training else None)
-    return NormGrad(dx, dweight, dbias, sums[0], None)

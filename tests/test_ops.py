@@ -119,27 +119,27 @@ def test_batch_norm_add_relu_backward(any_backend, options):
     )
 
 
-@each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, size=((5, 4), (1, 3))))
-def test_batch_norm_relu_max_pool(any_backend, options):
+@each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, size=((9, 7), (2, 5))))
+def test_stem(any_backend, options):
     settings = {k: v for k, v in options.items() if k != "size"}
-    x = draw(2, 3, *options["size"]).requires_grad_()
-    opcheck(ops.batch_norm_relu_max_pool, [x, *norm(3, 10, **settings)])
+    x = draw(2, 2, *options["size"]).requires_grad_()
+    opcheck(ops.stem, [x, weight(3, 2, 3, 1), 2, 1, *norm(3, 10, **settings)])
 
 
 @each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
-def test_batch_norm_relu_max_pool_backward(any_backend, options):
+def test_stem_backward(any_backend, options):
     affine, conv_bias = options["affine"], options["conv_bias"]
-    x = draw(2, 3, 5, 4)
+    x, conv = draw(2, 2, 9, 7), weight(3, 2, 3, 1).detach()
     settings = {"training": options["training"], "affine": affine, "conv_bias": conv_bias}
     with torch.no_grad():
         fields = norm(3, 10, **settings)
-        out, tap, stats = ops.batch_norm_relu_max_pool(x, *fields)
+        out, y, tap, stats = ops.stem(x, conv, 2, 1, *fields)
     vectors = [v if v is None else v.detach() for v in (*fields[:2], fields[4])]
-    needs = [True, affine, affine, conv_bias] if options["all_needed"] else [True] + [False] * 3
+    needs = [True, True, affine, affine, conv_bias] if options["all_needed"] else [False, True] + [False] * 3
     dout = draw(*out.shape, seed=1)
     opcheck(
-        ops.batch_norm_relu_max_pool_backward,
-        [dout, x, out, tap, stats, *vectors, options["training"], 1e-5, needs],
+        ops.stem_backward,
+        [dout, x, y, out, tap, stats, conv, *vectors, 2, 1, options["training"], 1e-5, needs],
     )
 
 

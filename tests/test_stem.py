@@ -155,9 +155,9 @@ def test_operators_pass_opcheck(any_backend, train):
     C = 4
     vectors = [draw(C, seed=i).abs().add(0.1).requires_grad_(i < 2) for i in range(5)]
     weight, bias, mean, var, conv_bias = vectors
-    y = draw(2, C, 6, 5).requires_grad_()
+    x, kernel = draw(2, 1, 9, 7), draw(C, 1, 3, 3, seed=9)
     norm = (weight, bias, mean, var, conv_bias, train, 0.1, 1e-5)
-    torch.library.opcheck(ops.batch_norm_relu_max_pool.default, (y, *norm))
-    kernel = draw(C, 1, 3, 3, seed=9)
+    torch.library.opcheck(ops.stem.default, (x, kernel.requires_grad_(), 2, 1, *norm))
+    kernel = kernel.detach()
     frozen = (*(v.detach() for v in vectors), False, 0.1, 1e-5)
     torch.library.opcheck(ops.conv_batch_norm_inference.default, (draw(2, 1, 6, 5), kernel, 2, 1, *frozen))

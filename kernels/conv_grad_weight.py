@@ -1,0 +1,458 @@
+"""Grad-weight of a convolution as implicit GEMM, with what its operands would need a pass for done as they are loaded.
+
+    dW[k, r, s, c] = sum over output pixels (n, p, q) of g[n, p, q, k] * a[n, h, w, c]
+    h, w = p * stride - padding + r, q * stride - padding + s
+    a = x as stored, or relu(x * scale + shift) of a BatchNorm, with padding zero after the ReLU
+    g = dy as stored, or dy where the ReLU that made `out` lets it pass, else 0
+
+Rows are K, columns (r, s, c), the reduction runs over pixels. It is split: every split leaves a partial result in
+float32 (float64 for float64), and a second kernel adds them in a fixed order and rounds to the weight's type. So no
+atomics, and, since the split depends on the shape alone, the same bits from run to run and from device to device.
+
+Passes over activations: 2, dy and x (3 with `out`); neither a nor g is ever stored. The partials are written and read
+once; `_splits` keeps their bytes below a quarter of the activations' where that leaves work for a whole GPU.
+
+A NaN or Inf in dy or x makes every gradient it enters NaN or Inf. It may reach further than in a convolution that
+skips its padding: here padding is a zero that is multiplied, and 0 * Inf is NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
+from kernels.geometry import ConvShape, check_nhwc
+from kernels.pointwise import relu_passes
+from kernels.prologue import affine_relu, keep
+from kernels.tuning import Config, best
+
+# ---- the kernels -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def conv_grad_weight_kernel(
+    dy,  # (N, P, Q, K)
+    out,  # (N, P, Q, K): the output whose ReLU dy comes from; None: dy is taken as it is
+    x,  # (N, H, W, C)
+    stats,  # (4, C): mean, invstd, scale, shift; None: x is taken as it is
+    dw,  # (splits, K, R, S, C) partial results, or (K, R, S, C) where there is one split
+    H,
+    W,
+    P,
+    Q,
+    M,  # pixels of the reduction: of x where dy moves, else of dy
+    STEPS,  # BLOCK_K-pixel steps of a split
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    DY_MOVES: tl.constexpr,
+    SAME: tl.constexpr,  # stride 1 and H, W = P, Q
+    EVEN: tl.constexpr,  # M is a multiple of BLOCK_K
+    FLAT: tl.constexpr,
+    TAPS: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """TAPS kernel positions of a row r, BLOCK_M of K by BLOCK_N of C, over one split. Grid (tiles of dW, splits).
+
+    One operand stands still: its pixels are read in order, once for all taps. The other moves with the tap. dy stands
+    still and x moves, unless x goes through BatchNorm: then, with stride 1, dy moves, so that the activation is
+    recomputed once for all taps and its padding is never met. The still operand is the dot's first, which the tensor
+    cores of sm_90 take from registers.
+
+    With FLAT, for few channels, a column is any of R * S * C positions, and an element of x has its own address.
+    """
+    COLUMNS: tl.constexpr = R * S * C if FLAT else C
+    K_TILES: tl.constexpr = (K + BLOCK_M - 1) // BLOCK_M
+    C_TILES: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
+    ks = tl.program_id(0) % K_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    cs = tl.program_id(0) // K_TILES % C_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    tap = tl.program_id(0) // (K_TILES * C_TILES) * TAPS
+    live_k = ks < K if K % BLOCK_M else tl.full([BLOCK_M], True, tl.int1)
+    live_c = cs < COLUMNS if COLUMNS % BLOCK_N else tl.full([BLOCK_N], True, tl.int1)
+    channels = cs % C if FLAT else cs
+    scale, shift = None, None
+    if stats is not None:
+        scale = tl.load(stats + 2 * C + channels, mask=live_c, other=0.0)
+        shift = tl.load(stats + 3 * C + channels, mask=live_c, other=0.0)
+        if DY_MOVES:
+            scale, shift = scale[:, None], shift[:, None]
+        else:
+            scale, shift = scale[None, :], shift[None, :]
+
+    # Pixel (n, i, j) of each row of the step, n counted from the first image of the split.
+    GH = H if DY_MOVES else P
+    GW = W if DY_MOVES else Q
+    m0 = tl.program_id(1).to(tl.int64) * STEPS * BLOCK_K
+    left = tl.minimum(M - m0, STEPS * BLOCK_K).to(tl.int32)
+    image = m0 // (GH * GW)
+    rows = tl.arange(0, BLOCK_K)
+    pixels = (m0 - image * GH * GW).to(tl.int32) + rows
+    j = pixels % GW
+    i = pixels // GW % GH
+    n = pixels // (GH * GW)
+
+    # Where the moving operand is read: pixel (i * STRIDE + row0, j * STRIDE + col0), one column further per tap.
+    if DY_MOVES:
+        VH, VW = P, Q
+        row0, col0 = PADDING - tap // S, PADDING - tap % S
+        still_offsets = cs[:, None] + rows[None, :] * C
+        x += m0 * C
+    else:
+        VH, VW = H, W
+        row0, col0 = tap // S - PADDING, tap % S - PADDING
+        still_offsets = ks[:, None] + rows[None, :] * K
+        dy += m0 * K
+        if out is not None:
+            out += m0 * K
+    if FLAT:
+        r, s = cs // (S * C), cs // C % S
+    # The moving operand's first pixel: of the step where it moves along with the still one, of the image elsewhere.
+    if SAME and not FLAT:
+        start = m0 + row0 * VW + col0
+    else:
+        start = image * VH * VW
+    if DY_MOVES:
+        dy += start * K
+        if out is not None:
+            out += start * K
+    else:
+        x += start * C
+
+    acc = ()
+    for _ in tl.static_range(TAPS):
+        acc += (tl.zeros([BLOCK_N, BLOCK_M] if DY_MOVES else [BLOCK_M, BLOCK_N], ACC),)
+    for step in range(tl.cdiv(left, BLOCK_K)):
+        valid = tl.full([BLOCK_K], True, tl.int1) if EVEN else rows < left - step * BLOCK_K
+        v = i * STRIDE + row0
+        w = j * STRIDE + col0
+        if SAME and not FLAT:
+            moved = rows
+        else:
+            moved = (n * VH + v) * VW + w
+        if DY_MOVES:
+            a = load_input(x + still_offsets, valid[None, :], live_c[:, None], scale, shift)
+        else:
+            g = load_grad(dy, out, still_offsets, live_k[:, None] & valid[None, :])
+        new = ()
+        for t in tl.static_range(TAPS):
+            if FLAT:
+                offsets = moved[:, None] * C + ((r * W + s) * C + cs % C)[None, :]
+                high, wide = v[:, None] + r[None, :], w[:, None] + s[None, :]
+                inside = valid[:, None] & (high >= 0) & (high < H) & (wide >= 0) & (wide < W)
+                a = load_input(x + offsets, inside, live_c[None, :], scale, shift)
+                new += (tl.dot(g, a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+            elif DY_MOVES:
+                inside = valid & within(v, VH) & within(w - t, VW)
+                offsets = (moved - t)[:, None] * K + ks[None, :]
+                g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
+                new += (tl.dot(a, g, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+            else:
+                inside = valid
+                if PADDING > 0:
+                    inside = valid & within(v, VH) & within(w + t, VW)
+                offsets = (moved + t)[:, None] * C + cs[None, :]
+                a = load_input(x + offsets, inside[:, None], live_c[None, :], scale, shift)
+                new += (tl.dot(g, a, acc[t], input_precision=PRECISION, out_dtype=ACC),)
+        acc = new
+        # The next step's pixels, without a division.
+        j += BLOCK_K % GW
+        carry = j >= GW
+        j -= tl.where(carry, GW, 0)
+        i += BLOCK_K // GW % GH + carry.to(tl.int32)
+        carry = i >= GH
+        i -= tl.where(carry, GH, 0)
+        n += BLOCK_K // (GW * GH) + carry.to(tl.int32)
+        if DY_MOVES:
+            x += BLOCK_K * C
+        else:
+            dy += BLOCK_K * K
+            if out is not None:
+                out += BLOCK_K * K
+        if SAME and not FLAT:
+            if DY_MOVES:
+                dy += BLOCK_K * K
+                if out is not None:
+                    out += BLOCK_K * K
+            else:
+                x += BLOCK_K * C
+
+    dw += tl.program_id(1).to(tl.int64) * (K * R * S * C)
+    for t in tl.static_range(TAPS):
+        offsets = ks[:, None] * (R * S * C) + (tap + t) * C + cs[None, :]
+        mask = live_k[:, None] & live_c[None, :]
+        if DY_MOVES:
+            tl.store(dw + offsets, tl.trans(acc[t]), mask=mask)
+        else:
+            tl.store(dw + offsets, acc[t], mask=mask)
+
+
+@triton.jit
+def within(index, size):
+    """0 <= index < size, as one comparison."""
+    return index.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
+def load_grad(dy, out, offsets, mask):
+    """A tile of dy (rows, K), masked by the ReLU of `out`, zero where not `mask`."""
+    g = tl.load(dy + offsets, mask=mask, other=0.0)
+    if out is not None:
+        g = keep(g, relu_passes(tl.load(out + offsets, mask=mask, other=0.0)))
+    return g
+
+
+@triton.jit
+def load_input(pointers, inside, live, scale, shift):
+    """A tile of the convolution's input, zero where not `inside`; activated where scale is given.
+
+    Its channels lie along either axis, and scale and shift along the same.
+    """
+    value = tl.load(pointers, mask=inside & live, other=0.0)
+    if scale is not None:
+        value = keep(affine_relu(value, scale, shift), inside)
+    return value
+
+
+@triton.jit
+def merge_kernel(
+    partial,  # (T, SIZE)
+    dw,  # (SIZE,)
+    T,
+    SIZE,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dW, the sum of its partial results in a fixed order. Grid (column tiles,). Reads the partials once."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    splits = tl.arange(0, BLOCK_T)
+    total = tl.zeros([BLOCK_T, BLOCK], ACC)
+    for t in range(0, T, BLOCK_T):
+        mask = (t + splits < T)[:, None] & (cols < SIZE)[None, :]
+        total += tl.load(partial + (t + splits).to(tl.int64)[:, None] * SIZE + cols[None, :], mask=mask, other=0.0)
+    tl.store(dw + cols, tl.sum(total, 0), mask=cols < SIZE)
+
+
+# ---- tiling ----------------------------------------------------------------------------------------------------
+
+# BLOCK_M of K, BLOCK_N of C (of R * S * C for few channels), BLOCK_K pixels per step.
+CONFIGS = (
+    Config(64, 64, 64, num_warps=4, num_stages=3),
+    Config(128, 128, 64, num_warps=8, num_stages=3),
+    Config(128, 64, 64, num_warps=4, num_stages=3),
+    Config(64, 128, 64, num_warps=4, num_stages=3),
+    Config(64, 64, 32, num_warps=4, num_stages=4),
+    Config(128, 128, 32, num_warps=8, num_stages=4),
+)
+_PROGRAMS = 256  # wanted in all: two per SM of a large GPU
+_MIN_STEPS = 4  # of a split
+_MAX_SPAN = 2**31  # elements that 32-bit offsets reach
+_FLAT_BELOW = 16  # channels: the smallest tile of a tensor core
+_MAX_ACCUMULATORS = 100  # registers of a thread
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one convolution's grad-weight is launched. A function of shape and types alone, not of the device."""
+
+    splits: int
+    tiles: int
+    steps: int  # of a split
+    pixels: int  # of the reduction
+    constants: dict[str, object]
+
+
+def few_channels(shape: ConvShape) -> bool:
+    return shape.C < _FLAT_BELOW
+
+
+def fit(config: Config, shape: ConvShape, itemsize: int) -> Config:
+    """config, its tile no larger than dW and never smaller than a tensor core's."""
+    columns = shape.R * shape.S * shape.C if few_channels(shape) else shape.C
+    size = lambda block, n: max(16, min(block, triton.next_power_of_2(n)))  # noqa: E731
+    if itemsize > 2:  # the same bytes per step
+        config = Config(min(64, config.BLOCK_M), min(64, config.BLOCK_N), 16, 4, 2)
+    return Config(
+        size(config.BLOCK_M, shape.K),
+        size(config.BLOCK_N, columns),
+        config.BLOCK_K,
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+@cache
+def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> Launch:
+    """Splits, tiles and specialisation of a launch."""
+    flat = few_channels(shape)
+    columns = shape.R * shape.S * shape.C if flat else shape.C
+    accumulators = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps) * max(1, itemsize // 4)
+    taps = shape.S if not flat and accumulators * shape.S <= _MAX_ACCUMULATORS else 1
+    dy_moves = activated and shape.stride == 1 and not flat
+    tiles = triton.cdiv(shape.K, config.BLOCK_M) * triton.cdiv(columns, config.BLOCK_N)
+    if not flat:
+        tiles *= shape.R * shape.S // taps
+    M = shape.N * shape.H * shape.W if dy_moves else shape.M
+    steps = triton.cdiv(M, config.BLOCK_K)
+    per_split = triton.cdiv(steps, _splits(shape, tiles, steps, itemsize))
+    return Launch(
+        splits=triton.cdiv(steps, per_split),
+        tiles=tiles,
+        steps=per_split,
+        pixels=M,
+        constants={
+            **shape.constants(),
+            "DY_MOVES": dy_moves,
+            "SAME": shape.stride == 1 and (shape.H, shape.W) == (shape.P, shape.Q),
+            "EVEN": M % config.BLOCK_K == 0,
+            "FLAT": flat,
+            "TAPS": taps,
+        },
+    )
+
+
+def _splits(shape: ConvShape, tiles: int, steps: int, itemsize: int) -> int:
+    """Splits wanted of the reduction's `steps`.
+
+    Enough for _PROGRAMS in all, unless that makes the partials' bytes more than a quarter of the activations'; then
+    half as many programs at least. Where tensors are huge, so many that 32-bit offsets reach all of a split.
+    """
+    activations = shape.N * (shape.H * shape.W * shape.C + shape.P * shape.Q * shape.K)
+    partial = shape.K * shape.R * shape.S * shape.C * max(4, itemsize)
+    affordable = max(activations * itemsize // (4 * partial), _PROGRAMS // 2 // tiles)
+    splits = max(1, min(_PROGRAMS // tiles, affordable, steps // _MIN_STEPS))
+    return max(splits, min(steps, triton.cdiv(4 * activations, _MAX_SPAN)))
+
+
+def _merge_blocks(splits: int) -> dict[str, int]:
+    BLOCK_T = min(16, triton.next_power_of_2(splits))
+    return {"BLOCK_T": BLOCK_T, "BLOCK": 1024 // BLOCK_T}
+
+
+# ---- launchers -------------------------------------------------------------------------------------------------
+
+
+def conv_grad_weight(
+    dy: Tensor,
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+    stats: Tensor | None = None,
+    out: Tensor | None = None,
+    tf32: bool = False,
+) -> Tensor:
+    """dW (K, C, R, S) channels_last of x's type, from dy (N, K, P, Q) and x (N, C, H, W), both channels_last.
+
+    With `stats` (4, C), as `batch_norm.statistics` gives them, the convolution's input was relu(x * scale + shift).
+    With `out` (N, K, P, Q) the gradient of the convolution's output is dy where the ReLU that made `out` passes it.
+    float32 is multiplied in full, with `tf32` on tensor cores. The gradient of a bias is not taken here: wherever one
+    is live, the backward of the BatchNorm or ReLU behind it has summed dy already.
+
+    ValueError for shapes and layouts that do not belong together, TypeError for types and devices.
+    """
+    shape = _check(dy, x, kernel_size, stride, padding, stats, out)
+    if shape.N == 0:
+        return _empty_weight(x, shape).zero_()
+    key = ("conv_grad_weight", shape, x.dtype, stats is not None, out is not None, tf32)
+
+    def run(config: Config) -> Tensor:
+        return _launch(config, dy, x, shape, stats, out, tf32)
+
+    return run(best(key, CONFIGS, run, x.device))
+
+
+def _launch(
+    config: Config, dy: Tensor, x: Tensor, shape: ConvShape, stats: Tensor | None, out: Tensor | None, tf32: bool
+) -> Tensor:
+    config = fit(config, shape, x.element_size())
+    launch = plan(shape, config, x.element_size(), stats is not None)
+    dtype, ACC = accumulator(x)
+    dw = _empty_weight(x, shape)
+    size = dw.numel()
+    partial = dw if launch.splits == 1 else torch.empty((launch.splits, size), dtype=dtype, device=x.device)
+    with torch.cuda.device_of(x):
+        conv_grad_weight_kernel[(launch.tiles, launch.splits)](
+            dy,
+            out,
+            x,
+            stats,
+            partial,
+            shape.H,
+            shape.W,
+            shape.P,
+            shape.Q,
+            launch.pixels,
+            launch.steps,
+            **launch.constants,
+            ACC=ACC,
+            PRECISION="tf32" if tf32 else "ieee",
+            **config.options(),
+            **FLAGS,
+        )
+        if launch.splits > 1:
+            merge = _merge_blocks(launch.splits)
+            merge_kernel[(triton.cdiv(size, merge["BLOCK"]),)](
+                partial, dw, launch.splits, size, ACC=ACC, num_warps=4, **merge, **FLAGS
+            )
+    return dw
+
+
+def _empty_weight(x: Tensor, shape: ConvShape) -> Tensor:
+    return x.new_empty((shape.K, shape.R, shape.S, shape.C)).permute(0, 3, 1, 2)
+
+
+def _check(
+    dy: Tensor,
+    x: Tensor,
+    kernel_size: tuple[int, int],
+    stride: int,
+    padding: int,
+    stats: Tensor | None,
+    out: Tensor | None,
+) -> ConvShape:
+    nhwc_shape(x)
+    check_nhwc("dy", dy, x)
+    (N, C, H, W), (R, S) = x.shape, kernel_size
+    if min(R, S, stride) < 1 or padding < 0:
+        raise ValueError(
+            f"expected a positive kernel_size and stride, and a padding of at least 0, got {kernel_size}, {stride} and "
+            f"{padding}"
+        )
+    shape = ConvShape(N, H, W, C, dy.shape[1], R, S, stride, padding)
+    expected = (N, shape.K, shape.P, shape.Q)
+    if tuple(dy.shape) != expected or shape.P < 1 or shape.Q < 1:
+        raise ValueError(
+            f"dy: expected shape {expected} for x {tuple(x.shape)}, a {R}x{S} kernel, stride {stride} and padding "
+            f"{padding}, got {tuple(dy.shape)}"
+        )
+    if stats is not None:
+        check_stats(stats, x)
+    if out is not None:
+        check_nhwc("out", out, x)
+        if out.shape != dy.shape:
+            raise ValueError(f"out: expected the shape of dy {tuple(dy.shape)}, got {tuple(out.shape)}")
+    if 4 * max(H * W * C, shape.P * shape.Q * shape.K) > _MAX_SPAN or shape.K * R * S * C > _MAX_SPAN:
+        raise ValueError(f"an image or the weight is too large for 32-bit offsets: {shape}")
+    return shape
+
+
+def check_stats(stats: Tensor, x: Tensor) -> None:
+    """ValueError unless stats is a contiguous (4, C), TypeError unless of the accumulator's type of x's channels."""
+    if tuple(stats.shape) != (4, x.shape[1]) or not stats.is_contiguous():
+        raise ValueError(f"stats: expected a contiguous (4, {x.shape[1]}), got {tuple(stats.shape)}, {stats.stride()}")
+    if stats.dtype != accumulator(x)[0] or stats.device != x.device:
+        raise TypeError(f"stats: expected {accumulator(x)[0]} on {x.device}, got {stats.dtype} on {stats.device}")

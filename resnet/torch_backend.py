@@ -1,0 +1,106 @@
+"""The fused operations on PyTorch's own operators, in as few passes as they allow: what runs on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet import inference, torch_batch_norm
+from resnet.block import BlockGrad, Convolutions, Needs, Saved, StemGrad
+from resnet.convolution import convolve, convolve_backward
+from resnet.norm import Norm
+from resnet.torch_batch_norm import backward as batch_norm_backward
+from resnet.torch_batch_norm import forward as batch_norm
+
+__all__ = [
+    "batch_norm",
+    "batch_norm_backward",
+    "conv_batch_norm",
+    "residual_block",
+    "residual_block_backward",
+    "residual_block_inference",
+    "stem",
+    "stem_backward",
+]
+
+
+def residual_block(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> Saved:
+    """The block in training: out and what its backward needs. x is (N, C, H, W) channels_last, so are the results.
+
+    Running statistics are updated in place.
+    """
+    y1 = convolve(x, convs.conv1, None, convs.stride, 1)
+    a1, stats1 = batch_norm(y1, norm1)
+    y2 = convolve(a1, convs.conv2, None, 1, 1)
+    shortcut = x if convs.conv3 is None else convolve(x, convs.conv3, None, convs.stride, 0)
+    out, stats2 = batch_norm(y2, norm2, shortcut, convs.conv3_bias, into=a1)
+    return Saved(x, y1, y2, out, stats1, stats2)
+
+
+def residual_block_backward(
+    dout: Tensor, saved: Saved, convs: Convolutions, norm1: Norm, norm2: Norm, needs: Needs
+) -> BlockGrad:
+    """Gradients of `residual_block` from dout (N, K, P, Q) channels_last; a1 = relu(bn1(y1)) is computed again."""
+    x, y1, y2, out, stats1, stats2 = saved
+    grad2 = batch_norm_backward(dout, y2, out, stats2, norm2, shortcut=True)
+    a1 = torch_batch_norm.recompute(y1, stats1)
+    da1, dconv2 = convolve_backward(grad2.dx, a1, convs.conv2, 1, 1, True, needs.conv2)
+    grad1 = batch_norm_backward(da1, y1, a1, stats1, norm1, consume=True)
+    del a1, da1
+    dx, dconv1 = convolve_backward(grad1.dx, x, convs.conv1, convs.stride, 1, needs.x, needs.conv1)
+    dconv3 = None
+    if convs.conv3 is not None:
+        dx3, dconv3 = convolve_backward(grad2.g, x, convs.conv3, convs.stride, 0, needs.x, needs.conv3)
+        dx = dx.add_(dx3) if needs.x else None
+    elif needs.x:
+        dx.add_(grad2.g)
+    norms = (grad1.dweight, grad1.dbias, grad1.sum_g, grad2.dweight, grad2.dbias, grad2.sum_g)
+    return BlockGrad(dx, dconv1, dconv2, dconv3, *norms)
+
+
+def residual_block_inference(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> Tensor:
+    """The block with frozen statistics and without gradients: out (N, K, P, Q)."""
+    a1 = conv_batch_norm(x, convs.conv1, norm1, convs.stride, 1).relu_()
+    shortcut = x if convs.conv3 is None else convolve(x, convs.conv3, None, convs.stride, 0)
+    return conv_batch_norm(a1, convs.conv2, norm2, 1, 1, shortcut, convs.conv3_bias).relu_()
+
+
+def conv_batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    stride: int,
+    padding: int,
+    shortcut: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
+) -> Tensor:
+    """batch_norm(conv(x)) [+ shortcut [+ shortcut_shift]] with frozen statistics and without gradients."""
+    z = inference.conv_batch_norm(x, weight, norm, stride, padding, shortcut, shortcut_shift)
+    return z.contiguous(memory_format=torch.channels_last)
+
+
+def stem(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, y, tap, stats): y = conv(x), the rest as `torch_batch_norm.forward_pool` makes it of y."""
+    y = convolve(x, weight, None, stride, padding)
+    out, tap, stats = torch_batch_norm.forward_pool(y, norm)
+    return out, y, tap, stats
+
+
+def stem_backward(
+    dout: Tensor,
+    x: Tensor,
+    y: Tensor,
+    out: Tensor,
+    tap: Tensor,
+    stats: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    stride: int,
+    padding: int,
+    needs_x: bool,
+    needs_conv: bool,
+) -> StemGrad:
+    """Gradients of `stem`."""
+    grad = torch_batch_norm.backward_pool(dout, y, out, tap, stats, norm)
+    dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs_x, needs_conv)
+    return StemGrad(dx, dconv, grad.dweight, grad.dbias, grad.sum_g)
