@@ -11,7 +11,10 @@ from torch import Tensor
 from tests import sanitizer
 from tests.sanitizer import MemoryFault, watching
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels are compiled, not interpreted")
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels are compiled, not interpreted"),
+]
 
 N, BLOCK = 20, 8
 
