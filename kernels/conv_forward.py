@@ -93,7 +93,7 @@ def conv_forward_kernel(
         acc = reduce_flat(acc, x, weight, stats, pixel0, h0, w0, live, k, H, W, C, K, R, S, PRECISION, BLOCK_M, BLOCK_K)
     else:
         taps = valid_taps(h0, w0, live, H, W, R, S)
-        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_K)
+        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_N, BLOCK_K)
     out = m0 * K + rows[:, None] * K + k[None, :]
     mask = live[:, None] & (k < K)[None, :]
     if running_mean is not None:
@@ -117,7 +117,7 @@ def conv_forward_kernel(
         centre = (h0 + PADDING < H) & (w0 + PADDING < W) & live
         pixel0 += PADDING * W + PADDING
         acc = reduce_taps(
-            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, PRECISION, BLOCK_K
+            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, PRECISION, BLOCK_N, BLOCK_K
         )
         if shortcut_bias is not None:
             acc += tl.load(shortcut_bias + k, mask=k < K).to(ACC)[None, :]
@@ -142,11 +142,11 @@ def reduce_taps(
     R: tl.constexpr,
     S: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc + sum over (r, s, c), a tap and BLOCK_K channels a step. `pixel0` is each row's first pixel of its window."""
     CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    BLOCK_N: tl.constexpr = k.shape[0]
     c = tl.arange(0, BLOCK_K)
     x += pixel0[:, None] * C + c[None, :]
     weight += k[None, :] * (R * S * C) + c[:, None]

@@ -13,6 +13,8 @@ if not torch.cuda.is_available() and not any("emulated" in argument for argument
 
 import pytest
 
+from tests.sanitizer import sanitizer  # noqa: F401
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

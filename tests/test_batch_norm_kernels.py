@@ -211,6 +211,7 @@ def test_a_bias_of_the_convolution_moves_the_running_mean_and_nothing_else():
     same_bits(with_bias[1], without[1])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype", ROUNDED_HALF, ids=name_of)
 def test_running_statistics_in_half_precision_are_rounded_once(dtype):
     x, C = draw(*RAGGED, dtype=dtype), RAGGED[1]
@@ -314,6 +315,7 @@ def test_apply_is_as_exact_as_eager(shape, dtype):
         assert_parity([{"out": apply_case(shape, dtype, options, True, seed)} for seed in range(DRAWS)])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 @pytest.mark.parametrize("options", SHORTCUTS.values(), ids=SHORTCUTS)
 @per_dtype
@@ -326,6 +328,7 @@ def test_apply_takes_a_single_row():
     assert_parity([{"out": (fused, eager, exact)}])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shortcut", [False, True], ids=["no shortcut", "shortcut"])
 @pytest.mark.parametrize("dtype", ROUNDED_DTYPES, ids=name_of)
 def test_relu_keeps_nan_and_infinity_as_torch_relu_does(dtype, shortcut):
@@ -443,6 +446,7 @@ def test_the_gradient_of_the_shortcut_is_dout_behind_the_mask(shape, dtype, trai
     same_bits(dx, kernels.backward_apply(dout, x, out, stats, sums))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("stored", [True, False], ids=["mask from out", "mask from x"])
 @per_dtype
 def test_a_nan_output_passes_its_gradient_and_minus_infinity_stops_it(dtype, stored):
@@ -508,6 +512,7 @@ def test_inputs_are_only_read():
         same_bits(t, before[name])
 
 
+@pytest.mark.core
 @settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 130), st.integers(1, 12), st.integers(1, 12)),

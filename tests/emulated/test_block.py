@@ -49,6 +49,7 @@ def compare(emulate, blocks: Trio, shape: tuple[int, ...], dtype: torch.dtype, s
     return eager, fused, exact
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("train", [True, False], ids=["training", "frozen statistics"])
 @per_block
 @per_dtype
