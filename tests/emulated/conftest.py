@@ -19,6 +19,7 @@ from kernels import batch_norm as kernels
 # since it may be `dout`.
 _RESULTS = {
     "statistics_kernel": ("partial",),
+    "merge_kernel": ("merged",),
     "finalize_kernel": ("stats",),
     "freeze_kernel": ("stats",),
     "apply_kernel": ("out",),
