@@ -11,9 +11,8 @@ import struct
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from kernels.launches import Launch
 from kernels.limits import DEVICES, Device
@@ -124,11 +123,15 @@ _LLVM_VALUE = re.compile(r"%[\w.]+")
 _LLVM_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64, "ptr": 64}
 _LLVM_LOAD = re.compile(r"load (?:volatile )?(<[^>]+>|\w+), ptr addrspace\(1\) (%[\w.]+)")
 _LLVM_STORE = re.compile(r"store (?:volatile )?(<[^>]+>|\w+) .*, ptr addrspace\(1\) (%[\w.]+)")
-_LLVM_BUFFER_LOAD = re.compile(r"call (<[^>]+>|\w+) @llvm\.amdgcn\.raw\.ptr\.buffer\.load\.\w+\(ptr addrspace\(8\) (%[\w.]+)")
+_LLVM_BUFFER_LOAD = re.compile(
+    r"call (<[^>]+>|\w+) @llvm\.amdgcn\.raw\.ptr\.buffer\.load\.\w+\(ptr addrspace\(8\) (%[\w.]+)"
+)
 _LLVM_BUFFER_STORE = re.compile(
     r"call void @llvm\.amdgcn\.raw\.ptr\.buffer\.store\.\w+\((<[^>]+>|\w+) .*?, ptr addrspace\(8\) (%[\w.]+)"
 )
-_LLVM_TO_SHARED = re.compile(r"call void @llvm\.amdgcn\.\S*load\S*lds\S*\(ptr addrspace\([18]\) (%[\w.]+), [^,]*, i32 (\d+)")
+_LLVM_TO_SHARED = re.compile(
+    r"call void @llvm\.amdgcn\.\S*load\S*lds\S*\(ptr addrspace\([18]\) (%[\w.]+), [^,]*, i32 (\d+)"
+)
 
 
 def _llvm_bytes(kind: str) -> int:

@@ -76,7 +76,9 @@ class Launch:
             if kind == "constexpr":
                 described.append(f"{name}={self.constants[i,]}")
             else:
-                divisible = "".join("/16" if key == "tt.divisibility" else "/32bit" for key, _ in self.attributes[i,])
+                divisible = "".join(
+                    "/16" if key == "tt.divisibility" else "/32bit" for key, _ in self.attributes.get((i,), ())
+                )
                 described.append(f"{name}:{kind}{divisible}")
         return described + [f"{name}={value}" for name, value in sorted(self.options.items())]
 
@@ -125,7 +127,9 @@ def unite(launches: Iterable[Launch]) -> list[Launch]:
     for launch in launches:
         first = united.setdefault((launch.module, launch.kernel, launch.specialisation), launch)
         if first is not launch:
-            first.tensors = {n: t.merged(launch.tensors[n]) if n in launch.tensors else t for n, t in first.tensors.items()}
+            first.tensors = {
+                n: t.merged(launch.tensors[n]) if n in launch.tensors else t for n, t in first.tensors.items()
+            }
             first.cases += [case for case in launch.cases if case not in first.cases]
     return list(united.values())
 
