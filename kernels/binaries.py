@@ -46,7 +46,7 @@ class Figures:
         return sum(self.mix.values())
 
 
-# ---- which argument an access belongs to -----------------------------------------------------------------------------
+# ---- which argument an access belongs to -------------------------------------------------------------------------
 
 _Accesses = tuple[dict[str, list[int]], dict[str, list[int]]]
 
@@ -160,7 +160,7 @@ def llvm_accesses(llir: str, arguments: Sequence[str]) -> _Accesses:
     return _attribute(origins, accesses)
 
 
-# ---- instructions ------------------------------------------------------------------------------------------------------
+# ---- instructions ------------------------------------------------------------------------------------------------
 
 # The class of an instruction by the beginning of its opcode; the first that fits counts.
 _CLASSES = {
@@ -284,7 +284,7 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return tuple(int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
 
 
-# ---- a launch, compiled and read ---------------------------------------------------------------------------------------
+# ---- a launch, compiled and read ---------------------------------------------------------------------------------
 
 _DOT = re.compile(r"tt\.dot(?:_scaled)? .*?: tensor<(?:\d+x)+(\w+)[,>]")
 

@@ -1,4 +1,4 @@
-"""Launches recorded instead of run: what real calls of the library ask Triton to compile, for a device that is not here.
+"""Launches recorded instead of run: what real calls ask Triton to compile, for a device that is not here.
 
     with record(target) as launches:
         net(x).sum().backward()          # nothing is compiled or run; results are uninitialised memory
@@ -57,7 +57,7 @@ class TensorArgument:
 
 @dataclass
 class Launch:
-    """One specialisation of a kernel: all that a compilation depends on, and the tensors of the launches that had it."""
+    """One specialisation of a kernel: what a compilation depends on, and the tensors it was launched with."""
 
     module: str
     kernel: str
@@ -76,10 +76,8 @@ class Launch:
             if kind == "constexpr":
                 described.append(f"{name}={self.constants[i,]}")
             else:
-                divisible = "".join(
-                    "/16" if key == "tt.divisibility" else "/32bit" for key, _ in self.attributes.get((i,), ())
-                )
-                described.append(f"{name}:{kind}{divisible}")
+                known = "".join(f"/{value}" for _, value in self.attributes.get((i,), ()))  # divisible by, bits of size
+                described.append(f"{name}:{kind}{known}")
         return described + [f"{name}={value}" for name, value in sorted(self.options.items())]
 
     @property
@@ -127,9 +125,7 @@ def unite(launches: Iterable[Launch]) -> list[Launch]:
     for launch in launches:
         first = united.setdefault((launch.module, launch.kernel, launch.specialisation), launch)
         if first is not launch:
-            first.tensors = {
-                n: t.merged(launch.tensors[n]) if n in launch.tensors else t for n, t in first.tensors.items()
-            }
+            first.tensors = {n: t.merged(launch.tensors[n]) for n, t in first.tensors.items()}
             first.cases += [case for case in launch.cases if case not in first.cases]
     return list(united.values())
 
@@ -185,7 +181,7 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
         driver._active = before
 
 
-# ---- what there is to launch ---------------------------------------------------------------------------------------
+# ---- what there is to launch -------------------------------------------------------------------------------------
 
 
 def _unwrapped(value: object) -> JITFunction | None:

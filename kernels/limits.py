@@ -127,7 +127,7 @@ NARROWER = (
 
 
 def bulk_tensors(launch: Launch) -> dict[str, int]:
-    """Bytes that an access has to have at least, by argument: for large tensors whose rows are whole 16-byte vectors."""
+    """Bytes that an access has to have at least, by argument: for large tensors of rows of whole vectors."""
     bulk = {n: t for n, t in launch.tensors.items() if t.nbytes >= BULK and t.aligned}
     widest = max((t.itemsize for t in bulk.values()), default=1)
     exempt = {n for kernel, n, _ in NARROWER if fnmatch(launch.kernel, kernel)}

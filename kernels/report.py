@@ -36,7 +36,7 @@ from kernels.binaries import Figures
 from kernels.launches import Launch, not_reached, record, unite
 from kernels.limits import DEVICES
 
-# ---- real calls --------------------------------------------------------------------------------------------------------
+# ---- real calls --------------------------------------------------------------------------------------------------
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -115,14 +115,14 @@ def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
 
     found: list[Launch] = []
     torch.set_num_threads(1)
-    with record(DEVICES[device].target, DEVICES[device].properties) as launches:
-        with _products_skipped(), resnet.backend("triton"):
-            for case in cases:
-                launches.clear()
-                CASES[case]()
-                for launch in launches:
-                    launch.cases.append(case)
-                found = unite(found + launches)
+    recording = record(DEVICES[device].target, DEVICES[device].properties)
+    with recording as launches, _products_skipped(), resnet.backend("triton"):
+        for case in cases:
+            launches.clear()
+            CASES[case]()
+            for launch in launches:
+                launch.cases.append(case)
+            found = unite(found + launches)
     return found
 
 
@@ -141,7 +141,7 @@ def share(launches: Sequence[Launch]) -> list[Launch]:
     return chosen
 
 
-# ---- compiled, in parallel and once ------------------------------------------------------------------------------------
+# ---- compiled, in parallel and once ------------------------------------------------------------------------------
 
 
 @dataclass
@@ -220,7 +220,7 @@ def report(
     return compiled(jobs, processes), not_reached(kernels, [launch for mine in launches for launch in mine])
 
 
-# ---- shown -------------------------------------------------------------------------------------------------------------
+# ---- shown -------------------------------------------------------------------------------------------------------
 
 
 def _cells(rows: Sequence[Row], devices: Sequence[str], value: Callable[[list[Row]], object]) -> str:

@@ -1,4 +1,4 @@
-"""Every kernel of the package, as real calls specialise it, compiled for devices that are not here: see `kernels.limits`."""
+"""Every kernel of the package, as real calls specialise it, compiled for four devices: see `kernels.limits`."""
 
 import pytest
 
