@@ -30,10 +30,10 @@ def test_a_narrow_bulk_access_is_caught(device, matrix):
     assert not judged(device, copy_kernel, matrix, matrix, ORDER="plain", BLOCK=2048)[1]
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", ["sm_80", "sm_90", "sm_100"])
 def test_spilled_registers_are_caught(device):
-    x = torch.empty(128, 128, dtype=torch.float64)
-    figures, kinds = judged(device, dot_kernel, x, x, x, BLOCK=128, num_warps=1)
+    x = torch.empty(64, 64)
+    figures, kinds = judged(device, dot_kernel, x, x, x, BLOCK=64, num_warps=1, maxnreg=64)  # accumulators: 128
     assert "spill" in kinds, figures
 
 
