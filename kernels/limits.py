@@ -38,6 +38,7 @@ class Device:
     shared: int  # bytes
     shared_block: int  # bytes, the most that one block may have
     shared_reserved: int  # bytes of each block that the system takes
+    vector: int = VECTOR  # bytes of a bulk access that are asked for
 
     @property
     def target(self) -> GPUTarget:
@@ -109,6 +110,7 @@ DEVICES = {
             shared=64 * KIB,
             shared_block=64 * KIB,
             shared_reserved=0,
+            vector=8,  # tiles are cut for warps of 32 threads: over waves of 64 a thread is left half a vector
         ),
     )
 }
@@ -117,7 +119,10 @@ DEVICES = {
 # stages of its pipeline, and one warp for each of an SM's four schedulers will do.
 OCCUPANCY = {"memory": 0.25, "tensor cores": 4 / 64}
 
-BULK = 64 * KIB  # bytes from which a tensor is one that bandwidth is spent on, and not a vector per channel
+# From so many bytes, and so large a part of the launch's largest tensor, a tensor is one that bandwidth is spent on: not
+# a vector per channel, nor the partials that a reduction leaves.
+BULK = 64 * KIB
+BULK_PART = 1 / 32
 
 # Bulk accesses that may be narrower than 16 bytes: (kernel, argument, why). They still have to be as wide as the same
 # number of elements as make 16 bytes of the launch's widest bulk type.
@@ -128,7 +133,8 @@ NARROWER = (
 
 def bulk_tensors(launch: Launch) -> dict[str, int]:
     """Bytes that an access has to have at least, by argument: for large tensors of rows of whole vectors."""
-    bulk = {n: t for n, t in launch.tensors.items() if t.nbytes >= BULK and t.aligned}
+    least = max([BULK, *(BULK_PART * t.nbytes for t in launch.tensors.values())])
+    bulk = {n: t for n, t in launch.tensors.items() if t.nbytes >= least and t.aligned}
     widest = max((t.itemsize for t in bulk.values()), default=1)
     exempt = {n for kernel, n, _ in NARROWER if fnmatch(launch.kernel, kernel)}
     return {n: VECTOR * t.itemsize // widest if n in exempt else VECTOR for n, t in bulk.items()}
@@ -146,6 +152,7 @@ def problems(device: Device, launch: Launch, figures: Figures) -> Iterator[tuple
     elif figures.occupancy < (least := OCCUPANCY["tensor cores" if figures.products else "memory"]):
         yield "occupancy", f"{figures.occupancy:.1%} of the warps are resident, expected {least:.1%}"
     for name, least in bulk_tensors(launch).items():
+        least = least * device.vector // VECTOR
         for what, widths in (("loads", figures.loads.get(name)), ("stores", figures.stores.get(name))):
             if widths and min(widths) < least:
                 yield "width", f"{what} of {name} are {min(widths)} bytes wide, expected {least}"
