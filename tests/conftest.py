@@ -1,6 +1,6 @@
 """Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
 
-`tests/emulated` is the exception: it compiles the kernels, so it runs in a process of its own.
+`tests/emulated` and `tests/gate` are the exceptions: they compile the kernels, in processes of their own.
 """
 
 import os
@@ -8,7 +8,9 @@ import sys
 
 import torch
 
-if not torch.cuda.is_available() and not any("emulated" in argument for argument in sys.argv):
+if not torch.cuda.is_available() and not any(
+    folder in argument for argument in sys.argv for folder in ("tests/emulated", "tests/gate")
+):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
