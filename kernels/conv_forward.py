@@ -1,4 +1,4 @@
-"""Convolution as implicit GEMM, with BatchNorm + ReLU in its prologue, and statistics, bias or all of inference behind it.
+"""Convolution as implicit GEMM: BatchNorm + ReLU in its prologue; statistics, bias or all of inference behind it.
 
     y[m, k] = sum over r, s, c of a[n, p*stride - padding + r, q*stride - padding + s, c] * weight[k, r, s, c]
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, load_affine, load_running
-from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector, conv_shape
+from kernels.geometry import check_like, check_nhwc, check_span, check_vector, conv_shape
 from kernels.implicit_gemm import dot, split_pixels, valid_taps
 from kernels.pointwise import relu
 from kernels.prologue import batch_norm_relu
@@ -93,7 +93,7 @@ def conv_forward_kernel(
         acc = reduce_flat(acc, x, weight, stats, pixel0, h0, w0, live, k, H, W, C, K, R, S, PRECISION, BLOCK_M, BLOCK_K)
     else:
         taps = valid_taps(h0, w0, live, H, W, R, S)
-        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_K)
+        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_N, BLOCK_K)
     out = m0 * K + rows[:, None] * K + k[None, :]
     mask = live[:, None] & (k < K)[None, :]
     if running_mean is not None:
@@ -117,7 +117,7 @@ def conv_forward_kernel(
         centre = (h0 + PADDING < H) & (w0 + PADDING < W) & live
         pixel0 += PADDING * W + PADDING
         acc = reduce_taps(
-            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, PRECISION, BLOCK_K
+            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, PRECISION, BLOCK_N, BLOCK_K
         )
         if shortcut_bias is not None:
             acc += tl.load(shortcut_bias + k, mask=k < K).to(ACC)[None, :]
@@ -142,11 +142,11 @@ def reduce_taps(
     R: tl.constexpr,
     S: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc + sum over (r, s, c), a tap and BLOCK_K channels a step. `pixel0` is each row's first pixel of its window."""
     CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    BLOCK_N: tl.constexpr = k.shape[0]
     c = tl.arange(0, BLOCK_K)
     x += pixel0[:, None] * C + c[None, :]
     weight += k[None, :] * (R * S * C) + c[:, None]
@@ -220,7 +220,8 @@ def reduce_flat(
 
 @triton.jit
 def store_moments(partial, value, live, tile, T, k, K: tl.constexpr):
-    """mean and M2 of a tile's live rows, each (K,), at row `tile` of partial (2, T, K); rows not live hold zeros."""
+    """mean and M2 of a tile's live rows, each (K,), at row `tile` of partial (2, T, K)."""
+    value = tl.where(live[:, None], value, 0.0)  # the others are zeros no longer where a bias was added
     rows = tl.sum(live.to(tl.int32), 0).to(value.dtype)
     mean = tl.sum(value, 0) / rows
     delta = tl.where(live[:, None], value - mean[None, :], 0.0)
@@ -315,12 +316,19 @@ def conv_forward(
     if shortcut is not None:
         check_nhwc("shortcut.weight", shortcut.weight, x, (shape.K, shape.C, 1, 1))
         check_vector("shortcut.bias", shortcut.bias, shape.K, x)
-        if (shape.R, shape.S) != (2 * padding + 1,) * 2:
+        if not shape.R == shape.S == 2 * padding + 1:
             raise ValueError(
                 f"shortcut: expected a window with its centre at the padding, that is {2 * padding + 1} wide, "
                 f"got {shape.R}x{shape.S}"
             )
+    elif shortcut_moments:
+        raise ValueError("shortcut_moments: expected a shortcut to take them of, got none")
     flat = shape.C < 16 and stats is None and shortcut is None
+    if not flat and shape.R * shape.S > 63:
+        raise ValueError(
+            f"weight: expected a window of at most 63 pixels (a row's bit mask has one for each), "
+            f"got {shape.R}x{shape.S}"
+        )
     precision = "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
 
     def launch(config: tuning.Config) -> ConvOutput:
