@@ -64,7 +64,9 @@ def assert_statistics_of(y: Tensor, moments: Moments) -> None:
     values = y.double()
     exact = values.mean((0, 2, 3)), 1 / torch.sqrt(values.var((0, 2, 3), unbiased=False) + EPS)
     torch.testing.assert_close(mean.double(), exact[0], rtol=0, atol=8 * eps * values.abs().max().item())
-    torch.testing.assert_close(invstd.double(), exact[1], rtol=32 * eps, atol=0)
+    # tiles' means are rounded in proportion to their size; a variance that cancels would be wrong by its square
+    far = (values.abs().amax((0, 2, 3)) * exact[1]).max().item()
+    torch.testing.assert_close(invstd.double(), exact[1], rtol=(32 + far) * eps, atol=0)
 
 
 # ---- parity --------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def test_nan_and_infinities_pass_as_through_torch_relu(dtype, prologue, C):
         x[image, 1, 1, 1] = value
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     weight = torch.zeros(2, C, 1, 1, dtype=dtype, device=DEVICE)
-    weight[:, 1] = torch.tensor([1, -1]).view(2, 1)
+    weight[:, 1] = torch.tensor([1, -1]).view(2, 1, 1)
     weight = weight.contiguous(memory_format=torch.channels_last)
     stats = torch.tensor([0, 1, 1, 0], dtype=acc, device=DEVICE).view(4, 1).repeat(1, C)
     y = kernels.conv_forward(x, weight, 1, 0, stats=stats if prologue else None, relu=True).y

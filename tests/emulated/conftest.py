@@ -25,6 +25,7 @@ _RESULTS = {
     "backward_reduce_kernel": ("partial",),
     "backward_finalize_kernel": ("sums", "dweight", "dbias"),
     "backward_apply_kernel": ("dshortcut",),
+    "conv_forward_kernel": ("y", "partial", "shortcut_y", "shortcut_partial"),
 }
 
 
