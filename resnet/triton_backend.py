@@ -224,7 +224,10 @@ def _inference(
 
     def pytorch() -> tuple[Tensor, Tensor | None]:
         y = convolve(x, weight, None, stride, padding)
-        z = None if shortcut is None else convolve(x, shortcut.weight, shortcut.bias, stride, 0)
+        z = None
+        if shortcut is not None:
+            bias = None if shortcut.bias is None else shortcut.bias.to(x.dtype)
+            z = convolve(x, shortcut.weight, bias, stride, 0)
         return bn.apply(y, frozen_stats(norm, y.dtype), skip, relu=relu, out=y), z
 
     fused_to_it = (stride, skip is not None, shortcut is not None, relu)
