@@ -345,13 +345,16 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
 
 
 def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
-    """Registers of grad-input spill where an epilogue meets more values per thread than these.
+    """Whether what is fused fits: registers of grad-input spill where an epilogue meets more values per thread than these.
 
     64 accumulators beside the tiles that it loads, and 32 of dout that the shortcut's mask brings into registers.
+    Those of grad-weight spill with more than 112 accumulators and values of the input that its prologue recomputes.
     """
     epilogue = gemm.switch("epilogue", "NoneType")
     threads = 32 * config.num_warps
     accumulators, operand = config.BLOCK_M * config.BLOCK_N // threads, config.BLOCK_M * config.BLOCK_K // threads
+    if gemm.operation == "grad_weight" and gemm.switch("prologue"):
+        return accumulators * _taps_at_once(config, gemm) + operand <= 112
     masked = epilogue == "ShortcutGrad" and gemm.switch("masked")
     return epilogue == "NoneType" or (accumulators <= 64 and (not masked or operand <= 32))
 
