@@ -126,7 +126,7 @@ _POOLED = (
     Config(32, 32, 32, 4, 1),
     Config(16, 16, 16, 2, 1),
 )
-_POOLED_DOUBLE = (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1))
+_POOLED_DOUBLE = (Config(32, 32, 16, 4, 1),)
 TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
     "forward": {"half": _FORWARD, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
     "grad_input": {"half": _GRAD_INPUT, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
@@ -345,7 +345,7 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
 
 
 def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
-    """Whether what is fused fits: registers of grad-input spill where an epilogue meets more values per thread than these.
+    """Whether what is fused fits: grad-input spills where an epilogue meets more values per thread than these.
 
     64 accumulators beside the tiles that it loads, and 32 of dout that the shortcut's mask brings into registers.
     Those of grad-weight spill with more than 112 accumulators and values of the input that its prologue recomputes.

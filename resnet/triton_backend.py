@@ -272,8 +272,11 @@ def stem_backward(
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
         return convolve_backward(dy, x, weight, stride, padding, False, True)[1]
 
-    if needs_x:
+    # dy is stored for grad-input, and in float64, of which the compiler refuses the fused product at some shapes.
+    stored = needs_x or x.dtype == torch.float64
+    if stored:
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
+    if needs_x:
         dx = _pick(
             "grad_input",
             dy,
@@ -282,8 +285,8 @@ def stem_backward(
             epilogue=lambda: conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=_tf32(x)),
             pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
         )
-        if needs_conv:
-            dconv = _grad_weight(dy, x, weight, stride, padding)
+    if needs_conv and stored:
+        dconv = _grad_weight(dy, x, weight, stride, padding)
     elif needs_conv:
         dconv = _pick("grad_weight", y, weight, (stride, "max_pool"), triton=fused, pytorch=pytorch)
     return StemGrad(dx, dconv, dweight, dbias, sums[0])
