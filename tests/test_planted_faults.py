@@ -74,7 +74,7 @@ FAULTS = {
         "C // t.BLOCK_C",
         BATCH_NORM + "test_apply_is_as_exact_as_eager",
         "MemoryFault: apply_kernel, .* elements stay unwritten",
-        "two column",
+        "two and column",
     ),
     "a float16 accumulator": Fault(
         "kernels/batch_norm.py",
