@@ -82,8 +82,9 @@ def statistics_kernel(
     valid = tl.minimum(M - row0, TILES * BLOCK_M).to(tl.int32)
     x += row0 * C
     offsets = rows[:, None] * C + cols[None, :]
-    pivot = tl.load(x + offsets, mask=(rows < valid)[:, None] & (cols < C)[None, :], other=0.0).to(ACC)
-    mean = tl.zeros([BLOCK_M, BLOCK_C], ACC)  # less pivot
+    first = tl.load(x + offsets, mask=(rows < valid)[:, None] & (cols < C)[None, :], other=0.0).to(ACC)
+    pivot = finite_or_zero(first)
+    mean = first - pivot  # less pivot
     m2 = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     steps = tl.full([1, 1], 1.0, ACC)
     for i in range(1, tl.cdiv(valid, BLOCK_M)):
@@ -100,6 +101,12 @@ def statistics_kernel(
     tl.store(partial + out, mean, mask=cols < C)
     tl.store(partial + T * C + out, m2, mask=cols < C)
     tl.store(partial + 2 * T * C + out, rest, mask=cols < C)
+
+
+@triton.jit
+def finite_or_zero(x):
+    """x, but 0 in place of NaN and Inf: of an infinite mean nothing is subtracted, so it stays infinite as eager's."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
@@ -129,10 +136,10 @@ def merge_partials(
         mask = here[:, None] & live[None, :]
         offsets = tiles[:, None] * C + cols[None, :]
         value = tl.load(partial + offsets, mask=mask, other=0.0)
-        pivot = tl.where(t == first, value, pivot)
+        pivot = tl.where(t == first, finite_or_zero(value), pivot)
         value -= pivot
         if PLANES == 3:
-            value += tl.load(partial + 2 * T * C + offsets, mask=mask, other=0.0)
+            value += finite_or_zero(tl.load(partial + 2 * T * C + offsets, mask=mask, other=0.0))
         n = tl.where(here, tl.minimum(M - tiles.to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
         count += n
         delta = tl.where(mask, value - mean, 0.0)

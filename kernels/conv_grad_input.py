@@ -229,24 +229,6 @@ class ShortcutGrad(NamedTuple):
     weight: Tensor  # (K, C, 1, 1)
 
 
-# By bytes per element: tiles as wide as C or half of it, shared memory for two programs per SM or more.
-CONFIGS = {
-    2: (
-        Config(128, 64, 64, 4, 3),
-        Config(128, 64, 32, 4, 4),
-        Config(128, 128, 64, 8, 3),
-        Config(128, 128, 32, 4, 3),
-        Config(64, 128, 64, 4, 3),
-        Config(64, 64, 64, 4, 3),
-        Config(256, 64, 32, 8, 3),
-    ),
-    4: (Config(64, 64, 32, 4, 3), Config(128, 64, 32, 4, 3), Config(32, 64, 32, 4, 3)),
-    8: (Config(32, 32, 16, 4, 2),),
-}
-# Registers spill where an epilogue meets more than these values per thread: accumulators beside the tiles that it
-# loads, and values of dout and out that the shortcut's mask brings into registers.
-_ACCUMULATORS = 64
-_MASKED_OPERAND = 32
 _TAPS = 15  # bits per axis of a row's misses
 
 
@@ -311,23 +293,17 @@ def conv_grad_input(
             )
         return partial
 
-    key = (
-        "conv_grad_input",
-        *shape.constants().values(),
-        *(shape.H, shape.W, triton.next_power_of_2(shape.N)),
-        *(dy.dtype, precision, type(epilogue).__name__, branch is not None and branch.out is not None),
+    config = tuning.gemm_config(
+        "grad_input",
+        shape,
+        dy,
+        run,
+        precision=precision,
+        epilogue=type(epilogue).__name__,
+        masked=branch is not None and branch.out is not None,
     )
-    configs = [c for c in CONFIGS[dy.element_size()] if _fits_registers(c, epilogue)]
-    partial = run(tuning.best(key, configs, run, dy.device))
+    partial = run(config)
     return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
-
-
-def _fits_registers(config: Config, epilogue: ReluMask | Residual | ShortcutGrad | None) -> bool:
-    threads = 32 * config.num_warps
-    accumulators = config.BLOCK_M * config.BLOCK_N // threads
-    operand = config.BLOCK_M * config.BLOCK_K // threads
-    masked = isinstance(epilogue, ShortcutGrad) and epilogue.out is not None
-    return epilogue is None or (accumulators <= _ACCUMULATORS and (not masked or operand <= _MASKED_OPERAND))
 
 
 def _row_tiles(shape: ConvShape, config: Config) -> int:
@@ -371,7 +347,7 @@ def _check(
 
     if max(shape.R, shape.S) > _TAPS * shape.stride:
         raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")
-    rows = max(config.BLOCK_M for config in CONFIGS[dy.element_size()])
+    rows = tuning.MOST_ROWS
     if shape.N * shape.H * shape.W + rows >= 2**31:
         raise ValueError(f"shape: expected fewer than 2^31 pixels, got {shape.N} images of {shape.H}x{shape.W}")
     area = (shape.H // shape.stride) * (shape.W // shape.stride)  # of the smallest parity class with any pixels

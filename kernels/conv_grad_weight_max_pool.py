@@ -93,7 +93,6 @@ def conv_grad_weight_max_pool_kernel(
 
 # ---- the launcher ----------------------------------------------------------------------------------------------
 
-CONFIGS = (tuning.Config(64, 64, 32, 4, 1),)
 _PROGRAMS = 512  # wanted in all: four per SM of a large GPU
 
 
@@ -181,5 +180,12 @@ def conv_grad_weight_max_pool(
             )
         return merge_splits(partial, dw)
 
-    key = ("conv_grad_weight_max_pool", shape, x.dtype, sums is not None, tf32)
-    return launch(tuning.best(key, CONFIGS, launch, x.device))
+    config = tuning.gemm_config(
+        "grad_weight_max_pool",
+        shape,
+        x,
+        launch,
+        precision="tf32" if tf32 else "ieee",
+        centred=sums is not None,
+    )
+    return launch(config)

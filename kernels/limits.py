@@ -119,8 +119,8 @@ DEVICES = {
 # stages of its pipeline, and one warp for each of an SM's four schedulers will do.
 OCCUPANCY = {"memory": 0.25, "tensor cores": 4 / 64}
 
-# From so many bytes, and so large a part of the launch's largest tensor, a tensor is one that bandwidth is spent on: not
-# a vector per channel, nor the partials that a reduction leaves.
+# A tensor of so many bytes, and so large a part of the launch's largest, is one that bandwidth is spent on: not a
+# vector per channel, nor the partials that a reduction leaves.
 BULK = 64 * KIB
 BULK_PART = 1 / 32
 

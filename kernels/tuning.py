@@ -56,25 +56,29 @@ def _config(text: str) -> Config:
 # ---- the table -------------------------------------------------------------------------------------------------
 
 # The last of each is so small that it is always a candidate. A product needs 16 of every dimension.
-_HALF = (
-    Config(128, 128, 64, 8, 3),
-    Config(128, 128, 32, 8, 4),
-    Config(256, 64, 64, 8, 3),
-    Config(256, 64, 32, 8, 3),
-    Config(128, 64, 64, 4, 3),
-    Config(128, 64, 32, 4, 4),
-    Config(64, 128, 64, 4, 3),
-    Config(64, 128, 32, 4, 4),
-    Config(64, 64, 64, 4, 3),
-    Config(64, 64, 64, 4, 4),
-    Config(64, 64, 32, 4, 4),
-    Config(128, 32, 64, 4, 3),
-    Config(128, 32, 32, 4, 3),
+_NARROW = (  # for few channels, or few pixels
     Config(64, 32, 64, 4, 4),
-    Config(32, 64, 64, 4, 4),
     Config(64, 16, 32, 4, 3),
     Config(32, 32, 32, 2, 3),
     Config(16, 16, 16, 2, 2),
+)
+_FORWARD = (  # none spills with prologue and moments, or with shortcut and moments
+    Config(128, 64, 32, 4, 4),
+    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 4),
+    Config(64, 128, 64, 4, 3),
+    Config(64, 64, 64, 4, 3),
+    *_NARROW,
+)
+_GRAD_INPUT = (
+    Config(128, 64, 64, 4, 3),
+    Config(128, 64, 32, 4, 4),
+    Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 4, 3),
+    Config(64, 128, 64, 4, 3),
+    Config(64, 64, 64, 4, 3),
+    Config(256, 64, 32, 8, 3),
+    *_NARROW,
 )
 _TF32 = (
     Config(128, 128, 32, 8, 3),
@@ -101,29 +105,35 @@ _DOUBLE = (
     Config(32, 16, 16, 2, 2),
     Config(16, 16, 16, 2, 2),
 )
-_PIXELS_REDUCED = (  # rows and columns are channels, the reduction is long: wide steps, many warps for many taps
-    Config(128, 64, 64, 8, 3),
-    Config(64, 64, 64, 8, 3),
-    Config(64, 64, 64, 4, 3),
-    Config(64, 64, 32, 4, 4),
+_PIXELS_REDUCED = (  # rows and columns are channels, the reduction is long
     Config(128, 64, 32, 8, 4),
+    Config(128, 64, 64, 8, 3),
+    Config(64, 64, 32, 4, 3),
+    Config(64, 64, 64, 4, 3),
     Config(128, 128, 64, 8, 3),
+    Config(128, 128, 32, 8, 4),
     Config(64, 32, 64, 4, 3),
-    Config(32, 64, 64, 4, 3),
-    Config(32, 32, 64, 4, 3),
-    Config(16, 64, 64, 4, 3),
     Config(64, 16, 64, 4, 3),
     Config(32, 32, 32, 2, 3),
     Config(16, 16, 16, 2, 2),
 )
 _SMALL = (Config(64, 64, 16, 4, 2), Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(16, 16, 16, 4, 2))
-_POOLED = (Config(64, 64, 32, 4, 1),)  # its prologue gathers: nothing to pipeline
+# Its prologue gathers: nothing to pipeline. 256 columns are those of a whole RGB stem: each tile gathers dy again.
+_POOLED = (
+    Config(64, 256, 32, 8, 1),
+    Config(64, 256, 16, 4, 1),
+    Config(64, 64, 32, 4, 1),
+    Config(32, 32, 32, 4, 1),
+    Config(16, 16, 16, 2, 1),
+)
+_POOLED_DOUBLE = (Config(32, 32, 16, 4, 1),)
 TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
-    "forward": {"half": _HALF, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
-    "grad_input": {"half": _HALF, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
+    "forward": {"half": _FORWARD, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
+    "grad_input": {"half": _GRAD_INPUT, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
     "grad_weight": {"half": _PIXELS_REDUCED, "tf32": _SMALL, "single": _SMALL, "double": _SMALL},
-    "grad_weight_max_pool": dict.fromkeys(("half", "tf32", "single", "double"), _POOLED),
+    "grad_weight_max_pool": {**dict.fromkeys(("half", "tf32", "single"), _POOLED), "double": _POOLED_DOUBLE},
 }
+MOST_ROWS = max(config.BLOCK_M for kinds in TABLE.values() for table in kinds.values() for config in table)
 _MAX_ACCUMULATORS = 100  # registers of a thread for which grad-weight takes a whole row of taps at once
 
 
@@ -330,7 +340,23 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
         for block, length in ((config.BLOCK_M, rows), (config.BLOCK_N, columns), (config.BLOCK_K, reduction))
     )
     shared = target.shared_bytes(config, gemm.kind)
-    return narrow and shared <= target.shared_memory and _registers(config, gemm) <= _REGISTERS
+    registers = _registers(config, gemm) <= _REGISTERS and _epilogue_fits(config, gemm)
+    return narrow and shared <= target.shared_memory and registers
+
+
+def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
+    """Whether what is fused fits: grad-input spills where an epilogue meets more values per thread than these.
+
+    64 accumulators beside the tiles that it loads, and 32 of dout that the shortcut's mask brings into registers.
+    Those of grad-weight spill with more than 112 accumulators and values of the input that its prologue recomputes.
+    """
+    epilogue = gemm.switch("epilogue", "NoneType")
+    threads = 32 * config.num_warps
+    accumulators, operand = config.BLOCK_M * config.BLOCK_N // threads, config.BLOCK_M * config.BLOCK_K // threads
+    if gemm.operation == "grad_weight" and gemm.switch("prologue"):
+        return accumulators * _taps_at_once(config, gemm) + operand <= 112
+    masked = epilogue == "ShortcutGrad" and gemm.switch("masked")
+    return epilogue == "NoneType" or (accumulators <= 64 and (not masked or operand <= 32))
 
 
 @cache

@@ -22,10 +22,14 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture(params=["torch", "triton"])
 def any_backend(request):
-    """Run the test on PyTorch's operators and on the Triton kernels (compiled on a GPU, interpreted elsewhere)."""
+    """Run the test on PyTorch's operators and on the Triton kernels (compiled on a GPU, interpreted elsewhere).
+
+    The convolutions are PyTorch's in both, since they take the interpreter seconds; test_fused_convolutions.py is
+    about the fused ones.
+    """
     import resnet
 
-    with resnet.backend(request.param):
+    with resnet.backend(request.param), resnet.convolution("pytorch"):
         yield request.param
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import batch_norm, conv_grad_input
+from kernels import batch_norm, conv_grad_input, tuning
 from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad
 from kernels.geometry import ConvShape
 from tests import grad_input_cases as cases
@@ -41,7 +41,7 @@ def unwritten_memory_is_nan():
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(conv_grad_input, "CONFIGS", cases.SMALL_TILES)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
 
 
 def same_bits(a: Tensor, b: Tensor) -> None:
@@ -58,7 +58,7 @@ def test_every_pair_of_options_is_as_exact_as_eager(small_tiles, shape, epilogue
 
 @pytest.mark.parametrize("epilogue", ["mask", "shortcut"])
 def test_the_tiles_of_real_launches_leave_ragged_ends_in_every_dimension(epilogue):
-    config = conv_grad_input.CONFIGS[2][0]
+    config = tuning.TABLE["grad_input"]["half"][0]
     shape = ConvShape(N=2, H=9, W=8, C=config.BLOCK_N + 8, K=config.BLOCK_K + 8, R=3, S=3, stride=1, padding=1)
     assert shape.N * shape.H * shape.W > config.BLOCK_M
     cases.assert_parity(shape, epilogue, torch.float16)
@@ -76,7 +76,7 @@ def test_any_shape_is_as_exact_as_eager(data):
     shape = ConvShape(*pixels, *channels, kernel, kernel, stride, padding)
     if cases.is_valid(shape, epilogue):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(conv_grad_input, "CONFIGS", cases.SMALL_TILES)
+            patch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
             cases.assert_parity(shape, epilogue, data.draw(st.sampled_from(DTYPES)))
 
 

@@ -16,7 +16,7 @@ def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, trai
     draws = []
     for seed in range(3):
         stems, x = trio(Stem, 3, 8, seed=seed, dtype=dtype, train=train), draw(3, 3, 13, 10, seed=seed, dtype=dtype)
-        with emulate() as launches, resnet.backend("triton"):
+        with emulate(dtype) as launches, resnet.backend("triton"):
             fused = step(stems.fused, x)
         assert {"pool_kernel", "pool_backward_reduce_kernel", "pool_backward_apply_kernel"} <= {
             r.name for r in launches
