@@ -49,7 +49,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def column_sums(x):
-    """Sums (N,) over the rows of a tile (M, N), M and N powers of two; an order of summation that M alone decides.
+    """Sums (N,) over the rows of a tile (M, N), M and N powers of two, the same bits from run to run.
 
     `tl.sum` would exchange its warps' results in stores and loads of single words that meet in a few banks of shared
     memory, eight deep. Here rows 32 apart, of one thread as a rule, are added first; then halves of what is left, and
