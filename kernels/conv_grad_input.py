@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
 from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector
-from kernels.implicit_gemm import dot, split_pixels
+from kernels.implicit_gemm import column_sums, dot, split_pixels
 from kernels.pointwise import recomputed_relu_passes, relu_passes
 from kernels.tuning import Config
 
@@ -192,9 +192,9 @@ def grad_input_kernel(
         passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # beyond, acc is 0 * weight
         g = tl.where(passes, acc.to(STORED).to(ACC), 0.0)
         tl.store(dx + image + offsets, g.to(STORED), mask=mask)
-        sum_gx = tl.sum(g * (value - tl.load(stats + cols[None, :], mask=live[None, :])), 0)
+        sum_gx = column_sums(g * (value - tl.load(stats + cols[None, :], mask=live[None, :])))
         partial += tile.to(tl.int64) * C + cols
-        tl.store(partial, tl.sum(g, 0), mask=live)
+        tl.store(partial, column_sums(g), mask=live)
         tl.store(partial + T.to(tl.int64) * C, sum_gx * tl.load(stats + C + cols, mask=live), mask=live)
     else:
         if shortcut_weight is None and dout is not None:

@@ -1,4 +1,4 @@
-"""What the implicit GEMMs of a convolution share on the device: which taps of a window exist, and the product."""
+"""What the implicit GEMMs of a convolution share on the device: valid taps, the product, and sums over its rows."""
 
 import triton
 import triton.language as tl
@@ -45,3 +45,21 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def column_sums(x):
+    """Sums (N,) over the rows of a tile (M, N), M and N powers of two, the same bits from run to run.
+
+    `tl.sum` would exchange its warps' results in stores and loads of single words that meet in a few banks of shared
+    memory, eight deep. Here rows 32 apart, of one thread as a rule, are added first; then halves of what is left, and
+    between two halvings Triton chooses layouts whose exchange has no conflicts.
+    """
+    N: tl.constexpr = x.shape[1]
+    ROWS: tl.constexpr = min(x.shape[0], 32)
+    x = tl.sum(tl.reshape(x, [x.shape[0] // ROWS, ROWS, N]), 0)
+    for _ in tl.static_range(5):
+        if x.shape[0] > 1:
+            a, b = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, N]), (1, 2, 0)))
+            x = a + b
+    return tl.reshape(x, [N])

@@ -28,14 +28,12 @@ PASSES = {  # activations read and written
 }
 TRAFFIC_OVER_FLOOR = 1.03  # partials are 1% of three passes
 SECTOR_EFFICIENCY = 0.95
-# Shared memory's wavefronts over the ideal. The sums of a mask cross the warps by stores of single words, and on sm_90
-# the reads of the tensor cores, of which there are most, are not counted.
-WAVEFRONTS = {epilogue: {80: 1.1, 90: 1.1} for epilogue in PASSES} | {"mask": {80: 1.2, 90: 1.4}}
+WAVEFRONTS_OVER_IDEAL = 1.1  # of shared memory
 # Warp instructions per tensor-core instruction (m16n8k16), at the fewest channels and so the shortest reduction, for
 # which the epilogue weighs most. Tensor cores leave room for 8 on sm_80 and for 4 on sm_90.
 INSTRUCTIONS = {
     "none": {80: 4.6, 90: 3.8},
-    "mask": {80: 6.6, 90: 5.8},
+    "mask": {80: 6.2, 90: 5.3},
     "residual": {80: 5.4, 90: 4.6},
     "shortcut": {80: 5.8, 90: 4.8},
     "shortcut, gradient masked before": {80: 4.6, 90: 4.0},
@@ -65,7 +63,7 @@ def test_a_launch_is_at_the_floor_of_traffic_and_within_the_budget_of_instructio
     assert min(report.gld_efficiency, report.gst_efficiency) >= SECTOR_EFFICIENCY
     arch = int(report.ptx.split(".target sm_")[1][:2])
     wavefronts, ideal = report.sld_wavefronts + report.sst_wavefronts, report.sld_ideal + report.sst_ideal
-    assert wavefronts <= WAVEFRONTS[epilogue][arch] * ideal
+    assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal
     assert report.warp_instr <= INSTRUCTIONS[epilogue][arch] * report.mma
     assert report.instr["cp.async"] > 0
     used = report.ptxas()
