@@ -15,6 +15,8 @@ of 64 channels and one input channel.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -93,7 +95,8 @@ def conv_grad_weight_max_pool_kernel(
 
 # ---- the launcher ----------------------------------------------------------------------------------------------
 
-CONFIGS = (tuning.Config(64, 64, 32, 4, 1),)
+# BLOCK_N columns are those of a whole RGB stem: each column tile would gather dy again.
+CONFIGS = (tuning.Config(64, 256, 32, 8, 1), tuning.Config(64, 256, 16, 4, 1))
 _PROGRAMS = 512  # wanted in all: four per SM of a large GPU
 
 
@@ -147,8 +150,14 @@ def conv_grad_weight_max_pool(
     if x.numel() == 0:
         return dw.zero_()
 
+    columns = shape.R * shape.S * shape.C
+
     def launch(config: tuning.Config) -> Tensor:
-        columns = shape.R * shape.S * shape.C
+        config = replace(
+            config,
+            BLOCK_M=max(16, min(config.BLOCK_M, triton.next_power_of_2(shape.K))),
+            BLOCK_N=max(16, min(config.BLOCK_N, triton.next_power_of_2(columns))),
+        )
         grid = triton.cdiv(shape.K, config.BLOCK_M), triton.cdiv(columns, config.BLOCK_N)
         tiles = triton.cdiv(shape.P * shape.Q, config.BLOCK_K)
         steps = triton.cdiv(shape.N * tiles * grid[0] * grid[1], _PROGRAMS)
