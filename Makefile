@@ -1,10 +1,11 @@
-# make test | bench | lint: each makes .venv first, from requirements.txt, where it is missing or out of date.
+# make test | gate | bench | lint | gpu-check: each makes .venv first, from requirements.txt, where it is missing or
+# out of date. make test-matrix makes an environment for each version of Triton in .venv-matrix.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: test bench lint format clean
+.PHONY: test gate test-matrix gpu-check bench lint format clean
 .DEFAULT_GOAL := test
 
 $(STAMP): requirements.txt
@@ -30,10 +31,40 @@ test: $(STAMP)
 	fi; \
 	env -u TRITON_INTERPRET $(RUN) pytest tests/emulated >$(VENV)/emulated.log 2>&1 & emulated=$$!; \
 	status=0; \
-	env $$interpret $(RUN) pytest tests --ignore=tests/emulated || status=1; \
+	env $$interpret $(RUN) pytest tests --ignore=tests/emulated --ignore=tests/gate || status=1; \
 	wait $$emulated; code=$$?; cat $(VENV)/emulated.log; \
 	[ $$code -eq 0 ] || { [ $$code -eq 5 ] && ! $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; } || status=1; \
 	exit $$status
+
+# The core of the suite, interpreted and, where the module ptxsim is, compiled, with each supported version of Triton.
+MATRIX := .venv-matrix
+TRITONS := 3.6.0 3.7.1 3.9.0
+NUMPY_3.6.0 := numpy<2.4# with a newer one its interpreter fails
+NUMPY = $(or $(NUMPY_$*),numpy)
+
+$(MATRIX)/%/.installed: requirements.txt
+	@echo "making $(MATRIX)/$* with $$($(PYTHON) -V): a minute, once"
+	@$(PYTHON) -m venv --clear $(@D)
+	@grep -Ev '^(triton|numpy|matplotlib|ruff)\b' requirements.txt >$(@D)/requirements.txt
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/requirements.txt 'triton==$*' '$(NUMPY)'
+	@touch $@
+
+test-matrix: $(TRITONS:%=$(MATRIX)/%/.installed)
+	@failed=; for version in $(TRITONS); do \
+	  python=$(MATRIX)/$$version/bin/python; echo "triton $$version"; \
+	  TRITON_INTERPRET=1 $$python -m pytest -q -m core tests --ignore=tests/emulated || failed="$$failed $$version"; \
+	  ! $$python -c 'import ptxsim' 2>/dev/null || \
+	    env -u TRITON_INTERPRET $$python -m pytest -q -m core tests/emulated || failed="$$failed $$version(compiled)"; \
+	done; \
+	[ -z "$$failed" ] || { echo "failed with triton$$failed" >&2; exit 1; }
+
+# On a GPU: the whole suite compiled, compute-sanitizer, the benchmark report, in one folder to attach to a bug report.
+gpu-check: $(STAMP)
+	@env -u TRITON_INTERPRET $(RUN) benchmarks.gpu_check
+
+# What every kernel asks of four devices, compiled for them: registers, spills, access widths, tensor cores.
+gate: $(STAMP)
+	@env -u TRITON_INTERPRET $(RUN) pytest tests/gate
 
 bench: $(STAMP)
 	@env -u TRITON_INTERPRET $(RUN) pytest benchmarks --benchmark-only
@@ -47,4 +78,4 @@ format: $(STAMP)
 	@$(RUN) ruff format .
 
 clean:
-	@rm -rf $(VENV)
+	@rm -rf $(VENV) $(MATRIX)

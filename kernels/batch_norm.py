@@ -19,7 +19,7 @@ from `out`), backward apply 3 (4 with `out`, one more to write the shortcut's gr
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import triton
@@ -32,9 +32,36 @@ from kernels.pointwise import affine, inverse_std, recomputed_relu_passes, relu,
 
 
 @triton.jit
+def two_sum(a, b):
+    """a + b rounded, and what the rounding left: together a + b exactly (Knuth)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+@triton.jit
+def merge_lanes(pivot, offset, m2, count, total_count):
+    """Chan's formula along axis 0, of lanes with mean pivot + offset, M2 and count: (mean, rest, M2), (BLOCK_C,) each.
+
+    mean + rest is the mean in twice the precision, and only differences of means are squared: however large the mean
+    against the spread, its rounding is no part of M2. Of a mean below the spread, rest would be no more than the
+    rounding of its own sum: it is 0.
+    """
+    high, low = two_sum(pivot, offset)
+    near = tl.sum(high * count, 0) / total_count
+    delta = (high - near[None, :]) + low
+    rest = tl.sum(delta * count, 0) / total_count
+    m2 = tl.sum(tl.fma(delta * delta, count, m2), 0)
+    large = near * near * total_count > m2  # not of a NaN, which maximum would drop
+    m2 = tl.where(large, tl.maximum(tl.fma(-rest * rest, total_count, m2), 0.0), m2)
+    mean, rest = two_sum(near, tl.where(large, rest, 0.0))
+    return mean, rest, m2
+
+
+@triton.jit
 def statistics_kernel(
     x,  # (M, C)
-    partial,  # (2, T, C): mean and M2 of each row tile
+    partial,  # (3, T, C): mean and M2 of each row tile, and what rounding left of the mean
     M,
     T,
     TILES,  # BLOCK_M-row tiles per program
@@ -45,8 +72,9 @@ def statistics_kernel(
 ):
     """Per row tile: mean = sum x / n, M2 = sum (x - mean)^2. Grid (T, column tiles). Reads x once.
 
-    Every (row of the block, column) pair keeps a Welford mean and M2 of its own, so the loop has no barrier; Chan's
-    formula merges the rows at the end. Neither subtracts large sums, so a mean of 10^4 costs a variance of 1 nothing.
+    Every (row of the block, column) pair is a lane with a Welford mean and M2 of its own, so the loop has no barrier;
+    Chan's formula merges the lanes at the end. A lane's mean is carried as an offset from its first value: what it is
+    rounded to is then an ulp of the spread, not of the mean.
     """
     row0 = tl.program_id(0).to(tl.int64) * TILES * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -54,29 +82,104 @@ def statistics_kernel(
     valid = tl.minimum(M - row0, TILES * BLOCK_M).to(tl.int32)
     x += row0 * C
     offsets = rows[:, None] * C + cols[None, :]
-    mean = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    first = tl.load(x + offsets, mask=(rows < valid)[:, None] & (cols < C)[None, :], other=0.0).to(ACC)
+    pivot = finite_or_zero(first)
+    mean = first - pivot  # less pivot
     m2 = tl.zeros([BLOCK_M, BLOCK_C], ACC)
-    steps = tl.zeros([1, 1], ACC)
-    for i in range(tl.cdiv(valid, BLOCK_M)):
+    steps = tl.full([1, 1], 1.0, ACC)
+    for i in range(1, tl.cdiv(valid, BLOCK_M)):
+        x += BLOCK_M * C
         mask = (rows < valid - i * BLOCK_M)[:, None] & (cols < C)[None, :]
-        value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC) - pivot
         delta = tl.where(mask, value - mean, 0.0)
         steps += 1.0
         mean = tl.fma(delta, 1.0 / steps, mean)
-        m2 = tl.fma(delta, tl.where(mask, value - mean, 0.0), m2)
-        x += BLOCK_M * C
+        m2 = tl.fma(delta, value - mean, m2)
     count = tl.maximum((valid - rows + BLOCK_M - 1) // BLOCK_M, 0).to(ACC)[:, None]
-    total = tl.sum(mean * count, 0) / valid.to(ACC)
-    delta = mean - total[None, :]
-    m2_total = tl.sum(tl.fma(delta * delta, count, m2), 0)
+    mean, rest, m2 = merge_lanes(pivot, mean, m2, count, valid.to(ACC))
     out = tl.program_id(0) * C + cols
-    tl.store(partial + out, total, mask=cols < C)
-    tl.store(partial + T * C + out, m2_total, mask=cols < C)
+    tl.store(partial + out, mean, mask=cols < C)
+    tl.store(partial + T * C + out, m2, mask=cols < C)
+    tl.store(partial + 2 * T * C + out, rest, mask=cols < C)
+
+
+@triton.jit
+def finite_or_zero(x):
+    """x, but 0 in place of NaN and Inf: of an infinite mean nothing is subtracted, so it stays infinite as eager's."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def merge_partials(
+    partial,  # (2 or 3, T, C): see `finalize`
+    first,
+    last,
+    M,
+    T,
+    ROWS,
+    cols,
+    PLANES: tl.constexpr,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(mean, rest, M2, count) of the partials first to last - 1, as `statistics_kernel` has it of rows."""
+    tiles = first + tl.arange(0, BLOCK_T)
+    live = cols < C
+    pivot = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    mean = tl.zeros([BLOCK_T, BLOCK_C], ACC)  # less pivot
+    m2 = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    count = tl.zeros([BLOCK_T, 1], ACC)
+    for t in range(first, last, BLOCK_T):
+        here = tiles < last
+        mask = here[:, None] & live[None, :]
+        offsets = tiles[:, None] * C + cols[None, :]
+        value = tl.load(partial + offsets, mask=mask, other=0.0)
+        pivot = tl.where(t == first, finite_or_zero(value), pivot)
+        value -= pivot
+        if PLANES == 3:
+            value += finite_or_zero(tl.load(partial + 2 * T * C + offsets, mask=mask, other=0.0))
+        n = tl.where(here, tl.minimum(M - tiles.to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
+        count += n
+        delta = tl.where(mask, value - mean, 0.0)
+        mean = tl.fma(delta, n / tl.maximum(count, 1.0), mean)
+        m2 += tl.fma(delta * n, value - mean, tl.load(partial + T * C + offsets, mask=mask, other=0.0))
+        tiles += BLOCK_T
+    total = tl.sum(count, 0)
+    mean, rest, m2 = merge_lanes(pivot, mean, m2, count, total)
+    return mean, rest, m2, total
+
+
+@triton.jit
+def merge_kernel(
+    partial,  # (2 or 3, T, C): see `finalize`
+    merged,  # (3, G, C)
+    M,
+    T,
+    G,
+    ROWS,  # rows per partial
+    PLANES: tl.constexpr,
+    GROUP: tl.constexpr,  # partials per group
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Of every GROUP partials one. Grid (column tiles, G)."""
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = tl.program_id(1) * GROUP
+    last = tl.minimum(first + GROUP, T)
+    mean, rest, m2, _ = merge_partials(partial, first, last, M, T, ROWS, cols, PLANES, C, ACC, BLOCK_T, BLOCK_C)
+    out = tl.program_id(1) * C + cols
+    tl.store(merged + out, mean, mask=cols < C)
+    tl.store(merged + G * C + out, m2, mask=cols < C)
+    tl.store(merged + 2 * G * C + out, rest, mask=cols < C)
 
 
 @triton.jit
 def finalize_kernel(
-    partial,  # (2, T, C)
+    partial,  # (2 or 3, T, C): see `finalize`
     weight,  # (C,) or None: ones
     bias,  # (C,) or None: zeros
     conv_bias,  # (C,) or None: of the convolution that made x, and was not added to x
@@ -88,33 +191,19 @@ def finalize_kernel(
     ROWS,  # rows per partial
     momentum: tl.float64,
     eps: tl.float64,
+    PLANES: tl.constexpr,
     C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Merge the partials (Chan), write stats, update the running statistics in place. Grid (column tiles,).
+    """Merge the partials, write stats, update the running statistics in place. Grid (column tiles,).
 
     A convolution bias shifts the mean and nothing else, so it meets the running mean only.
     """
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = cols < C
-    tiles = tl.arange(0, BLOCK_T)
-    total = tl.zeros([BLOCK_T, BLOCK_C], ACC)
-    for t in range(0, T, BLOCK_T):
-        mask = (t + tiles < T)[:, None] & live[None, :]
-        n = tl.maximum(tl.minimum(M - (t + tiles).to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
-        total += n * tl.load(partial + (t + tiles)[:, None] * C + cols[None, :], mask=mask, other=0.0)
-    count = (M + tl.zeros([1], tl.int64)).to(ACC)
-    mean = tl.sum(total, 0) / count
-    total = tl.zeros([BLOCK_T, BLOCK_C], ACC)
-    for t in range(0, T, BLOCK_T):
-        mask = (t + tiles < T)[:, None] & live[None, :]
-        offsets = (t + tiles)[:, None] * C + cols[None, :]
-        n = tl.maximum(tl.minimum(M - (t + tiles).to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
-        delta = tl.where(mask, tl.load(partial + offsets, mask=mask, other=0.0) - mean[None, :], 0.0)
-        total += tl.fma(delta * delta, n, tl.load(partial + T * C + offsets, mask=mask, other=0.0))
-    m2 = tl.sum(total, 0)
+    mean, _, m2, count = merge_partials(partial, 0, T, M, T, ROWS, cols, PLANES, C, ACC, BLOCK_T, BLOCK_C)
     invstd = inverse_std(m2 / count, eps)
     store_stats(stats, weight, bias, mean, invstd, cols, C)
     if running_mean is not None:
@@ -287,30 +376,35 @@ def backward_reduce_kernel(
 @triton.jit
 def backward_finalize_kernel(
     partial,  # (2, T, C)
-    sums,  # (2, C): sum g, sum g * xhat
-    dweight,  # (C,) or None
-    dbias,  # (C,) or None
+    sums,  # (2, G, C): sum g, sum g * xhat of each group of partials
+    dweight,  # (C,) or None; None where G > 1
+    dbias,  # (C,) or None; None where G > 1
     T,
+    G,
+    GROUP,  # partials per group
     C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Merge the partials of the backward reduce in a fixed order. Grid (column tiles,)."""
+    """Merge the partials of the backward reduce in a fixed order. Grid (column tiles, G)."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = cols < C
-    tiles = tl.arange(0, BLOCK_T)
+    first = tl.program_id(1) * GROUP
+    last = tl.minimum(first + GROUP, T)
     total_g = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     total_gx = tl.zeros([BLOCK_T, BLOCK_C], ACC)
-    for t in range(0, T, BLOCK_T):
-        mask = (t + tiles < T)[:, None] & live[None, :]
-        offsets = (t + tiles)[:, None] * C + cols[None, :]
+    for t in range(first, last, BLOCK_T):
+        tiles = t + tl.arange(0, BLOCK_T)
+        mask = (tiles < last)[:, None] & live[None, :]
+        offsets = tiles[:, None] * C + cols[None, :]
         total_g += tl.load(partial + offsets, mask=mask, other=0.0)
         total_gx += tl.load(partial + T * C + offsets, mask=mask, other=0.0)
     sum_g = tl.sum(total_g, 0)
     sum_gx = tl.sum(total_gx, 0)
-    tl.store(sums + cols, sum_g, mask=live)
-    tl.store(sums + C + cols, sum_gx, mask=live)
+    index = tl.program_id(1) * C + cols
+    tl.store(sums + index, sum_g, mask=live)
+    tl.store(sums + G * C + index, sum_gx, mask=live)
     if dweight is not None:
         tl.store(dweight + cols, sum_gx, mask=live)
     if dbias is not None:
@@ -375,7 +469,8 @@ def backward_apply_kernel(
 
 _ELEMENTS = 2048  # of a tile: 16 a thread at 4 warps, two 16-byte loads each in half precision
 _PROGRAMS = 1024  # wanted of a reduction: several per SM of the largest GPU
-_MAX_PARTIALS = 512  # row tiles that one program of the merge can read in a few steps
+_MAX_PARTIALS = 512  # that one program of the merge can read in a few steps; above, it is two merges in a row
+_GROUP = 256  # partials that the first of the two makes one
 _MIN_ROWS = 256  # of a partial: its 8 bytes per channel then stay below 2% of what was read in half precision
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -451,6 +546,28 @@ def nhwc_shape(x: Tensor) -> tuple[int, int]:
     return x.numel() // x.shape[1], x.shape[1]
 
 
+def check_like(like: tuple[torch.Size, torch.dtype, torch.device], name: str, t: Tensor) -> None:
+    """ValueError, TypeError for another dtype, unless t is a dense NHWC activation of this shape, type and device."""
+    if (t.shape, t.dtype, t.device) != like or not t.is_contiguous(memory_format=torch.channels_last):
+        _refuse("a dense channels_last tensor", like, name, t)
+
+
+def check_vectors(like: tuple[torch.Size, torch.dtype, torch.device], name: str, t: Tensor, vectors: int) -> None:
+    """As `check_like`, of t (vectors, C), contiguous, in the type of the statistics of such an activation."""
+    shape, dtype, device = like
+    expected = (vectors, shape[1]), torch.float64 if dtype is torch.float64 else torch.float32, device
+    if (t.shape, t.dtype, t.device) != expected or not t.is_contiguous():
+        _refuse("a contiguous tensor", expected, name, t)
+
+
+def _refuse(layout: str, expected: tuple, name: str, t: Tensor) -> NoReturn:
+    shape, dtype, device = expected
+    raise (ValueError if t.dtype is dtype else TypeError)(
+        f"{name}: expected {layout}, shape {tuple(shape)}, {dtype} on {device}; "
+        f"got shape {tuple(t.shape)} strides {t.stride()}, {t.dtype} on {t.device}"
+    )
+
+
 def accumulator(x: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return (torch.float64, tl.float64) if x.dtype == torch.float64 else (torch.float32, tl.float32)
 
@@ -462,7 +579,7 @@ FLAGS = {"enable_fp_fusion": False}
 class Moments(NamedTuple):
     """Mean and M2 = sum (x - mean)^2 of each `rows` rows of M in turn; `finalize` merges them."""
 
-    partial: Tensor  # (2, T, C) float32 or float64
+    partial: Tensor  # (2 or 3, T, C) float32 or float64; the third plane is what rounding left of the means
     rows: int  # of a partial; the last one has fewer
     M: int
 
@@ -471,7 +588,7 @@ def moments(x: Tensor) -> Moments:
     """The moments of x (N, C, H, W)."""
     M, C = nhwc_shape(x)
     t = tiling(M, C)
-    partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
+    partial = torch.empty((3, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     with torch.cuda.device_of(x):
         statistics_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
             x,
@@ -516,10 +633,13 @@ def finalize(
 ) -> Tensor:
     """stats (4, C), and the running statistics in place, as `statistics`, from the partials of M rows.
 
-    partial (2, T, C) float32 or float64, contiguous: the mean and M2 = sum (x - mean)^2 of each `rows` rows in turn,
-    the last of fewer: (T - 1) * rows < M <= T * rows. Merged in a fixed order.
+    partial is (2, T, C) or (3, T, C), float32 or float64, contiguous: the mean and M2 = sum (x - mean)^2 of each `rows`
+    rows in turn, the last of fewer: (T - 1) * rows < M <= T * rows. The third plane is what rounding left of the mean.
+    Without it running_var is wrong by some eps * |mean| / sqrt(M) standard deviations. Merged in a fixed order.
     """
-    _, T, C = partial.shape
+    if partial.shape[1] > _MAX_PARTIALS:
+        partial, rows = _merge(partial, rows, M), rows * _GROUP
+    planes, T, C = partial.shape
     stats = torch.empty((4, C), dtype=partial.dtype, device=partial.device)
     merge = _merge_blocks(T, C)
     with torch.cuda.device_of(partial):
@@ -536,6 +656,7 @@ def finalize(
             rows,
             momentum,
             eps,
+            PLANES=planes,
             C=C,
             ACC=accumulator(partial)[1],
             num_warps=4,
@@ -543,6 +664,31 @@ def finalize(
             **FLAGS,
         )
     return stats
+
+
+def _merge(partial: Tensor, rows: int, M: int) -> Tensor:
+    """(3, G, C): the partials of `finalize`, _GROUP merged into one."""
+    planes, T, C = partial.shape
+    G = triton.cdiv(T, _GROUP)
+    merged = torch.empty((3, G, C), dtype=partial.dtype, device=partial.device)
+    merge = _merge_blocks(_GROUP, C)
+    with torch.cuda.device_of(partial):
+        merge_kernel[(triton.cdiv(C, merge["BLOCK_C"]), G)](
+            partial,
+            merged,
+            M,
+            T,
+            G,
+            rows,
+            PLANES=planes,
+            GROUP=_GROUP,
+            C=C,
+            ACC=accumulator(partial)[1],
+            num_warps=4,
+            **merge,
+            **FLAGS,
+        )
+    return merged
 
 
 def freeze(
@@ -587,11 +733,15 @@ def apply(
 ) -> Tensor:
     """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), written to `out` where given."""
     M, C = nhwc_shape(x)
+    like = x.shape, x.dtype, x.device
+    check_vectors(like, "stats", stats, 4)
     if shortcut is not None:
-        nhwc_shape(shortcut)
-    t = tiling(M, C)
+        check_like(like, "shortcut", shortcut)
     if out is None:
         out = torch.empty_like(x, memory_format=torch.channels_last)
+    else:
+        check_like(like, "out", out)
+    t = tiling(M, C)
     with torch.cuda.device_of(x):
         apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
             x,
@@ -618,7 +768,11 @@ def backward_reduce(
 ) -> Tensor:
     """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types."""
     M, C = nhwc_shape(x)
-    nhwc_shape(dout)
+    like = x.shape, x.dtype, x.device
+    check_like(like, "dout", dout)
+    if out is not None:
+        check_like(like, "out", out)
+    check_vectors(like, "stats", stats, 4)
     t = tiling(M, C)
     partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     with torch.cuda.device_of(x):
@@ -639,12 +793,31 @@ def backward_reduce(
 
 def merge_sums(partial: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> Tensor:
     """sums (2, C) of the partials (2, T, C) of a backward reduce; also written to `dbias` and `dweight`."""
+    if partial.shape[1] > _MAX_PARTIALS:
+        partial = _sum_groups(partial, _GROUP, None, None)
+    return _sum_groups(partial, partial.shape[1], dweight, dbias).view(2, -1)
+
+
+def _sum_groups(partial: Tensor, group: int, dweight: Tensor | None, dbias: Tensor | None) -> Tensor:
+    """(2, G, C): of every `group` partials one."""
     _, T, C = partial.shape
-    sums = torch.empty((2, C), dtype=partial.dtype, device=partial.device)
-    merge = _merge_blocks(T, C)
+    G = triton.cdiv(T, group)
+    sums = torch.empty((2, G, C), dtype=partial.dtype, device=partial.device)
+    merge = _merge_blocks(group, C)
     with torch.cuda.device_of(partial):
-        backward_finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
-            partial, sums, dweight, dbias, T, C=C, ACC=accumulator(partial)[1], num_warps=4, **merge, **FLAGS
+        backward_finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]), G)](
+            partial,
+            sums,
+            dweight,
+            dbias,
+            T,
+            G,
+            group,
+            C=C,
+            ACC=accumulator(partial)[1],
+            num_warps=4,
+            **merge,
+            **FLAGS,
         )
     return sums
 
@@ -664,10 +837,20 @@ def backward_apply(
     `dx` may be dout itself, which is then overwritten: every program reads its elements before it writes them.
     """
     M, C = nhwc_shape(x)
-    nhwc_shape(dout)
-    t = tiling(M, C, _ELEMENTS // 2)  # with more, the five vectors per channel would spill registers
+    like = x.shape, x.dtype, x.device
+    check_like(like, "dout", dout)
+    if out is not None:
+        check_like(like, "out", out)
+    check_vectors(like, "stats", stats, 4)
+    if sums is not None:
+        check_vectors(like, "sums", sums, 2)
+    if dshortcut is not None:
+        check_like(like, "dshortcut", dshortcut)
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
+    elif dx is not dout:
+        check_like(like, "dx", dx)
+    t = tiling(M, C, _ELEMENTS // 2)  # with more, the five vectors per channel would spill registers
     with torch.cuda.device_of(x):
         backward_apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
             dout,

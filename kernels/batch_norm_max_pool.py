@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch_norm import Tiling, accumulator, center_grad, merge_sums, nhwc_shape, tiling
+from kernels.batch_norm import (
+    Tiling,
+    accumulator,
+    center_grad,
+    check_like,
+    check_vectors,
+    merge_sums,
+    nhwc_shape,
+    tiling,
+)
 from kernels.pointwise import affine, relu, relu_passes
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
@@ -201,9 +210,20 @@ def out_size(size: int) -> int:
     return (size + 1) // 2
 
 
+def _check_pooled(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Tensor) -> None:
+    N, C, H, W = y.shape
+    dtype, device = y.dtype, y.device
+    shape = N, C, out_size(H), out_size(W)
+    check_like((shape, dtype, device), "dout", dout)
+    check_like((shape, dtype, device), "out", out)
+    check_like((shape, torch.uint8, device), "tap", tap)
+    check_vectors((shape, dtype, device), "stats", stats, 4)
+
+
 def apply_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     """(out, tap): (N, C, P, Q) channels_last of y's type and of uint8, from y (N, C, H, W) and stats (4, C)."""
     nhwc_shape(y)
+    check_vectors((y.shape, y.dtype, y.device), "stats", stats, 4)
     N, C, H, W = y.shape
     P, Q = out_size(H), out_size(W)
     out = y.new_empty((N, C, P, Q)).to(memory_format=torch.channels_last)
@@ -237,6 +257,7 @@ def backward_reduce(
 ) -> Tensor:
     """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types."""
     nhwc_shape(y)
+    _check_pooled(dout, y, out, tap, stats)
     N, C, H, W = y.shape
     t = _tiling(H * W, y)
     tiles = triton.cdiv(H * W, t.BLOCK_M)
@@ -267,6 +288,9 @@ def backward_reduce(
 def backward_apply(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Tensor, sums: Tensor | None) -> Tensor:
     """dy (N, C, H, W) channels_last; `sums` None means frozen statistics."""
     M, C = nhwc_shape(y)
+    _check_pooled(dout, y, out, tap, stats)
+    if sums is not None:
+        check_vectors((y.shape, y.dtype, y.device), "sums", sums, 2)
     N, _, H, W = y.shape
     t = _tiling(H * W, y)
     tiles = triton.cdiv(H * W, t.BLOCK_M)

@@ -195,7 +195,7 @@ class Choices:
             name = self._names.get((device, key))  # another thread may have been here
             clock = CLOCKS.get(device.type)
             if name is None and clock is None:
-                name = next(iter(candidates))
+                return next(iter(candidates))
             if name is None and self._timed:
                 name = self._from_file(key, candidates, device)
             if name is None:

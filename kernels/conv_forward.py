@@ -41,7 +41,7 @@ def conv_forward_kernel(
     stats,  # (4, C) or None: the prologue's mean, invstd, scale, shift
     y,  # (N, P, Q, K)
     bias,  # (K,) or None
-    partial,  # (2, T, K) or None: mean and M2 of y in each row tile
+    partial,  # (3, T, K) or None: moments of y in each row tile
     running_mean,  # (K,) or None: no inference epilogue
     running_var,  # (K,)
     norm_weight,  # (K,) or None
@@ -51,7 +51,7 @@ def conv_forward_kernel(
     shortcut_weight,  # (K, 1, 1, C) or None
     shortcut_y,  # (N, P, Q, K)
     shortcut_bias,  # (K,) or None
-    shortcut_partial,  # (2, T, K) or None
+    shortcut_partial,  # (3, T, K) or None
     H,
     W,
     P,
@@ -93,7 +93,7 @@ def conv_forward_kernel(
         acc = reduce_flat(acc, x, weight, stats, pixel0, h0, w0, live, k, H, W, C, K, R, S, PRECISION, BLOCK_M, BLOCK_K)
     else:
         taps = valid_taps(h0, w0, live, H, W, R, S)
-        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_K)
+        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_N, BLOCK_K)
     out = m0 * K + rows[:, None] * K + k[None, :]
     mask = live[:, None] & (k < K)[None, :]
     if running_mean is not None:
@@ -117,7 +117,7 @@ def conv_forward_kernel(
         centre = (h0 + PADDING < H) & (w0 + PADDING < W) & live
         pixel0 += PADDING * W + PADDING
         acc = reduce_taps(
-            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, PRECISION, BLOCK_K
+            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, PRECISION, BLOCK_N, BLOCK_K
         )
         if shortcut_bias is not None:
             acc += tl.load(shortcut_bias + k, mask=k < K).to(ACC)[None, :]
@@ -142,11 +142,11 @@ def reduce_taps(
     R: tl.constexpr,
     S: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc + sum over (r, s, c), a tap and BLOCK_K channels a step. `pixel0` is each row's first pixel of its window."""
     CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
-    BLOCK_N: tl.constexpr = k.shape[0]
     c = tl.arange(0, BLOCK_K)
     x += pixel0[:, None] * C + c[None, :]
     weight += k[None, :] * (R * S * C) + c[:, None]
@@ -220,17 +220,19 @@ def reduce_flat(
 
 @triton.jit
 def store_moments(partial, value, live, tile, T, k, K: tl.constexpr):
-    """mean and M2 of a tile's live rows, each (K,), at row `tile` of partial (2, T, K); rows not live hold zeros."""
+    """mean, M2 and what rounding left of the mean of a tile's live rows: row `tile` of partial (3, T, K)."""
+    value = tl.where(live[:, None], value, 0.0)  # the others are zeros no longer where a bias was added
     rows = tl.sum(live.to(tl.int32), 0).to(value.dtype)
     mean = tl.sum(value, 0) / rows
     delta = tl.where(live[:, None], value - mean[None, :], 0.0)
-    m2 = tl.sum(delta * delta, 0)
-    offsets = tile.to(tl.int64) * K + k
-    tl.store(partial + offsets, mean, mask=k < K)
-    tl.store(partial + tl.cast(T, tl.int64) * K + offsets, m2, mask=k < K)
+    rest = tl.sum(delta, 0) / rows
+    m2 = tl.sum(delta * delta, 0) - rest * rest * rows
+    plane = tl.cast(T, tl.int64) * K
+    partial += tile.to(tl.int64) * K + k
+    tl.store(partial, mean, mask=k < K)
+    tl.store(partial + plane, m2, mask=k < K)
+    tl.store(partial + 2 * plane, rest, mask=k < K)
 
-
-CONFIGS = (tuning.Config(128, 64, 64, 4, 3),)
 
 # ---- the launcher ----------------------------------------------------------------------------------------------
 
@@ -308,22 +310,29 @@ def conv_forward(
     if shortcut is not None:
         check_nhwc("shortcut.weight", shortcut.weight, x, (shape.K, shape.C, 1, 1))
         check_vector("shortcut.bias", shortcut.bias, shape.K, x)
-        if shape.R != 2 * padding + 1 or shape.S != shape.R:
+        if not shape.R == shape.S == 2 * padding + 1:
             raise ValueError(
                 f"shortcut: expected a window with its centre at the padding, that is {2 * padding + 1} wide, "
                 f"got {shape.R}x{shape.S}"
             )
+    elif shortcut_moments:
+        raise ValueError("shortcut_moments: expected a shortcut to take them of, got none")
     flat = shape.C < 16 and stats is None and shortcut is None
+    if not flat and shape.R * shape.S > 63:
+        raise ValueError(
+            f"weight: expected a window of at most 63 pixels (a row's bit mask has one for each), "
+            f"got {shape.R}x{shape.S}"
+        )
     precision = "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
 
     def launch(config: tuning.Config) -> ConvOutput:
         y = torch.empty(out_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         T = triton.cdiv(shape.M, config.BLOCK_M)
-        taken = Moments(x.new_empty((2, T, shape.K), dtype=dtype), config.BLOCK_M, shape.M) if moments else None
-        z = torch.empty_like(y) if shortcut is not None else None
-        z_taken = (
-            Moments(x.new_empty((2, T, shape.K), dtype=dtype), config.BLOCK_M, shape.M) if shortcut_moments else None
+        taken, z_taken = (
+            Moments(x.new_empty((3, T, shape.K), dtype=dtype), config.BLOCK_M, shape.M) if wanted else None
+            for wanted in (moments, shortcut_moments)
         )
+        z = torch.empty_like(y) if shortcut is not None else None
         check_span(shape.H * shape.W * shape.C, shape.P * shape.Q, shape.N, config.BLOCK_M)
         if shape.M:
             with torch.cuda.device_of(x):
@@ -357,5 +366,20 @@ def conv_forward(
                 )
         return ConvOutput(y, taken, z, z_taken)
 
-    options = (relu, moments, flat, precision, *(o is not None for o in (stats, bias, frozen, skip, shortcut)))
-    return launch(tuning.best(("conv_forward", shape, x.dtype, options), CONFIGS, launch, x.device))
+    config = tuning.gemm_config(
+        "forward",
+        shape,
+        x,
+        launch,
+        precision=precision,
+        flat=flat,
+        prologue=stats is not None,
+        relu=relu,
+        moments=moments,
+        bias=bias is not None,
+        frozen=frozen is not None,
+        skip=skip is not None,
+        shortcut=shortcut is not None,
+        shortcut_moments=shortcut_moments,
+    )
+    return launch(config)

@@ -2,10 +2,10 @@
 
     acc[n,h,w,c] = sum over r,s,k of dy[n,p,q,k] * W[k,r,s,c],  p = (h + padding - r) / stride, q likewise
 
-    plain       dx = acc
-    ReluMask    g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
-    Residual    dx = acc + dout * (out > 0)
-    Shortcut    dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
+    plain         dx = acc
+    ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
+    Residual      dx = acc + dout * (out > 0)
+    ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
 
 Rows of the GEMM are input pixels, columns are C, the reduction runs over (r, s, k). Activations are dense NHWC, the
 weight is K,R,S,C contiguous (both `torch.channels_last`), in float16, bfloat16, float32 or float64; accumulation and
@@ -15,11 +15,12 @@ With a stride only every stride-th tap meets an output pixel, and which ones dep
 each parity class (h % stride, w % stride) is a sub-grid of its own that runs over its own taps; a class without taps
 (1x1, stride 2) still runs its epilogue. All classes are one launch.
 
-Passes over an activation, besides dy and dx: ReluMask 1 (y1), Residual 2, Shortcut 2 (1 without `out`) of dy's size.
+Passes over an activation, besides dy and dx: ReluMask 1 (y1); Residual 2; ShortcutGrad 2 of dy's size, or 1.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
-from kernels.geometry import ConvShape, check_nhwc
+from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector
+from kernels.implicit_gemm import dot, split_pixels
 from kernels.pointwise import recomputed_relu_passes, relu_passes
 from kernels.tuning import Config
 
@@ -90,7 +92,7 @@ def grad_input_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     ACC: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -114,16 +116,14 @@ def grad_input_kernel(
     B = (S - s0 + STRIDE - 1) // STRIDE
     height = (H - ph + STRIDE - 1) // STRIDE
     width = (W - pw + STRIDE - 1) // STRIDE
-    area = tl.maximum(height * width, 1)
+    area = tl.maximum(height, 1) * tl.maximum(width, 1)
 
     # Offsets: 64 bits to the first image of the tile, 32 within the tile.
     row0 = tile // (STRIDE * STRIDE) * BLOCK_M
     image0 = row0 // area
     rows = row0 - image0 * area + tl.arange(0, BLOCK_M)  # within the class, from image0 on
     inside = rows < (N - image0) * height * width
-    n = rows // area
-    i = (rows - n * area) // tl.maximum(width, 1)
-    j = rows - n * area - i * width
+    n, i, j = split_pixels(rows, tl.maximum(height, 1), tl.maximum(width, 1))
     dy += image0.to(tl.int64) * (P * Q * K)
     dy_rows = ((n * P + p0 + i) * Q + q0 + j) * K
     if STRIDE == 1:
@@ -134,9 +134,9 @@ def grad_input_kernel(
     # Bit a of a row is set where tap a misses the image, bit 16 + b likewise: a tap is one AND with a scalar.
     misses = tl.where(inside, 0, -1)
     for a in tl.static_range((R + STRIDE - 1) // STRIDE):
-        misses |= tl.where((p0 + i >= a) & (p0 + i < P + a), 0, 1 << a)
+        misses |= tl.where((p0 + i - a).to(tl.uint32) < P.to(tl.uint32), 0, 1 << a)
     for b in tl.static_range((S + STRIDE - 1) // STRIDE):
-        misses |= tl.where((q0 + j >= b) & (q0 + j < Q + b), 0, 65536 << b)
+        misses |= tl.where((q0 + j - b).to(tl.uint32) < Q.to(tl.uint32), 0, 65536 << b)
 
     ks = tl.arange(0, BLOCK_K)
     REDUCTION_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -151,7 +151,7 @@ def grad_input_kernel(
         dy_tile = load_pixels(dy + (k - (a * Q + b) * K), dy_offsets, hits, ks, K - k, K, BLOCK_K)
         w = weight + (k * (R * S) + (r0 + STRIDE * a) * S + s0 + STRIDE * b) * C
         weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
-        acc = tl.dot(dy_tile, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        acc = dot(dy_tile, weight_tile, acc, PRECISION)
         if REDUCTION_TILES > 1:
             k += BLOCK_K
             done = (k >= K).to(tl.int32)
@@ -165,17 +165,18 @@ def grad_input_kernel(
 
     if shortcut_weight is not None:  # h = STRIDE * p: only the class (0, 0), whose rows are the pixels of dout in order
         image = image0.to(tl.int64) * (P * Q * K)
+        HALF_K: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 32 else BLOCK_K  # two tiles in the place of one of dy
+        ks = tl.arange(0, HALF_K)
         offsets = rows[:, None] * K + ks[None, :]
         weight_offsets = ks[:, None] * C + cols[None, :]
-        for t in tl.range(tl.where(ph + pw == 0, REDUCTION_TILES, 0), num_stages=2):
-            k = t * BLOCK_K
-            g = load_pixels(dout + image + k, offsets, inside, ks, K - k, K, BLOCK_K)
+        for k in range(0, tl.where(ph + pw == 0, K, 0), HALF_K):
+            g = load_pixels(dout + image + k, offsets, inside, ks, K - k, K, HALF_K)
             if out is not None:
-                z = load_pixels(out + image + k, offsets, inside, ks, K - k, K, BLOCK_K)
+                z = load_pixels(out + image + k, offsets, inside, ks, K - k, K, HALF_K)
                 g = tl.where(relu_passes(z), g, tl.zeros_like(g))
             w = shortcut_weight + k * C
-            weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
-            acc = tl.dot(g, weight_tile, acc, input_precision=INPUT_PRECISION, out_dtype=ACC)
+            weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, HALF_K)
+            acc = dot(g, weight_tile, acc, PRECISION)
 
     mask = inside[:, None]
     if C % BLOCK_N != 0:
@@ -185,19 +186,16 @@ def grad_input_kernel(
     STORED: tl.constexpr = dx.dtype.element_ty
     if y1 is not None:
         live = cols < C
-        mean = tl.load(stats + cols, mask=live)
-        invstd = tl.load(stats + C + cols, mask=live)
-        scale = tl.load(stats + 2 * C + cols, mask=live)
-        shift = tl.load(stats + 3 * C + cols, mask=live)
+        scale = tl.load(stats + (2 * C + cols)[None, :], mask=live[None, :])
+        shift = tl.load(stats + (3 * C + cols)[None, :], mask=live[None, :])
         value = tl.load(y1 + image + offsets, mask=mask, other=0.0).to(ACC)
-        passes = mask & recomputed_relu_passes(value, scale[None, :], shift[None, :], STORED)
-        g = acc.to(STORED)
-        g = tl.where(passes, g, tl.zeros_like(g))  # zero beyond the last row too, where acc is 0 * weight
-        tl.store(dx + image + offsets, g, mask=mask)
-        g = g.to(ACC)
-        index = tile * C + cols
-        tl.store(partial + index, tl.sum(g, 0), mask=live)
-        tl.store(partial + T * C + index, tl.sum(g * (value - mean[None, :]), 0) * invstd, mask=live)
+        passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # beyond, acc is 0 * weight
+        g = tl.where(passes, acc.to(STORED).to(ACC), 0.0)
+        tl.store(dx + image + offsets, g.to(STORED), mask=mask)
+        sum_gx = tl.sum(g * (value - tl.load(stats + cols[None, :], mask=live[None, :])), 0)
+        partial += tile.to(tl.int64) * C + cols
+        tl.store(partial, tl.sum(g, 0), mask=live)
+        tl.store(partial + T.to(tl.int64) * C, sum_gx * tl.load(stats + C + cols, mask=live), mask=live)
     else:
         if shortcut_weight is None and dout is not None:
             g = tl.load(dout + image + offsets, mask=mask, other=0.0)
@@ -223,7 +221,7 @@ class Residual(NamedTuple):
     out: Tensor  # (N, C, H, W)
 
 
-class Shortcut(NamedTuple):
+class ShortcutGrad(NamedTuple):
     """The convolution's input also feeds a 1x1 convolution of the same stride, of which dout * (out > 0) is known."""
 
     dout: Tensor  # (N, K, P, Q)
@@ -231,62 +229,126 @@ class Shortcut(NamedTuple):
     weight: Tensor  # (K, C, 1, 1)
 
 
-# Columns as wide as C and rows enough that two programs share an SM.
-CONFIGS = (
-    Config(128, 64, 64, 4, 3),
-    Config(128, 128, 64, 8, 3),
-    Config(128, 128, 32, 4, 3),
-    Config(64, 128, 64, 4, 3),
-    Config(64, 64, 64, 4, 3),
-    Config(128, 64, 32, 4, 4),
-    Config(256, 64, 32, 4, 3),
-    Config(32, 32, 32, 2, 2),
-)
+_TAPS = 15  # bits per axis of a row's misses
 
 
 def conv_grad_input(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | Residual | Shortcut | None = None,
+    epilogue: ReluMask | Residual | ShortcutGrad | None = None,
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    M, T = 0, 0
-    x = dy.new_empty((shape.N, shape.C, shape.H, shape.W)).contiguous(memory_format=torch.channels_last)
-    mask = epilogue if isinstance(epilogue, ReluMask) else None
-    branch = epilogue if isinstance(epilogue, (Residual, Shortcut)) else None
-    acc, ACC = accumulator(dy)
+    """dx (N, C, H, W) of dy (N, K, P, Q), with the epilogue applied; with ReluMask (g, sums (2, C)).
 
-    def run(config):
-        area = triton.cdiv(shape.H, shape.stride) * triton.cdiv(shape.W, shape.stride)
-        T = triton.cdiv(shape.N * area, config.BLOCK_M) * shape.stride**2
-        partial = torch.empty((2, T, shape.C), dtype=acc, device=dy.device) if mask else None
-        grid = (T * triton.cdiv(shape.C, config.BLOCK_N),)
-        grad_input_kernel[grid](
-            dy,
-            weight,
-            x,
-            mask.y1 if mask else None,
-            mask.stats if mask else None,
-            partial,
-            branch.dout if branch else None,
-            branch.out if branch else None,
-            branch.weight if isinstance(branch, Shortcut) else None,
-            shape.N,
-            shape.H,
-            shape.W,
-            shape.P,
-            shape.Q,
-            T,
-            **shape.constants(),
-            ACC=ACC,
-            INPUT_PRECISION="tf32" if tf32 else "ieee",
-            **config.options(),
-            **FLAGS,
-        )
+    `shape` is the forward convolution's. All activations and weights are dense channels_last and of dy's dtype and
+    device; `stats` is contiguous float32 (float64 for float64). sum g * xhat and sum g are also written to `dweight`
+    and `dbias` (C,), rounded to their types. `tf32`: float32 products in TensorFloat-32. An empty batch launches
+    nothing.
+
+    Raises ValueError for a wrong shape or layout, and where one tile's pixels span 2^31 elements or more; TypeError for
+    a wrong dtype or device.
+    """
+    _check(dy, weight, shape, epilogue, dweight, dbias)
+    dtype, ACC = accumulator(dy)
+    precision = "tf32" if tf32 and dy.dtype == torch.float32 else "ieee"
+    dx = torch.empty(
+        (shape.N, shape.C, shape.H, shape.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
+    )
+    mask = epilogue if isinstance(epilogue, ReluMask) else None
+    branch = epilogue if isinstance(epilogue, (Residual, ShortcutGrad)) else None
+    if shape.N == 0:
+        for grad in (dweight, dbias):
+            if grad is not None:
+                grad.zero_()
+        return (dx, torch.zeros((2, shape.C), dtype=dtype, device=dy.device)) if mask else dx
+
+    def run(config: Config) -> Tensor | None:
+        T = _row_tiles(shape, config)
+        partial = torch.empty((2, T, shape.C), dtype=dtype, device=dy.device) if mask else None
+        with torch.cuda.device_of(dy):
+            grad_input_kernel[(T * triton.cdiv(shape.C, config.BLOCK_N),)](
+                dy,
+                weight,
+                dx,
+                mask.y1 if mask else None,
+                mask.stats if mask else None,
+                partial,
+                branch.dout if branch else None,
+                branch.out if branch else None,
+                branch.weight if isinstance(branch, ShortcutGrad) else None,
+                shape.N,
+                shape.H,
+                shape.W,
+                shape.P,
+                shape.Q,
+                T,
+                **shape.constants(),
+                ACC=ACC,
+                PRECISION=precision,
+                **config.options(),
+                **FLAGS,
+            )
         return partial
 
-    partial = run(tuning.best((), CONFIGS, run, dy.device))
-    return (x, merge_sums(partial, dweight, dbias)) if mask else x
+    config = tuning.gemm_config(
+        "grad_input",
+        shape,
+        dy,
+        run,
+        precision=precision,
+        epilogue=type(epilogue).__name__,
+        masked=branch is not None and branch.out is not None,
+    )
+    partial = run(config)
+    return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
+
+
+def _row_tiles(shape: ConvShape, config: Config) -> int:
+    """Of all parity classes: each has as many as the largest, (0, 0), needs."""
+    pixels = shape.N * triton.cdiv(shape.H, shape.stride) * triton.cdiv(shape.W, shape.stride)
+    return triton.cdiv(pixels, config.BLOCK_M) * shape.stride**2
+
+
+def _check(
+    dy: Tensor,
+    weight: Tensor,
+    shape: ConvShape,
+    epilogue: ReluMask | Residual | ShortcutGrad | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    nhwc_shape(dy)
+    x, y = (shape.N, shape.C, shape.H, shape.W), (shape.N, shape.K, shape.P, shape.Q)
+    check_nhwc("dy", dy, shape=y)
+    check_nhwc("weight", weight, dy, (shape.K, shape.C, shape.R, shape.S))
+    if isinstance(epilogue, ReluMask):
+        check_nhwc("y1", epilogue.y1, dy, x)
+        check_like("stats", epilogue.stats, (4, shape.C), accumulator(dy)[0], dy.device)
+        check_vector("dweight", dweight, shape.C, dy)
+        check_vector("dbias", dbias, shape.C, dy)
+    elif dweight is not None or dbias is not None:
+        raise ValueError("dweight, dbias: only ReluMask has sums to write there")
+    elif isinstance(epilogue, Residual):
+        check_nhwc("dout", epilogue.dout, dy, x)
+        check_nhwc("out", epilogue.out, dy, x)
+    elif isinstance(epilogue, ShortcutGrad):
+        reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
+        if reached != y[2:]:
+            raise ValueError(f"shape: a 1x1 shortcut of stride {shape.stride} has {reached} pixels, dy has {y[2:]}")
+        check_nhwc("dout", epilogue.dout, dy, y)
+        if epilogue.out is not None:
+            check_nhwc("out", epilogue.out, dy, y)
+        check_nhwc("shortcut weight", epilogue.weight, dy, (shape.K, shape.C, 1, 1))
+    elif epilogue is not None:
+        raise TypeError(f"epilogue: expected ReluMask, Residual, ShortcutGrad or None, got {type(epilogue).__name__}")
+
+    if max(shape.R, shape.S) > _TAPS * shape.stride:
+        raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")
+    rows = tuning.MOST_ROWS
+    if shape.N * shape.H * shape.W + rows >= 2**31:
+        raise ValueError(f"shape: expected fewer than 2^31 pixels, got {shape.N} images of {shape.H}x{shape.W}")
+    area = (shape.H // shape.stride) * (shape.W // shape.stride)  # of the smallest parity class with any pixels
+    check_span(max(math.prod(x[1:]), (shape.P + shape.R) * shape.Q * shape.K), area, shape.N, rows)

@@ -26,12 +26,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
 from kernels.geometry import ConvShape, check_like, check_nhwc
 from kernels.implicit_gemm import dot
 from kernels.pointwise import relu_passes
 from kernels.prologue import affine_relu, keep
-from kernels.tuning import Config, best
+from kernels.tuning import Config
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
@@ -251,15 +252,6 @@ def merge_kernel(
 
 # ---- tiling ----------------------------------------------------------------------------------------------------
 
-# BLOCK_M channels of the operand that stands still, BLOCK_N of the one that moves, BLOCK_K pixels per step.
-CONFIGS = (
-    Config(128, 64, 32, num_warps=8, num_stages=4),
-    Config(128, 64, 64, num_warps=8, num_stages=3),
-    Config(64, 64, 32, num_warps=4, num_stages=3),
-    Config(64, 64, 64, num_warps=4, num_stages=3),
-    Config(128, 128, 64, num_warps=8, num_stages=3),
-    Config(128, 128, 32, num_warps=8, num_stages=4),
-)
 _PROGRAMS = 256  # wanted in all: two per SM of a large GPU
 _MIN_STEPS = 4  # of a split
 _MAX_SPAN = 2**31  # elements that 32-bit offsets reach
@@ -368,12 +360,21 @@ def conv_grad_weight(
     shape = _check(dy, x, kernel_size, stride, padding, stats, out)
     if shape.N == 0:
         return empty_weight(x, shape).zero_()
-    key = ("conv_grad_weight", shape, x.dtype, stats is not None, out is not None, tf32)
 
     def run(config: Config) -> Tensor:
         return _launch(config, dy, x, shape, stats, out, tf32)
 
-    return run(best(key, CONFIGS, run, x.device))
+    config = tuning.gemm_config(
+        "grad_weight",
+        shape,
+        x,
+        run,
+        precision="tf32" if tf32 else "ieee",
+        flat=few_channels(shape),
+        prologue=stats is not None,
+        out=out is not None,
+    )
+    return run(config)
 
 
 def _launch(

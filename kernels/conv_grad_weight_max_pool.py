@@ -15,8 +15,6 @@ of 64 channels and one input channel.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -95,8 +93,6 @@ def conv_grad_weight_max_pool_kernel(
 
 # ---- the launcher ----------------------------------------------------------------------------------------------
 
-# BLOCK_N columns are those of a whole RGB stem: each column tile would gather dy again.
-CONFIGS = (tuning.Config(64, 256, 32, 8, 1), tuning.Config(64, 256, 16, 4, 1))
 _PROGRAMS = 512  # wanted in all: four per SM of a large GPU
 
 
@@ -150,14 +146,8 @@ def conv_grad_weight_max_pool(
     if x.numel() == 0:
         return dw.zero_()
 
-    columns = shape.R * shape.S * shape.C
-
     def launch(config: tuning.Config) -> Tensor:
-        config = replace(
-            config,
-            BLOCK_M=max(16, min(config.BLOCK_M, triton.next_power_of_2(shape.K))),
-            BLOCK_N=max(16, min(config.BLOCK_N, triton.next_power_of_2(columns))),
-        )
+        columns = shape.R * shape.S * shape.C
         grid = triton.cdiv(shape.K, config.BLOCK_M), triton.cdiv(columns, config.BLOCK_N)
         tiles = triton.cdiv(shape.P * shape.Q, config.BLOCK_K)
         steps = triton.cdiv(shape.N * tiles * grid[0] * grid[1], _PROGRAMS)
@@ -190,5 +180,13 @@ def conv_grad_weight_max_pool(
             )
         return merge_splits(partial, dw)
 
-    key = ("conv_grad_weight_max_pool", shape, x.dtype, sums is not None, tf32)
-    return launch(tuning.best(key, CONFIGS, launch, x.device))
+    config = tuning.gemm_config(
+        "grad_weight_max_pool",
+        shape,
+        x,
+        launch,
+        precision="tf32" if tf32 else "ieee",
+        flat=True,
+        centred=sums is not None,
+    )
+    return launch(config)

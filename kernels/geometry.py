@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class ConvShape:
@@ -43,10 +45,15 @@ class ConvShape:
 def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> ConvShape:
     """Of x (N, C, H, W) and weight (K, C, R, S), both dense channels_last; ValueError or TypeError otherwise."""
     check_nhwc("x", x)
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     check_nhwc("weight", weight, x)
     (N, C, H, W), (K, _, R, S) = x.shape, weight.shape
     if weight.shape[1] != C:
         raise ValueError(f"weight: expected {C} input channels as x has, got shape {tuple(weight.shape)}")
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
     shape = ConvShape(N, H, W, C, K, R, S, stride, padding)
     if shape.P < 1 or shape.Q < 1:
         raise ValueError(f"x: {H}x{W} pixels are fewer than a {R}x{S} kernel with padding {padding} needs")

@@ -11,9 +11,17 @@ def affine(x, scale, shift):
 
 
 @triton.jit
+def is_not_positive(z):
+    """z <= 0, false for NaN. As float32 where z is bfloat16, whose bits some of Triton's interpreters would compare."""
+    if z.dtype.is_bf16():
+        z = z.to(tl.float32)
+    return z <= 0
+
+
+@triton.jit
 def relu(z):
     """max(z, 0) that keeps NaN, as `torch.relu`: a plain maximum would drop it."""
-    return tl.where(z <= 0, 0.0, z)
+    return tl.where(is_not_positive(z), 0.0, z)
 
 
 @triton.jit
@@ -22,7 +30,7 @@ def relu_passes(z):
 
     z is the value as stored: a positive number that rounds to zero in half precision has no gradient.
     """
-    return (z <= 0) == 0
+    return is_not_positive(z) == 0
 
 
 @triton.jit

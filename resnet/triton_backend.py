@@ -224,7 +224,10 @@ def _inference(
 
     def pytorch() -> tuple[Tensor, Tensor | None]:
         y = convolve(x, weight, None, stride, padding)
-        z = None if shortcut is None else convolve(x, shortcut.weight, shortcut.bias, stride, 0)
+        z = None
+        if shortcut is not None:
+            bias = None if shortcut.bias is None else shortcut.bias.to(x.dtype)
+            z = convolve(x, shortcut.weight, bias, stride, 0)
         return bn.apply(y, frozen_stats(norm, y.dtype), skip, relu=relu, out=y), z
 
     fused_to_it = (stride, skip is not None, shortcut is not None, relu)
@@ -269,8 +272,11 @@ def stem_backward(
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
         return convolve_backward(dy, x, weight, stride, padding, False, True)[1]
 
-    if needs_x:
+    # dy is stored for grad-input, and in float64, of which the compiler refuses the fused product at some shapes.
+    stored = needs_x or x.dtype == torch.float64
+    if stored:
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
+    if needs_x:
         dx = _pick(
             "grad_input",
             dy,
@@ -279,8 +285,8 @@ def stem_backward(
             epilogue=lambda: conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=_tf32(x)),
             pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
         )
-        if needs_conv:
-            dconv = _grad_weight(dy, x, weight, stride, padding)
+    if needs_conv and stored:
+        dconv = _grad_weight(dy, x, weight, stride, padding)
     elif needs_conv:
         dconv = _pick("grad_weight", y, weight, (stride, "max_pool"), triton=fused, pytorch=pytorch)
     return StemGrad(dx, dconv, dweight, dbias, sums[0])

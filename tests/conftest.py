@@ -1,6 +1,6 @@
 """Where there is no GPU the kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
 
-`tests/emulated` is the exception: it compiles the kernels, so it runs in a process of its own.
+`tests/emulated` and `tests/gate` are the exceptions: they compile the kernels, in processes of their own.
 """
 
 import os
@@ -8,20 +8,28 @@ import sys
 
 import torch
 
-if not torch.cuda.is_available() and not any("emulated" in argument for argument in sys.argv):
+if not torch.cuda.is_available() and not any(
+    folder in argument for argument in sys.argv for folder in ("tests/emulated", "tests/gate")
+):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+from tests.sanitizer import sanitizer  # noqa: F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=["torch", "triton"])
 def any_backend(request):
-    """Run the test on PyTorch's operators and on the Triton kernels (compiled on a GPU, interpreted elsewhere)."""
+    """Run the test on PyTorch's operators and on the Triton kernels (compiled on a GPU, interpreted elsewhere).
+
+    The convolutions are PyTorch's in both, since they take the interpreter seconds; test_fused_convolutions.py is
+    about the fused ones.
+    """
     import resnet
 
-    with resnet.backend(request.param):
+    with resnet.backend(request.param), resnet.convolution("pytorch"):
         yield request.param
 
 

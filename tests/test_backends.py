@@ -12,7 +12,9 @@ import torch
 
 import resnet
 from kernels import batch_norm as kernels
-from resnet import FusedResidual, backend, current_backend
+from kernels import choices
+from resnet import FusedResidual, backend, convolution, current_backend, current_convolution
+from resnet.backends import pick
 from tests.blocks import draw, one_thread, same, step, trio  # noqa: F401
 from tests.conftest import DEVICE
 
@@ -21,17 +23,18 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def restored():
-    before = current_backend()
+    before = current_backend(), current_convolution()
     yield
-    backend(before)
+    backend(before[0])
+    convolution(before[1])
 
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How often the statistics kernel was launched."""
+    """How often partial statistics were merged, from a kernel of their own or from a convolution's epilogue."""
     count = []
-    statistics = kernels.statistics
-    monkeypatch.setattr(kernels, "statistics", lambda *args: (count.append(1), statistics(*args))[1])
+    finalize = kernels.finalize
+    monkeypatch.setattr(kernels, "finalize", lambda *args: (count.append(1), finalize(*args))[1])
     return count
 
 
@@ -114,6 +117,69 @@ def test_backward_may_run_on_the_other_backend(first, args):
         torch.testing.assert_close(got[name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
+# ---- the convolutions ------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+VARIANTS = {name: (lambda n=name: n) for name in ("triton", "epilogue", "pytorch")}
+
+
+def picked(*names: str, key: tuple = (), device: torch.device = CPU) -> str:
+    return pick("forward", key, {name: VARIANTS[name] for name in names}, device)()
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "epilogue", "pytorch"])
+def test_convolution_sets_its_own_choice_and_restores_it_as_a_context_manager(name):
+    convolution("pytorch")
+    before = current_backend()
+    with convolution(name):
+        assert current_convolution() == name
+    assert current_convolution() == "pytorch" and current_backend() == before
+    convolution(name)
+    assert current_convolution() == name
+
+
+@pytest.mark.parametrize("name", ["torch", "cudnn", "", None])
+def test_an_unknown_convolution_is_an_error_that_lists_the_names(name):
+    convolution("epilogue")
+    message = f"convolution: expected one of 'auto', 'triton', 'epilogue', 'pytorch', got {name!r}"
+    with pytest.raises(ValueError) as error:
+        convolution(name)
+    assert str(error.value) == message
+    assert current_convolution() == "epilogue"
+
+
+@pytest.mark.parametrize("name", ["triton", "epilogue", "pytorch"])
+def test_the_variant_that_was_asked_for_is_picked(name):
+    with convolution(name):
+        assert picked("triton", "epilogue", "pytorch") == name
+
+
+def test_where_a_variant_does_not_exist_the_next_one_is_picked():
+    with convolution("triton"):
+        assert picked("epilogue", "pytorch") == "epilogue"
+        assert picked("pytorch") == "pytorch"
+    with convolution("epilogue"):
+        assert picked("triton", "pytorch") == "pytorch"
+
+
+def test_auto_on_the_cpu_is_triton_and_calls_nothing():
+    def run():
+        raise AssertionError("called")
+
+    with convolution("auto"):
+        assert pick("forward", (), {"triton": run, "pytorch": run}, CPU) is run
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="times on a GPU")
+def test_auto_on_a_gpu_picks_the_fastest_per_direction(monkeypatch, tmp_path):
+    monkeypatch.setattr(choices, "choose", choices.Choices(tmp_path / "choices.json").choose)
+    wait = lambda clocks: lambda: torch.cuda._sleep(clocks)  # noqa: E731
+    with convolution("auto"):
+        for direction, fastest in (("forward", "epilogue"), ("grad_input", "pytorch")):
+            variants = {name: wait(10_000 if name == fastest else 1_000_000) for name in VARIANTS}
+            assert pick(direction, ("key",), variants, DEVICE) is variants[fastest]
+
+
 # ---- where Python starts ---------------------------------------------------------------------------------------
 
 
@@ -135,6 +201,11 @@ def test_the_environment_sets_the_start_value(name):
 def test_auto_is_the_start_value_without_it():
     run = python("import resnet; print(resnet.current_backend())")
     assert run.stdout == "auto\n", run.stderr
+
+
+def test_the_environment_sets_the_convolutions_start_value():
+    run = python("import resnet; print(resnet.current_convolution())", FUSED_RESIDUAL_CONV="epilogue")
+    assert run.stdout == "epilogue\n", run.stderr
 
 
 def test_a_bad_start_value_is_an_error_that_names_the_variable():

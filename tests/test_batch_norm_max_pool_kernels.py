@@ -81,6 +81,7 @@ def eager_grad(dout: Tensor, z: Tensor, index: Tensor) -> Tensor:
     return torch.where(z <= 0, 0, routed)
 
 
+@pytest.mark.core
 @per_dtype
 @per_shape
 def test_out_and_tap_equal_pytorchs_ties_included(shape, dtype):
@@ -93,6 +94,7 @@ def test_out_and_tap_equal_pytorchs_ties_included(shape, dtype):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.core
 @per_shape
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_sums_and_grad_as_exact_as_eager(shape, dtype):

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from kernels import conv_grad_weight as kernels
+from kernels import tuning
 from kernels.geometry import ConvShape
 from kernels.tuning import Config
 from tests.blocks import DTYPES, draw, name_of, one_thread, rounding_interpreter  # noqa: F401
@@ -118,10 +119,10 @@ def test_as_exact_as_eager_for_any_shape(shape, dtype, prologue):
 @pytest.mark.parametrize("prologue", ["plain", "activated"])  # where x moves, and where dy does
 def test_every_split_and_tile_is_added_once(monkeypatch, prologue):
     """Small tiles: several of every axis of dW, several splits, and a last split of fewer steps than the others."""
-    shape = ConvShape(3, 7, 10, 24, 36, 3, 3, 1, 1)
+    shape = ConvShape(2, 5, 7, 20, 24, 3, 3, 1, 1)
     config = Config(16, 16, 16, num_warps=1, num_stages=2)
-    monkeypatch.setattr(kernels, "CONFIGS", (config,))
-    monkeypatch.setattr(kernels, "_MIN_STEPS", 3)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: (config,))
+    monkeypatch.setattr(kernels, "_MIN_STEPS", 2)
     kernels.plan.cache_clear()
     launch = kernels.plan(shape, config, 4, activated=False)
     assert launch.splits > 1 and launch.tiles > 9 and launch.splits * launch.steps * 16 > launch.pixels + 16
@@ -133,7 +134,7 @@ def test_splits_reach_no_further_than_offsets_of_32_bits(monkeypatch):
     monkeypatch.setattr(kernels, "_MAX_SPAN", 30_000)
     kernels.plan.cache_clear()
     shape = ConvShape(9, 9, 9, 16, 16, 3, 3, 2, 1)
-    assert kernels.plan(shape, kernels.CONFIGS[0], 4, activated=False).splits > 1
+    assert kernels.plan(shape, Config(64, 64, 32, 4, 3), 4, activated=False).splits > 1
     assert_parity(shape, torch.float32, "plain")
     monkeypatch.setattr(kernels, "_MAX_SPAN", 4096)
     with pytest.raises(ValueError, match="32-bit"):

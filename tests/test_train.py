@@ -141,9 +141,13 @@ def test_training_lowers_the_loss(model):
 
 
 def test_fused_follows_eager():
-    settings = {"batch_size": 16, "limit_train": 64, "resize": 33, "lr": 0.003}
-    eager, fused = (train(small(model, **settings)) for model in ("eager", "fused"))
-    assert fused.loss == pytest.approx(eager.loss, rel=1e-3)
+    """With steps so small that rounding does not grow from one to the next, as it may with larger ones."""
+    settings = {"batch_size": 16, "limit_train": 64, "resize": 33}
+    still, eager, fused = (
+        train(small(model, lr=lr, **settings)).loss for model, lr in (("eager", 1e-9), ("eager", 1e-5), ("fused", 1e-5))
+    )
+    assert fused == pytest.approx(eager, rel=1e-4)
+    assert still != pytest.approx(eager, rel=5e-4)
 
 
 def test_compile_follows_eager():

@@ -1,0 +1,226 @@
+"""Launches recorded instead of run: what real calls ask Triton to compile, for a device that is not here.
+
+    with record(target) as launches:
+        net(x).sum().backward()          # nothing is compiled or run; results are uninitialised memory
+
+A recorded launch holds what a compilation depends on (argument types, constants, divisibility, options) and the sizes
+of the tensors that were passed. Nothing here imports Triton before it is needed, so that code which has no need of
+Triton itself can ask `recording()`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+VECTOR = 16  # bytes of the widest access that every device has
+
+_target: GPUTarget | None = None
+
+
+def recording() -> GPUTarget | None:
+    """The target whose launches are being recorded, or None. Whoever chooses between configurations by timing them
+    runs all of them while this is set, so that each is recorded."""
+    return _target
+
+
+@dataclass(frozen=True)
+class TensorArgument:
+    """What the gate needs to know of a tensor that was passed."""
+
+    itemsize: int
+    nbytes: int  # the largest that was passed
+    aligned: bool  # in every launch its rows, the runs of neighbouring elements, were whole 16-byte vectors
+
+    @staticmethod
+    def of(t: Tensor) -> TensorArgument:
+        channels_last = t.dim() == 4 and t.stride(1) == 1
+        row = t.shape[1] if channels_last else t.shape[-1] if t.dim() and t.stride(-1) == 1 else 1
+        aligned = row * t.element_size() % VECTOR == 0 and t.data_ptr() % VECTOR == 0
+        return TensorArgument(t.element_size(), t.numel() * t.element_size(), aligned)
+
+    def merged(self, other: TensorArgument) -> TensorArgument:
+        return TensorArgument(self.itemsize, max(self.nbytes, other.nbytes), self.aligned and other.aligned)
+
+
+@dataclass
+class Launch:
+    """One specialisation of a kernel: what a compilation depends on, and the tensors it was launched with."""
+
+    module: str
+    kernel: str
+    signature: dict[str, str]  # type of each argument, "constexpr" for those that are compiled in
+    constants: dict[tuple[int, ...], object]
+    attributes: dict[tuple[int, ...], list]
+    options: dict[str, object]
+    tensors: dict[str, TensorArgument]
+    cases: list[str] = field(default_factory=list)
+
+    @property
+    def features(self) -> list[str]:
+        """Each argument as it is specialised, and each option."""
+        described = []
+        for i, (name, kind) in enumerate(self.signature.items()):
+            if kind == "constexpr":
+                described.append(f"{name}={self.constants[i,]}")
+            else:
+                known = "".join(f"/{value}" for _, value in self.attributes.get((i,), ()))  # divisible by, bits of size
+                described.append(f"{name}:{kind}{known}")
+        return described + [f"{name}={value}" for name, value in sorted(self.options.items())]
+
+    @property
+    def specialisation(self) -> str:
+        return " ".join(self.features)
+
+    @property
+    def tile(self) -> str:
+        """The configuration: the tile's sizes and the launch options."""
+        sizes = [f"{n}={self.constants[i,]}" for i, n in enumerate(self.signature) if n.startswith("BLOCK")]
+        return " ".join(sizes + [f"{n}={v}" for n, v in sorted(self.options.items()) if n.startswith("num_")])
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the largest tensor."""
+        return max(self.tensors.values(), key=lambda t: t.nbytes).itemsize
+
+    def function(self) -> JITFunction:
+        return _unwrapped(getattr(importlib.import_module(self.module), self.kernel))
+
+
+class _Driver:
+    """Stands for the driver of a device that is not here; each target has a name, and so launch caches, of its own."""
+
+    def __init__(self, target: GPUTarget, properties: dict[str, int]):
+        self._target, self._properties = target, properties
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return f"recording {self._target}"
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+    def get_device_properties(self, device: object) -> dict[str, int]:
+        return self._properties
+
+
+def unite(launches: Iterable[Launch]) -> list[Launch]:
+    """One launch per kernel and specialisation, with the tensors and cases of all that had it."""
+    united: dict[tuple[str, str, str], Launch] = {}
+    for launch in launches:
+        first = united.setdefault((launch.module, launch.kernel, launch.specialisation), launch)
+        if first is not launch:
+            first.tensors = {n: t.merged(launch.tensors[n]) for n, t in first.tensors.items()}
+            first.cases += [case for case in launch.cases if case not in first.cases]
+    return list(united.values())
+
+
+@contextmanager
+def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Iterator[list[Launch]]:
+    """Within, a launch of a Triton kernel is appended to the list that this gives, as for `target`, and not run.
+
+    `properties` are what code that asks Triton's driver for the device's properties is told.
+
+    Raises:
+        RuntimeError: the kernels are interpreted in this process, which leaves nothing to compile.
+    """
+    from triton import knobs
+    from triton.runtime import driver, jit
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("launches cannot be recorded while kernels are interpreted: unset TRITON_INTERPRET")
+    global _target
+    launches: list[Launch] = []
+    passed: dict[str, object] = {}
+    run = jit.JITFunction.run
+
+    def remember(function: JITFunction, *args, grid, warmup, **kwargs):
+        passed.clear()
+        passed.update(zip(function.arg_names, args))
+        passed.update(kwargs)
+        return run(function, *args, grid=grid, warmup=warmup, **kwargs)
+
+    def append(*, fn, compile, **_) -> bool:
+        function = fn.jit_function
+        own = set(function.arg_names)
+        launches.append(
+            Launch(
+                module=function.module,
+                kernel=function.fn.__qualname__,
+                signature=dict(compile["signature"]),
+                constants=dict(compile["constants"]),
+                attributes=dict(compile["configs"][0]),
+                options={n: v for n, v in passed.items() if n not in own},
+                tensors={n: TensorArgument.of(v) for n, v in passed.items() if n in own and isinstance(v, Tensor)},
+            )
+        )
+        return True  # Triton then neither compiles nor launches
+
+    before, hook = driver._active, knobs.runtime.jit_cache_hook
+    driver.set_active(_Driver(target, properties or {}))
+    knobs.runtime.jit_cache_hook, jit.JITFunction.run, _target = append, remember, target
+    try:
+        yield launches
+    finally:
+        knobs.runtime.jit_cache_hook, jit.JITFunction.run, _target = hook, run, None
+        driver._active = before
+
+
+# ---- what there is to launch -------------------------------------------------------------------------------------
+
+
+def _unwrapped(value: object) -> JITFunction | None:
+    """The `@triton.jit` function in a module's variable, under an autotuner or heuristics too."""
+    from triton.runtime.jit import JITFunction
+
+    while not isinstance(value, JITFunction) and hasattr(value, "run") and hasattr(value, "fn"):
+        value = value.fn
+    return value if isinstance(value, JITFunction) else None
+
+
+def jit_functions(package: ModuleType) -> dict[str, JITFunction]:
+    """All `@triton.jit` functions that are defined in the modules of a package, by "module.name"."""
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")]
+    found = filter(None, (_unwrapped(value) for module in modules for value in list(vars(module).values())))
+    inside = f"{package.__name__}."
+    return {f"{f.module}.{f.fn.__qualname__}": f for f in found if f.module.startswith(inside)}
+
+
+def _called(function: JITFunction) -> Iterator[JITFunction]:
+    """The `@triton.jit` functions whose names stand in the source of one."""
+    scope = function.fn.__globals__
+    for node in ast.walk(function.parse()):
+        value = None
+        if isinstance(node, ast.Name):
+            value = scope.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            value = getattr(scope.get(node.value.id), node.attr, None)
+        callee = _unwrapped(value)
+        if callee is not None:
+            yield callee
+
+
+def not_reached(package: ModuleType, launches: Iterable[Launch]) -> list[str]:
+    """The `@triton.jit` functions of a package that no recorded launch runs, neither directly nor through another."""
+    left = jit_functions(package)
+    reached = [launch.function() for launch in launches]
+    while reached:
+        function = reached.pop()
+        if left.pop(f"{function.module}.{function.fn.__qualname__}", None) is not None:
+            reached += _called(function)
+    return sorted(left)

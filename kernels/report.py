@@ -1,0 +1,308 @@
+"""What every kernel asks of a GPU, without a GPU: registers, spills, shared memory, access widths, tensor cores.
+
+    python -m kernels.report                      a share of all specialisations that has every kernel, argument
+                                                  specialisation and tile in it
+    python -m kernels.report --all                all of them
+    python -m kernels.report --all --cases 'resnet18 float16'
+    python -m kernels.report --json new.json --compare old.json
+
+Real calls of the library are recorded on each device (see `launches`), compiled in parallel and judged by `limits`.
+Exit status 1: a limit is broken, or a kernel of the package was not reached. This is a command that nothing imports but
+tests: the one place in this package that looks up at `resnet`, whose calls it records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+import kernels
+from kernels import binaries, limits
+from kernels.binaries import Figures
+from kernels.launches import Launch, not_reached, record, unite
+from kernels.limits import DEVICES
+
+# ---- real calls --------------------------------------------------------------------------------------------------
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+CHANNELS = (1, 3, 6, 64, 100)
+
+
+@contextmanager
+def _products_skipped() -> Iterator[None]:
+    """PyTorch's convolutions and matrix products on the CPU give uninitialised memory: only launches matter here."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+        size = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(x.shape[2:], weight.shape[2:], stride, padding)]
+        return torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, memory_format=torch.channels_last)
+
+    def convolution_backward(dy, x, weight, bias_sizes, *settings):
+        like = lambda t: torch.empty_like(t, memory_format=torch.channels_last)  # noqa: E731
+        needs = settings[-1]
+        bias = dy.new_empty(weight.shape[0]) if needs[2] else None
+        return like(x) if needs[0] else None, like(weight) if needs[1] else None, bias
+
+    library.impl("convolution", convolution, "CPU")
+    library.impl("convolution_backward", convolution_backward, "CPU")
+    with warnings.catch_warnings():  # that a kernel is overridden: it is meant to be
+        warnings.simplefilter("ignore")
+        library.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU", allow_override=True)
+        library.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _step(module: torch.nn.Module, *shape: int, dtype: torch.dtype) -> None:
+    """Forward and backward in training and with frozen statistics, then inference."""
+    x = torch.empty(shape, dtype=dtype, requires_grad=True)
+    for training in (True, False):
+        module.train(training)(x).sum().backward()
+    with torch.no_grad():
+        module(x)
+
+
+def _resnet18(dtype: torch.dtype, autocast: bool) -> None:
+    from resnet import FusedResidual, resnet18
+
+    stored = torch.float32 if autocast else dtype
+    with torch.autocast("cpu", dtype) if autocast else nullcontext():
+        _step(resnet18(10, 1, block=FusedResidual).to(stored), 256, 1, 96, 96, dtype=stored)
+
+
+def _odd_shapes(dtype: torch.dtype) -> None:
+    from resnet import FusedResidual, FusedStem
+    from resnet.functional import batch_norm_add_relu
+
+    for C in CHANNELS:
+        for size in ((8, C, 24, 24), (2, C, 7, 5)):
+            _step(FusedResidual(C, C).to(dtype), *size, dtype=dtype)
+            _step(FusedResidual(C, 2 * C, True, 2).to(dtype), *size, dtype=dtype)
+            _step(FusedStem(C, C).to(dtype), *size, dtype=dtype)
+            for relu in (True, False):
+                x, shortcut = (torch.empty(size, dtype=dtype, requires_grad=True) for _ in range(2))
+                batch_norm_add_relu(x, None, None, training=True, relu=relu).sum().backward()
+                batch_norm_add_relu(x, None, None, shortcut=shortcut, training=True, relu=relu).sum().backward()
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{f"resnet18 {str(d)[6:]}": lambda d=d: _resnet18(d, False) for d in DTYPES},
+    **{f"resnet18 autocast {str(d)[6:]}": lambda d=d: _resnet18(d, True) for d in HALF},
+    **{f"odd shapes {str(d)[6:]}": lambda d=d: _odd_shapes(d) for d in DTYPES},
+}
+
+
+def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
+    """The specialisations that real calls would compile on a device of `limits.DEVICES`."""
+    import resnet
+
+    found: list[Launch] = []
+    torch.set_num_threads(1)
+    recording = record(DEVICES[device].target, DEVICES[device].properties)
+    with recording as launches, _products_skipped(), resnet.backend("triton"):
+        for case in cases:
+            launches.clear()
+            CASES[case]()
+            for launch in launches:
+                launch.cases.append(case)
+            found = unite(found + launches)
+    return found
+
+
+def share(launches: Sequence[Launch]) -> list[Launch]:
+    """Some of the launches, with each feature of a kernel in one of them at least, and each tile per element size."""
+    chosen, left = [], defaultdict(set)
+    features = [{*launch.features, f"{launch.tile} of {launch.itemsize} bytes"} for launch in launches]
+    for launch, own in zip(launches, features):
+        left[launch.module, launch.kernel] |= own
+    for kernel, wanted in left.items():
+        own = [(launch, f) for launch, f in zip(launches, features) if (launch.module, launch.kernel) == kernel]
+        while wanted:
+            launch, covered = max(own, key=lambda pair: len(pair[1] & wanted))
+            wanted -= covered
+            chosen.append(launch)
+    return chosen
+
+
+# ---- compiled, in parallel and once ------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    device: str
+    launch: Launch
+    figures: Figures
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        return list(limits.problems(DEVICES[self.device], self.launch, self.figures))
+
+    @property
+    def name(self) -> str:
+        return f"{self.launch.kernel} on {self.device}: {self.launch.specialisation}"
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "kernel": f"{self.launch.module}.{self.launch.kernel}",
+            "device": self.device,
+            "specialisation": self.launch.specialisation,
+            "cases": self.launch.cases,
+            "figures": asdict(self.figures),
+            "problems": self.problems,
+        }
+
+
+def _cache_folder() -> Path | None:
+    folder = os.environ.get("FUSED_RESIDUAL_CACHE")
+    if folder == "off":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder or Path(home) / "fused-residual") / "report"
+
+
+def _cache_key(launch: Launch, device: str) -> str:
+    import triton
+
+    sources = [Path(module.__file__).read_text() for module in (binaries, limits)]
+    parts = (triton.__version__, device, launch.module, launch.function().cache_key, launch.specialisation, *sources)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def compiled(jobs: Sequence[tuple[Launch, str]], processes: int = 2, batch: int = 16) -> list[Row]:
+    """A row for each (launch, device); figures that an earlier run wrote down are not worked out again."""
+    folder = _cache_folder()
+    paths = [folder and folder / f"{_cache_key(launch, device)}.json" for launch, device in jobs]
+    figures: list[Figures | None] = [
+        Figures(**json.loads(path.read_text())) if path and path.exists() else None for path in paths
+    ]
+    missing = [i for i, known in enumerate(figures) if known is None]
+    if missing:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            batches = [missing[i : i + batch] for i in range(0, len(missing), batch)]
+            running = {pool.submit(binaries.read, [jobs[i] for i in some]): some for some in batches}
+            for future in as_completed(running):
+                for i, result in zip(running[future], future.result(), strict=True):
+                    figures[i] = result
+                    if paths[i] and not result.error:
+                        paths[i].write_text(json.dumps(asdict(result)))
+    return [Row(device, launch, f) for (launch, device), f in zip(jobs, figures, strict=True)]
+
+
+def report(
+    devices: Sequence[str] = tuple(DEVICES),
+    cases: Sequence[str] = tuple(CASES),
+    everything: bool = False,
+    processes: int = 2,
+) -> tuple[list[Row], list[str]]:
+    """(rows, the `@triton.jit` functions of the package that no call reached)."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        launches = list(pool.map(recorded, devices, [cases] * len(devices)))
+    jobs = [(launch, d) for d, mine in zip(devices, launches) for launch in (mine if everything else share(mine))]
+    return compiled(jobs, processes), not_reached(kernels, [launch for mine in launches for launch in mine])
+
+
+# ---- shown -------------------------------------------------------------------------------------------------------
+
+
+def _cells(rows: Sequence[Row], devices: Sequence[str], value: Callable[[list[Row]], object]) -> str:
+    """A figure on each device, once where it is the same on all."""
+    values = [str(value([row for row in rows if row.device == device])) for device in devices]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _narrowest(rows: Sequence[Row]) -> object:
+    widths = [
+        min(found[name])
+        for row in rows
+        for name in limits.bulk_tensors(row.launch)
+        for found in (row.figures.loads, row.figures.stores)
+        if name in found
+    ]
+    return min(widths, default="-")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line per kernel, the worst of its specialisations on each device."""
+    devices = list(dict.fromkeys(row.device for row in rows))
+    columns: dict[str, Callable[[list[Row]], object]] = {
+        "compiled": len,
+        "registers": lambda some: max(row.figures.registers for row in some),
+        "spills": lambda some: max(row.figures.spills for row in some),
+        "shared, bytes": lambda some: max(row.figures.shared for row in some),
+        "occupancy, %": lambda some: round(100 * min(row.figures.occupancy for row in some)),
+        "narrowest bulk access, bytes": _narrowest,
+        "tensor cores": lambda some: ", ".join(sorted({op for row in some for op in row.figures.tensor})) or "-",
+        "barriers": lambda some: max(row.figures.barriers for row in some),
+        "instructions": lambda some: max(row.figures.instructions for row in some),
+    }
+    by_kernel = defaultdict(list)
+    for row in rows:
+        by_kernel[row.launch.kernel].append(row)
+    lines = [f"Each figure: {' / '.join(devices)}, the worst of the compiled specialisations.", ""]
+    lines += [f"| kernel | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for kernel, some in by_kernel.items():
+        lines.append(f"| {kernel} | {' | '.join(_cells(some, devices, value) for value in columns.values())} |")
+    return "\n".join(lines)
+
+
+def compare(old: Sequence[dict], new: Sequence[dict]) -> Iterator[str]:
+    """What changed between two reports, a line per specialisation that is in both; how many are in one only."""
+    key = lambda row: (row["kernel"], row["device"], row["specialisation"])  # noqa: E731
+    before, after = {key(row): row["figures"] for row in old}, {key(row): row["figures"] for row in new}
+    for shared in before.keys() & after.keys():
+        a, b = before[shared], after[shared]
+        changed = [f"{name} {a[name]} -> {b[name]}" for name in b if a.get(name) != b[name]]
+        if changed:
+            yield f"{shared[0]} on {shared[1]}, {shared[2]}: {'; '.join(changed)}"
+    yield f"{len(after.keys() - before.keys())} specialisations are new, {len(before.keys() - after.keys())} are gone"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every specialisation, not a share that has each feature")
+    parser.add_argument("--cases", default="*", help=f"pattern of the calls to record: {', '.join(CASES)}")
+    parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
+    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="file that --json wrote before: print what changed")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    cases = [case for case in CASES if fnmatch(case, options.cases)]
+    if not cases:
+        parser.error(f"--cases: {options.cases!r} fits none of {', '.join(CASES)}")
+    old = json.loads(options.compare.read_text()) if options.compare else None
+
+    rows, unreached = report(options.devices, cases, options.all, options.processes)
+    print(table(rows))
+    new = [row.as_json() for row in rows]
+    if options.json:
+        options.json.write_text(json.dumps(new, indent=1, default=str))
+    if old is not None:
+        print("", *compare(old, new), sep="\n")
+    failed = [f"{row.name}: {kind}: {text}" for row in rows for kind, text in row.problems]
+    if len(cases) == len(CASES):
+        failed += [f"{name}: no recorded call reaches it" for name in unreached]
+    print("", *failed, f"{len(rows)} compiled, {len(failed)} problems", sep="\n")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The grad-input convolution as compiled code: parity, and what it asks of memory, registers and issue slots."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton.language as tl
+
+from kernels import conv_grad_input, tuning
+from kernels.batch_norm import FLAGS
+from kernels.geometry import ConvShape
+from kernels.tuning import Config
+from tests import grad_input_cases as cases
+from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.emulated.test_batch_norm import Displaced
+from tests.grad_input_cases import EPILOGUES, Case, grad_input
+
+per_epilogue = pytest.mark.parametrize("epilogue", EPILOGUES)
+
+# Few pixels of ResNet's first stage: 576 are four row tiles and a half.
+STAGE = ConvShape(N=1, H=24, W=24, C=64, K=64, R=3, S=3, stride=1, padding=1)
+PASSES = {  # activations read and written
+    "none": (1, 1),
+    "mask": (2, 1),
+    "residual": (3, 1),
+    "shortcut": (3, 1),
+    "shortcut, gradient masked before": (2, 1),
+}
+TRAFFIC_OVER_FLOOR = 1.03  # partials are 1% of three passes
+SECTOR_EFFICIENCY = 0.95
+# Shared memory's wavefronts over the ideal. The sums of a mask cross the warps by stores of single words, and on sm_90
+# the reads of the tensor cores, of which there are most, are not counted.
+WAVEFRONTS = {epilogue: {80: 1.1, 90: 1.1} for epilogue in PASSES} | {"mask": {80: 1.2, 90: 1.4}}
+# Warp instructions per tensor-core instruction (m16n8k16), at the fewest channels and so the shortest reduction, for
+# which the epilogue weighs most. Tensor cores leave room for 8 on sm_80 and for 4 on sm_90.
+INSTRUCTIONS = {
+    "none": {80: 4.6, 90: 3.8},
+    "mask": {80: 6.6, 90: 5.8},
+    "residual": {80: 5.4, 90: 4.6},
+    "shortcut": {80: 5.8, 90: 4.8},
+    "shortcut, gradient masked before": {80: 4.6, 90: 4.0},
+}
+
+
+def launch(emulate, case: Case):
+    with emulate() as launches:
+        case.fused()
+    return next(r for r in launches if r.name == "grad_input_kernel")
+
+
+@per_epilogue
+def test_a_launch_is_at_the_floor_of_traffic_and_within_the_budget_of_instructions(emulate, monkeypatch, epilogue):
+    tile = Config(128, 64, 32, 4, 4) if epilogue == "shortcut" else Config(128, 64, 64, 4, 3)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: (tile,))
+    report = launch(emulate, Case.of(STAGE, epilogue, torch.float16))
+    activation = 2 * STAGE.N * STAGE.H * STAGE.W * STAGE.C
+    weights = 2 * STAGE.C * STAGE.K * (9 + epilogue.startswith("shortcut"))
+    reads, writes = PASSES[epilogue]
+    for sectors, passes in (
+        (report.unique_read_sectors, reads),
+        (report.unique_read_sectors + report.unique_write_sectors, reads + writes),
+    ):
+        floor = passes * activation + weights
+        assert floor <= 32 * sectors <= TRAFFIC_OVER_FLOOR * floor
+    assert min(report.gld_efficiency, report.gst_efficiency) >= SECTOR_EFFICIENCY
+    arch = int(report.ptx.split(".target sm_")[1][:2])
+    wavefronts, ideal = report.sld_wavefronts + report.sst_wavefronts, report.sld_ideal + report.sst_ideal
+    assert wavefronts <= WAVEFRONTS[epilogue][arch] * ideal
+    assert report.warp_instr <= INSTRUCTIONS[epilogue][arch] * report.mma
+    assert report.instr["cp.async"] > 0
+    used = report.ptxas()
+    assert used["registers"] > 0 and used["spill_stores"] + used["spill_loads"] == 0, used
+
+
+def test_pixels_and_weights_are_moved_16_bytes_at_a_time(emulate):
+    report = launch(emulate, Case.of(STAGE, "residual", torch.float16))
+    for accesses in (("cp.async",), ("ld", "global"), ("st", "global")):
+        lines = [line for line in report.ptx.splitlines() if all(word in line for word in accesses) and "[" in line]
+        assert lines and all("0x10" in line or "v4.b32" in line for line in lines), accesses
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+PARITY = {
+    "strided, two classes of rows": (ConvShape(2, 5, 4, 20, 17, 3, 3, 2, 1), "mask", torch.float16),
+    "few channels, strided shortcut": (ConvShape(2, 5, 7, 3, 6, 3, 3, 2, 1), "shortcut", torch.bfloat16),
+    "without taps": (ConvShape(1, 5, 4, 24, 40, 1, 1, 2, 0), "residual", torch.float32),
+    "7x7": (ConvShape(2, 7, 5, 24, 17, 7, 7, 3, 2), "none", torch.float16),
+    "ragged everywhere": (ConvShape(2, 5, 4, 20, 40, 3, 3, 1, 1), "shortcut, gradient masked before", torch.float16),
+    "one pixel": (ConvShape(1, 1, 1, 3, 6, 3, 3, 1, 1), "mask", torch.float32),
+}
+
+
+@pytest.mark.parametrize("shape, epilogue, dtype", PARITY.values(), ids=PARITY)
+def test_results_are_as_exact_as_eager_and_the_same_bits_twice(emulate, monkeypatch, shape, epilogue, dtype):
+    monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
+    with emulate():
+        cases.assert_parity(shape, epilogue, dtype)
+        case = Case.of(shape, epilogue, dtype)
+        for a, b in zip(case.fused(), case.fused(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_tf32_is_used_where_it_is_allowed(emulate, monkeypatch):
+    monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
+    case = Case.of(ConvShape(1, 5, 4, 20, 40, 3, 3, 1, 1), "none", torch.float32)
+    with emulate() as launches:
+        (dx,) = case.fused(tf32=True)
+    assert ".tf32" in launches[0].ptx
+    size = grad_input(case.shape, case.weight.double().abs(), case.dy.double().abs(), case.shape.padding)
+    error = (dx.double() - case.plain(torch.float64)[0]).abs()
+    assert (error <= 2 * 2**-10 * size).all()  # either operand keeps 10 bits behind the first
+    assert (error > 2**-20 * size).any()
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_nan_passes_the_recomputed_relu_and_beyond_the_last_row_nothing_is_summed(emulate, monkeypatch, dtype):
+    monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
+    case = Case.of(ConvShape(2, 5, 4, 20, 17, 1, 1, 1, 0), "mask", dtype)
+    y1, stats = case.epilogue
+    stats.fill_(1)
+    y1[0, :3, 1, 2] = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)
+    case.dy.fill_(1)
+    case.weight.fill_(1)
+    case.weight[:, 5:] = float("inf")  # 0 * inf is NaN
+    with emulate():
+        g, sum_g, _ = case.fused()
+    assert g[0, :3, 1, 2].tolist() == [17, 17, 0]
+    assert sum_g[:5].tolist() == (17 * (~(y1 + 1 <= 0)).sum((0, 2, 3))[:5]).tolist()
+    assert (sum_g[5:] == float("inf")).all()
+
+
+# ---- beyond 2^31 elements --------------------------------------------------------------------------------------------
+
+
+def test_images_are_reached_beyond_2_to_the_31_elements(emulate):
+    """Of 2^20 images of 2^12 elements the last one alone is there."""
+    shape = ConvShape(N=1, H=8, W=8, C=64, K=64, R=3, S=3, stride=1, padding=1)
+    case = Case.of(shape, "residual", torch.float16)
+    N, dx = 2**20, torch.empty_like(case.epilogue.dout)
+
+    def displaced(tensor: torch.Tensor) -> Displaced:
+        return Displaced(tensor, (N - 1) * tensor.numel())
+
+    with emulate(bounds="storage", select=lambda kernel, grid: [grid[0] - 1]):
+        conv_grad_input.grad_input_kernel[(N,)](
+            *(displaced(case.dy), case.weight, displaced(dx), None, None, None),
+            *(displaced(case.epilogue.dout), displaced(case.epilogue.out), None),
+            *(N, 8, 8, 8, 8, N),
+            ACC=tl.float32,
+            PRECISION="ieee",
+            **shape.constants(),
+            **Config(64, 64, 32, 4, 2).options(),
+            **FLAGS,
+        )
+    exact = case.plain(torch.float64)[0]
+    torch.testing.assert_close(dx.double(), exact, rtol=2**-10, atol=2**-10)
