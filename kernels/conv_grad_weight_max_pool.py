@@ -186,6 +186,7 @@ def conv_grad_weight_max_pool(
         x,
         launch,
         precision="tf32" if tf32 else "ieee",
+        flat=True,
         centred=sums is not None,
     )
     return launch(config)

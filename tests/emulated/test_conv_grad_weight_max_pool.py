@@ -1,0 +1,52 @@
+"""`kernels/conv_grad_weight_max_pool.py` as compiled code: parity, and what it asks of the machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import batch_norm_max_pool as pool
+from kernels.geometry import ConvShape
+from tests.blocks import name_of, one_thread  # noqa: F401
+from tests.parity import assert_as_exact_as_eager
+from tests.test_conv_grad_weight_max_pool import SHAPES, Case
+
+KERNEL = "conv_grad_weight_max_pool_kernel"
+TRAFFIC_OVER_FLOOR = 1.03
+
+
+def launch(emulate, shape: ConvShape, dtype: torch.dtype, training: bool):
+    """(case, dy as it would have been stored, dW, report of the GEMM)."""
+    with emulate() as launches:
+        case = Case.of(shape, dtype, training)
+        dy = pool.backward_apply(case.dout, case.y, case.out, case.tap, case.stats, case.sums)
+        dw = case.dw()
+    (report,) = (r for r in launches if r.name == KERNEL)
+    return case, dy, dw, report
+
+
+@pytest.mark.parametrize(
+    "name, dtype, training",
+    [
+        ("stem", torch.float16, True),
+        ("stem", torch.bfloat16, False),
+        ("3x3", torch.float16, False),
+        ("3x3", torch.float32, True),
+    ],
+    ids=name_of,
+)
+def test_parity(emulate, name, dtype, training):
+    case, dy, dw, _ = launch(emulate, SHAPES[name], dtype, training)
+    assert_as_exact_as_eager("dw", [dw], [case.reference(dy, dtype)], [case.reference(dy, torch.float64)])
+
+
+@pytest.mark.parametrize("C", (1, 3))
+def test_y_is_read_once_on_tensor_cores_without_a_spill(emulate, C):
+    """Beside it a quarter each of dout and out, an eighth of tap, and x; whatever the kernel's columns."""
+    case, _, _, report = launch(emulate, ConvShape(2, 32, 32, C, 64, 7, 7, 2, 3), torch.float16, training=True)
+    tensors = (case.y, case.dout, case.out, case.tap, case.x, case.stats, case.sums)
+    floor = sum(t.numel() * t.element_size() for t in tensors)
+    assert 32 * report.unique_read_sectors <= TRAFFIC_OVER_FLOOR * floor
+    assert report.mma > 0 and report.grid[1:] == (1, 1)
+    ptxas = report.ptxas()
+    assert ptxas["spill_stores"] == ptxas["spill_loads"] == 0, ptxas
