@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, Moments, accumulator, load_affine, load_running
-from kernels.geometry import check_like, check_nhwc, check_span, check_vector, conv_shape
+from kernels.geometry import check_like, check_nhwc, check_span, check_vector, conv_shape, product_precision
 from kernels.implicit_gemm import dot, split_pixels, valid_taps
 from kernels.pointwise import relu
 from kernels.prologue import batch_norm_relu
@@ -90,7 +90,7 @@ def conv_forward_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     if FLAT:
-        acc = reduce_flat(acc, x, weight, stats, pixel0, h0, w0, live, k, H, W, C, K, R, S, PRECISION, BLOCK_M, BLOCK_K)
+        acc = reduce_flat(acc, x, weight, pixel0, h0, w0, live, k, H, W, C, K, R, S, PRECISION, BLOCK_K)
     else:
         taps = valid_taps(h0, w0, live, H, W, R, S)
         acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_N, BLOCK_K)
@@ -184,7 +184,6 @@ def reduce_flat(
     acc,
     x,
     weight,
-    stats,
     pixel0,
     h0,
     w0,
@@ -197,7 +196,6 @@ def reduce_flat(
     R: tl.constexpr,
     S: tl.constexpr,
     PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """acc + sum over j = (r, s, c) as one axis: with few channels a step of one tap would be mostly padding."""
@@ -210,8 +208,6 @@ def reduce_flat(
         w = w0[:, None] + s[None, :]
         inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & live[:, None] & (j < R * S * C)[None, :]
         a = tl.load(x + (pixel0[:, None] * C + ((r * W + s) * C + c)[None, :]), mask=inside, other=0.0)
-        if stats is not None:
-            a = batch_norm_relu(a, tl.load(stats + 2 * C + c), tl.load(stats + 3 * C + c), inside)
         mask = (j < R * S * C)[:, None] & (k < K)[None, :]
         b = tl.load(weight + (k[None, :] * (R * S * C) + j[:, None]), mask=mask, other=0.0)
         acc = dot(a, b, acc, PRECISION)
@@ -317,13 +313,13 @@ def conv_forward(
             )
     elif shortcut_moments:
         raise ValueError("shortcut_moments: expected a shortcut to take them of, got none")
-    flat = shape.C < 16 and stats is None and shortcut is None
+    flat = shape.few_channels and stats is None and shortcut is None
     if not flat and shape.R * shape.S > 63:
         raise ValueError(
             f"weight: expected a window of at most 63 pixels (a row's bit mask has one for each), "
             f"got {shape.R}x{shape.S}"
         )
-    precision = "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
+    precision = product_precision(x, tf32)
 
     def launch(config: tuning.Config) -> ConvOutput:
         y = torch.empty(out_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
-from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector
+from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector, product_precision
 from kernels.implicit_gemm import column_sums, dot, split_pixels
 from kernels.pointwise import recomputed_relu_passes, relu_passes
 from kernels.tuning import Config
@@ -253,7 +253,7 @@ def conv_grad_input(
     """
     _check(dy, weight, shape, epilogue, dweight, dbias)
     dtype, ACC = accumulator(dy)
-    precision = "tf32" if tf32 and dy.dtype == torch.float32 else "ieee"
+    precision = product_precision(dy, tf32)
     dx = torch.empty(
         (shape.N, shape.C, shape.H, shape.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
     )

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
-from kernels.geometry import ConvShape, check_like, check_nhwc
+from kernels.geometry import ConvShape, check_like, check_nhwc, product_precision
 from kernels.implicit_gemm import dot
 from kernels.pointwise import relu_passes
 from kernels.prologue import affine_relu, keep
@@ -231,7 +231,7 @@ def load_input(pointers, inside, live, scale, shift):
 
 
 @triton.jit
-def merge_kernel(
+def merge_splits_kernel(
     partial,  # (T, SIZE)
     dw,  # (SIZE,)
     T,
@@ -255,8 +255,6 @@ def merge_kernel(
 _PROGRAMS = 256  # wanted in all: two per SM of a large GPU
 _MIN_STEPS = 4  # of a split
 _MAX_SPAN = 2**31  # elements that 32-bit offsets reach
-_FLAT_BELOW = 16  # channels: the smallest tile of a tensor core
-_MAX_ACCUMULATORS = 100  # registers of a thread
 
 
 @dataclass(frozen=True)
@@ -270,13 +268,9 @@ class Launch:
     constants: dict[str, object]
 
 
-def few_channels(shape: ConvShape) -> bool:
-    return shape.C < _FLAT_BELOW
-
-
 def fit(config: Config, shape: ConvShape, itemsize: int, activated: bool) -> Config:
     """config, its tile no larger than dW and never smaller than a tensor core's; `activated`: with `stats`."""
-    columns = shape.R * shape.S * shape.C if few_channels(shape) else shape.C
+    columns = shape.R * shape.S * shape.C if shape.few_channels else shape.C
     still, moving = (columns, shape.K) if dy_moves(shape, activated) else (shape.K, columns)
     if itemsize > 2:  # wider elements, and more registers for them
         config = Config(min(64, config.BLOCK_M), min(64, config.BLOCK_N), 16, 4, 2)
@@ -287,16 +281,16 @@ def fit(config: Config, shape: ConvShape, itemsize: int, activated: bool) -> Con
 
 
 def dy_moves(shape: ConvShape, activated: bool) -> bool:
-    return activated and shape.stride == 1 and not few_channels(shape)
+    return activated and shape.stride == 1 and not shape.few_channels
 
 
 @cache
 def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> Launch:
     """Splits, tiles and specialisation of a launch."""
-    flat = few_channels(shape)
+    flat = shape.few_channels
     moves = dy_moves(shape, activated)
     accumulators = config.BLOCK_M * config.BLOCK_N // (32 * config.num_warps) * max(1, itemsize // 4)
-    taps = shape.S if not flat and accumulators * shape.S <= _MAX_ACCUMULATORS else 1
+    taps = shape.S if not flat and accumulators * shape.S <= tuning.MAX_ACCUMULATORS else 1
     block_k, block_c = (config.BLOCK_N, config.BLOCK_M) if moves else (config.BLOCK_M, config.BLOCK_N)
     tiles = triton.cdiv(shape.K, block_k)
     if flat:
@@ -369,8 +363,8 @@ def conv_grad_weight(
         shape,
         x,
         run,
-        precision="tf32" if tf32 else "ieee",
-        flat=few_channels(shape),
+        precision=product_precision(x, tf32),
+        flat=shape.few_channels,
         prologue=stats is not None,
         out=out is not None,
     )
@@ -401,7 +395,7 @@ def _launch(
             launch.steps,
             **launch.constants,
             ACC=ACC,
-            PRECISION="tf32" if tf32 else "ieee",
+            PRECISION=product_precision(x, tf32),
             **config.options(),
             **FLAGS,
         )
@@ -414,7 +408,7 @@ def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
     BLOCK_T = min(16, triton.next_power_of_2(splits))
     BLOCK = 1024 // BLOCK_T
     with torch.cuda.device_of(dw):
-        merge_kernel[(triton.cdiv(size, BLOCK),)](
+        merge_splits_kernel[(triton.cdiv(size, BLOCK),)](
             partial,
             dw,
             splits,

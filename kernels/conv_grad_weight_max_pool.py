@@ -24,7 +24,7 @@ from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, center_grad, nhwc_shape
 from kernels.batch_norm_max_pool import gather_grad
 from kernels.conv_grad_weight import empty_weight, merge_splits
-from kernels.geometry import ConvShape, check_like, check_nhwc, check_span
+from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, product_precision
 from kernels.implicit_gemm import dot
 
 # ---- the kernel ------------------------------------------------------------------------------------------------
@@ -138,6 +138,7 @@ def conv_grad_weight_max_pool(
     if tap.dtype != torch.uint8 or tap.device != x.device:
         raise TypeError(f"tap: expected torch.uint8 on {x.device}, got {tap.dtype} on {tap.device}")
     dtype, ACC = accumulator(x)
+    precision = product_precision(x, tf32)
     check_like("stats", stats, (4, shape.K), dtype, x.device)
     if sums is not None:
         check_like("sums", sums, (2, shape.K), dtype, x.device)
@@ -173,7 +174,7 @@ def conv_grad_weight_max_pool(
                 tiles,
                 steps,
                 ACC=ACC,
-                PRECISION="tf32" if tf32 and x.dtype == torch.float32 else "ieee",
+                PRECISION=precision,
                 **shape.constants(),
                 **config.options(),
                 **FLAGS,
@@ -185,7 +186,7 @@ def conv_grad_weight_max_pool(
         shape,
         x,
         launch,
-        precision="tf32" if tf32 else "ieee",
+        precision=precision,
         flat=True,
         centred=sums is not None,
     )

@@ -37,6 +37,11 @@ class ConvShape:
         """Output pixels: rows of the forward's implicit GEMM."""
         return self.N * self.P * self.Q
 
+    @property
+    def few_channels(self) -> bool:
+        """Fewer than the smallest tile of a tensor core: the reduction or the columns are (r, s, c) as one axis."""
+        return self.C < 16
+
     def constants(self) -> dict[str, int]:
         """What every convolution kernel is specialised for."""
         return {"C": self.C, "K": self.K, "R": self.R, "S": self.S, "STRIDE": self.stride, "PADDING": self.padding}
@@ -58,6 +63,11 @@ def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> ConvShap
     if shape.P < 1 or shape.Q < 1:
         raise ValueError(f"x: {H}x{W} pixels are fewer than a {R}x{S} kernel with padding {padding} needs")
     return shape
+
+
+def product_precision(x: Tensor, tf32: bool) -> str:
+    """`tl.dot`'s input_precision for operands of x's type: "tf32" concerns float32 alone."""
+    return "tf32" if tf32 and x.dtype == torch.float32 else "ieee"
 
 
 def check_nhwc(name: str, t: Tensor, like: Tensor | None = None, shape: tuple[int, ...] | None = None) -> None:

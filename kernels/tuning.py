@@ -134,7 +134,7 @@ TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
     "grad_weight_max_pool": {**dict.fromkeys(("half", "tf32", "single"), _POOLED), "double": _POOLED_DOUBLE},
 }
 MOST_ROWS = max(config.BLOCK_M for kinds in TABLE.values() for table in kinds.values() for config in table)
-_MAX_ACCUMULATORS = 100  # registers of a thread for which grad-weight takes a whole row of taps at once
+MAX_ACCUMULATORS = 100  # registers of a thread for which grad-weight takes a whole row of taps at once
 
 
 # ---- the launch --------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ _START = 3 * _LATENCY  # clocks of a program before its first product and after 
 def _taps_at_once(config: Config, gemm: Gemm) -> int:
     """Of grad-weight: accumulators of a program that share the operand which stands still."""
     accumulators = config.BLOCK_M * config.BLOCK_N * max(_SIZES[gemm.kind], 4) / 4 / (32 * config.num_warps)
-    return gemm.S if not gemm.switch("flat") and accumulators * gemm.S <= _MAX_ACCUMULATORS else 1
+    return gemm.S if not gemm.switch("flat") and accumulators * gemm.S <= MAX_ACCUMULATORS else 1
 
 
 def _registers(config: Config, gemm: Gemm) -> float:

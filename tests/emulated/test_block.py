@@ -46,7 +46,7 @@ BACKWARD = (
     ("grad_input_kernel", 4),
     ("conv_grad_weight_kernel", 2),
 )
-MERGES = ("finalize_kernel", "backward_finalize_kernel", "merge_kernel")  # of per-channel or weight size
+MERGES = ("finalize_kernel", "backward_finalize_kernel", "merge_splits_kernel")  # of per-channel or weight size
 TRAFFIC_OVER_FLOOR = 1.03
 LAUNCH_OVER_FLOOR = 1.06  # of one launch: where it leaves moments of its row tiles, these are a twentieth
 
