@@ -203,17 +203,11 @@ def test_a_large_mean_does_not_cost_the_variance(any_backend, dtype, mean):
     torch.testing.assert_close(fused(case, given)["running_var"].double(), var, rtol=bound, atol=0)
 
 
-@pytest.mark.parametrize("mean", [1e3, 1e4])
+@pytest.mark.parametrize("mean", [1, 100, 1e4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
-def test_a_large_mean_costs_output_and_gradients_no_more_than_eager(any_backend, dtype, mean):
+def test_a_large_mean_costs_no_more_than_eager(any_backend, dtype, mean):
     # Without the ReLU: at such a mean a rounding of the input moves the output across zero.
-    case = Case((4, 6, 16, 10), dtype=dtype, vectors=torch.float32, mean=mean, relu=False)
-    draws = [tensors(case, seed) for seed in range(3)]
-    results = [tuple(function(case, given) for function in (eager, fused, exact)) for given in draws]
-    for result in results:
-        for side in result:
-            side.pop("running_var")  # PyTorch on the CPU takes it in float64 for float32; its bound is above
-    assert_parity(results)
+    assert_case(Case((4, 6, 16, 10), dtype=dtype, vectors=torch.float32, mean=mean, relu=False), seeds=3)
 
 
 def test_a_constant_channel_has_no_variance(any_backend):

@@ -364,7 +364,7 @@ def test_backward_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
 @pytest.mark.parametrize("kernel", ["statistics", "backward_reduce"])
 def test_a_reduction_reaches_beyond_2_to_the_31_elements(emulate, far, kernel):
     dout, x, out, stats = far.values()
-    partial = torch.empty(2, 3, C)
+    partial = torch.empty(3 if kernel == "statistics" else 2, 3, C)
     with last_program(emulate):
         if kernel == "statistics":
             kernels.statistics_kernel[(3, 1)](displaced(x), partial, ROWS_BEFORE + ROWS, 3, TILES, **TILE)
@@ -381,5 +381,5 @@ def test_a_reduction_reaches_beyond_2_to_the_31_elements(emulate, far, kernel):
     else:
         expected = g.sum(0), (g * (values - stats[0]) * stats[1]).sum(0)
     # as far as float32 goes in twenty summands of size 1 to 10
-    torch.testing.assert_close(partial[:, 2].double(), torch.stack(expected), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(partial[:2, 2].double(), torch.stack(expected), rtol=1e-5, atol=1e-4)
     assert partial[:, :2].isnan().all()
