@@ -415,11 +415,11 @@ def backward_finalize_kernel(
 def center_grad(g, x_value, stats, sums, cols, M, C: tl.constexpr, ACC: tl.constexpr):
     """g - sum_g / M - xhat * sum_gx / M: the gradient behind the batch's statistics."""
     live = cols < C
-    count = (M + tl.zeros([1], tl.int64)).to(ACC)
+    share = 1.0 / (M + tl.zeros([1], tl.int64)).to(ACC)  # one division, not one for each channel
     mean = tl.load(stats + cols, mask=live)
     invstd = tl.load(stats + C + cols, mask=live)
-    mean_g = tl.load(sums + cols, mask=live) / count
-    slope = tl.load(sums + C + cols, mask=live) / count * invstd
+    mean_g = tl.load(sums + cols, mask=live) * share
+    slope = tl.load(sums + C + cols, mask=live) * share * invstd
     return tl.fma(-slope[None, :], x_value - mean[None, :], g - mean_g[None, :])
 
 
@@ -503,10 +503,12 @@ class Tiling:
 
 @cache
 def tiling(M: int, C: int, elements: int = _ELEMENTS) -> Tiling:
-    """Tiles for M rows and C columns, of `elements` for 4 warps.
+    """Tiles for M rows and C columns, of `elements` for 4 warps: half as many where rows are no whole vectors, since
+    each element then has an address to itself.
 
     A function of the shape alone, so that results do not depend on the device.
     """
+    elements //= 1 if C % 8 == 0 else 2
     # A row of a tile should fill 32-byte sectors. Where C does so in every type, the widest column tile among those
     # that waste the fewest columns; elsewhere the whole row, whose end shares a sector with the next row's beginning.
     wide = triton.next_power_of_2(C)
@@ -528,8 +530,11 @@ def tiling(M: int, C: int, elements: int = _ELEMENTS) -> Tiling:
     )
 
 
-def _merge_blocks(partials: int, C: int) -> dict[str, int]:
-    return {"BLOCK_T": min(256, triton.next_power_of_2(partials)), "BLOCK_C": min(8, triton.next_power_of_2(C))}
+def _merge_blocks(partials: int, C: int, itemsize: int) -> dict[str, int]:
+    """The tile of a merge and its warps, in which a thread holds no more than 32 bytes of each of its tiles."""
+    BLOCK_T = min(1024 // itemsize, triton.next_power_of_2(partials))
+    BLOCK_C = min(8, triton.next_power_of_2(C))
+    return {"BLOCK_T": BLOCK_T, "BLOCK_C": BLOCK_C, "num_warps": 8 if BLOCK_T * BLOCK_C * itemsize >= 8192 else 4}
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------
@@ -641,7 +646,7 @@ def finalize(
         partial, rows = _merge(partial, rows, M), rows * _GROUP
     planes, T, C = partial.shape
     stats = torch.empty((4, C), dtype=partial.dtype, device=partial.device)
-    merge = _merge_blocks(T, C)
+    merge = _merge_blocks(T, C, partial.element_size())
     with torch.cuda.device_of(partial):
         finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
             partial,
@@ -659,7 +664,6 @@ def finalize(
             PLANES=planes,
             C=C,
             ACC=accumulator(partial)[1],
-            num_warps=4,
             **merge,
             **FLAGS,
         )
@@ -671,7 +675,7 @@ def _merge(partial: Tensor, rows: int, M: int) -> Tensor:
     planes, T, C = partial.shape
     G = triton.cdiv(T, _GROUP)
     merged = torch.empty((3, G, C), dtype=partial.dtype, device=partial.device)
-    merge = _merge_blocks(_GROUP, C)
+    merge = _merge_blocks(_GROUP, C, partial.element_size())
     with torch.cuda.device_of(partial):
         merge_kernel[(triton.cdiv(C, merge["BLOCK_C"]), G)](
             partial,
@@ -684,7 +688,6 @@ def _merge(partial: Tensor, rows: int, M: int) -> Tensor:
             GROUP=_GROUP,
             C=C,
             ACC=accumulator(partial)[1],
-            num_warps=4,
             **merge,
             **FLAGS,
         )
@@ -803,7 +806,7 @@ def _sum_groups(partial: Tensor, group: int, dweight: Tensor | None, dbias: Tens
     _, T, C = partial.shape
     G = triton.cdiv(T, group)
     sums = torch.empty((2, G, C), dtype=partial.dtype, device=partial.device)
-    merge = _merge_blocks(group, C)
+    merge = _merge_blocks(group, C, partial.element_size())
     with torch.cuda.device_of(partial):
         backward_finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]), G)](
             partial,
@@ -815,7 +818,6 @@ def _sum_groups(partial: Tensor, group: int, dweight: Tensor | None, dbias: Tens
             group,
             C=C,
             ACC=accumulator(partial)[1],
-            num_warps=4,
             **merge,
             **FLAGS,
         )

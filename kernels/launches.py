@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import math
 import pkgutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -89,6 +90,12 @@ class Launch:
         """The configuration: the tile's sizes and the launch options."""
         sizes = [f"{n}={self.constants[i,]}" for i, n in enumerate(self.signature) if n.startswith("BLOCK")]
         return " ".join(sizes + [f"{n}={v}" for n, v in sorted(self.options.items()) if n.startswith("num_")])
+
+    @property
+    def smallest_tile(self) -> int:
+        """Elements of the smallest tile that two of the BLOCK sizes span, or one where there is no other."""
+        sizes = sorted(self.constants[i,] for i, n in enumerate(self.signature) if n.startswith("BLOCK"))
+        return math.prod(sizes[:2])
 
     @property
     def itemsize(self) -> int:

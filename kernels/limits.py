@@ -116,28 +116,39 @@ DEVICES = {
 }
 
 # Resident warps over the most possible. Kernels that only move memory hide its latency by warps; a GEMM hides it by the
-# stages of its pipeline, and one warp for each of an SM's four schedulers will do.
-OCCUPANCY = {"memory": 0.25, "tensor cores": 4 / 64}
+# stages of its pipeline, and one warp for each of an SM's four schedulers will do. Float64, whose values fill two
+# registers each, is there to check gradients with.
+OCCUPANCY = {"memory": 0.25, "tensor cores": 4 / 64, "float64": 4 / 64}
 
 # A tensor of so many bytes, and so large a part of the launch's largest, is one that bandwidth is spent on: not a
 # vector per channel, nor the partials that a reduction leaves.
 BULK = 64 * KIB
 BULK_PART = 1 / 32
 
-# Bulk accesses that may be narrower than 16 bytes: (kernel, argument, why). They still have to be as wide as the same
-# number of elements as make 16 bytes of the launch's widest bulk type.
+# Bulk accesses that may be narrower than 16 bytes: (kernel, argument, elements that they have at least, why).
+# VECTORS: as many as make 16 bytes of the launch's widest bulk type.
+VECTORS = 0
 NARROWER = (
-    ("pool_*", "tap", "a byte per element beside halves or floats: it takes part in the vectors of its neighbours"),
+    ("pool_*", "tap", VECTORS, "a byte an element beside halves or floats: it is in the vectors of its neighbours"),
+    ("*", "partial", 1, "a program leaves one value for each of its columns, which are no more than its threads"),
+    ("merge_splits_kernel", "dw", 1, "likewise"),
 )
 
 
-def bulk_tensors(launch: Launch) -> dict[str, int]:
-    """Bytes that an access has to have at least, by argument: for large tensors of rows of whole vectors."""
+def bulk_tensors(launch: Launch, device: Device) -> dict[str, int]:
+    """Bytes that an access has to have at least, by argument: for large tensors of rows of whole vectors.
+
+    No more than the launch's smallest tile has for each thread.
+    """
     least = max([BULK, *(BULK_PART * t.nbytes for t in launch.tensors.values())])
     bulk = {n: t for n, t in launch.tensors.items() if t.nbytes >= least and t.aligned}
     widest = max((t.itemsize for t in bulk.values()), default=1)
-    exempt = {n for kernel, n, _ in NARROWER if fnmatch(launch.kernel, kernel)}
-    return {n: VECTOR * t.itemsize // widest if n in exempt else VECTOR for n, t in bulk.items()}
+    elements = {n: count or VECTOR // widest for kernel, n, count, _ in NARROWER if fnmatch(launch.kernel, kernel)}
+    threads = launch.options.get("num_warps", 4) * device.warp
+    return {
+        n: min(elements.get(n, VECTOR) * t.itemsize, device.vector, launch.smallest_tile * t.itemsize // threads)
+        for n, t in bulk.items()
+    }
 
 
 def problems(device: Device, launch: Launch, figures: Figures) -> Iterator[tuple[str, str]]:
@@ -147,12 +158,12 @@ def problems(device: Device, launch: Launch, figures: Figures) -> Iterator[tuple
         return
     if figures.spills or figures.stack:
         yield "spill", f"{figures.spills} spills, {figures.stack} bytes of stack a thread"
+    bound = "tensor cores" if figures.products else "float64" if launch.itemsize == 8 else "memory"
     if figures.shared > device.shared_block:
         yield "shared", f"{figures.shared} bytes of shared memory, of which {device.name} has {device.shared_block}"
-    elif figures.occupancy < (least := OCCUPANCY["tensor cores" if figures.products else "memory"]):
+    elif figures.occupancy < (least := OCCUPANCY[bound]):
         yield "occupancy", f"{figures.occupancy:.1%} of the warps are resident, expected {least:.1%}"
-    for name, least in bulk_tensors(launch).items():
-        least = least * device.vector // VECTOR
+    for name, least in bulk_tensors(launch, device).items():
         for what, widths in (("loads", figures.loads.get(name)), ("stores", figures.stores.get(name))):
             if widths and min(widths) < least:
                 yield "width", f"{what} of {name} are {min(widths)} bytes wide, expected {least}"

@@ -18,20 +18,22 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
+from heapq import heapify, heappop, heapreplace
 from pathlib import Path
 
 import torch
 
 import kernels
-from kernels import binaries, limits
+from kernels import binaries, limits, tuning
 from kernels.binaries import Figures
 from kernels.launches import Launch, not_reached, record, unite
 from kernels.limits import DEVICES
@@ -70,9 +72,9 @@ def _products_skipped() -> Iterator[None]:
         library._destroy()
 
 
-def _step(module: torch.nn.Module, *shape: int, dtype: torch.dtype) -> None:
+def _step(module: torch.nn.Module, *shape: int, dtype: torch.dtype, needs_x: bool = True) -> None:
     """Forward and backward in training and with frozen statistics, then inference."""
-    x = torch.empty(shape, dtype=dtype, requires_grad=True)
+    x = torch.empty(shape, dtype=dtype, requires_grad=needs_x)
     for training in (True, False):
         module.train(training)(x).sum().backward()
     with torch.no_grad():
@@ -84,10 +86,11 @@ def _resnet18(dtype: torch.dtype, autocast: bool) -> None:
 
     stored = torch.float32 if autocast else dtype
     with torch.autocast("cpu", dtype) if autocast else nullcontext():
-        _step(resnet18(10, 1, block=FusedResidual).to(stored), 256, 1, 96, 96, dtype=stored)
+        _step(resnet18(10, 1, block=FusedResidual).to(stored), 256, 1, 96, 96, dtype=stored, needs_x=False)
 
 
 def _odd_shapes(dtype: torch.dtype) -> None:
+    import resnet
     from resnet import FusedResidual, FusedStem
     from resnet.functional import batch_norm_add_relu
 
@@ -95,11 +98,16 @@ def _odd_shapes(dtype: torch.dtype) -> None:
         for size in ((8, C, 24, 24), (2, C, 7, 5)):
             _step(FusedResidual(C, C).to(dtype), *size, dtype=dtype)
             _step(FusedResidual(C, 2 * C, True, 2).to(dtype), *size, dtype=dtype)
-            _step(FusedStem(C, C).to(dtype), *size, dtype=dtype)
+            for needs_x in (True, False):
+                _step(FusedStem(C, C).to(dtype), *size, dtype=dtype, needs_x=needs_x)
             for relu in (True, False):
                 x, shortcut = (torch.empty(size, dtype=dtype, requires_grad=True) for _ in range(2))
                 batch_norm_add_relu(x, None, None, training=True, relu=relu).sum().backward()
                 batch_norm_add_relu(x, None, None, shortcut=shortcut, training=True, relu=relu).sum().backward()
+    for variant in ("epilogue", "pytorch"):
+        with resnet.convolution(variant):
+            for block in (FusedResidual(64, 64), FusedResidual(64, 128, True, 2)):
+                _step(block.to(dtype), 8, 64, 24, 24, dtype=dtype)
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -109,6 +117,10 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
+# What `tuning` takes each of the devices for: it decides which tiles of its table are candidates there.
+MODELS = {"sm_80": tuning.SM_80, "sm_90": tuning.SM_90, "sm_100": tuning.SM_100, "gfx942": tuning.GFX942}
+
+
 def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
     """The specialisations that real calls would compile on a device of `limits.DEVICES`."""
     import resnet
@@ -116,7 +128,8 @@ def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
     found: list[Launch] = []
     torch.set_num_threads(1)
     recording = record(DEVICES[device].target, DEVICES[device].properties)
-    with recording as launches, _products_skipped(), resnet.backend("triton"):
+    every = tuning.every_candidate(MODELS[device])
+    with recording as launches, every, _products_skipped(), resnet.backend("triton"):
         for case in cases:
             launches.clear()
             CASES[case]()
@@ -126,18 +139,33 @@ def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
     return found
 
 
-def share(launches: Sequence[Launch]) -> list[Launch]:
-    """Some of the launches, with each feature of a kernel in one of them at least, and each tile per element size."""
-    chosen, left = [], defaultdict(set)
-    features = [{*launch.features, f"{launch.tile} of {launch.itemsize} bytes"} for launch in launches]
-    for launch, own in zip(launches, features):
-        left[launch.module, launch.kernel] |= own
-    for kernel, wanted in left.items():
-        own = [(launch, f) for launch, f in zip(launches, features) if (launch.module, launch.kernel) == kernel]
-        while wanted:
-            launch, covered = max(own, key=lambda pair: len(pair[1] & wanted))
-            wanted -= covered
-            chosen.append(launch)
+def share(launches: Mapping[str, Sequence[Launch]]) -> list[tuple[Launch, str]]:
+    """Some of each device's launches. Of each kernel every feature, and every tile per element size, is in one of them
+    on one of the devices at least, and every element size on each device; so is every tile of a GEMM, which is more
+    than its parts: the accumulators are its rows times its columns."""
+    by_kernel = defaultdict(list)
+    for device, mine in launches.items():
+        for launch in mine:
+            size = f"{launch.itemsize} bytes"
+            tile = f"{launch.tile} of {size}"
+            covers = {*launch.features, tile, f"{size} on {device}"}
+            if "BLOCK_K" in launch.signature:
+                covers.add(f"{tile} on {device}")
+            by_kernel[launch.module, launch.kernel].append((launch, device, covers))
+    chosen, draw = [], random.Random(0)
+    for some in by_kernel.values():
+        wanted = set().union(*(covers for *_, covers in some))
+        queue = [(-len(covers), draw.random(), at) for at, (*_, covers) in enumerate(some)]
+        heapify(queue)
+        while wanted:  # the one that covers most; what stands in the queue is what it covered when last looked at
+            most, lot, at = queue[0]
+            launch, device, covers = some[at]
+            if len(covers & wanted) < -most:
+                heapreplace(queue, (-len(covers & wanted), lot, at))
+            else:
+                heappop(queue)
+                chosen.append((launch, device))
+                wanted -= covers
     return chosen
 
 
@@ -210,14 +238,16 @@ def compiled(jobs: Sequence[tuple[Launch, str]], processes: int = 2, batch: int 
 def report(
     devices: Sequence[str] = tuple(DEVICES),
     cases: Sequence[str] = tuple(CASES),
+    pattern: str = "*",
     everything: bool = False,
     processes: int = 2,
 ) -> tuple[list[Row], list[str]]:
-    """(rows, the `@triton.jit` functions of the package that no call reached)."""
+    """(rows of the kernels that fit the pattern, `@triton.jit` functions of the package that no call reached)."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        launches = list(pool.map(recorded, devices, [cases] * len(devices)))
-    jobs = [(launch, d) for d, mine in zip(devices, launches) for launch in (mine if everything else share(mine))]
-    return compiled(jobs, processes), not_reached(kernels, [launch for mine in launches for launch in mine])
+        launches = dict(zip(devices, pool.map(recorded, devices, [cases] * len(devices))))
+    wanted = {d: [launch for launch in mine if fnmatch(launch.kernel, pattern)] for d, mine in launches.items()}
+    jobs = [(launch, d) for d, mine in wanted.items() for launch in mine] if everything else share(wanted)
+    return compiled(jobs, processes), not_reached(kernels, [launch for mine in launches.values() for launch in mine])
 
 
 # ---- shown -------------------------------------------------------------------------------------------------------
@@ -233,7 +263,7 @@ def _narrowest(rows: Sequence[Row]) -> object:
     widths = [
         min(found[name])
         for row in rows
-        for name in limits.bulk_tensors(row.launch)
+        for name in limits.bulk_tensors(row.launch, DEVICES[row.device])
         for found in (row.figures.loads, row.figures.stores)
         if name in found
     ]
@@ -280,6 +310,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kernels.report", description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every specialisation, not a share that has each feature")
     parser.add_argument("--cases", default="*", help=f"pattern of the calls to record: {', '.join(CASES)}")
+    parser.add_argument("--kernels", default="*", help="pattern of the kernels to compile")
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
     parser.add_argument("--json", type=Path, help="file to write all figures to")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="file that --json wrote before: print what changed")
@@ -290,7 +321,7 @@ def main() -> int:
         parser.error(f"--cases: {options.cases!r} fits none of {', '.join(CASES)}")
     old = json.loads(options.compare.read_text()) if options.compare else None
 
-    rows, unreached = report(options.devices, cases, options.all, options.processes)
+    rows, unreached = report(options.devices, cases, options.kernels, options.all, options.processes)
     print(table(rows))
     new = [row.as_json() for row in rows]
     if options.json:

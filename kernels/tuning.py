@@ -78,6 +78,8 @@ _GRAD_INPUT = (
     Config(64, 128, 64, 4, 3),
     Config(64, 64, 64, 4, 3),
     Config(256, 64, 32, 8, 3),
+    Config(128, 64, 32, 8, 4),  # these two hold little of dout per thread, for the shortcut's mask
+    Config(64, 64, 32, 4, 4),
     *_NARROW,
 )
 _TF32 = (
@@ -129,7 +131,7 @@ _POOLED = (
 _POOLED_DOUBLE = (Config(32, 32, 16, 4, 1),)
 TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
     "forward": {"half": _FORWARD, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
-    "grad_input": {"half": _GRAD_INPUT, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
+    "grad_input": {"half": _GRAD_INPUT, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE[1:]},
     "grad_weight": {"half": _PIXELS_REDUCED, "tf32": _SMALL, "single": _SMALL, "double": _SMALL},
     "grad_weight_max_pool": {**dict.fromkeys(("half", "tf32", "single"), _POOLED), "double": _POOLED_DOUBLE},
 }
@@ -169,6 +171,11 @@ class Gemm(NamedTuple):
         return self.operation.startswith("grad_weight")
 
     @property
+    def dy_moves(self) -> bool:
+        """Of grad-weight: x stands still from tap to tap, so that its prologue is computed once."""
+        return bool(self.switch("prologue")) and self.stride == 1 and not self.switch("flat")
+
+    @property
     def problem(self) -> tuple[int, int, int, int]:
         """(rows, columns, taps, reduction): rows x columns of sums over taps x reduction; of grad-weight, taps of them.
 
@@ -179,7 +186,7 @@ class Gemm(NamedTuple):
             rows, columns, reduction = self.K, self.C, self.pixels
             if self.switch("flat"):
                 return rows, columns * taps, 1, reduction
-            if self.switch("prologue") and self.stride == 1:
+            if self.dy_moves:
                 rows, columns = columns, rows
         elif self.operation == "grad_input":
             columns, reduction = self.C, self.K
@@ -215,12 +222,18 @@ class Target:
     asynchronous: bool = False  # tensor cores read shared memory themselves (wgmma, tcgen05): a stage more is held
     registers: int = 65536  # of 32 bits, per processor
 
-    def shared_bytes(self, config: Config, kind: str) -> int:
-        """Of the pipeline's tiles; the epilogue's take their place."""
-        size = _SIZES[kind]
-        step = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size
+    def shared_bytes(self, config: Config, gemm: Gemm) -> int:
+        """Of the pipeline's tiles, with one that a prologue recomputes; the epilogue's take their place."""
+        size = _SIZES[gemm.kind]
+        rows = config.BLOCK_M + config.BLOCK_N
+        if gemm.operation == "grad_weight":
+            moving = config.BLOCK_N * _taps_at_once(config, gemm)
+            rows = config.BLOCK_M + moving
+            if gemm.switch("out"):  # the mask lies beside dy
+                rows += moving if gemm.dy_moves else config.BLOCK_M
         stages = config.num_stages if self.asynchronous else max(config.num_stages - 1, 1)
-        return max(stages * step, config.BLOCK_M * config.BLOCK_N * size)
+        recomputed = config.BLOCK_M if gemm.reduces_pixels and gemm.switch("prologue") else 0
+        return max((stages * rows + recomputed) * config.BLOCK_K * size, config.BLOCK_M * config.BLOCK_N * size)
 
 
 _SIZES = {"half": 2, "tf32": 4, "single": 4, "double": 8}
@@ -314,7 +327,7 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
     resident = max(
         1,
         min(
-            (target.shared_memory + 1024) // (target.shared_bytes(config, gemm.kind) + 1024),
+            (target.shared_memory + 1024) // (target.shared_bytes(config, gemm) + 1024),
             int(target.registers / (32 * warps * min(_registers(config, gemm), _REGISTERS))),
             _THREADS // (32 * warps),
         ),
@@ -339,7 +352,7 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
         block == 16 or block < 2 * length
         for block, length in ((config.BLOCK_M, rows), (config.BLOCK_N, columns), (config.BLOCK_K, reduction))
     )
-    shared = target.shared_bytes(config, gemm.kind)
+    shared = target.shared_bytes(config, gemm)
     registers = _registers(config, gemm) <= _REGISTERS and _epilogue_fits(config, gemm)
     return narrow and shared <= target.shared_memory and registers
 
@@ -347,16 +360,19 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
 def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
     """Whether what is fused fits: grad-input spills where an epilogue meets more values per thread than these.
 
-    64 accumulators beside the tiles that it loads, and 32 of dout that the shortcut's mask brings into registers.
-    Those of grad-weight spill with more than 112 accumulators and values of the input that its prologue recomputes.
+    64 accumulators beside the tiles that it loads, and 16 of dout that the shortcut's mask brings into registers.
+    Those of grad-weight spill with more than 112 accumulators and values of the input that its prologue recomputes, and
+    the stem's where a wide tile meets more columns than it has.
     """
     epilogue = gemm.switch("epilogue", "NoneType")
     threads = 32 * config.num_warps
     accumulators, operand = config.BLOCK_M * config.BLOCK_N // threads, config.BLOCK_M * config.BLOCK_K // threads
     if gemm.operation == "grad_weight" and gemm.switch("prologue"):
         return accumulators * _taps_at_once(config, gemm) + operand <= 112
+    if gemm.operation == "grad_weight_max_pool":
+        return config.BLOCK_N <= 64 or gemm.problem[1] <= config.BLOCK_N
     masked = epilogue == "ShortcutGrad" and gemm.switch("masked")
-    return epilogue == "NoneType" or (accumulators <= 64 and (not masked or operand <= 32))
+    return epilogue == "NoneType" or (accumulators <= 64 and (not masked or operand <= 16))
 
 
 @cache

@@ -6,11 +6,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from triton.runtime import interpreter
 
 from resnet import FusedResidual, FusedStem, Residual, Stem
 from tests.conftest import DEVICE
@@ -28,21 +26,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def _rounded(convert: Callable) -> Callable:
-    def converted(values, source, target, mode):
-        if target.name != "bf16":
-            return convert(values, source, target, mode)
-        return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
-
-    return converted
-
-
-@pytest.fixture(autouse=True)
-def rounding_interpreter(monkeypatch):
-    """To bfloat16 Triton's interpreter cuts float32 off; compiled code rounds, and so does the interpreter here."""
-    monkeypatch.setattr(interpreter, "_convert_float", _rounded(interpreter._convert_float))
 
 
 def name_of(value: object) -> str:

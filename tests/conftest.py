@@ -15,6 +15,7 @@ if not torch.cuda.is_available() and not any(
 
 import pytest
 
+from tests.interpreter import interpreted  # noqa: F401
 from tests.sanitizer import sanitizer  # noqa: F401
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kernels import batch_norm, geometry, tuning
 from kernels import conv_forward as kernels
 from kernels.conv_forward import Frozen, Moments, Shortcut
-from tests.blocks import DTYPES, draw, name_of, one_thread, rounding_interpreter  # noqa: F401
+from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
 from tests.conftest import DEVICE
 from tests.convolutions import EPILOGUES, EPS, Case, pairwise
 from tests.parity import assert_as_exact_as_eager

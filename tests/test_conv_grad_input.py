@@ -19,7 +19,7 @@ from kernels import batch_norm, conv_grad_input, tuning
 from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad
 from kernels.geometry import ConvShape
 from tests import grad_input_cases as cases
-from tests.blocks import DTYPES, draw, name_of, one_thread, rounding_interpreter  # noqa: F401
+from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
 from tests.conftest import DEVICE
 from tests.grad_input_cases import EPILOGUES, Case
 

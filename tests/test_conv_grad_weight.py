@@ -15,7 +15,7 @@ from kernels import conv_grad_weight as kernels
 from kernels import tuning
 from kernels.geometry import ConvShape
 from kernels.tuning import Config
-from tests.blocks import DTYPES, draw, name_of, one_thread, rounding_interpreter  # noqa: F401
+from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
 from tests.conftest import DEVICE
 from tests.parity import assert_as_exact_as_eager
 

@@ -15,7 +15,7 @@ from kernels import batch_norm_max_pool as pool
 from kernels import conv_grad_weight_max_pool as kernels
 from kernels.geometry import ConvShape
 from resnet.norm import statistics_dtype
-from tests.blocks import DTYPES, draw, name_of, one_thread, rounding_interpreter  # noqa: F401
+from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
 from tests.conftest import DEVICE
 from tests.parity import assert_as_exact_as_eager
 

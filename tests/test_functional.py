@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from kernels import batch_norm as kernels
 from resnet import reference
 from resnet.functional import batch_norm_add_relu
-from tests.blocks import DTYPES, HALF, assert_parity, draw, name_of, one_thread, rounding_interpreter, same  # noqa: F401
+from tests.blocks import DTYPES, HALF, assert_parity, draw, name_of, one_thread, same  # noqa: F401
 from tests.conftest import DEVICE
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.

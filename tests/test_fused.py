@@ -21,7 +21,6 @@ from tests.blocks import (  # noqa: F401
     name_of,
     one_thread,
     randomize,
-    rounding_interpreter,
     same,
     snapshot,
     step,

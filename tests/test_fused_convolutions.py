@@ -20,7 +20,6 @@ from tests.blocks import (  # noqa: F401
     draw,
     name_of,
     one_thread,
-    rounding_interpreter,
     same,
     snapshot,
     step,

@@ -68,7 +68,7 @@ def test_each_key_has_one_to_eight_candidates_that_the_device_can_run(target):
         assert 1 <= len(found) <= 8 and len(set(found)) == len(found), key
         assert set(found) <= set(TABLE[key.operation][key.kind])
         for config in found:
-            assert target.shared_bytes(config, key.kind) <= target.shared_memory, (key, config)
+            assert target.shared_bytes(config, key) <= target.shared_memory, (key, config)
 
 
 def test_a_device_with_less_shared_memory_gets_smaller_tiles():

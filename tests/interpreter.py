@@ -1,0 +1,46 @@
+"""What the tests change in Triton's interpreter: it rounds as compiled code does, and does nothing in vain."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+@contextmanager
+def faithful_and_quick() -> Iterator[None]:
+    """To bfloat16 it rounds, where it would cut float32 off. Two things that take half of its time are left out:
+
+    a function that a kernel calls replaces all of the language's builtins, which the kernel has replaced already;
+    sums and products of integers are computed again in 64 bits, to compare them in an assertion that is off.
+    """
+    convert, patch = interpreter._convert_float, interpreter._patch_lang
+    builder = interpreter.interpreter_builder
+
+    def rounded(values, source, target, mode):
+        if target.name != "bf16":
+            return convert(values, source, target, mode)
+        return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.uint16).numpy()
+
+    def patched_once(function):
+        languages = [v for v in function.__globals__.values() if v is tl or v is tl.core]
+        fresh = any(tl.core.is_builtin(language.load) for language in languages)
+        return patch(function) if fresh else interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setattr(interpreter, "_convert_float", rounded)
+        changes.setattr(interpreter, "_patch_lang", patched_once)
+        changes.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted():
+    with faithful_and_quick():
+        yield
