@@ -503,12 +503,10 @@ class Tiling:
 
 @cache
 def tiling(M: int, C: int, elements: int = _ELEMENTS) -> Tiling:
-    """Tiles for M rows and C columns, of `elements` for 4 warps: half as many where rows are no whole vectors, since
-    each element then has an address to itself.
+    """Tiles for M rows and C columns, of `elements` for 4 warps.
 
     A function of the shape alone, so that results do not depend on the device.
     """
-    elements //= 1 if C % 8 == 0 else 2
     # A row of a tile should fill 32-byte sectors. Where C does so in every type, the widest column tile among those
     # that waste the fewest columns; elsewhere the whole row, whose end shares a sector with the next row's beginning.
     wide = triton.next_power_of_2(C)
@@ -744,7 +742,8 @@ def apply(
         out = torch.empty_like(x, memory_format=torch.channels_last)
     else:
         check_like(like, "out", out)
-    t = tiling(M, C)
+    # where rows are no whole vectors each element has an address to itself: of as many a thread would spill
+    t = tiling(M, C, _ELEMENTS if C % 8 == 0 else _ELEMENTS // 2)
     with torch.cuda.device_of(x):
         apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
             x,

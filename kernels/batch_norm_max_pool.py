@@ -200,11 +200,11 @@ def _tiling(M: int, x: Tensor) -> Tiling:
     """The tiling of M rows of x's channels in which a thread holds 16 bytes of x's type, and not more.
 
     With more, the compiler would give each thread 16 bytes of tap too, that is several vectors of x in a row, and
-    neighbouring threads would no longer share sectors. Where rows are no whole vectors, a thread holds two elements
-    (`tiling` halves the four): each has its window's address to itself, and with more of them it would spill.
+    neighbouring threads would no longer share sectors. Where rows are no whole vectors, a thread holds two elements:
+    each has its window's address to itself, and with more of them it would spill.
     """
     vector = 16 // x.element_size()
-    return tiling(M, x.shape[1], _THREADS * (vector if x.shape[1] % vector == 0 else 4))
+    return tiling(M, x.shape[1], _THREADS * (vector if x.shape[1] % vector == 0 else 2))
 
 
 def out_size(size: int) -> int:
