@@ -52,6 +52,11 @@ _BUDGET = 200.0  # milliseconds of one key's timing, within those
 _ENVIRONMENTS = 16  # kept in the file: devices times versions, the last written ones
 
 
+def bucket(count: int) -> int:
+    """The count rounded up to a power of two, for a key in which another batch size is seldom another key."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
 class Choice(TypedDict):
     """What the file holds of a key."""
 

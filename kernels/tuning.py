@@ -202,9 +202,8 @@ def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: objec
         switches: everything else that the kernel is compiled for, always in the same order.
     """
     pixels = shape.N * shape.H * shape.W if operation == "grad_input" else shape.M
-    bucket = 1 << max(pixels - 1, 0).bit_length()
     window = shape.R, shape.S, shape.stride, shape.padding
-    return Gemm(operation, bucket, shape.C, shape.K, *window, dtype, tuple(switches.items()))
+    return Gemm(operation, choices.bucket(pixels), shape.C, shape.K, *window, dtype, tuple(switches.items()))
 
 
 # ---- the devices -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels import batch_norm as bn
 from kernels import batch_norm_max_pool as pool
+from kernels import choices
 from kernels.add_masked_grad import add_masked_grad
 from kernels.batch_norm import Moments
 from kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
@@ -53,7 +54,8 @@ def _tf32(x: Tensor) -> bool:
 
 def _pick(direction: str, x: Tensor, weight: Tensor, fused: tuple, **variants: Callable[[], object]) -> object:
     """The result of the variant that `backends.pick` chooses. `fused` says what else the path does."""
-    key = (tuple(x.shape), tuple(weight.shape), x.dtype, *fused)
+    N, *image = x.shape
+    key = (choices.bucket(N), *image, tuple(weight.shape), x.dtype, _tf32(x), *fused)
     return backends.pick(direction, key, variants, x.device)()
 
 

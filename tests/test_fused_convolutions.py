@@ -12,7 +12,7 @@ from torch import Tensor
 import resnet
 from kernels import batch_norm, batch_norm_max_pool
 from kernels.add_masked_grad import add_masked_grad
-from resnet import FusedResidual, Residual, Stem
+from resnet import FusedResidual, Residual, Stem, backends, triton_backend
 from tests.blocks import (  # noqa: F401
     DTYPES,
     HALF,
@@ -49,6 +49,7 @@ def without_cancelled_biases(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: v for name, v in results.items() if name not in ("d conv1.bias", "d conv2.bias", "d 0.bias")}
 
 
+@pytest.mark.core
 @per_module
 def test_training_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
     modules, x = trio(kind, *arguments), draw(*shape)
@@ -79,8 +80,6 @@ def launches(monkeypatch) -> list[str]:
             monkeypatch.setattr(module, function, recorded)
 
     record(batch_norm, "moments", "apply", "backward_reduce", "backward_apply")
-    from resnet import triton_backend
-
     record(triton_backend, "conv_forward", "conv_grad_input", "conv_grad_weight", "conv_grad_weight_max_pool")
     record(batch_norm_max_pool, "apply_pool")
     return names
@@ -107,6 +106,24 @@ def test_inference_is_two_launches(fused_backend, launches, arguments):
     with torch.no_grad():
         block(draw(2, 4, 4, 4))
     assert launches == ["conv_forward"] * 2
+
+
+def test_a_batch_of_the_same_power_of_two_is_the_same_choice(fused_backend, monkeypatch):
+    """What "auto" timed for one batch holds for the next, but not with TensorFloat-32, which changes the times."""
+    keys: list[list[tuple]] = []
+
+    def pick(direction, key, variants, device):
+        keys[-1].append((direction, *key))
+        return next(iter(variants.values()))
+
+    monkeypatch.setattr(backends, "pick", pick)
+    block = FusedResidual(4, 4).to(DEVICE)
+    for N, tf32 in ((5, False), (8, False), (9, False), (8, True)):
+        monkeypatch.setattr(triton_backend, "_tf32", lambda _, on=tf32: on)
+        keys.append([])
+        block(draw(N, 4, 4, 4)).sum().backward()
+    assert keys[0] == keys[1] and len(keys[0]) >= 5
+    assert not set(keys[0]) & set(keys[2]) and not set(keys[0]) & set(keys[3])
 
 
 def test_the_stem_stores_no_gradient_of_its_convolution(fused_backend, launches):
