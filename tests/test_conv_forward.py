@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from kernels import batch_norm, geometry, tuning
 from kernels import conv_forward as kernels
 from kernels.conv_forward import Frozen, Moments, Shortcut
-from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
+from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase  # noqa: F401
 from tests.conftest import DEVICE
 from tests.convolutions import EPILOGUES, EPS, Case, pairwise
 from tests.parity import assert_as_exact_as_eager
@@ -87,6 +87,7 @@ PAIRS = pairwise(
 )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: ",".join(name_of(value) for value in pair.values()))
 def test_as_exact_as_eager_with_any_two_options(pair):
     tf32 = pair["dtype"] == "tf32"
@@ -136,6 +137,15 @@ def test_a_block_without_options_on_its_convolution_or_its_norm():
     )
     torch.testing.assert_close(bare.y, full.y, rtol=0, atol=0)
     torch.testing.assert_close(bare.shortcut, full.shortcut, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_a_long_reduction_is_accumulated_in_float32(dtype):
+    C = 544
+    x = torch.ones(1, C, 3, 3, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    weight = staircase(C, dtype).expand(4, C).reshape(4, C, 1, 1).contiguous(memory_format=torch.channels_last)
+    y = kernels.conv_forward(x, weight, 1, 0).y
+    assert torch.equal(y, weight.double().sum(1, keepdim=True).transpose(0, 1).expand(y.shape).to(dtype))
 
 
 # ---- statistics ----------------------------------------------------------------------------------------------------

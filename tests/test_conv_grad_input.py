@@ -19,7 +19,7 @@ from kernels import batch_norm, conv_grad_input, tuning
 from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad
 from kernels.geometry import ConvShape
 from tests import grad_input_cases as cases
-from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
+from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase  # noqa: F401
 from tests.conftest import DEVICE
 from tests.grad_input_cases import EPILOGUES, Case
 
@@ -51,6 +51,7 @@ def same_bits(a: Tensor, b: Tensor) -> None:
 # ---- parity ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape, epilogue, dtype", cases.pairwise(), ids=cases.name_of_case)
 def test_every_pair_of_options_is_as_exact_as_eager(small_tiles, shape, epilogue, dtype):
     cases.assert_parity(shape, epilogue, dtype)
@@ -105,6 +106,15 @@ def test_the_same_bits_come_out_twice_and_results_are_channels_last(small_tiles)
     for a, b in zip(first, second, strict=True):
         same_bits(a, b)
     assert first[0].is_contiguous(memory_format=NHWC)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_a_long_reduction_is_accumulated_in_float32(small_tiles, dtype):
+    K, shape = 544, ConvShape(N=1, H=3, W=3, C=4, K=544, R=1, S=1, stride=1, padding=0)
+    dy = torch.ones(1, K, 3, 3, dtype=dtype, device=DEVICE).contiguous(memory_format=NHWC)
+    weight = staircase(K, dtype)[:, None].expand(K, 4).reshape(K, 4, 1, 1).contiguous(memory_format=NHWC)
+    dx = conv_grad_input.conv_grad_input(dy, weight, shape)
+    assert torch.equal(dx, weight.double().sum(0)[None].expand(dx.shape).to(dtype))
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

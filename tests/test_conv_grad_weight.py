@@ -15,7 +15,7 @@ from kernels import conv_grad_weight as kernels
 from kernels import tuning
 from kernels.geometry import ConvShape
 from kernels.tuning import Config
-from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
+from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase  # noqa: F401
 from tests.conftest import DEVICE
 from tests.parity import assert_as_exact_as_eager
 
@@ -92,6 +92,7 @@ def test_as_exact_as_eager_for_every_shape(shape, prologue):
     assert_parity(shape, torch.float32, prologue)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("prologue", PROLOGUES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", ["3x3", "3x3, stride 2"])
@@ -183,6 +184,15 @@ def test_padding_is_zero_after_the_activation():
         expected = torch.zeros_like(dw)
         expected[:, :, 1, 1] = dy[0, :, 0, 0, None] * torch.relu(x[0, :, 0, 0] * stats[2] + stats[3])
         torch.testing.assert_close(dw, expected)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_a_long_reduction_is_accumulated_in_float32(dtype):
+    shape = ConvShape(1, 17, 32, 16, 8, 1, 1, 1, 0)
+    dy = torch.ones(1, 8, 17, 32, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x = staircase(shape.M, dtype).view(1, 1, 17, 32).expand(1, 16, 17, 32).contiguous(memory_format=torch.channels_last)
+    dw = grad_weight(shape, dy, x, None, None)
+    assert torch.equal(dw, x[:, :1].double().sum().to(dtype).expand(dw.shape))
 
 
 def test_empty_batch_gives_zeros():

@@ -94,6 +94,7 @@ def test_as_exact_as_eager_for_every_shape(shape, training):
     assert_parity(shape, torch.float32, training)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("training", (True, False), ids=("training", "frozen"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_as_exact_as_eager_for_every_type(dtype, training):

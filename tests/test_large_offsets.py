@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from kernels import batch_norm, batch_norm_max_pool
+from kernels.add_masked_grad import add_masked_grad
 from kernels.conv_forward import Shortcut, conv_forward
+from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
+from kernels.conv_grad_weight import conv_grad_weight
+from kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
+from kernels.geometry import ConvShape
 from tests.sanitizer import READS, WRITES, Grid, Program, watching
 
 pytestmark = [
@@ -47,6 +52,8 @@ TAP = torch.empty_like(POOLED, dtype=torch.uint8)
 IMAGES = activation(LARGE // C // 1024 + 20_003, C, 32, 32)
 WEIGHT = activation(C, C, 3, 3)
 POINTWISE = activation(C, C, 1, 1)
+CONV = ConvShape(IMAGES.shape[0], 32, 32, C, C, 3, 3, 1, 1)
+PIXELS = activation(Y.shape[0], 1, 64, 64)  # of which Y is the stem's 7x7 convolution with stride 2
 
 # One line a launcher: whatever it launches is checked.
 LAUNCHERS: dict[str, Callable[[], object]] = {
@@ -59,6 +66,15 @@ LAUNCHERS: dict[str, Callable[[], object]] = {
     "pool, backward apply": lambda: batch_norm_max_pool.backward_apply(POOLED, Y, POOLED, TAP, STATS, SUMS),
     "convolution": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, stats=STATS, skip=IMAGES, moments=True),
     "convolution with shortcut": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, shortcut=Shortcut(POINTWISE, None)),
+    "grad-input behind a ReLU": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ReluMask(IMAGES, STATS)),
+    "grad-input beside an identity": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, Residual(IMAGES, IMAGES)),
+    "grad-input beside a 1x1": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ShortcutGrad(IMAGES, IMAGES, POINTWISE)),
+    "grad-weight": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1),
+    "grad-weight of an activation": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1, STATS, IMAGES),
+    "grad-weight of the stem": lambda: conv_grad_weight_max_pool(
+        POOLED, POOLED, TAP, Y, STATS, SUMS, PIXELS, (7, 7), 2, 3
+    ),
+    "masked gradient added": lambda: add_masked_grad(X, X, X),
 }
 
 

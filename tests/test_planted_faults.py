@@ -7,11 +7,9 @@ say. That they pass on the untouched sources is what the rest of the suite shows
 from __future__ import annotations
 
 import importlib.util
-import os
+import multiprocessing
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +18,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH_NORM = "tests/test_batch_norm_kernels.py::"
+FORWARD = "tests/test_conv_forward.py::"
+GRAD_INPUT = "tests/test_conv_grad_input.py::"
+GRAD_WEIGHT = "tests/test_conv_grad_weight.py::"
 EMULATED = "tests/emulated/"
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the faults are looked for in interpreted kernels")
@@ -124,6 +125,85 @@ FAULTS = {
         "AssertionError: .*against float64, eager's",
         "several",
     ),
+    "padding before the prologue": Fault(
+        "kernels/prologue.py",
+        'bound = tl.where(inside, float("inf"), 0.0)',
+        'bound = tl.where(inside, float("inf"), float("inf"))',
+        FORWARD + "test_padding_is_zero_after_the_prologue",
+        "assert",
+    ),
+    "a convolution's output without its mask": Fault(
+        "kernels/conv_forward.py",
+        "tl.store(y + out, value, mask=mask)",
+        "tl.store(y + out, value)",
+        FORWARD + "test_the_same_bits_twice",
+        "MemoryFault: conv_forward_kernel, program .* writes",
+    ),
+    "a convolution's input without its mask": Fault(
+        "kernels/conv_forward.py",
+        "(tap // S * W + tap % S) * C + c0), mask=mask, other=0.0)",
+        "(tap // S * W + tap % S) * C + c0))",
+        FORWARD + "test_the_same_bits_twice",
+        "MemoryFault: conv_forward_kernel, program .* reads .* outside its tensor",
+    ),
+    "a convolution of the wrong stride": Fault(
+        "kernels/conv_forward.py",
+        "h0 = p * STRIDE - PADDING",
+        "h0 = p - PADDING",
+        FORWARD + "test_as_exact_as_eager_with_any_two_options",
+        "AssertionError: .*against float64, eager's",
+    ),
+    "the last channels of a reduction left out": Fault(
+        "kernels/conv_forward.py",
+        "CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K",
+        "CHANNEL_STEPS: tl.constexpr = C // BLOCK_K",
+        FORWARD + "test_as_exact_as_eager_with_any_two_options",
+        "AssertionError: .*against float64, eager's",
+        "100",
+    ),
+    "a float16 accumulator of products": Fault(
+        "kernels/implicit_gemm.py",
+        "return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)",
+        "return (acc + tl.dot(a, b, input_precision=PRECISION)).to(tl.float16).to(acc.dtype)",
+        FORWARD + "test_a_long_reduction_is_accumulated_in_float32",
+        "assert",
+    ),
+    "a branch's gradient added without its mask": Fault(
+        "kernels/conv_grad_input.py",
+        "acc += tl.where(relu_passes(z), g, tl.zeros_like(g)).to(ACC)",
+        "acc += g.to(ACC)",
+        GRAD_INPUT + "test_a_parity_class_without_taps_still_gets_its_epilogue",
+        "AssertionError: Tensor-likes are not equal",
+        "residual",
+    ),
+    "a parity class that takes its neighbour's taps": Fault(
+        "kernels/conv_grad_input.py",
+        "r0 = (ph + PADDING) % STRIDE",
+        "r0 = ph % STRIDE",
+        GRAD_INPUT + "test_a_kernel_need_not_be_square",
+        "AssertionError: Tensor-likes are not close",
+    ),
+    "sums of half of the rows": Fault(
+        "kernels/implicit_gemm.py",
+        "x = a + b",
+        "x = a",
+        GRAD_INPUT + "test_sums_are_of_the_gradient_as_stored_and_reach_the_parameters",
+        "AssertionError: Tensor-likes are not close",
+    ),
+    "the ragged last step of a split left out": Fault(
+        "kernels/conv_grad_weight.py",
+        "range(tl.cdiv(left, BLOCK_K))",
+        "range(left // BLOCK_K)",
+        GRAD_WEIGHT + "test_every_split_and_tile_is_added_once",
+        "AssertionError: .*against float64, eager's",
+    ),
+    "padding before a recomputed activation": Fault(
+        "kernels/conv_grad_weight.py",
+        "value = keep(affine_relu(value, scale, shift), inside)",
+        "value = affine_relu(value, scale, shift)",
+        GRAD_WEIGHT + "test_padding_is_zero_after_the_activation",
+        "AssertionError: Tensor-likes are not close",
+    ),
     "a ReLU that is a plain maximum": Fault(
         "kernels/pointwise.py",
         "return tl.where(is_not_positive(z), 0.0, z)",
@@ -141,15 +221,37 @@ def copy_of_the_sources(to: Path) -> Path:
     return to
 
 
-def run(sources: Path, test: str, only: str) -> subprocess.CompletedProcess[str]:
-    """The tests on these sources, in a process of their own up to the first failure."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)  # tests/conftest.py chooses
-    environment["TRITON_CACHE_DIR"] = str(sources / "cache")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", test]
-    if only:
-        command += ["-k", only]
-    return subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, timeout=300)
+# What a process of its own does. It has no import of the tests, which would be those beside this file.
+_PYTEST = """
+import os, sys
+output = os.open("output", os.O_WRONLY | os.O_CREAT)
+os.dup2(output, 1)
+os.dup2(output, 2)
+sys.path.insert(0, os.getcwd())
+sys.argv = ["pytest", *arguments]
+import pytest
+os._exit(pytest.main(arguments))
+"""
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch"])  # but not Triton, which may interpret
+
+
+def run(sources: Path, test: str, only: str) -> tuple[int, str]:
+    """Exit status and output of the tests on these sources, in a process of their own, up to the first failure."""
+    arguments = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", test, *(["-k", only] if only else [])]
+    changes = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(sources / "cache")}
+    prepare = f"""
+import os
+os.chdir({str(sources)!r})
+os.environ.pop("TRITON_INTERPRET", None)  # tests/conftest.py chooses
+os.environ.update({changes!r})
+"""
+    process = _PROCESSES.Process(target=exec, args=(prepare + _PYTEST, {"arguments": arguments}))
+    process.start()
+    process.join(300)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode, (sources / "output").read_text()
 
 
 def skip_where_it_cannot_be_seen(fault: Fault) -> None:
@@ -165,6 +267,6 @@ def test_a_planted_fault_is_caught(tmp_path, name):
     text = (sources / fault.file).read_text()
     assert fault.old in text, f"{fault.file} has no {fault.old!r} any more: bring the row up to date"
     (sources / fault.file).write_text(text.replace(fault.old, fault.new))
-    result = run(sources, fault.test, fault.only)
-    assert result.returncode == 1, f"not caught:\n{result.stdout}{result.stderr}"
-    assert re.search(fault.says, result.stdout), result.stdout
+    status, output = run(sources, fault.test, fault.only)
+    assert status == 1, f"not caught:\n{output}"
+    assert re.search(fault.says, output), output
