@@ -21,18 +21,19 @@ $(STAMP): requirements.txt
 	  { echo "make: pip could not install requirements.txt (above: why); with the cause gone, run make again" >&2; exit 1; }
 	@touch $@
 
-# Two runs side by side, since a process either interprets Triton's kernels or compiles them. With a GPU both compile.
-# The second needs the module ptxsim; pytest's status 5 (nothing collected) is what skipping whole files leaves where it
-# is absent.
+# Two runs, since a process either interprets Triton's kernels or compiles them; with a GPU both compile, one test after
+# the other. The second needs the module ptxsim; pytest's status 5 (nothing collected) is what skipping whole files
+# leaves where it is absent.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
+
 test: $(STAMP)
-	@interpret=TRITON_INTERPRET=1; \
+	@interpret=TRITON_INTERPRET=1; parallel='$(PARALLEL)'; \
 	if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	  interpret='-u TRITON_INTERPRET'; \
+	  interpret='-u TRITON_INTERPRET'; parallel=; \
 	fi; \
-	env -u TRITON_INTERPRET $(RUN) pytest tests/emulated >$(VENV)/emulated.log 2>&1 & emulated=$$!; \
 	status=0; \
-	env $$interpret $(RUN) pytest tests --ignore=tests/emulated --ignore=tests/gate || status=1; \
-	wait $$emulated; code=$$?; cat $(VENV)/emulated.log; \
+	env $$interpret $(RUN) pytest $$parallel tests --ignore=tests/emulated --ignore=tests/gate || status=1; \
+	env -u TRITON_INTERPRET $(RUN) pytest $(PARALLEL) tests/emulated; code=$$?; \
 	[ $$code -eq 0 ] || { [ $$code -eq 5 ] && ! $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; } || status=1; \
 	exit $$status
 
@@ -52,9 +53,11 @@ $(MATRIX)/%/.installed: requirements.txt
 test-matrix: $(TRITONS:%=$(MATRIX)/%/.installed)
 	@failed=; for version in $(TRITONS); do \
 	  python=$(MATRIX)/$$version/bin/python; echo "triton $$version"; \
-	  TRITON_INTERPRET=1 $$python -m pytest -q -m core tests --ignore=tests/emulated || failed="$$failed $$version"; \
+	  TRITON_INTERPRET=1 $$python -m pytest -q $(PARALLEL) -m core tests --ignore=tests/emulated --ignore=tests/gate || \
+	    failed="$$failed $$version"; \
 	  ! $$python -c 'import ptxsim' 2>/dev/null || \
-	    env -u TRITON_INTERPRET $$python -m pytest -q -m core tests/emulated || failed="$$failed $$version(compiled)"; \
+	    env -u TRITON_INTERPRET $$python -m pytest -q $(PARALLEL) -m core tests/emulated || \
+	    failed="$$failed $$version(compiled)"; \
 	done; \
 	[ -z "$$failed" ] || { echo "failed with triton$$failed" >&2; exit 1; }
 

@@ -18,6 +18,6 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib"],
-        "test": ["pytest", "pytest-benchmark", "hypothesis", "ruff"],
+        "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"],
     },
 )

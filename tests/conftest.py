@@ -8,8 +8,11 @@ import sys
 
 import torch
 
-if not torch.cuda.is_available() and not any(
-    folder in argument for argument in sys.argv for folder in ("tests/emulated", "tests/gate")
+# A worker of pytest-xdist has the environment of the process that started it, but not its arguments.
+if (
+    not torch.cuda.is_available()
+    and "PYTEST_XDIST_WORKER" not in os.environ
+    and not any(folder in argument for argument in sys.argv for folder in ("tests/emulated", "tests/gate"))
 ):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

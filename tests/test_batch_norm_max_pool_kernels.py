@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton.runtime.interpreter import InterpretedFunction
 
 from kernels import batch_norm_max_pool as kernels
 from resnet import reference
@@ -28,14 +27,8 @@ SHAPES = {
     "ragged tiles and columns": (1, 100, 5, 6),
     "several partials": (3, 16, 10, 12),
 }
-# To bfloat16 Triton's interpreter cuts float32 off where compiled code rounds: ties then fall elsewhere.
-_CUTS_OFF = isinstance(kernels.pool_kernel, InterpretedFunction)
-ROUNDED = [
-    pytest.param(d, marks=pytest.mark.skipif(_CUTS_OFF and d == torch.bfloat16, reason="the interpreter cuts off"))
-    for d in DTYPES
-]
 per_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-per_dtype = pytest.mark.parametrize("dtype", ROUNDED, ids=name_of)
+per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -95,9 +88,13 @@ def test_out_and_tap_equal_pytorchs_ties_included(shape, dtype):
 
 
 @pytest.mark.core
-@per_shape
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [*((name, torch.float32) for name in SHAPES), *(("several partials", d) for d in DTYPES if d != torch.float32)],
+    ids=name_of,
+)
 def test_sums_and_grad_as_exact_as_eager(shape, dtype):
+    shape = SHAPES[shape]
     draws: dict[str, tuple[list, list, list]] = {name: ([], [], []) for name in ("sum g", "sum gx", "dy", "frozen dy")}
     for seed in range(2):
         y, stats = with_ties(shape, dtype, seed), stats_of(shape[1], dtype, seed)

@@ -66,29 +66,19 @@ def is_channels_last(t: Tensor) -> bool:
 
 @blocks
 @modes
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 def test_a_block_is_as_exact_as_eager(any_backend, dtype, mode, args):
     trios = [trio(Residual, *args, seed=seed, dtype=dtype).each(MODES[mode]) for seed in range(4)]
-    assert_trios_parity(trios, (6, 4, 12, 11) if dtype in HALF else (4, 4, 7, 6), relu_flips=dtype in HALF)
-
-
-def open_relus(module: nn.Module) -> None:
-    """Move every value far above zero, where the ReLU lets all through."""
-    for bn in module.modules():
-        if isinstance(bn, nn.BatchNorm2d):
-            bn.weight.clamp_(-1, 1)
-            bn.bias.add_(12)
+    assert_trios_parity(trios, (4, 4, 7, 6))
 
 
 @blocks
-@modes
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_half_precision_gradients_are_as_exact_as_eagers_where_no_relu_flips(any_backend, dtype, mode, args):
-    trios = [trio(Residual, *args, seed=seed, dtype=dtype).each(MODES[mode]) for seed in range(3)]
-    with torch.no_grad():
-        for t in trios:
-            t.each(open_relus)
-    assert_trios_parity(trios, (4, 4, 7, 6))
+def test_a_block_in_half_precision_is_as_exact_as_eager(any_backend, dtype, train, args):
+    """Of values enough: a share of about eps lies within a rounding of zero, and a ReLU lets them through by chance."""
+    trios = [trio(Residual, *args, seed=seed, dtype=dtype, train=train) for seed in range(4)]
+    assert_trios_parity(trios, (8, 4, 24, 24))
 
 
 @blocks
@@ -180,13 +170,6 @@ def test_convolutions_without_bias(any_backend, names, train):
 
 
 # ---- parity: the stem ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_a_stem_is_as_exact_as_eager(any_backend, dtype, train):
-    trios = [trio(Stem, 3, 5, seed=seed, dtype=dtype, train=train) for seed in range(3)]
-    assert_trios_parity(trios, (4, 3, 14, 11), relu_flips=dtype in HALF)
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -765,21 +748,35 @@ def test_nan_and_inf_pass_a_frozen_block_as_eager(any_backend, args, value):
 # ---- autocast --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["identity", "strided", "stem"])
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_autocast_is_as_exact_as_eager_under_it(any_backend, dtype, train, kind):
+def with_weights_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose convolutions have weights of `dtype`; all else stays as it is."""
+    module = copy.deepcopy(module)
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            m.weight.data = m.weight.data.to(dtype)
+    return module
+
+
+def assert_autocast_casts(fused: nn.Module, eager: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """Bit-equal to a module whose input and convolution weights were cast by hand, in the types that eager gives."""
+
     def autocast(call):
         with torch.autocast(DEVICE.type, dtype):
             return call()
 
-    results = []
-    for seed in range(3):
-        t = inference_trio(kind, seed=seed).each(lambda m: m.train(train))
-        x = images(kind, (4, 12, 9), seed=seed)
-        results.append((step(t.eager, x, autocast), step(t.fused, x, autocast), step(t.exact, x)))
-        assert results[-1][1]["out"].dtype == dtype
-    assert_parity(results, relu_flips=True)
+    by_hand = step(with_weights_in(fused, dtype), x)
+    got, types = step(fused, x, autocast), step(eager, x, autocast)
+    assert got["out"].dtype == dtype
+    assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in types.items()}
+    same(got, {name: value.to(got[name].dtype) for name, value in by_hand.items()})
+
+
+@kinds
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_autocast_casts_input_and_convolution_weights_alone(any_backend, dtype, train, kind):
+    t = inference_trio(kind).each(lambda m: m.train(train))
+    assert_autocast_casts(t.fused, t.eager, images(kind, (2, 6, 7)), dtype)
 
 
 @kinds
@@ -798,18 +795,9 @@ def test_inference_under_autocast(any_backend, kind):
 
 def test_a_chain_of_blocks_under_autocast(any_backend):
     """Half-precision activations between blocks, float32 parameters."""
-    results = []
-    for seed in range(4):
-        first, second = trio(Residual, *STRIDED, seed=seed), trio(Residual, 6, 6, seed=seed + 10)
-        chains = [nn.Sequential(a, b) for a, b in zip(first.all, second.all)]
-        x = draw(4, 4, 12, 11, seed=seed)
-
-        def autocast(call):
-            with torch.autocast(DEVICE.type, torch.bfloat16):
-                return call()
-
-        results.append((step(chains[0], x, autocast), step(chains[1], x, autocast), step(chains[2], x)))
-    assert_parity(results, relu_flips=True)
+    first, second = trio(Residual, *STRIDED), trio(Residual, 6, 6, seed=1)
+    eager, fused, _ = (nn.Sequential(a, b) for a, b in zip(first.all, second.all))
+    assert_autocast_casts(fused, eager, draw(2, 4, 7, 6), torch.bfloat16)
 
 
 # ---- kept for backward -----------------------------------------------------------------------------------------

@@ -243,7 +243,8 @@ def run(sources: Path, test: str, only: str) -> tuple[int, str]:
     prepare = f"""
 import os
 os.chdir({str(sources)!r})
-os.environ.pop("TRITON_INTERPRET", None)  # tests/conftest.py chooses
+for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # tests/conftest.py chooses
+    os.environ.pop(name, None)
 os.environ.update({changes!r})
 """
     process = _PROCESSES.Process(target=exec, args=(prepare + _PYTEST, {"arguments": arguments}))

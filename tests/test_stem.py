@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from resnet import FusedStem, Stem
-from tests.blocks import DTYPES, HALF, assert_parity, draw, name_of, one_thread, same, snapshot, step, trio  # noqa: F401
+from tests.blocks import HALF, assert_parity, draw, name_of, one_thread, same, snapshot, step, trio  # noqa: F401
 from tests.conftest import DEVICE
 
 SAVED_OF_EAGER = 0.6
@@ -32,12 +32,9 @@ def saved_bytes(module: nn.Module, x: torch.Tensor) -> int:
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_output_gradients_and_statistics_as_exact_as_eager(any_backend, shape, dtype, train):
+def assert_steps_parity(shape: tuple[int, int, int, int], dtype: torch.dtype, train: bool, draws: int) -> None:
     results = []
-    for seed in range(3):
+    for seed in range(draws):
         modules = trio(Stem, shape[1], 4, seed=seed, dtype=dtype, train=train)
         x = draw(*shape, seed=seed, dtype=dtype)
         steps = tuple(step(module, x) for module in modules.all)
@@ -46,14 +43,21 @@ def test_output_gradients_and_statistics_as_exact_as_eager(any_backend, shape, d
             for values in steps:
                 del values["d 0.bias"]
         results.append(steps)
-    if dtype in HALF:
-        # Two maxima of a window, or one at zero, to within a rounding: gradients go another way in fused than in eager.
-        # tests/test_batch_norm_max_pool_kernels.py judges them by the ways that were taken.
-        for steps in results:
-            for name in [name for name in steps[0] if name.startswith("d")]:
-                _, fused, exact = (values.pop(name).double().flatten() for values in steps)
-                assert torch.nn.functional.cosine_similarity(fused, exact, dim=0) > 0.5, name
     assert_parity(results)
+
+
+@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_output_gradients_and_statistics_as_exact_as_eager(any_backend, shape, dtype, train):
+    assert_steps_parity(shape, dtype, train, draws=3)
+
+
+@pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_half_precision_as_exact_as_eager(any_backend, dtype, train):
+    """Of values enough: two maxima of a window within a rounding send the gradient one way or the other by chance."""
+    assert_steps_parity((8, 1, 48, 40), dtype, train, draws=2)
 
 
 def test_inference_as_exact_as_eager(any_backend):

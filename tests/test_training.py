@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import triton
 from torch import nn
 from torch.nn import functional as F
 
+import resnet
+from kernels import conv_grad_weight, tuning
 from resnet import FusedResidual, Residual, resnet18, resnet_block
 from resnet.reference import Stem
 from tests.blocks import draw, one_thread  # noqa: F401
@@ -60,7 +64,35 @@ def test_losses_of_20_steps_follow_eagers(any_backend):
         torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_resnet18_trains_as_eager_does(any_backend):
+def logits_and_gradient(net: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """And the gradient of the first weight, behind everything else."""
+    weight = next(net.parameters())
+    logits = net(x.to(weight.dtype))
+    return logits.detach(), torch.autograd.grad(F.cross_entropy(logits, labels), weight)[0]
+
+
+@pytest.fixture
+def whole_tiles(monkeypatch):
+    """Where kernels are interpreted, tiles as large as the matrix: the interpreter takes as long for a small one."""
+    if not triton.knobs.runtime.interpret:
+        return
+
+    def block(length: int, most: int) -> int:
+        return min(most, max(16, triton.next_power_of_2(length)))
+
+    def whole(gemm: tuning.Gemm, *_) -> tuple[tuning.Config]:
+        rows, columns, _, reduction = gemm.problem
+        return (tuning.Config(block(rows, 256), block(columns, 512), block(reduction, 512), 4, 1),)
+
+    monkeypatch.setattr(tuning, "candidates", whole)
+    monkeypatch.setattr(conv_grad_weight, "fit", lambda config, *_: config)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_resnet18_gives_eagers_logits_and_gradient(whole_tiles, backend):
+    """Whole, its convolutions fused too."""
     eager, fused = (net.double() for net in pair(lambda block: resnet18(block=block)))
     x, labels = draw(2, 1, 40, 40, dtype=torch.float64), torch.tensor([1, 7], device=DEVICE)
-    torch.testing.assert_close(losses(fused, x, labels, 2), losses(eager, x, labels, 2), rtol=1e-8, atol=1e-8)
+    with resnet.backend(backend), resnet.convolution("triton"):
+        got = logits_and_gradient(fused, x, labels)
+    torch.testing.assert_close(got, logits_and_gradient(eager, x, labels), rtol=1e-8, atol=1e-8)

@@ -6,8 +6,6 @@ import copy
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 import resnet
 from resnet import Residual, resnet18
@@ -24,7 +22,7 @@ from tests.blocks import (  # noqa: F401
     trio,
 )
 from tests.parity import assert_as_exact_as_eager, rms
-from tests.test_training import losses, pair, small_net
+from tests.test_training import logits_and_gradient, losses, pair, small_net
 
 # (constructor's arguments, input shape)
 BLOCKS = {
@@ -158,10 +156,3 @@ def test_resnet18_trains_whole(emulate):
     assert_as_exact_as_eager("logits", [got], [eager], [exact])
     errors = [rms([d.double() - d_exact]) for d in (d_got, d_eager)]
     assert errors[0] <= 2 * errors[1]
-
-
-def logits_and_gradient(net: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """And the gradient of the first weight, behind everything else."""
-    weight = next(net.parameters())
-    logits = net(x.to(weight.dtype))
-    return logits.detach(), torch.autograd.grad(F.cross_entropy(logits, labels), weight)[0]

@@ -77,6 +77,7 @@ def assert_parity(case: Case, out: kernels.ConvOutput) -> None:
                 torch.testing.assert_close(got, expected, rtol=32 * eps, atol=32 * eps * expected.abs().max().item())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", RAGGED)
 def test_ragged_tiles_are_as_exact_as_eager(emulate, monkeypatch, name):
     case, out, _ = run(emulate, monkeypatch, RAGGED[name])

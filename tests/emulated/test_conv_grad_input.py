@@ -89,6 +89,7 @@ PARITY = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shape, epilogue, dtype", PARITY.values(), ids=PARITY)
 def test_results_are_as_exact_as_eager_and_the_same_bits_twice(emulate, monkeypatch, shape, epilogue, dtype):
     monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)

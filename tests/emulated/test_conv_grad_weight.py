@@ -39,6 +39,7 @@ def launch(emulate, shape: ConvShape, dtype: torch.dtype, prologue: str, **optio
     return case, dw, report
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "name, dtype, prologue",
     [

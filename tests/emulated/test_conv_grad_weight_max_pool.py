@@ -25,6 +25,7 @@ def launch(emulate, shape: ConvShape, dtype: torch.dtype, training: bool):
     return case, dy, dw, report
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "name, dtype, training",
     [
