@@ -57,7 +57,7 @@ def test_output_gradients_and_statistics_as_exact_as_eager(any_backend, shape, d
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_half_precision_as_exact_as_eager(any_backend, dtype, train):
     """Of values enough: two maxima of a window within a rounding send the gradient one way or the other by chance."""
-    assert_steps_parity((8, 1, 48, 40), dtype, train, draws=2)
+    assert_steps_parity((8, 1, 48, 40), dtype, train, draws=1)
 
 
 def test_inference_as_exact_as_eager(any_backend):
