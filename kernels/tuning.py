@@ -75,7 +75,7 @@ _GRAD_INPUT = (
     Config(128, 64, 32, 4, 4),
     Config(128, 128, 64, 8, 3),
     Config(128, 128, 32, 4, 3),
-    Config(64, 128, 64, 4, 3),
+    Config(64, 128, 64, 8, 3),
     Config(64, 64, 64, 4, 3),
     Config(256, 64, 32, 8, 3),
     Config(128, 64, 32, 8, 4),  # these two hold little of dout per thread, for the shortcut's mask
@@ -128,12 +128,24 @@ _POOLED = (
     Config(32, 32, 32, 4, 1),
     Config(16, 16, 16, 2, 1),
 )
+_POOLED_SINGLE = (
+    Config(64, 256, 16, 8, 1),
+    Config(64, 64, 16, 4, 1),
+    Config(32, 64, 32, 4, 1),
+    Config(32, 32, 16, 4, 1),
+    Config(16, 16, 16, 2, 1),
+)
 _POOLED_DOUBLE = (Config(32, 32, 16, 4, 1),)
 TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
     "forward": {"half": _FORWARD, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
     "grad_input": {"half": _GRAD_INPUT, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE[1:]},
     "grad_weight": {"half": _PIXELS_REDUCED, "tf32": _SMALL, "single": _SMALL, "double": _SMALL},
-    "grad_weight_max_pool": {**dict.fromkeys(("half", "tf32", "single"), _POOLED), "double": _POOLED_DOUBLE},
+    "grad_weight_max_pool": {
+        "half": _POOLED,
+        "tf32": _POOLED_SINGLE,
+        "single": _POOLED_SINGLE,
+        "double": _POOLED_DOUBLE,
+    },
 }
 MOST_ROWS = max(config.BLOCK_M for kinds in TABLE.values() for table in kinds.values() for config in table)
 MAX_ACCUMULATORS = 100  # registers of a thread for which grad-weight takes a whole row of taps at once
@@ -357,19 +369,28 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
 
 
 def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
-    """Whether what is fused fits: grad-input spills where an epilogue meets more values per thread than these.
+    """Whether what is fused fits: a kernel spills where it meets more values per thread than these.
 
-    64 accumulators beside the tiles that it loads, and 16 of dout that the shortcut's mask brings into registers.
-    Those of grad-weight spill with more than 112 accumulators and values of the input that its prologue recomputes, and
-    the stem's where a wide tile meets more columns than it has.
+    Grad-input: 64 accumulators beside the tiles that its epilogue loads, and 16 of dout that the shortcut's mask brings
+    into registers. The forward: a shortcut's second product beside the masks of ragged channels. Grad-weight:
+    accumulators, what moves from tap to tap, and what its prologue recomputes. The stem's: a wide tile that meets more
+    columns than it has.
     """
     epilogue = gemm.switch("epilogue", "NoneType")
     threads = 32 * config.num_warps
     accumulators, operand = config.BLOCK_M * config.BLOCK_N // threads, config.BLOCK_M * config.BLOCK_K // threads
-    if gemm.operation == "grad_weight" and gemm.switch("prologue"):
-        return accumulators * _taps_at_once(config, gemm) + operand <= 112
+    rows, columns, *_ = gemm.problem
+    whole = gemm.C % config.BLOCK_K == 0 == columns % config.BLOCK_N  # of channels, which need no masks then
+    if gemm.operation == "forward":
+        return whole or not gemm.switch("shortcut") or accumulators + operand <= 80
+    if gemm.operation == "grad_weight":
+        whole = rows % config.BLOCK_M == 0 == columns % config.BLOCK_N
+        taps = _taps_at_once(config, gemm)
+        values = taps * (accumulators + config.BLOCK_N * config.BLOCK_K // threads)
+        return values + (operand if gemm.switch("prologue") else 0) <= (170 if whole else 150)
     if gemm.operation == "grad_weight_max_pool":
-        return config.BLOCK_N <= 64 or gemm.problem[1] <= config.BLOCK_N
+        widest = 64 if columns <= 256 else 32
+        return columns <= config.BLOCK_N or widest >= config.BLOCK_N
     masked = epilogue == "ShortcutGrad" and gemm.switch("masked")
     return epilogue == "NoneType" or (accumulators <= 64 and (not masked or operand <= 16))
 

@@ -104,8 +104,8 @@ TILE = {"BLOCK_M": 32, "BLOCK_C": 64}
 @pytest.mark.parametrize(
     "change, kind",
     [
-        ({"spills": 1}, "spill"),
-        ({"stack": 8}, "spill"),
+        ({"spills": 1, "stack": 8, "registers": 255}, "spill"),
+        ({"spills": 1, "stack": 16}, "spill"),
         ({"error": "OutOfResources"}, "error"),
         ({"shared": 200 * 1024}, "shared"),
         ({"occupancy": 0.1}, "occupancy"),
@@ -117,6 +117,12 @@ TILE = {"BLOCK_M": 32, "BLOCK_C": 64}
 def test_each_broken_limit_is_named(change, kind):
     assert not kinds(GOOD, launch(**TILE))
     assert kinds(dataclasses.replace(GOOD, **change), launch(**TILE)) == {kind}
+
+
+def test_a_word_or_two_may_be_spilled_while_registers_are_left():
+    traded = dataclasses.replace(GOOD, spills=2, stack=8)
+    assert not kinds(traded, launch(**TILE))
+    assert kinds(traded, launch(**TILE), "gfx942") == {"spill"}
 
 
 def test_an_access_is_asked_to_be_as_wide_as_alignment_and_the_tile_allow():
