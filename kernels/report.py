@@ -272,7 +272,7 @@ def _narrowest(rows: Sequence[Row]) -> object:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: a line per kernel, the worst of its specialisations on each device."""
-    devices = list(dict.fromkeys(row.device for row in rows))
+    devices = [device for device in DEVICES if any(row.device == device for row in rows)]
     columns: dict[str, Callable[[list[Row]], object]] = {
         "compiled": len,
         "registers": lambda some: max(row.figures.registers for row in some),
