@@ -270,19 +270,39 @@ def _narrowest(rows: Sequence[Row]) -> object:
     return min(widths, default="-")
 
 
+# Columns of the table of instructions: which classes of `binaries` a share is of.
+SHARES = {
+    "tensor": ("tensor",),
+    "global": ("global", "atomic", "local"),
+    "shared": ("shared", "barrier"),
+    "float": ("float", "convert"),
+    "integer": ("integer", "branch"),
+}
+
+
+def _mix(rows: Sequence[Row]) -> str:
+    """Percentages of SHARES in the specialisation that has most instructions."""
+    if not rows:
+        return "-"
+    mix = max((row.figures for row in rows), key=lambda figures: figures.instructions).mix
+    return "/".join(
+        f"{100 * sum(mix.get(c, 0) for c in classes) / sum(mix.values()):.0f}" for classes in SHARES.values()
+    )
+
+
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line per kernel, the worst of its specialisations on each device."""
+    """Markdown: a line per kernel, the worst of its specialisations on each device; then its mix of instructions."""
     devices = [device for device in DEVICES if any(row.device == device for row in rows)]
     columns: dict[str, Callable[[list[Row]], object]] = {
         "compiled": len,
-        "registers": lambda some: max(row.figures.registers for row in some),
-        "spills": lambda some: max(row.figures.spills for row in some),
-        "shared, bytes": lambda some: max(row.figures.shared for row in some),
-        "occupancy, %": lambda some: round(100 * min(row.figures.occupancy for row in some)),
+        "registers": lambda some: max((row.figures.registers for row in some), default="-"),
+        "spills": lambda some: max((row.figures.spills for row in some), default="-"),
+        "shared, bytes": lambda some: max((row.figures.shared for row in some), default="-"),
+        "occupancy, %": lambda some: min((round(100 * row.figures.occupancy) for row in some), default="-"),
         "narrowest bulk access, bytes": _narrowest,
-        "tensor cores": lambda some: ", ".join(sorted({op for row in some for op in row.figures.tensor})) or "-",
-        "barriers": lambda some: max(row.figures.barriers for row in some),
-        "instructions": lambda some: max(row.figures.instructions for row in some),
+        "tensor cores": lambda some: ", ".join(sorted({_name(op) for row in some for op in row.figures.tensor})) or "-",
+        "barriers": lambda some: max((row.figures.barriers for row in some), default="-"),
+        "instructions": lambda some: max((row.figures.instructions for row in some), default="-"),
     }
     by_kernel = defaultdict(list)
     for row in rows:
@@ -291,7 +311,17 @@ def table(rows: Sequence[Row]) -> str:
     lines += [f"| kernel | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for kernel, some in by_kernel.items():
         lines.append(f"| {kernel} | {' | '.join(_cells(some, devices, value) for value in columns.values())} |")
+    lines += ["", f"Instructions, % {' / '.join(SHARES)}, of the specialisation that has most:", ""]
+    lines += [f"| kernel | {' | '.join(devices)} |", "| --- " * (len(devices) + 1) + "|"]
+    for kernel, some in by_kernel.items():
+        cells = [_mix([row for row in some if row.device == device]) for device in devices]
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _name(opcode: str) -> str:
+    """Of AMD's matrix instructions one name for all shapes and types."""
+    return "MFMA" if opcode.startswith("v_") else opcode
 
 
 def compare(old: Sequence[dict], new: Sequence[dict]) -> Iterator[str]:

@@ -190,9 +190,16 @@ def row(device: str = "sm_80", **figures: object) -> report.Row:
 
 
 def test_the_table_shows_the_worst_of_each_device():
-    rows = [row(registers=40), row(registers=64), row("sm_90", registers=72)]
+    rows = [row(registers=40), row(registers=64, tensor={"v_mfma_f32_32x32x8_f16": 2}), row("sm_90", registers=72)]
+    rows = [dataclasses.replace(r, figures=dataclasses.replace(r.figures, mix={"integer": 9})) for r in rows]
     line = next(line for line in report.table(rows).splitlines() if line.startswith("| apply_kernel"))
     assert line.split("|")[2:5] == [" 2 / 1 ", " 64 / 72 ", " 0 "]
+    assert line.split("|")[8] == " MFMA / - "
+
+
+def test_the_table_shows_the_mix_of_the_longest_specialisation():
+    rows = [row(mix={"float": 1}), row(mix={"tensor": 10, "global": 20, "shared": 5, "barrier": 5, "integer": 60})]
+    assert report.table(rows).splitlines()[-1] == "| apply_kernel | 10/20/10/0/60 |"
 
 
 def test_a_comparison_names_what_changed():
