@@ -28,8 +28,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "hypothesis")
 # Small, since under compute-sanitizer a kernel takes a hundred times as long.
-SANITIZED_TESTS = ("tests/test_batch_norm_kernels.py", "tests/test_batch_norm_max_pool_kernels.py")
-SANITIZED_ONLY = "single_row or second_run or same_bits_twice"
+SANITIZED_TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in (
+        *("batch_norm_kernels", "batch_norm_max_pool_kernels", "conv_forward", "conv_grad_input"),
+        *("conv_grad_weight", "conv_grad_weight_max_pool"),
+    )
+)
+SANITIZED_ONLY = "single_row or second_run or same_bits"
 
 
 @dataclass(frozen=True)
