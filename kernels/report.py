@@ -284,10 +284,9 @@ def _mix(rows: Sequence[Row]) -> str:
     """Percentages of SHARES in the specialisation that has most instructions."""
     if not rows:
         return "-"
-    mix = max((row.figures for row in rows), key=lambda figures: figures.instructions).mix
-    return "/".join(
-        f"{100 * sum(mix.get(c, 0) for c in classes) / sum(mix.values()):.0f}" for classes in SHARES.values()
-    )
+    longest = max((row.figures for row in rows), key=lambda figures: figures.instructions)
+    counts = [sum(longest.mix.get(name, 0) for name in classes) for classes in SHARES.values()]
+    return "/".join(f"{100 * count / max(1, longest.instructions):.0f}" for count in counts)
 
 
 def table(rows: Sequence[Row]) -> str:
