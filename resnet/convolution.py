@@ -1,4 +1,4 @@
-"""The convolutions around the fused operations: PyTorch's own, but for small maps on the CPU.
+"""The convolutions around the fused operations: PyTorch's own, but for small maps on the CPU and where it is unsafe.
 
 oneDNN's direct convolution is at a loss where a map has a few pixels and many channels (3x3 pixels of 512 channels in
 ResNet-18's last stage at 96x96): half of its taps fall on padding. There the same convolution as one matrix product
@@ -26,6 +26,16 @@ def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
     few = P * Q <= _PIXELS and min(C, K) >= _CHANNELS and R * S > 1
     return few and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def _overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Whether PyTorch's grad-weight may write past the end of a buffer of its own.
+
+    That of a strided 1x1 convolution of fewer than 8 channels does, where oneDNN (torch 2.13) has AVX2 and no AVX-512:
+    it gathers the strided pixels in whole vectors of 8 channels. Eager PyTorch corrupts its heap there.
+    """
+    _, C, R, S = weight.shape
+    return R == S == 1 and stride > 1 and C < 8 and x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -61,9 +71,13 @@ def convolve_backward(
             _grad_input(dy, x, weight, stride, padding) if needs_x else None,
             _grad_weight(dy, x, weight, stride, padding) if needs_weight else None,
         )
+    ours = needs_weight and _overruns(x, weight, stride)
+    wanted = [needs_x, needs_weight and not ours, False]
     dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, [needs_x, needs_weight, False]
+        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
     )
+    if ours:
+        dweight = _grad_weight(dy, x, weight, stride, padding)
     return tuple(g.contiguous(memory_format=torch.channels_last) if g is not None else None for g in (dx, dweight))
 
 

@@ -69,8 +69,10 @@ def reference(shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out
         x = torch.relu((x.double() * scale + shift).to(x.dtype))
     if out is not None:
         dy = torch.where(out <= 0, 0, dy)
-    weight = (shape.K, shape.C, shape.R, shape.S)
-    return torch.nn.grad.conv2d_weight(x.to(dtype), weight, dy.to(dtype), shape.stride, shape.padding)
+    weight, stride = (shape.K, shape.C, shape.R, shape.S), shape.stride
+    if shape.R == shape.S == 1 and shape.padding == 0:  # of few channels oneDNN's strided one is unsafe
+        x, stride = x[:, :, ::stride, ::stride], 1
+    return torch.nn.grad.conv2d_weight(x.to(dtype), weight, dy.to(dtype), stride, shape.padding)
 
 
 def assert_parity(shape: ConvShape, dtype: torch.dtype, prologue: str) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import conv2d
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet.convolution import convolve, convolve_backward, is_small
 from tests.parity import assert_as_exact_as_eager
@@ -65,6 +66,32 @@ def test_other_maps_are_pytorchs_own(shape):
     assert torch.equal(convolve(x, weight, bias, stride, padding), y)
     got = convolve_backward(dy, x, weight, stride, padding, True, True)
     assert torch.allclose(got[0], dx, atol=1e-6) and torch.allclose(got[1], dweight, atol=1e-5)
+
+
+class GradsAsked(TorchDispatchMode):
+    """What is asked of PyTorch's `convolution_backward`: of x, of the weight and of the bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten.convolution_backward.default:
+            self.masks.append(args[-1])
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("C", [1, 3, 4, 7])
+def test_a_strided_1x1_grad_weight_of_few_channels_is_not_onednns(C):
+    """Which writes past the end of a buffer on CPUs with AVX2 and no AVX-512."""
+    x, weight, _, dy = _draw(2, C, 6, 6, 6, 1, 2, 0, seed=0)
+    exact = _reference(*(t.double() for t in (x, weight, torch.zeros(6), dy)), 2, 0)
+    with GradsAsked() as asked:
+        got = convolve_backward(dy, x, weight, 2, 0, True, True)
+    assert asked.masks == [[True, False, False]]
+    for grad, expected in zip(got, exact[1:]):
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_what_is_needed_is_computed():
