@@ -1,4 +1,4 @@
-"""Each kernel of `kernels/batch_norm.py` as compiled code: parity, and what it asks of the memory."""
+"""Each kernel of `kernels/batch_norm.py` as compiled code: parity, and what it asks of the memory and the registers."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ SECTOR_EFFICIENCY = 0.95
 # Of each load and store of activations by one thread: 16, less the few that the first and the last row do without.
 ACCESS_BYTES = 14
 MULTIPLES_OF_8 = (8, 24, 40, 64, 72, 128)
+SPILLED_BYTES = 0
+STAGES = (64, 128, 256, 512)  # ResNet's channel counts
 
 
 # ---- launches ------------------------------------------------------------------------------------------------------
@@ -150,6 +152,19 @@ def test_whole_sectors_are_moved_by_wide_accesses(emulate, name, C):
             )
             assert moved >= SECTOR_EFFICIENCY * 32 * sectors > 0, (access, dtype)
             assert moved >= ACCESS_BYTES * lanes * requests, (access, dtype)
+
+
+@pytest.mark.parametrize("C", STAGES)
+@per_launch
+def test_no_register_is_spilled_at_the_channel_counts_of_resnet(emulate, name, C):
+    for dtype in FLOATS:
+        case = Case.of((1, C, 8, 8), dtype)
+        with emulate() as launches:
+            LAUNCHES[name](case)
+        for report in launches:
+            used = report.ptxas()
+            assert used["registers"] > 0
+            assert used["spill_stores"] + used["spill_loads"] <= SPILLED_BYTES, (report.name, dtype, used)
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
