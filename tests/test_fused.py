@@ -73,11 +73,11 @@ def test_a_block_is_as_exact_as_eager(any_backend, dtype, mode, args):
 
 
 @blocks
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@modes
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_a_block_in_half_precision_is_as_exact_as_eager(any_backend, dtype, train, args):
+def test_a_block_in_half_precision_is_as_exact_as_eager(any_backend, dtype, mode, args):
     """Of values enough: a share of about eps lies within a rounding of zero, and a ReLU lets them through by chance."""
-    trios = [trio(Residual, *args, seed=seed, dtype=dtype, train=train) for seed in range(4)]
+    trios = [trio(Residual, *args, seed=seed, dtype=dtype).each(MODES[mode]) for seed in range(4)]
     assert_trios_parity(trios, (8, 4, 24, 24))
 
 
