@@ -4,8 +4,7 @@
         net(x).sum().backward()          # nothing is compiled or run; results are uninitialised memory
 
 A recorded launch holds what a compilation depends on (argument types, constants, divisibility, options) and the sizes
-of the tensors that were passed. Nothing here imports Triton before it is needed, so that code which has no need of
-Triton itself can ask `recording()`.
+of the tensors that were passed. Which of a GEMM's tiles are launched is `tuning.every_candidate`'s to say.
 """
 
 from __future__ import annotations
@@ -27,14 +26,6 @@ if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
 
 VECTOR = 16  # bytes of the widest access that every device has
-
-_target: GPUTarget | None = None
-
-
-def recording() -> GPUTarget | None:
-    """The target whose launches are being recorded, or None. Whoever chooses between configurations by timing them
-    runs all of them while this is set, so that each is recorded."""
-    return _target
 
 
 @dataclass(frozen=True)
@@ -86,16 +77,19 @@ class Launch:
         return " ".join(self.features)
 
     @property
+    def _blocks(self) -> dict[str, int]:
+        return {n: self.constants[i,] for i, n in enumerate(self.signature) if n.startswith("BLOCK")}
+
+    @property
     def tile(self) -> str:
         """The configuration: the tile's sizes and the launch options."""
-        sizes = [f"{n}={self.constants[i,]}" for i, n in enumerate(self.signature) if n.startswith("BLOCK")]
+        sizes = [f"{n}={size}" for n, size in self._blocks.items()]
         return " ".join(sizes + [f"{n}={v}" for n, v in sorted(self.options.items()) if n.startswith("num_")])
 
     @property
     def smallest_tile(self) -> int:
         """Elements of the smallest tile that two of the BLOCK sizes span, or one where there is no other."""
-        sizes = sorted(self.constants[i,] for i, n in enumerate(self.signature) if n.startswith("BLOCK"))
-        return math.prod(sizes[:2])
+        return math.prod(sorted(self._blocks.values())[:2])
 
     @property
     def itemsize(self) -> int:
@@ -151,7 +145,6 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
 
     if knobs.runtime.interpret:
         raise RuntimeError("launches cannot be recorded while kernels are interpreted: unset TRITON_INTERPRET")
-    global _target
     launches: list[Launch] = []
     passed: dict[str, object] = {}
     run = jit.JITFunction.run
@@ -180,11 +173,11 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
 
     before, hook = driver._active, knobs.runtime.jit_cache_hook
     driver.set_active(_Driver(target, properties or {}))
-    knobs.runtime.jit_cache_hook, jit.JITFunction.run, _target = append, remember, target
+    knobs.runtime.jit_cache_hook, jit.JITFunction.run = append, remember
     try:
         yield launches
     finally:
-        knobs.runtime.jit_cache_hook, jit.JITFunction.run, _target = hook, run, None
+        knobs.runtime.jit_cache_hook, jit.JITFunction.run = hook, run
         driver._active = before
 
 

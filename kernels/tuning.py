@@ -380,8 +380,8 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
     threads = 32 * config.num_warps
     accumulators, operand = config.BLOCK_M * config.BLOCK_N // threads, config.BLOCK_M * config.BLOCK_K // threads
     rows, columns, *_ = gemm.problem
-    whole = gemm.C % config.BLOCK_K == 0 == columns % config.BLOCK_N  # of channels, which need no masks then
     if gemm.operation == "forward":
+        whole = gemm.C % config.BLOCK_K == 0 == columns % config.BLOCK_N  # of channels, which need no masks then
         return whole or not gemm.switch("shortcut") or accumulators + operand <= 80
     if gemm.operation == "grad_weight":
         whole = rows % config.BLOCK_M == 0 == columns % config.BLOCK_N
