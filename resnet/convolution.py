@@ -28,7 +28,7 @@ def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     return few and x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
+def overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether PyTorch's grad-weight may write past the end of a buffer of its own.
 
     That of a strided 1x1 convolution of fewer than 8 channels does, where oneDNN (torch 2.13) has AVX2 and no AVX-512:
@@ -71,8 +71,8 @@ def convolve_backward(
             _grad_input(dy, x, weight, stride, padding) if needs_x else None,
             _grad_weight(dy, x, weight, stride, padding) if needs_weight else None,
         )
-    ours = needs_weight and _overruns(x, weight, stride)
-    wanted = [needs_x, needs_weight and not ours, False]
+    ours = needs_weight and overruns(x, weight, stride)
+    wanted = [needs_x, needs_weight and not ours, False]  # with none of them PyTorch computes nothing
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
     )

@@ -221,13 +221,18 @@ def copy_of_the_sources(to: Path) -> Path:
     return to
 
 
-# What a process of its own does. It has no import of the tests, which would be those beside this file.
+# What a process of its own does with `sources`, `environment` and `arguments`. It imports nothing of the tests, which
+# would be those beside this file.
 _PYTEST = """
 import os, sys
+os.chdir(sources)
+for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # tests/conftest.py chooses
+    os.environ.pop(name, None)
+os.environ.update(environment)
 output = os.open("output", os.O_WRONLY | os.O_CREAT)
 os.dup2(output, 1)
 os.dup2(output, 2)
-sys.path.insert(0, os.getcwd())
+sys.path.insert(0, sources)
 sys.argv = ["pytest", *arguments]
 import pytest
 os._exit(pytest.main(arguments))
@@ -239,15 +244,9 @@ _PROCESSES.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch"])  #
 def run(sources: Path, test: str, only: str) -> tuple[int, str]:
     """Exit status and output of the tests on these sources, in a process of their own, up to the first failure."""
     arguments = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", test, *(["-k", only] if only else [])]
-    changes = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(sources / "cache")}
-    prepare = f"""
-import os
-os.chdir({str(sources)!r})
-for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # tests/conftest.py chooses
-    os.environ.pop(name, None)
-os.environ.update({changes!r})
-"""
-    process = _PROCESSES.Process(target=exec, args=(prepare + _PYTEST, {"arguments": arguments}))
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(sources / "cache")}
+    names = {"sources": str(sources), "environment": environment, "arguments": arguments}
+    process = _PROCESSES.Process(target=exec, args=(_PYTEST, names))
     process.start()
     process.join(300)
     if process.is_alive():
