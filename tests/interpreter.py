@@ -15,13 +15,14 @@ from triton.runtime import interpreter
 
 @contextmanager
 def faithful_and_quick() -> Iterator[None]:
-    """To bfloat16 it rounds, where it would cut float32 off. Two things that take half of its time are left out:
+    """To bfloat16 it rounds, where it would cut float32 off. Three things that take half of its time are left out:
 
     a function that a kernel calls replaces all of the language's builtins, which the kernel has replaced already;
-    sums and products of integers are computed again in 64 bits, to compare them in an assertion that is off.
+    sums and products of integers are computed again in 64 bits, to compare them in an assertion that is off;
+    each look at a type makes a table of all types.
     """
     convert, patch = interpreter._convert_float, interpreter._patch_lang
-    builder = interpreter.interpreter_builder
+    builder, look_up, known = interpreter.interpreter_builder, interpreter._get_np_dtype, {}
 
     def rounded(values, source, target, mode):
         if target.name != "bf16":
@@ -33,9 +34,16 @@ def faithful_and_quick() -> Iterator[None]:
         fresh = any(tl.core.is_builtin(language.load) for language in languages)
         return patch(function) if fresh else interpreter._LangPatchScope()
 
+    def looked_up(kind):
+        scalar = kind.scalar
+        if scalar.name not in known:
+            known[scalar.name] = look_up(scalar)
+        return known[scalar.name]
+
     with pytest.MonkeyPatch.context() as changes:
         changes.setattr(interpreter, "_convert_float", rounded)
         changes.setattr(interpreter, "_patch_lang", patched_once)
+        changes.setattr(interpreter, "_get_np_dtype", looked_up)
         changes.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
         yield
 
