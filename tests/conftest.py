@@ -21,6 +21,11 @@ import pytest
 from tests.interpreter import interpreted  # noqa: F401
 from tests.sanitizer import sanitizer  # noqa: F401
 
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

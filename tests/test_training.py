@@ -50,6 +50,7 @@ def losses(net: nn.Module, x: torch.Tensor, labels: torch.Tensor, steps: int) ->
     return values
 
 
+@pytest.mark.long
 def test_losses_of_20_steps_follow_eagers(any_backend):
     """Rounding differs from step 1 and grows with every step: float64 keeps it far below what a wrong gradient does."""
     eager, fused = (net.double() for net in pair(small_net))
@@ -88,6 +89,7 @@ def whole_tiles(monkeypatch):
     monkeypatch.setattr(conv_grad_weight, "fit", lambda config, *_: config)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_resnet18_gives_eagers_logits_and_gradient(whole_tiles, backend):
     """Whole, its convolutions fused too."""

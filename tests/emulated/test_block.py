@@ -112,6 +112,7 @@ def test_the_other_ways_are_as_exact_as_eager(emulate, arguments, shape, variant
         assert_parity([compare(emulate, blocks, shape, torch.float32)])
 
 
+@pytest.mark.long
 def test_an_identity_block_moves_the_activations_of_its_floor(emulate):
     shape, dtype = (8, 64, 24, 24), torch.float16
     block = trio(Residual, 64, 64, dtype=dtype).fused
@@ -133,6 +134,7 @@ def test_an_identity_block_moves_the_activations_of_its_floor(emulate):
     assert 28 * activation <= moved <= TRAFFIC_OVER_FLOOR * 28 * activation
 
 
+@pytest.mark.long
 def test_losses_of_20_steps_follow_eagers(emulate):
     eager, fused = (net.double() for net in pair(small_net))
     x, labels = draw(4, 1, 16, 16, dtype=torch.float64), torch.arange(4) % 4
@@ -143,6 +145,7 @@ def test_losses_of_20_steps_follow_eagers(emulate):
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("emulate", [80], ids=["sm_80"], indirect=True)
 def test_resnet18_trains_whole(emulate):
     results = []
