@@ -67,7 +67,7 @@ gpu-check: $(STAMP)
 
 # What every kernel asks of four devices, compiled for them: registers, spills, access widths, tensor cores.
 gate: $(STAMP)
-	@env -u TRITON_INTERPRET $(RUN) pytest tests/gate
+	@env -u TRITON_INTERPRET $(RUN) pytest --numprocesses auto --maxprocesses 8 --dist loadfile tests/gate
 
 bench: $(STAMP)
 	@env -u TRITON_INTERPRET $(RUN) pytest benchmarks --benchmark-only

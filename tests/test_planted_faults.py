@@ -237,8 +237,11 @@ sys.argv = ["pytest", *arguments]
 import pytest
 os._exit(pytest.main(arguments))
 """
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch"])  # but not Triton, which may interpret
+# Half of such a process is imports: they are made once, for all that interpret. `torch._inductor` is what
+# `torch.use_deterministic_algorithms` imports, and imports Triton.
+_INTERPRETED = multiprocessing.get_context("forkserver")
+_INTERPRETED.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch", "torch._inductor"])
+_COMPILED = multiprocessing.get_context("spawn")
 
 
 def run(sources: Path, test: str, only: str) -> tuple[int, str]:
@@ -246,7 +249,7 @@ def run(sources: Path, test: str, only: str) -> tuple[int, str]:
     arguments = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", test, *(["-k", only] if only else [])]
     environment = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(sources / "cache")}
     names = {"sources": str(sources), "environment": environment, "arguments": arguments}
-    process = _PROCESSES.Process(target=exec, args=(_PYTEST, names))
+    process = (_COMPILED if test.startswith(EMULATED) else _INTERPRETED).Process(target=exec, args=(_PYTEST, names))
     process.start()
     process.join(300)
     if process.is_alive():

@@ -80,12 +80,3 @@ def test_sectors_are_used_in_full(emulate, C, dtype):
         assert report.gld_efficiency >= SECTOR_EFFICIENCY, f"{name}: {report}"
         if name != "pool_backward_reduce_kernel":  # which stores its partials only, a hundredth of what it reads
             assert report.gst_efficiency >= SECTOR_EFFICIENCY, f"{name}: {report}"
-
-
-@per_dtype
-def test_no_register_is_spilled(emulate, dtype):
-    for C in (8, 64, 100):
-        *_, reports = run(emulate, (1, C, 6, 6), dtype)
-        for name, report in reports.items():
-            ptxas = report.ptxas()
-            assert ptxas["spill_stores"] == ptxas["spill_loads"] == 0, f"{name}, C {C}: {ptxas}"

@@ -1,0 +1,55 @@
+"""Every way in which `kernels/batch_norm.py` moves activations, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import batch_norm as kernels
+from resnet.norm import statistics_dtype
+from tests.blocks import draw
+
+EPS = 1e-5
+
+
+@dataclass
+class Case:
+    """Tensors for one launch of anything. `out` is no output of `stats`: any mask will do."""
+
+    x: Tensor
+    shortcut: Tensor
+    dout: Tensor
+    out: Tensor
+    stats: Tensor
+    sums: Tensor
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+        C, acc = shape[1], statistics_dtype(dtype)
+        x, shortcut, dout, out = (draw(*shape, seed=seed, dtype=dtype) for seed in range(4))
+        return Case(x, shortcut, dout, out, draw(4, C, seed=4, dtype=acc), draw(2, C, seed=5, dtype=acc))
+
+
+LAUNCHES: dict[str, Callable[[Case], object]] = {
+    "statistics": lambda c: kernels.statistics(c.x, None, None, None, None, 0.1, EPS),
+    "apply": lambda c: kernels.apply(c.x, c.stats),
+    "apply, add": lambda c: kernels.apply(c.x, c.stats, c.shortcut),
+    "reduce, mask from out": lambda c: kernels.backward_reduce(c.dout, c.x, c.out, c.stats),
+    "reduce, mask from x": lambda c: kernels.backward_reduce(c.dout, c.x, None, c.stats),
+    "reduce, no relu": lambda c: kernels.backward_reduce(c.dout, c.x, None, c.stats, relu=False),
+    "apply', mask from out": lambda c: kernels.backward_apply(c.dout, c.x, c.out, c.stats, c.sums),
+    "apply', mask from out, shortcut's gradient": lambda c: kernels.backward_apply(
+        c.dout, c.x, c.out, c.stats, c.sums, dshortcut=torch.empty_like(c.x)
+    ),
+    "apply', mask from x": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, c.sums),
+    "apply', no relu": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, c.sums, relu=False),
+    "frozen apply', mask from out": lambda c: kernels.backward_apply(c.dout, c.x, c.out, c.stats, None),
+    "frozen apply', mask from out, shortcut's gradient": lambda c: kernels.backward_apply(
+        c.dout, c.x, c.out, c.stats, None, dshortcut=torch.empty_like(c.x)
+    ),
+    "frozen apply', mask from x": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, None),
+    "frozen apply', no relu": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, None, relu=False),
+}

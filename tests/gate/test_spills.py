@@ -1,0 +1,45 @@
+"""No register is spilled at ResNet's channel counts, each in every type: the gate's share has a count in one only."""
+
+import pytest
+import torch
+from triton import knobs
+
+from kernels import batch_norm_max_pool as pool
+from kernels import binaries, launches
+from kernels.limits import DEVICES
+from tests.batch_norm_launches import LAUNCHES, Case
+
+pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="the kernels are interpreted; run make gate")
+per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+per_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+
+
+def assert_nothing_is_spilled(recorded: list[launches.Launch], device: str) -> None:
+    recorded = launches.unite(recorded)
+    figures = binaries.read([(launch, device) for launch in recorded])
+    assert figures and not any(f.error for f in figures)
+    broken = [f"{x.kernel} {x.specialisation}: {f.spills}" for x, f in zip(recorded, figures, strict=True) if f.spills]
+    assert not broken, "\n".join(broken)
+
+
+@pytest.mark.parametrize("C", [64, 128, 256, 512])
+@per_dtype
+@per_device
+def test_batch_norm(device, dtype, C):
+    case = Case.of((1, C, 8, 8), dtype)
+    with launches.record(DEVICES[device].target) as recorded:
+        for launch in LAUNCHES.values():
+            launch(case)
+    assert_nothing_is_spilled(recorded, device)
+
+
+@pytest.mark.parametrize("C", [8, 64, 100])
+@per_dtype
+@per_device
+def test_batch_norm_and_max_pool(device, dtype, C):
+    y, dout = Case.of((1, C, 6, 6), dtype), Case.of((1, C, 3, 3), dtype).dout
+    with launches.record(DEVICES[device].target) as recorded:
+        out, tap = pool.apply_pool(y.x, y.stats)
+        pool.backward_reduce(dout, y.x, out, tap, y.stats)
+        pool.backward_apply(dout, y.x, out, tap, y.stats, y.sums)
+    assert_nothing_is_spilled(recorded, device)
