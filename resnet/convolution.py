@@ -1,18 +1,22 @@
 """The convolutions around the fused operations: PyTorch's own, but for small maps on the CPU and where it is unsafe.
 
 oneDNN's direct convolution is at a loss where a map has a few pixels and many channels (3x3 pixels of 512 channels in
-ResNet-18's last stage at 96x96): half of its taps fall on padding. There the same convolution as one matrix product
-over an unfolded copy of x takes half the time, forward and backward. Its K, R, S, C weight is the matrix as it lies.
+ResNet-18's last stage at 96x96): 32 of its 81 products of a pixel and a tap fall on padding. There the convolution is
+one matrix product per tap, over the pixels whose tap lies within the map. Its grad-weight is at a loss for larger maps
+too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-_PIXELS = 16  # of an output map: up to so many, from _CHANNELS on, the product was the faster at batches of 8 to 128
-_CHANNELS = 128
+# Up to so many pixels of an output map, from so many channels on, products per tap were the faster at batches of 8 to
+# 128. Grad-weight's limits were measured with AVX2, at batches of 16 and 32.
+_PIXELS, _CHANNELS = 16, 128
+_GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS = 64, 256
 
 
 def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -> int | torch.SymInt:
@@ -20,12 +24,17 @@ def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether the product is the faster: float32 on the CPU, few pixels, many channels."""
+def _is_at_most(pixels: int, channels: int, x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether x is float32 on the CPU, its output maps have so few pixels, and there are so many channels."""
     K, C, R, S = weight.shape
     P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
-    few = P * Q <= _PIXELS and min(C, K) >= _CHANNELS and R * S > 1
-    return few and x.device.type == "cpu" and x.dtype == torch.float32
+    fits = min(C, K) >= channels and R * S > 1 and pixels >= P * Q
+    return fits and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether products per tap are faster than oneDNN's convolution, forward and for grad-input."""
+    return _is_at_most(_PIXELS, _CHANNELS, x, weight, stride, padding)
 
 
 def overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -43,13 +52,29 @@ def _nhwc(t: Tensor) -> Tensor:
     return t.permute(0, 2, 3, 1)
 
 
-def _unfold(x: Tensor, kernel: tuple[int, int], stride: int, padding: int) -> Tensor:
-    """(N, P, Q, R, S, C): under each output pixel the input pixels that it reads, as a view of a padded copy of x."""
-    R, S = kernel
-    P, Q = (out_size(size, k, stride, padding) for size, k in zip(x.shape[2:], kernel, strict=True))
-    padded = F.pad(_nhwc(x), (0, 0, padding, padding, padding, padding))
-    n, h, w, c = padded.stride()
-    return padded.as_strided((x.shape[0], P, Q, R, S, x.shape[1]), (n, h * stride, w * stride, h, w, c))
+def _inside(size: int, tap: int, out: int, stride: int, padding: int) -> tuple[slice, slice]:
+    """Along one axis the outputs whose tap lies within the map, and the inputs that it meets there."""
+    first = max(0, -(-(padding - tap) // stride))
+    last = min(out - 1, (size - 1 + padding - tap) // stride)
+    start = first * stride + tap - padding
+    return slice(first, max(first, last + 1)), slice(start, start + max(0, last - first) * stride + 1, stride)
+
+
+def _taps(x: Tensor, weight: Tensor, stride: int, padding: int) -> Iterator[tuple[tuple, tuple, tuple]]:
+    """Of each tap that meets a pixel, indices into: the (K, C, R, S) weight, the NHWC output, the NHWC input."""
+    R, S = weight.shape[2:]
+    P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
+    for r in range(R):
+        rows_out, rows = _inside(x.shape[2], r, P, stride, padding)
+        for s in range(S):
+            columns_out, columns = _inside(x.shape[3], s, Q, stride, padding)
+            if rows_out.stop > rows_out.start and columns_out.stop > columns_out.start:
+                yield (..., r, s), (slice(None), rows_out, columns_out), (slice(None), rows, columns)
+
+
+def _add_product(to: Tensor, index: tuple, pixels: Tensor, matrix: Tensor) -> None:
+    """to[index] += pixels @ matrix: one product, since rows that are gathered first make it twice as fast."""
+    to[index] += (pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -57,8 +82,11 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     if not is_small(x, weight, stride, padding):
         y = torch.conv2d(x, weight, bias, stride, padding)
         return y.contiguous(memory_format=torch.channels_last)
-    windows = _unfold(x, weight.shape[2:], stride, padding)
-    y = F.linear(windows.flatten(3), _nhwc(weight).flatten(1), bias)
+    (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
+    P, Q = out_size(H, R, stride, padding), out_size(W, S, stride, padding)
+    y = x.new_zeros(N, P, Q, K) if bias is None else bias.expand(N, P, Q, K).contiguous()
+    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+        _add_product(y, outputs, _nhwc(x)[inputs], weight[tap].t())
     return y.permute(0, 3, 1, 2)
 
 
@@ -66,37 +94,30 @@ def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight) of `convolve`, channels_last, None where not needed; dy (N, K, P, Q) is channels_last."""
-    if is_small(x, weight, stride, padding):
-        return (
-            _grad_input(dy, x, weight, stride, padding) if needs_x else None,
-            _grad_weight(dy, x, weight, stride, padding) if needs_weight else None,
-        )
-    ours = needs_weight and overruns(x, weight, stride)
-    wanted = [needs_x, needs_weight and not ours, False]  # with none of them PyTorch computes nothing
+    small = is_small(x, weight, stride, padding)
+    per_tap = small or _is_at_most(_GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS, x, weight, stride, padding)
+    own_weight = needs_weight and (per_tap or overruns(x, weight, stride))
+    own_x = needs_x and small
+    wanted = [needs_x and not own_x, needs_weight and not own_weight, False]  # with none PyTorch computes nothing
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
     )
-    if ours:
+    if own_x:
+        dx = _grad_input(dy, x, weight, stride, padding)
+    if own_weight:
         dweight = _grad_weight(dy, x, weight, stride, padding)
     return tuple(g.contiguous(memory_format=torch.channels_last) if g is not None else None for g in (dx, dweight))
 
 
-def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    K, C, R, S = weight.shape
-    windows = _unfold(x, (R, S), stride, padding).flatten(3).flatten(0, 2)
-    return (_nhwc(dy).flatten(0, 2).t() @ windows).view(K, R, S, C).permute(0, 3, 1, 2)
-
-
 def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Each window's gradient, added back to where the window was read from."""
-    N, C, H, W = x.shape
-    R, S = weight.shape[2:]
-    P, Q = dy.shape[2:]
-    windows = (_nhwc(dy).flatten(0, 2) @ _nhwc(weight).flatten(1)).view(N, P, Q, R, S, C)
-    padded = dy.new_zeros(N, H + 2 * padding, W + 2 * padding, C)
-    for r in range(R):
-        for s in range(S):
-            rows, columns = slice(r, r + stride * (P - 1) + 1, stride), slice(s, s + stride * (Q - 1) + 1, stride)
-            padded[:, rows, columns] += windows[:, :, :, r, s]
-    inner = padded[:, padding : padding + H, padding : padding + W]
-    return inner.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    dx = _nhwc(torch.zeros_like(x, memory_format=torch.channels_last))
+    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+        _add_product(dx, inputs, _nhwc(dy)[outputs], weight[tap])
+    return dx.permute(0, 3, 1, 2)
+
+
+def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    dweight = torch.zeros_like(weight, memory_format=torch.channels_last)
+    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+        dweight[tap] = _nhwc(dy)[outputs].flatten(0, 2).t() @ _nhwc(x)[inputs].flatten(0, 2)
+    return dweight
