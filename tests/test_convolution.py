@@ -1,4 +1,4 @@
-"""The matrix product for small maps is the same convolution as PyTorch's, forward and backward."""
+"""The matrix products for small maps are the same convolution as PyTorch's, forward and backward."""
 
 import pytest
 import torch
@@ -16,6 +16,11 @@ SMALL = {
     "one pixel": (4, 128, 128, 1, 1, 3, 1, 1),
     "no padding": (2, 128, 128, 5, 4, 3, 1, 0),
     "5x5 kernel": (1, 128, 128, 4, 4, 5, 1, 2),
+}
+# Where only grad-weight is a product per tap.
+GRAD_WEIGHT = {
+    "many channels": (2, 256, 256, 6, 6, 3, 1, 1),
+    "many channels, stride 2": (2, 256, 272, 13, 11, 3, 2, 1),
 }
 OTHER = {
     "many pixels": (2, 128, 128, 6, 6, 3, 1, 1),
@@ -39,17 +44,31 @@ def _reference(x, weight, bias, dy, stride, padding):
     return y.detach(), x.grad, weight.grad
 
 
-@pytest.mark.parametrize("shape", SMALL.values(), ids=SMALL)
-def test_small_maps_as_exact_as_pytorch(shape):
+class GradsAsked(TorchDispatchMode):
+    """What is asked of PyTorch's `convolution_backward`: of x, of the weight and of the bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten.convolution_backward.default:
+            self.masks.append(args[-1])
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [*SMALL.values(), *GRAD_WEIGHT.values()], ids=[*SMALL, *GRAD_WEIGHT])
+def test_products_per_tap_are_as_exact_as_pytorch(shape):
     *_, stride, padding = shape
+    small = shape in SMALL.values()
     results = []
     for seed in range(3):
         x, weight, bias, dy = _draw(*shape, seed=seed)
-        assert is_small(x, weight, stride, padding)
-        fused = (
-            convolve(x, weight, bias, stride, padding),
-            *convolve_backward(dy, x, weight, stride, padding, True, True),
-        )
+        assert is_small(x, weight, stride, padding) == small
+        y = convolve(x, weight, bias, stride, padding)
+        with GradsAsked() as asked:
+            fused = (y, *convolve_backward(dy, x, weight, stride, padding, True, True))
+        assert asked.masks == [[not small, False, False]]
         exact = _reference(*(t.double() for t in (x, weight, bias, dy)), stride, padding)
         results.append((fused, _reference(x, weight, bias, dy, stride, padding), exact))
     for i, name in enumerate(("y", "dx", "dweight")):
@@ -66,19 +85,6 @@ def test_other_maps_are_pytorchs_own(shape):
     assert torch.equal(convolve(x, weight, bias, stride, padding), y)
     got = convolve_backward(dy, x, weight, stride, padding, True, True)
     assert torch.allclose(got[0], dx, atol=1e-6) and torch.allclose(got[1], dweight, atol=1e-5)
-
-
-class GradsAsked(TorchDispatchMode):
-    """What is asked of PyTorch's `convolution_backward`: of x, of the weight and of the bias."""
-
-    def __init__(self):
-        super().__init__()
-        self.masks: list[list[bool]] = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator is torch.ops.aten.convolution_backward.default:
-            self.masks.append(args[-1])
-        return operator(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("C", [1, 3, 4, 7])
