@@ -65,9 +65,10 @@ test-matrix: $(TRITONS:%=$(MATRIX)/%/.installed)
 gpu-check: $(STAMP)
 	@env -u TRITON_INTERPRET $(RUN) benchmarks.gpu_check
 
-# What every kernel asks of four devices, compiled for them: registers, spills, access widths, tensor cores.
+# What every kernel asks of four devices, compiled for them: registers, spills, access widths, tensor cores. A file is
+# one worker's, since the tests of test_gate.py share a report.
 gate: $(STAMP)
-	@env -u TRITON_INTERPRET $(RUN) pytest --numprocesses auto --maxprocesses 8 --dist loadfile tests/gate
+	@env -u TRITON_INTERPRET $(RUN) pytest $(PARALLEL) --dist loadfile tests/gate
 
 bench: $(STAMP)
 	@env -u TRITON_INTERPRET $(RUN) pytest benchmarks --benchmark-only

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from triton import knobs
 
 from kernels import binaries, launches, limits
 from kernels.limits import DEVICES
 from tests import gate
 from tests.gate.planted_kernels import copy_kernel, dot_kernel
-
-pytestmark = pytest.mark.skipif(knobs.runtime.interpret, reason="the kernels are interpreted; run make gate")
 
 
 def judged(device, kernel, *args, **options):
