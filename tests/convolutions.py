@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -25,32 +24,6 @@ EPILOGUES = {
     "frozen, skip, relu": {"frozen": True, "skip": True, "relu": True},
     "shortcut": {"moments": True, "shortcut": True},
 }
-
-
-def pairwise(forbidden: set[frozenset], **options: tuple) -> list[dict]:
-    """Combinations in which any two values of two options meet, other than those that are `forbidden`.
-
-    A missing pair begins one; the other options follow, each with the value that meets most missing pairs.
-    """
-    names = list(options)
-    pairs = [
-        frozenset(pair)
-        for a, b in itertools.combinations(names, 2)
-        for pair in itertools.product(((a, v) for v in options[a]), ((b, v) for v in options[b]))
-    ]
-    missing = dict.fromkeys(pair for pair in pairs if pair not in forbidden)  # in order, where a set has none
-    chosen = []
-    while missing:
-        row = dict(next(iter(missing)))
-        for name in names:
-            if name not in row:
-                meets = {v: [frozenset([(name, v), item]) for item in row.items()] for v in options[name]}
-                allowed = [v for v in options[name] if not any(pair in forbidden for pair in meets[v])]
-                row[name] = max(allowed, key=lambda v: sum(pair in missing for pair in meets[v]))
-        for pair in itertools.combinations(row.items(), 2):
-            missing.pop(frozenset(pair), None)
-        chosen.append({name: row[name] for name in names})
-    return chosen
 
 
 @dataclass

@@ -27,19 +27,20 @@ from tests.blocks import (  # noqa: F401
     trio,
 )
 from tests.conftest import DEVICE
+from tests.pairs import each_pair
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 IDENTITY, PROJECTED, STRIDED = (4, 4), (4, 6, True), (4, 6, True, 2)
-BLOCKS = [IDENTITY, PROJECTED, STRIDED]
+BLOCKS = {"identity": IDENTITY, "1x1": PROJECTED, "1x1 stride 2": STRIDED}
 MODES = {
     "train": lambda m: m.train(),
     "eval": lambda m: m.eval(),
     "bn1 eval": lambda m: (m.train(), m.bn1.eval()),
     "bn2 eval": lambda m: (m.train(), m.bn2.eval()),
 }
-blocks = pytest.mark.parametrize("args", BLOCKS, ids=["identity", "1x1", "1x1 stride 2"])
+blocks = pytest.mark.parametrize("args", BLOCKS.values(), ids=BLOCKS)
 modes = pytest.mark.parametrize("mode", MODES)
 
 
@@ -72,9 +73,7 @@ def test_a_block_is_as_exact_as_eager(any_backend, dtype, mode, args):
     assert_trios_parity(trios, (4, 4, 7, 6))
 
 
-@blocks
-@modes
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@each_pair(indirect=["any_backend"], any_backend=("torch", "triton"), dtype=HALF, mode=tuple(MODES), args=BLOCKS)
 def test_a_block_in_half_precision_is_as_exact_as_eager(any_backend, dtype, mode, args):
     """Of values enough: a share of about eps lies within a rounding of zero, and a ReLU lets them through by chance."""
     trios = [trio(Residual, *args, seed=seed, dtype=dtype).each(MODES[mode]) for seed in range(4)]
@@ -437,7 +436,7 @@ def test_nothing_is_kept_of_a_module_that_is_gone():
 
 
 @pytest.mark.parametrize(
-    ("kind", "args"), [*((Residual, args) for args in BLOCKS), (Stem, (1, 4))], ids=[*map(name_of, BLOCKS), "stem"]
+    ("kind", "args"), [*((Residual, args) for args in BLOCKS.values()), (Stem, (1, 4))], ids=[*BLOCKS, "stem"]
 )
 def test_state_dicts_are_the_same_and_load_strictly_both_ways(kind, args):
     fused_kind = {Residual: FusedResidual, Stem: FusedStem}[kind]

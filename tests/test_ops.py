@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 
 import pytest
 import torch
@@ -12,24 +11,9 @@ from torch import Tensor, nn
 from resnet import FusedResidual, FusedStem, Residual, resnet_block
 from tests.blocks import draw, one_thread, randomize, step, trio  # noqa: F401
 from tests.conftest import DEVICE
+from tests.pairs import pairwise
 
 ops = torch.ops.fused_residual
-
-
-def pairwise(**options: tuple) -> list[dict]:
-    """Few combinations in which any two values of any two options meet: greedily, of all combinations."""
-
-    def pairs(row: tuple) -> set:
-        return set(itertools.combinations(enumerate(row), 2))
-
-    rows = list(itertools.product(*options.values()))
-    missing = set().union(*map(pairs, rows))
-    chosen = []
-    while missing:
-        best = max(rows, key=lambda row: len(pairs(row) & missing))
-        missing -= pairs(best)
-        chosen.append(dict(zip(options, best)))
-    return chosen
 
 
 def name_of_options(options: dict) -> str:

@@ -16,6 +16,7 @@ from resnet import reference
 from resnet.norm import statistics_dtype
 from tests.batch_norm_launches import EPS, LAUNCHES, Case
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager
 
 FLOATS = (*HALF, torch.float32)
@@ -73,15 +74,13 @@ def launch(emulate, name: str, shape: tuple[int, ...], dtype: torch.dtype):
     return report, case.x.numel() * case.x.element_size()
 
 
-per_launch = pytest.mark.parametrize("name", LAUNCHES)
 per_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 
 
 # ---- traffic, accesses ---------------------------------------------------------------------------------------------
 
 
-@per_launch
-@per_dtype
+@each_pair_compiled(name=tuple(LAUNCHES), dtype=FLOATS)
 def test_bytes_moved_are_at_the_floor(emulate, name, dtype):
     report, activation = launch(emulate, name, TRAFFIC_SHAPE, dtype)
     floor = FLOORS[name]
@@ -92,23 +91,21 @@ def test_bytes_moved_are_at_the_floor(emulate, name, dtype):
         assert passes * activation <= 32 * sectors <= TRAFFIC_OVER_FLOOR * passes * activation
 
 
-@pytest.mark.parametrize("C", MULTIPLES_OF_8)
-@per_launch
-def test_whole_sectors_are_moved_by_wide_accesses(emulate, name, C):
+@each_pair_compiled(name=tuple(LAUNCHES), C=MULTIPLES_OF_8, dtype=(torch.float16, torch.float32))
+def test_whole_sectors_are_moved_by_wide_accesses(emulate, name, C, dtype):
     """Of two launches that differ in the rows of one tile only: what differs is the activations' traffic."""
     cut = kernels.tiling(1024, C)
     lanes = 32 * C / (-(-C // cut.BLOCK_C) * cut.BLOCK_C)  # of a warp; the others' columns lie beyond C
     before = 3 * cut.rows
-    for dtype in (torch.float16, torch.float32):
-        few, many = (launch(emulate, name, (1, C, 1, M), dtype)[0] for M in (before + 1, before + cut.BLOCK_M // 2 - 1))
-        assert few.ptx == many.ptx and few.grid == many.grid
-        for access in ("gld", "gst") if FLOORS[name].writes else ("gld",):
-            requests, sectors, moved = (
-                getattr(many, f"{access}_{unit}") - getattr(few, f"{access}_{unit}")
-                for unit in ("requests", "sectors", "bytes")
-            )
-            assert moved >= SECTOR_EFFICIENCY * 32 * sectors > 0, (access, dtype)
-            assert moved >= ACCESS_BYTES * lanes * requests, (access, dtype)
+    few, many = (launch(emulate, name, (1, C, 1, M), dtype)[0] for M in (before + 1, before + cut.BLOCK_M // 2 - 1))
+    assert few.ptx == many.ptx and few.grid == many.grid
+    for access in ("gld", "gst") if FLOORS[name].writes else ("gld",):
+        requests, sectors, moved = (
+            getattr(many, f"{access}_{unit}") - getattr(few, f"{access}_{unit}")
+            for unit in ("requests", "sectors", "bytes")
+        )
+        assert moved >= SECTOR_EFFICIENCY * 32 * sectors > 0, access
+        assert moved >= ACCESS_BYTES * lanes * requests, access
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
@@ -119,7 +116,6 @@ SHAPES = {
     "several tiles each, ragged": (3, 64, 10, 20),
     "a hundred channels, ragged": (2, 100, 13, 23),
 }
-per_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
 def chain(shape: tuple[int, ...], dtype: torch.dtype, results: list[Tensor] | None = None) -> dict[str, tuple]:
@@ -178,8 +174,7 @@ def chain(shape: tuple[int, ...], dtype: torch.dtype, results: list[Tensor] | No
     return dict(zip(names, zip(fused, plain(acc, eagers), plain(torch.float64, exacts), strict=True), strict=True))
 
 
-@per_shape
-@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+@each_pair_compiled(dtype=FLOATS, shape=SHAPES)
 def test_results_are_as_exact_as_eager_and_the_same_bits_twice(emulate, dtype, shape):
     first, second = [], []
     with emulate():

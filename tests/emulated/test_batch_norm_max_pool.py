@@ -10,6 +10,7 @@ from kernels import batch_norm_max_pool as kernels
 from resnet import reference
 from resnet.norm import statistics_dtype
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager
 
 FLOATS = (*HALF, torch.float32)
@@ -47,8 +48,7 @@ def expected(y, stats, dout, out, tap):
     return torch.stack(sums), dy.to(y.dtype)
 
 
-@per_dtype
-@pytest.mark.parametrize("shape", [(2, 64, 12, 12), (2, 3, 7, 5), (1, 100, 5, 9), (2, 1, 6, 6)], ids=name_of)
+@each_pair_compiled(dtype=FLOATS, shape=((2, 64, 12, 12), (2, 3, 7, 5), (1, 100, 5, 9), (2, 1, 6, 6)))
 def test_parity(emulate, shape, dtype):
     (y, stats, dout), (out, tap, sums, dy), _ = run(emulate, shape, dtype)
     high = stats.double()
@@ -71,8 +71,7 @@ def test_bytes_moved_are_at_the_floor(emulate, dtype):
         assert report.dram_bytes <= TRAFFIC_OVER_FLOOR * floor, f"{name}: {report.dram_bytes / floor:.3f} of the floor"
 
 
-@per_dtype
-@pytest.mark.parametrize("C", (32, 64, 96, 128))
+@each_pair_compiled(dtype=FLOATS, C=(32, 64, 96, 128))
 def test_sectors_are_used_in_full(emulate, C, dtype):
     """Where a pixel fills whole sectors of 32 bytes, of tap too; windows two pixels apart share no others."""
     *_, reports = run(emulate, (2, C, 12, 12), dtype)

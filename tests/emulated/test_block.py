@@ -14,13 +14,13 @@ from tests.blocks import (  # noqa: F401
     Trio,
     assert_parity,
     draw,
-    name_of,
     one_thread,
     same,
     snapshot,
     step,
     trio,
 )
+from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager, rms
 from tests.test_training import logits_and_gradient, losses, pair, small_net
 
@@ -30,7 +30,6 @@ BLOCKS = {
     "1x1, stride 2": ((6, 16, True, 2), (2, 6, 7, 6)),
 }
 per_block = pytest.mark.parametrize("arguments, shape", BLOCKS.values(), ids=BLOCKS)
-per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 # What an identity block launches in training, and the passes over an activation that each one makes: the floor, 7
 # forward and 21 backward, where eager takes 17 and 27.
@@ -64,10 +63,9 @@ def compare(emulate, blocks: Trio, shape: tuple[int, ...], dtype: torch.dtype, s
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("train", [True, False], ids=["training", "frozen statistics"])
-@per_block
-@per_dtype
-def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, arguments, shape, train):
+@each_pair_compiled(dtype=DTYPES, block=BLOCKS, train={"training": True, "frozen statistics": False})
+def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
+    arguments, shape = block
     draws = []
     for seed in range(3):
         blocks = trio(Residual, *arguments, seed=seed, dtype=dtype, train=train)
@@ -75,9 +73,9 @@ def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, argu
     assert_parity(draws)
 
 
-@per_block
-@per_dtype
-def test_inference_is_as_exact_as_eager(emulate, dtype, arguments, shape):
+@each_pair_compiled(dtype=DTYPES, block=BLOCKS)
+def test_inference_is_as_exact_as_eager(emulate, dtype, block):
+    arguments, shape = block
     draws = []
     for seed in range(3):
         blocks, x = (
@@ -104,9 +102,9 @@ def test_a_second_run_gives_the_same_bits(emulate, arguments, shape):
     same(*runs)
 
 
-@pytest.mark.parametrize("variant", ["epilogue", "pytorch"])
-@per_block
-def test_the_other_ways_are_as_exact_as_eager(emulate, arguments, shape, variant):
+@each_pair_compiled(variant=("epilogue", "pytorch"), block=BLOCKS)
+def test_the_other_ways_are_as_exact_as_eager(emulate, variant, block):
+    arguments, shape = block
     with resnet.convolution(variant):
         blocks = trio(Residual, *arguments, dtype=torch.float32)
         assert_parity([compare(emulate, blocks, shape, torch.float32)])

@@ -8,10 +8,10 @@ import torch
 import resnet
 from resnet import Stem
 from tests.blocks import assert_parity, draw, name_of, one_thread, step, trio  # noqa: F401
+from tests.pairs import each_pair_compiled
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["training", "frozen statistics"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@each_pair_compiled(dtype=(torch.float32, torch.float64), train={"training": True, "frozen statistics": False})
 def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, train):
     draws = []
     for seed in range(3):
