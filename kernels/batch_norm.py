@@ -501,6 +501,11 @@ class Tiling:
         }
 
 
+def _elements(C: int) -> int:
+    """Fewer where rows are no whole vectors: each element has an address to itself, of which a thread would spill."""
+    return _ELEMENTS if C % 8 == 0 else _ELEMENTS // 2
+
+
 @cache
 def tiling(M: int, C: int, elements: int = _ELEMENTS) -> Tiling:
     """Tiles for M rows and C columns, of `elements` for 4 warps.
@@ -742,8 +747,7 @@ def apply(
         out = torch.empty_like(x, memory_format=torch.channels_last)
     else:
         check_like(like, "out", out)
-    # where rows are no whole vectors each element has an address to itself: of as many a thread would spill
-    t = tiling(M, C, _ELEMENTS if C % 8 == 0 else _ELEMENTS // 2)
+    t = tiling(M, C, _elements(C))
     with torch.cuda.device_of(x):
         apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
             x,
@@ -775,7 +779,7 @@ def backward_reduce(
     if out is not None:
         check_like(like, "out", out)
     check_vectors(like, "stats", stats, 4)
-    t = tiling(M, C)
+    t = tiling(M, C, _elements(C))
     partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     with torch.cuda.device_of(x):
         backward_reduce_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](

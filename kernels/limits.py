@@ -120,9 +120,9 @@ DEVICES = {
 # registers each, is there to check gradients with.
 OCCUPANCY = {"memory": 0.25, "tensor cores": 4 / 64, "float64": 4 / 64}
 
-# Bytes a thread that ptxas may spill of its own accord: with registers left it gives up a value or two, to keep one
-# more block resident.
-TRADED = 8
+# Bytes a thread that ptxas may spill of its own accord: with registers left it gives up a few values, where one
+# step of registers more would cost a resident block (of shared memory it does not know).
+TRADED = 32
 
 # A tensor of so many bytes, and so large a part of the launch's largest, is one that bandwidth is spent on: not a
 # vector per channel, nor the partials that a reduction leaves.
@@ -155,13 +155,18 @@ def bulk_tensors(launch: Launch, device: Device) -> dict[str, int]:
     }
 
 
+def _is_traded(device: Device, figures: Figures) -> bool:
+    more = figures.registers + device.register_step
+    costs = device.occupancy(more, figures.warps, 0) < device.occupancy(figures.registers, figures.warps, 0)
+    return device.backend == "cuda" and figures.stack <= TRADED and more <= device.max_registers and costs
+
+
 def problems(device: Device, launch: Launch, figures: Figures) -> Iterator[tuple[str, str]]:
     """(kind, what is wrong), of one compiled specialisation."""
     if figures.error:
         yield "error", figures.error
         return
-    traded = figures.stack <= TRADED and figures.registers < device.max_registers and device.backend == "cuda"
-    if (figures.spills or figures.stack) and not traded:
+    if (figures.spills or figures.stack) and not _is_traded(device, figures):
         yield "spill", f"{figures.spills} spills, {figures.stack} bytes of stack a thread"
     bound = "tensor cores" if figures.products else "float64" if launch.itemsize == 8 else "memory"
     if figures.shared > device.shared_block:

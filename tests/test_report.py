@@ -105,7 +105,8 @@ TILE = {"BLOCK_M": 32, "BLOCK_C": 64}
     "change, kind",
     [
         ({"spills": 1, "stack": 8, "registers": 255}, "spill"),
-        ({"spills": 1, "stack": 16}, "spill"),
+        ({"spills": 1, "stack": 40}, "spill"),
+        ({"spills": 1, "stack": 8, "registers": 104, "occupancy": 0.25}, "spill"),  # as many blocks with 112
         ({"error": "OutOfResources"}, "error"),
         ({"shared": 200 * 1024}, "shared"),
         ({"occupancy": 0.1}, "occupancy"),
@@ -119,8 +120,8 @@ def test_each_broken_limit_is_named(change, kind):
     assert kinds(dataclasses.replace(GOOD, **change), launch(**TILE)) == {kind}
 
 
-def test_a_word_or_two_may_be_spilled_while_registers_are_left():
-    traded = dataclasses.replace(GOOD, spills=2, stack=8)
+def test_a_few_words_may_be_spilled_where_a_register_more_costs_a_block():
+    traded = dataclasses.replace(GOOD, spills=8, stack=32)
     assert not kinds(traded, launch(**TILE))
     assert kinds(traded, launch(**TILE), "gfx942") == {"spill"}
 
