@@ -67,6 +67,7 @@ def conv_forward_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     FLAT: tl.constexpr,
+    WHOLE: tl.constexpr,  # M is a multiple of BLOCK_M
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -79,7 +80,7 @@ def conv_forward_kernel(
     m0 = tile.to(tl.int64) * BLOCK_M
     n0 = m0 // (P * Q)  # the tile's first image: offsets from it fit in 32 bits
     rows = tl.arange(0, BLOCK_M)
-    live = rows < M - m0
+    live = tl.full([BLOCK_M], True, tl.int1) if WHOLE else rows < M - m0
     pixels = (m0 - n0 * (P * Q)).to(tl.int32) + rows
     n, p, q = split_pixels(pixels, P, Q)
     h0 = p * STRIDE - PADDING
@@ -99,7 +100,7 @@ def conv_forward_kernel(
     if running_mean is not None:
         mean, invstd = load_running(running_mean, running_var, conv_bias, eps, k, K, ACC)
         scale, shift = load_affine(mean, invstd, norm_weight, norm_bias, k, K)
-        acc = tl.fma(acc, scale[None, :], shift[None, :])
+        acc = acc * scale[None, :] + shift[None, :]
     if bias is not None:
         acc += tl.load(bias + k, mask=k < K).to(ACC)[None, :]
     if skip is not None:
@@ -109,7 +110,7 @@ def conv_forward_kernel(
         value = relu(value)
     tl.store(y + out, value, mask=mask)
     if partial is not None:
-        store_moments(partial, value.to(ACC), live, tile, T, k, K)
+        store_moments(partial, value, live, tile, T, k, K, ACC)
 
     if shortcut_weight is not None:
         # Its pixels were read by the loop above and come from the cache; its accumulator takes the other's place.
@@ -124,7 +125,7 @@ def conv_forward_kernel(
         value = acc.to(y.dtype.element_ty)
         tl.store(shortcut_y + out, value, mask=mask)
         if shortcut_partial is not None:
-            store_moments(shortcut_partial, value.to(ACC), live, tile, T, k, K)
+            store_moments(shortcut_partial, value, live, tile, T, k, K, ACC)
 
 
 @triton.jit
@@ -215,14 +216,21 @@ def reduce_flat(
 
 
 @triton.jit
-def store_moments(partial, value, live, tile, T, k, K: tl.constexpr):
-    """mean, M2 and what rounding left of the mean of a tile's live rows: row `tile` of partial (3, T, K)."""
-    value = tl.where(live[:, None], value, 0.0)  # the others are zeros no longer where a bias was added
-    rows = tl.sum(live.to(tl.int32), 0).to(value.dtype)
+def store_moments(partial, value, live, tile, T, k, K: tl.constexpr, ACC: tl.constexpr):
+    """mean, M2 and what rounding left of the mean of a tile's live rows: row `tile` of partial (3, T, K).
+
+    Of halves nothing is left that would count: their sum is exact where a mean is large beside their deviations.
+    """
+    rows = tl.sum(live.to(tl.int32), 0).to(ACC)
+    rest = tl.zeros([value.shape[1]], ACC)
+    half: tl.constexpr = value.dtype.primitive_bitwidth == 16
+    value = tl.where(live[:, None], value.to(ACC), 0.0)  # the others are zeros no longer where a bias was added
     mean = tl.sum(value, 0) / rows
     delta = tl.where(live[:, None], value - mean[None, :], 0.0)
-    rest = tl.sum(delta, 0) / rows
-    m2 = tl.sum(delta * delta, 0) - rest * rest * rows
+    m2 = tl.sum(delta * delta, 0)
+    if not half:
+        rest = tl.sum(delta, 0) / rows
+        m2 -= rest * rest * rows
     plane = tl.cast(T, tl.int64) * K
     partial += tile.to(tl.int64) * K + k
     tl.store(partial, mean, mask=k < K)
@@ -354,6 +362,7 @@ def conv_forward(
                     frozen.eps if frozen is not None else 0.0,
                     RELU=relu,
                     FLAT=flat,
+                    WHOLE=shape.M % config.BLOCK_M == 0,
                     ACC=ACC,
                     PRECISION=precision,
                     **shape.constants(),
