@@ -282,7 +282,7 @@ def _target(device: torch.device) -> Target:
 _TIMED = 8  # candidates per key
 _REGISTERS = 255  # of a thread
 _THREADS = 2048  # of a processor
-_L2 = 40  # bytes per clock that a processor gets of the L2 cache
+L2 = 40  # bytes per clock that a processor gets of the L2 cache
 _LATENCY = 800  # clocks from a load to its data, of L2 and memory between them
 _START = 3 * _LATENCY  # clocks of a program before its first product and after its last
 
@@ -345,7 +345,7 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
             _THREADS // (32 * warps),
         ),
     )
-    step = max(tensor, instructions / 4, shared, loaded / _L2)
+    step = max(tensor, instructions / 4, shared, loaded / L2)
     per_processor = -(-programs // target.processors)
     waves = -(-per_processor // resident)
     # A wave of few programs waits for its loads: each has num_stages - 1 steps under way.

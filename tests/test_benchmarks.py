@@ -1,6 +1,7 @@
 """The benchmarks' own claims: what is counted, what is collected, what the report holds. No time is asserted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, compare
+from benchmarks import common, compare, roofline
+from kernels import tuning
 from resnet import FusedResidual, Residual
 
 ROOT = Path(__file__).parent.parent
@@ -16,9 +18,10 @@ TINY = ["--pairs", "2", "--batch-size", "4", "--resize", "28", "--rivals", "eage
 CPU = torch.device("cpu")
 
 
-def run(*arguments, **options):
+def run(*arguments):
+    environment = {**os.environ, "PYTEST_ADDOPTS": ""}  # a user's own would change what pytest prints
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
+        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
 
 
@@ -160,3 +163,27 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         compare.main(["--plot", "out.png"])
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+# ---- benchmarks.roofline --------------------------------------------------------------------------------------
+
+
+def test_a_launch_is_bound_by_what_takes_most_clocks():
+    device = tuning.Target(0, processors=10, products=1024, clock=2.0, bandwidth=1000)
+    count = roofline.Counted("", unique=5000, requested=8000, instructions=1600, products=100, wavefronts=300)
+    clocks = count.clocks(device)
+    assert clocks == {"memory": 10, "L2": 20, "issue": 40, "tensor": 20, "shared": 30}
+    assert roofline.bound(clocks) == "issue 4.00"
+    assert roofline.bound({**clocks, "issue": 5}) == "shared 3.00"
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments", "names"),
+    [("ptxsim", [], "ptxsim"), (None, ["--batch", "0"], "--batch"), (None, ["--channels", "some"], "--channels")],
+)
+def test_roofline_names_what_it_lacks(missing, arguments, names, monkeypatch, capsys):
+    monkeypatch.setattr(roofline.importlib.util, "find_spec", lambda name: None if name == missing else object())
+    with pytest.raises(SystemExit) as exit_:
+        roofline.main(arguments)
+    assert exit_.value.code == 2
+    assert names in capsys.readouterr().err

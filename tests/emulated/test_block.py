@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 
 import resnet
+from benchmarks import roofline
 from resnet import Residual, resnet18
 from tests.blocks import (  # noqa: F401
     DTYPES,
@@ -31,19 +33,6 @@ BLOCKS = {
 }
 per_block = pytest.mark.parametrize("arguments, shape", BLOCKS.values(), ids=BLOCKS)
 
-# What an identity block launches in training, and the passes over an activation that each one makes: the floor, 7
-# forward and 21 backward, where eager takes 17 and 27.
-FORWARD = (("conv_forward_kernel", 2), ("conv_forward_kernel", 2), ("apply_kernel", 3))
-BACKWARD = (
-    ("backward_reduce_kernel", 3),
-    ("backward_apply_kernel", 4),
-    ("grad_input_kernel", 3),
-    ("conv_grad_weight_kernel", 2),
-    ("backward_apply_kernel", 3),
-    ("grad_input_kernel", 4),
-    ("conv_grad_weight_kernel", 2),
-)
-MERGES = ("finalize_kernel", "backward_finalize_kernel", "merge_splits_kernel")  # of per-channel or weight size
 TRAFFIC_OVER_FLOOR = 1.03
 LAUNCH_OVER_FLOOR = 1.06  # of one launch: where it leaves moments of its row tiles, these are a twentieth
 
@@ -112,24 +101,19 @@ def test_the_other_ways_are_as_exact_as_eager(emulate, variant, block):
 
 @pytest.mark.long
 def test_an_identity_block_moves_the_activations_of_its_floor(emulate):
+    """7 passes forward and 21 backward, where eager takes 17 and 27."""
     shape, dtype = (8, 64, 24, 24), torch.float16
-    block = trio(Residual, 64, 64, dtype=dtype).fused
-    x = draw(*shape, dtype=dtype).requires_grad_()
-    activation = x.numel() * x.element_size()
-    weight = block.conv1.weight.numel() * x.element_size()
-    with emulate() as launches, resnet.backend("triton"):
-        block(x).backward(draw(*shape, seed=1, dtype=dtype))
-    large = [report for report in launches if report.name not in MERGES]
-    assert [report.name for report in large] == [name for name, _ in FORWARD + BACKWARD]
-    moved = 0
-    for report, (name, passes) in zip(large, FORWARD + BACKWARD):
-        if name == "conv_grad_weight_kernel":  # it writes nothing but partial results of dW
-            activations = 32 * report.unique_read_sectors
-        else:
-            activations = report.dram_bytes - (weight if name in ("conv_forward_kernel", "grad_input_kernel") else 0)
-        assert activations <= LAUNCH_OVER_FLOOR * passes * activation, (name, activations / activation)
-        moved += activations
+    activation = 2 * math.prod(shape)
+    with emulate() as reports:
+        weight = roofline.step(shape, dtype)
+    counted = roofline.counted(reports, weight)
+    assert [count.kernel for count in counted] == [launch.kernel for launch in roofline.LAUNCHES]
+    for count, launch in zip(counted, roofline.LAUNCHES):
+        assert count.unique <= LAUNCH_OVER_FLOOR * launch.passes * activation, (launch, count.unique / activation)
+    moved = sum(count.unique for count in counted)
     assert 28 * activation <= moved <= TRAFFIC_OVER_FLOOR * 28 * activation
+    *_, total = roofline.table({80: counted}, activation)
+    assert total.startswith(f"| **sum** | {moved / activation:.2f} of 28 |")
 
 
 @pytest.mark.long
