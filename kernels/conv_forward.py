@@ -67,7 +67,7 @@ def conv_forward_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     FLAT: tl.constexpr,
-    WHOLE: tl.constexpr,  # M is a multiple of BLOCK_M
+    WHOLE: tl.constexpr,  # M is a multiple of BLOCK_M: no row needs a mask
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -100,6 +100,7 @@ def conv_forward_kernel(
     if running_mean is not None:
         mean, invstd = load_running(running_mean, running_var, conv_bias, eps, k, K, ACC)
         scale, shift = load_affine(mean, invstd, norm_weight, norm_bias, k, K)
+        # Not fma: on sm_100 a thread has 64 columns, and would hold both vectors of them beside its accumulators.
         acc = acc * scale[None, :] + shift[None, :]
     if bias is not None:
         acc += tl.load(bias + k, mask=k < K).to(ACC)[None, :]

@@ -28,6 +28,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """What is allocated starts as NaN, so that an element that no program wrote fails every comparison."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def name_of(value: object) -> str:
     """A test's id for a type or a set of arguments."""
     return str(value).removeprefix("torch.").replace(" ", "")

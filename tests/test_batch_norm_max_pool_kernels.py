@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kernels import batch_norm_max_pool as kernels
 from resnet import reference
 from resnet.norm import statistics_dtype
-from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
+from tests.blocks import DTYPES, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE
 from tests.parity import assert_as_exact_as_eager
 
@@ -32,14 +32,6 @@ per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """What a launcher allocates starts as NaN, so that an element that no program wrote fails every comparison."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def stats_of(C: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ from kernels import batch_norm_max_pool as pool
 from kernels import conv_grad_weight_max_pool as kernels
 from kernels.geometry import ConvShape
 from resnet.norm import statistics_dtype
-from tests.blocks import DTYPES, draw, name_of, one_thread  # noqa: F401
+from tests.blocks import DTYPES, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE
 from tests.parity import assert_as_exact_as_eager
 
@@ -65,14 +65,6 @@ class Case:
     def reference(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
         s = self.shape
         return torch.nn.grad.conv2d_weight(self.x.to(dtype), (s.K, s.C, s.R, s.S), dy.to(dtype), s.stride, s.padding)
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """What a launcher allocates starts as NaN, so that an element that no program wrote fails every comparison."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_parity(shape: ConvShape, dtype: torch.dtype, training: bool) -> None:

@@ -15,6 +15,7 @@ from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
 from kernels import batch_norm as kernels
+from tests.blocks import unwritten_memory_is_nan  # noqa: F401
 
 # Results of each kernel: they count as uninitialised until the launch itself has written them. `dx` is not among them,
 # since it may be `dout`.
@@ -77,11 +78,3 @@ def emulate(request, monkeypatch) -> Callable[..., AbstractContextManager[list]]
             assert not report.errors and not report.warnings, str(report)
 
     return launches
-
-
-@pytest.fixture(autouse=True)
-def unwritten_memory_is_nan():
-    """What is allocated starts as NaN, so that an element that no program wrote fails every comparison."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
