@@ -151,7 +151,7 @@ class FusedStem(Stem):
         with torch.autocast(x.device.type, enabled=False):
             if norm.training or _records_gradient(*arguments[:2], norm.weight, norm.bias, conv.bias):
                 return _ops.stem(*arguments)[0]
-            return pool(_ops.conv_batch_norm_inference(*arguments)).relu_()
+            return _ops.stem_inference(*arguments)
 
 
 class FusedResidual(Residual):

@@ -3,10 +3,14 @@
 The add and the ReLU are passes of their own, in place: fused to the convolution the add takes longer (with AVX2, by 2
 to 9% of both), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
 
-A folded weight is kept, in oneDNN's blocked layout, for as long as the weight it was made from lives. Whether it is
-still true is checked at every call against the values themselves, not against version counters, which miss writes
-through `p.data`: the vectors are compared element by element, and of the weight its product with a fixed random
-vector, one read of the weight. A change too small to show there is below the rounding of the convolution itself.
+The stem of one channel is a matrix product of windows, for which oneDNN's convolution takes longer: a few images at a
+time, pooled while their rows are in the cache.
+
+A folded weight is kept, in oneDNN's blocked layout or as that matrix, for as long as the weight it was made from
+lives. Whether it is still true is checked at every call against the values themselves, not against version counters,
+which miss writes through `p.data`: the vectors are compared element by element, and of the weight its product with a
+fixed random vector, one read of the weight. A change too small to show there is below the rounding of the convolution
+itself.
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet import torch_batch_norm
-from resnet.convolution import convolve, is_small
+from resnet.convolution import convolve, is_small, out_size
 from resnet.norm import Norm
 
 
@@ -28,12 +33,14 @@ class _Folded:
     vectors: tuple[Tensor | None, ...]  # what was folded in: copies
     eps: float
     fingerprint: Tensor  # (K,), of the weight it was folded into
-    weight: Tensor  # (K, C, R, S) * scale, oneDNN's blocked layout
+    weight: Tensor  # (K, C, R, S) * scale in oneDNN's blocked layout, or (R * S, K) for windows of one channel
     bias: Tensor  # (K,)
+    windows: bool
 
-    def made_from(self, vectors: tuple[Tensor | None, ...], eps: float, fingerprint: Tensor) -> bool:
+    def made_from(self, vectors: tuple[Tensor | None, ...], eps: float, fingerprint: Tensor, windows: bool) -> bool:
         return (
             self.eps == eps
+            and self.windows == windows
             and torch.equal(self.fingerprint, fingerprint)
             and all(
                 old is new if old is None or new is None else torch.equal(old, new)
@@ -44,6 +51,7 @@ class _Folded:
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the convolution's weight -> _Folded
 _FOLDED_ROWS = 256  # output pixels from which folding pays for its look at the weight
+_WINDOWS = 4608  # at a time: with what they become they stay in the cache
 
 
 def _can_fold(x: Tensor, stride: int) -> bool:
@@ -71,19 +79,24 @@ def _fingerprint(weight: Tensor) -> Tensor:
     return rows.reshape(weight.shape[0], -1) @ _probe(weight[0].numel())
 
 
-def _folded(weight: Tensor, norm: Norm, shortcut_shift: Tensor | None, geometry: tuple, size: torch.Size) -> _Folded:
+def _folded(weight: Tensor, norm: Norm, shortcut_shift: Tensor | None, blocked_for: tuple | None) -> _Folded:
+    """For windows where oneDNN's arguments of a blocked layout are None."""
     fingerprint = _fingerprint(weight)
     vectors = (*norm[:5], shortcut_shift)
     entry = _cache.get(weight)
-    if entry is None or not entry.made_from(vectors, norm.eps, fingerprint):
+    windows = blocked_for is None
+    if entry is None or not entry.made_from(vectors, norm.eps, fingerprint, windows):
         scale, shift = torch_batch_norm.scale_shift(*torch_batch_norm.freeze(norm, weight.dtype), norm)
         product = weight * scale.view(-1, 1, 1, 1)
         entry = _cache[weight] = _Folded(
             tuple(None if v is None else v.clone() for v in vectors),
             norm.eps,
             fingerprint,
-            torch.ops.mkldnn._reorder_convolution_weight(product, *geometry, list(size)),
+            product.flatten(1).t().contiguous()
+            if windows
+            else torch.ops.mkldnn._reorder_convolution_weight(product, *blocked_for),
             shift if shortcut_shift is None else shift + shortcut_shift,
+            windows,
         )
     return entry
 
@@ -97,7 +110,7 @@ def conv_batch_norm(
     shortcut: Tensor | None = None,
     shortcut_shift: Tensor | None = None,
 ) -> Tensor:
-    """conv(x, weight * scale) + shift [+ shortcut [+ shortcut_shift]], a new tensor.
+    """batch_norm(conv(x)) [+ shortcut [+ shortcut_shift]], a new tensor (N, K, P, Q) channels_last.
 
     x (N, C, H, W) and shortcut (N, K, P, Q) are channels_last; weight is (K, C, R, S).
     """
@@ -107,8 +120,34 @@ def conv_batch_norm(
         out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
         if shortcut is not None:
             out.add_(shortcut)
-        return out if shortcut_shift is None else out.add_(shortcut_shift.view(-1, 1, 1))
+        if shortcut_shift is not None:
+            out.add_(shortcut_shift.view(-1, 1, 1))
+        return out.contiguous(memory_format=torch.channels_last)
     geometry = ([padding] * 2, [stride] * 2, [1, 1], 1)
-    folded = _folded(weight, norm, shortcut_shift, geometry, x.shape)
+    folded = _folded(weight, norm, shortcut_shift, (*geometry, list(x.shape)))
     out = torch.ops.mkldnn._convolution_pointwise.default(x, folded.weight, folded.bias, *geometry, "none", [], None)
-    return out if shortcut is None else out.add_(shortcut)
+    if shortcut is not None:
+        out.add_(shortcut)
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def stem(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
+    """The stem: relu(max_pool(batch_norm(conv(x)))), the pool 3x3 with stride 2, padding 1; channels_last as x is."""
+    (N, C, *size), (K, _, R, S) = x.shape, weight.shape
+    if C > 1 or not _can_fold(x, stride):
+        return torch.max_pool2d(conv_batch_norm(x, weight, norm, stride, padding), 3, 2, 1).relu_()
+    folded = _folded(weight, norm, None, None)
+    P, Q = out_size(size[0], R, stride, padding), out_size(size[1], S, stride, padding)
+    padded = F.pad(x[:, 0], [padding] * 4)
+    n, h, w = padded.stride()
+    windows = padded.as_strided((N, P, Q, R, S), (n, stride * h, stride * w, h, w))
+    images = max(1, _WINDOWS // (P * Q))
+    gathered, z = x.new_empty(images * P * Q, R * S), x.new_empty(images * P * Q, K)
+    pooled = x.new_empty(N, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1), K)
+    for some, out in zip(windows.split(images), pooled.split(images)):
+        rows = len(some) * P * Q
+        gathered[:rows].view(some.shape).copy_(some)
+        torch.addmm(folded.bias, gathered[:rows], folded.weight, out=z[:rows])
+        maps = z[:rows].view(-1, P, Q, K).permute(0, 3, 1, 2)
+        out.copy_(torch.max_pool2d(maps, 3, 2, 1).permute(0, 2, 3, 1))
+    return pooled.permute(0, 3, 1, 2).relu_()

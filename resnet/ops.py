@@ -7,7 +7,7 @@ operator as one node. Activations here are channels_last and checked; `resnet.fu
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
     fused_residual::residual_block             the block in training, or in evaluation where gradients are wanted
     fused_residual::residual_block_inference   the block with frozen statistics and without gradients
-    fused_residual::conv_batch_norm_inference  batch_norm(conv(x)), likewise
+    fused_residual::stem_inference             the stem, likewise
 
 Operators that take running statistics update them in place, which `torch.library.custom_op` does not allow together
 with an autograd formula. They are therefore defined on a `Library`, with the formula on the Autograd key.
@@ -211,8 +211,9 @@ def _batch_norm_add_relu_backward(dout, x, out, stats, weight, bias, conv_bias, 
 
 
 def _stem_fake(x, weight, stride, padding, *_):
-    y = _conv_batch_norm_fake(x, weight, stride, padding)
-    N, K, P, Q = y.shape
+    N, K = x.shape[0], weight.shape[0]
+    P, Q = (out_size(x.shape[i], weight.shape[i], stride, padding) for i in (2, 3))
+    y = x.new_empty((N, K, P, Q)).to(memory_format=torch.channels_last)
     out = x.new_empty((N, K, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1))).to(memory_format=torch.channels_last)
     return out, y, torch.empty_like(out, dtype=torch.uint8), _stats_like(x, K)
 
@@ -427,19 +428,14 @@ def _residual_block_backward(
 # ---- frozen, without gradients: inference -------------------------------------------------------------------------
 
 
-def _conv_batch_norm_fake(x, weight, stride, padding, *_):
-    sizes = [out_size(x.shape[i], weight.shape[i], stride, padding) for i in (2, 3)]
-    return x.new_empty((x.shape[0], weight.shape[0], *sizes)).to(memory_format=torch.channels_last)
-
-
 @_define(
-    f"conv_batch_norm_inference(Tensor x, Tensor weight, int stride, int padding, {_FROZEN.format(i=1)}) -> Tensor",
-    _conv_batch_norm_fake,
+    f"stem_inference(Tensor x, Tensor weight, int stride, int padding, {_FROZEN.format(i=1)}) -> Tensor",
+    lambda *args: _stem_fake(*args)[0],
 )
-def _conv_batch_norm_inference(x, weight, stride, padding, *norm):
+def _stem_inference(x, weight, stride, padding, *norm):
     if x.numel() == 0:
-        return _conv_batch_norm_fake(x, weight, stride, padding)
-    return backends.implementation(x).conv_batch_norm(x, weight, Norm(*norm), stride, padding)
+        return _stem_fake(x, weight, stride, padding)[0]
+    return _dense(backends.implementation(x).stem_inference(x, weight, Norm(*norm), stride, padding))
 
 
 @_define(

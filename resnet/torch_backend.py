@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from resnet import inference, torch_batch_norm
+from resnet import torch_batch_norm
 from resnet.block import BlockGrad, Convolutions, Needs, Saved, StemGrad
 from resnet.convolution import convolve, convolve_backward
+from resnet.inference import conv_batch_norm
+from resnet.inference import stem as stem_inference
 from resnet.norm import Norm
 from resnet.torch_batch_norm import backward as batch_norm_backward
 from resnet.torch_batch_norm import forward as batch_norm
@@ -15,12 +16,12 @@ from resnet.torch_batch_norm import forward as batch_norm
 __all__ = [
     "batch_norm",
     "batch_norm_backward",
-    "conv_batch_norm",
     "residual_block",
     "residual_block_backward",
     "residual_block_inference",
     "stem",
     "stem_backward",
+    "stem_inference",
 ]
 
 
@@ -63,20 +64,6 @@ def residual_block_inference(x: Tensor, convs: Convolutions, norm1: Norm, norm2:
     a1 = conv_batch_norm(x, convs.conv1, norm1, convs.stride, 1).relu_()
     shortcut = x if convs.conv3 is None else convolve(x, convs.conv3, None, convs.stride, 0)
     return conv_batch_norm(a1, convs.conv2, norm2, 1, 1, shortcut, convs.conv3_bias).relu_()
-
-
-def conv_batch_norm(
-    x: Tensor,
-    weight: Tensor,
-    norm: Norm,
-    stride: int,
-    padding: int,
-    shortcut: Tensor | None = None,
-    shortcut_shift: Tensor | None = None,
-) -> Tensor:
-    """batch_norm(conv(x)) [+ shortcut [+ shortcut_shift]] with frozen statistics and without gradients."""
-    z = inference.conv_batch_norm(x, weight, norm, stride, padding, shortcut, shortcut_shift)
-    return z.contiguous(memory_format=torch.channels_last)
 
 
 def stem(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -38,12 +38,12 @@ from resnet.triton_batch_norm import forward as batch_norm
 __all__ = [
     "batch_norm",
     "batch_norm_backward",
-    "conv_batch_norm",
     "residual_block",
     "residual_block_backward",
     "residual_block_inference",
     "stem",
     "stem_backward",
+    "stem_inference",
 ]
 
 
@@ -200,9 +200,10 @@ def residual_block_inference(x: Tensor, convs: Convolutions, norm1: Norm, norm2:
     return _inference(a1, convs.conv2, norm2, 1, 1, skip=x if z is None else z, relu=True)[0]
 
 
-def conv_batch_norm(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
-    """See `torch_backend.conv_batch_norm`."""
-    return _inference(x, weight, norm, stride, padding)[0]
+def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
+    """See `inference.stem`. One launch, and PyTorch's pool."""
+    y = _inference(x, weight, norm, stride, padding)[0]
+    return torch.max_pool2d(y, 3, 2, 1).relu_()
 
 
 def _inference(

@@ -164,13 +164,13 @@ def test_residual_block_backward(any_backend, options):
     )
 
 
-@each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), many_pixels=BOTH))
-def test_conv_batch_norm_inference(any_backend, options):
-    size, stride, padding = options["geometry"]
-    x = draw(2, 2, 30, 25) if options["many_pixels"] else draw(2, 2, 4, 5)  # with many, folded into oneDNN's
+@each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), many_pixels=BOTH, C=(1, 2)))
+def test_stem_inference(any_backend, options):
+    (size, stride, padding), C = options["geometry"], options["C"]
+    x = draw(2, C, 30, 25) if options["many_pixels"] else draw(2, C, 4, 5)  # with many, folded into the convolution
     with torch.no_grad():
         fields = norm(3, 10, False, options["affine"], True, options["conv_bias"])
-        opcheck(ops.conv_batch_norm_inference, [x, weight(3, 2, size, 1, grad=False), stride, padding, *fields])
+        opcheck(ops.stem_inference, [x, weight(3, C, size, 1, grad=False), stride, padding, *fields])
 
 
 @each(pairwise(block=BLOCKS, affine=BOTH, conv_bias=BOTH))
