@@ -90,6 +90,18 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     return y.permute(0, 3, 1, 2)
 
 
+def add_projected(to: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """to += conv(x, weight), the window 1x1; on the CPU a matrix product that adds its results where they belong.
+
+    to (N, K, P, Q) and x (N, C, H, W) are channels_last. Returns `to`.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return to.add_(convolve(x, weight, None, stride, 0))
+    pixels = _nhwc(x)[:, ::stride, ::stride].flatten(0, 2)
+    _nhwc(to).view(-1, to.shape[1]).addmm_(pixels, weight.flatten(1).t())
+    return to
+
+
 def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -1,7 +1,7 @@
 """Inference on PyTorch's operators; on the CPU with BatchNorm folded into oneDNN's convolution.
 
-The add and the ReLU are passes of their own, in place: fused to the convolution the add takes longer (with AVX2, by 2
-to 9% of both), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
+The residual add and the ReLU are passes of their own, in place: fused to the convolution the add takes longer (with
+AVX2, by 2 to 9% of both), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
 
 The stem of one channel is a matrix product of windows, for which oneDNN's convolution takes longer: a few images at a
 time, pooled while their rows are in the cache.
@@ -30,23 +30,10 @@ from resnet.norm import Norm
 
 @dataclass(frozen=True)
 class _Folded:
-    vectors: tuple[Tensor | None, ...]  # what was folded in: copies
-    eps: float
-    fingerprint: Tensor  # (K,), of the weight it was folded into
+    kind: tuple  # eps, whether it is for windows, and which vectors there were
+    values: Tensor  # the fingerprint of the weight and the vectors, one behind the other
     weight: Tensor  # (K, C, R, S) * scale in oneDNN's blocked layout, or (R * S, K) for windows of one channel
     bias: Tensor  # (K,)
-    windows: bool
-
-    def made_from(self, vectors: tuple[Tensor | None, ...], eps: float, fingerprint: Tensor, windows: bool) -> bool:
-        return (
-            self.eps == eps
-            and self.windows == windows
-            and torch.equal(self.fingerprint, fingerprint)
-            and all(
-                old is new if old is None or new is None else torch.equal(old, new)
-                for old, new in zip(self.vectors, vectors, strict=True)
-            )
-        )
 
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the convolution's weight -> _Folded
@@ -79,25 +66,21 @@ def _fingerprint(weight: Tensor) -> Tensor:
     return rows.reshape(weight.shape[0], -1) @ _probe(weight[0].numel())
 
 
-def _folded(weight: Tensor, norm: Norm, shortcut_shift: Tensor | None, blocked_for: tuple | None) -> _Folded:
+def _folded(weight: Tensor, norm: Norm, more: Tensor | None, blocked_for: tuple | None) -> _Folded:
     """For windows where oneDNN's arguments of a blocked layout are None."""
-    fingerprint = _fingerprint(weight)
-    vectors = (*norm[:5], shortcut_shift)
+    vectors = (*norm[:5], more)
+    kind = (norm.eps, blocked_for is None, *(v is None for v in vectors))
+    values = torch.cat([_fingerprint(weight), *(v for v in vectors if v is not None)])
     entry = _cache.get(weight)
-    windows = blocked_for is None
-    if entry is None or not entry.made_from(vectors, norm.eps, fingerprint, windows):
+    if entry is None or entry.kind != kind or not torch.equal(entry.values, values):
         scale, shift = torch_batch_norm.scale_shift(*torch_batch_norm.freeze(norm, weight.dtype), norm)
         product = weight * scale.view(-1, 1, 1, 1)
-        entry = _cache[weight] = _Folded(
-            tuple(None if v is None else v.clone() for v in vectors),
-            norm.eps,
-            fingerprint,
-            product.flatten(1).t().contiguous()
-            if windows
-            else torch.ops.mkldnn._reorder_convolution_weight(product, *blocked_for),
-            shift if shortcut_shift is None else shift + shortcut_shift,
-            windows,
-        )
+        if blocked_for is None:
+            product = product.flatten(1).t().contiguous()
+        else:
+            product = torch.ops.mkldnn._reorder_convolution_weight(product, *blocked_for)
+        bias = shift if more is None else shift + more
+        entry = _cache[weight] = _Folded(kind, values, product, bias)
     return entry
 
 
@@ -107,27 +90,22 @@ def conv_batch_norm(
     norm: Norm,
     stride: int,
     padding: int,
-    shortcut: Tensor | None = None,
-    shortcut_shift: Tensor | None = None,
+    more: Tensor | None = None,
 ) -> Tensor:
-    """batch_norm(conv(x)) [+ shortcut [+ shortcut_shift]], a new tensor (N, K, P, Q) channels_last.
+    """batch_norm(conv(x)) [+ more], a new tensor (N, K, P, Q) channels_last.
 
-    x (N, C, H, W) and shortcut (N, K, P, Q) are channels_last; weight is (K, C, R, S).
+    x (N, C, H, W) is channels_last, weight is (K, C, R, S), more is (K,).
     """
     if is_small(x, weight, stride, padding) or not _can_fold(x, stride):
         bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
         y = convolve(x, weight, bias, stride, padding)
         out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
-        if shortcut is not None:
-            out.add_(shortcut)
-        if shortcut_shift is not None:
-            out.add_(shortcut_shift.view(-1, 1, 1))
+        if more is not None:
+            out.add_(more.view(-1, 1, 1))
         return out.contiguous(memory_format=torch.channels_last)
     geometry = ([padding] * 2, [stride] * 2, [1, 1], 1)
-    folded = _folded(weight, norm, shortcut_shift, (*geometry, list(x.shape)))
+    folded = _folded(weight, norm, more, (*geometry, list(x.shape)))
     out = torch.ops.mkldnn._convolution_pointwise.default(x, folded.weight, folded.bias, *geometry, "none", [], None)
-    if shortcut is not None:
-        out.add_(shortcut)
     return out.contiguous(memory_format=torch.channels_last)
 
 

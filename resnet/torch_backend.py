@@ -6,7 +6,7 @@ from torch import Tensor
 
 from resnet import torch_batch_norm
 from resnet.block import BlockGrad, Convolutions, Needs, Saved, StemGrad
-from resnet.convolution import convolve, convolve_backward
+from resnet.convolution import add_projected, convolve, convolve_backward
 from resnet.inference import conv_batch_norm
 from resnet.inference import stem as stem_inference
 from resnet.norm import Norm
@@ -62,8 +62,8 @@ def residual_block_backward(
 def residual_block_inference(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> Tensor:
     """The block with frozen statistics and without gradients: out (N, K, P, Q)."""
     a1 = conv_batch_norm(x, convs.conv1, norm1, convs.stride, 1).relu_()
-    shortcut = x if convs.conv3 is None else convolve(x, convs.conv3, None, convs.stride, 0)
-    return conv_batch_norm(a1, convs.conv2, norm2, 1, 1, shortcut, convs.conv3_bias).relu_()
+    out = conv_batch_norm(a1, convs.conv2, norm2, 1, 1, convs.conv3_bias)
+    return (out.add_(x) if convs.conv3 is None else add_projected(out, x, convs.conv3, convs.stride)).relu_()
 
 
 def stem(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
