@@ -74,7 +74,7 @@ def _taps(x: Tensor, weight: Tensor, stride: int, padding: int) -> Iterator[tupl
 
 def _add_product(to: Tensor, index: tuple, pixels: Tensor, matrix: Tensor) -> None:
     """to[index] += pixels @ matrix: one product, since rows that are gathered first make it twice as fast."""
-    to[index] += (pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1)
+    to[index].add_((pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:

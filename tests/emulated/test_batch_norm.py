@@ -16,6 +16,7 @@ from resnet import reference
 from resnet.norm import statistics_dtype
 from tests.batch_norm_launches import EPS, LAUNCHES, Case
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.emulated.limits import ACCESS_BYTES, SECTOR_EFFICIENCY, TRAFFIC_OVER_FLOOR
 from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager
 
@@ -50,15 +51,7 @@ FLOORS = {
     "frozen apply', mask from x": Floor("backward_apply_kernel", 2, 1),
     "frozen apply', no relu": Floor("backward_apply_kernel", 1, 1),
 }
-# Of the bytes at the floor. In half precision the partials of a reduction are 1.6% of an activation at this shape, and
-# per-channel vectors less than 0.3%.
-TRAFFIC_OVER_FLOOR = 1.03
 TRAFFIC_SHAPE = (8, 64, 24, 24)
-# Bytes that activations' loads and stores ask for, of the 32-byte sectors they touch. The merge kernels are exempt, as
-# are the stores of partials: they move a hundredth of what the others do, a few channels wide to have programs enough.
-SECTOR_EFFICIENCY = 0.95
-# Of each load and store of activations by one thread: 16, less the few that the first and the last row do without.
-ACCESS_BYTES = 14
 MULTIPLES_OF_8 = (8, 24, 40, 64, 72, 128)
 
 

@@ -10,15 +10,14 @@ from kernels import batch_norm_max_pool as kernels
 from resnet import reference
 from resnet.norm import statistics_dtype
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.emulated.limits import SECTOR_EFFICIENCY, TRAFFIC_OVER_FLOOR
 from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager
 
 FLOATS = (*HALF, torch.float32)
 # Passes over y, reads and writes, with out-sized ones as a quarter; tap, a byte per element, counts by its size.
 FLOORS = {"pool_kernel": (1, 0.25), "pool_backward_reduce_kernel": (1.5, 0), "pool_backward_apply_kernel": (1.5, 1)}
-TRAFFIC_OVER_FLOOR = 1.03
 TRAFFIC_SHAPE = (8, 64, 24, 24)
-SECTOR_EFFICIENCY = 0.95
 per_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 
 

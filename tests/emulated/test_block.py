@@ -22,6 +22,7 @@ from tests.blocks import (  # noqa: F401
     step,
     trio,
 )
+from tests.emulated.limits import LAUNCH_OVER_FLOOR, TRAFFIC_OVER_FLOOR
 from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager, rms
 from tests.test_training import logits_and_gradient, losses, pair, small_net
@@ -32,9 +33,6 @@ BLOCKS = {
     "1x1, stride 2": ((6, 16, True, 2), (2, 6, 7, 6)),
 }
 per_block = pytest.mark.parametrize("arguments, shape", BLOCKS.values(), ids=BLOCKS)
-
-TRAFFIC_OVER_FLOOR = 1.03
-LAUNCH_OVER_FLOOR = 1.06  # of one launch: where it leaves moments of its row tiles, these are a twentieth
 
 
 def compare(emulate, blocks: Trio, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[dict, ...]:

@@ -14,6 +14,12 @@ from kernels import conv_forward as kernels
 from kernels import tuning
 from tests.blocks import one_thread  # noqa: F401
 from tests.convolutions import Case
+from tests.emulated.limits import (
+    INSTRUCTIONS_PER_PRODUCT,
+    SECTOR_EFFICIENCY,
+    TRAFFIC_OVER_FLOOR,
+    WAVEFRONTS_OVER_IDEAL,
+)
 from tests.parity import assert_as_exact_as_eager
 
 HALF_TILE = tuning.Config(128, 64, 32, 4, 4)
@@ -92,9 +98,6 @@ def test_float64_is_as_exact_as_eager(emulate, monkeypatch):
 
 # ---- the limits ----------------------------------------------------------------------------------------------------
 
-SECTOR_EFFICIENCY = 0.95
-WAVEFRONTS_OVER_IDEAL = 1.1
-TRAFFIC_OVER_FLOOR = 1.03
 BULK = Launch((4, 64, 16, 16), 64, 3, 1, 1, torch.float16, tuning.Config(128, 64, 64, 4, 3))  # whole tiles
 
 
@@ -107,13 +110,6 @@ BULKS = {
     "prologue, moments": bulk("prologue", "moments"),
     "shortcut, moments": bulk("shortcut", "moments", K=128, stride=2),
     "inference": bulk("frozen", "skip", "relu"),
-}
-# Warp instructions for each m16n8 product on sm_80 and sm_90, setup and epilogue included: measured, plus 3%.
-INSTRUCTIONS_PER_MMA = {
-    "plain": {80: 4.45, 90: 3.49},
-    "prologue, moments": {80: 12.2, 90: 11.8},
-    "shortcut, moments": {80: 6.58, 90: 6.12},
-    "inference": {80: 5.76, 90: 5.14},
 }
 
 
@@ -129,5 +125,5 @@ def test_whole_tiles_move_each_byte_once_in_whole_sectors(emulate, monkeypatch, 
     weights = (case.weight, shortcut and shortcut.weight)
     floor, read = (sum(t.nbytes for t in ts if t is not None) for ts in (activations, weights))
     assert floor <= report.dram_bytes - read <= TRAFFIC_OVER_FLOOR * floor
-    limit = INSTRUCTIONS_PER_MMA[name][request.node.callspec.params["emulate"]]
+    limit = INSTRUCTIONS_PER_PRODUCT["forward"][name][request.node.callspec.params["emulate"]]
     assert sum(report.instr.values()) <= limit * report.mma

@@ -12,6 +12,12 @@ from kernels.geometry import ConvShape
 from kernels.tuning import Config
 from tests import grad_input_cases as cases
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.emulated.limits import (
+    INSTRUCTIONS_PER_PRODUCT,
+    SECTOR_EFFICIENCY,
+    TRAFFIC_OVER_FLOOR,
+    WAVEFRONTS_OVER_IDEAL,
+)
 from tests.emulated.test_batch_norm import Displaced
 from tests.grad_input_cases import EPILOGUES, Case, grad_input
 
@@ -25,18 +31,6 @@ PASSES = {  # activations read and written
     "residual": (3, 1),
     "shortcut": (3, 1),
     "shortcut, gradient masked before": (2, 1),
-}
-TRAFFIC_OVER_FLOOR = 1.03  # partials are 1% of three passes
-SECTOR_EFFICIENCY = 0.95
-WAVEFRONTS_OVER_IDEAL = 1.1  # of shared memory
-# Warp instructions per tensor-core instruction (m16n8k16), at the fewest channels and so the shortest reduction, for
-# which the epilogue weighs most. Tensor cores leave room for 8 on sm_80 and for 4 on sm_90.
-INSTRUCTIONS = {
-    "none": {80: 4.6, 90: 3.8},
-    "mask": {80: 6.2, 90: 5.3},
-    "residual": {80: 5.4, 90: 4.6},
-    "shortcut": {80: 5.8, 90: 4.8},
-    "shortcut, gradient masked before": {80: 4.6, 90: 4.0},
 }
 
 
@@ -64,7 +58,7 @@ def test_a_launch_is_at_the_floor_of_traffic_and_within_the_budget_of_instructio
     arch = int(report.ptx.split(".target sm_")[1][:2])
     wavefronts, ideal = report.sld_wavefronts + report.sst_wavefronts, report.sld_ideal + report.sst_ideal
     assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal
-    assert report.warp_instr <= INSTRUCTIONS[epilogue][arch] * report.mma
+    assert report.warp_instr <= INSTRUCTIONS_PER_PRODUCT["grad-input"][epilogue][arch] * report.mma
     assert report.instr["cp.async"] > 0
     used = report.ptxas()
     assert used["registers"] > 0 and used["spill_stores"] + used["spill_loads"] == 0, used

@@ -9,6 +9,12 @@ from kernels import conv_grad_weight as kernels
 from kernels import tuning
 from kernels.geometry import ConvShape
 from tests.blocks import name_of, one_thread  # noqa: F401
+from tests.emulated.limits import (
+    INSTRUCTIONS_PER_PRODUCT,
+    SECTOR_EFFICIENCY,
+    TRAFFIC_OVER_FLOOR,
+    WAVEFRONTS_OVER_IDEAL,
+)
 from tests.parity import assert_as_exact_as_eager
 from tests.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
 
@@ -20,14 +26,7 @@ STAGES = {
     "stride 2": ConvShape(4, 24, 24, 64, 128, 3, 3, 2, 1),
     "shortcut": ConvShape(4, 24, 24, 64, 128, 1, 1, 2, 0),
 }
-SECTOR_EFFICIENCY = 0.95
-WAVEFRONTS_OVER_IDEAL = 1.1
-# Warp instructions per tensor-core product, of which an A100 has room for 8, in splits of 18 steps. A 1x1 convolution
-# has one product per pair of loads, and is bound by memory.
-INSTRUCTIONS_PER_PRODUCT = {"plain": 5.5, "activated": 7.0}
-INSTRUCTIONS_OF_1X1 = 7.0
 TILE = tuning.Config(128, 64, 32, 8, 4)  # what they were measured with
-TRAFFIC_OVER_FLOOR = 1.03
 
 
 def launch(emulate, shape: ConvShape, dtype: torch.dtype, prologue: str, **options):
@@ -74,8 +73,8 @@ def long_splits(monkeypatch):
 
 
 @pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("prologue", INSTRUCTIONS_PER_PRODUCT)
-def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, long_splits, name, prologue):
+@pytest.mark.parametrize("prologue", ("plain", "activated"))
+def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, request, long_splits, name, prologue):
     shape = STAGES[name]
     monkeypatch.setattr(tuning, "candidates", lambda *_: (TILE,))
     if prologue == "activated" and shape.stride == 2:
@@ -87,8 +86,9 @@ def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, long_spli
     ptxas = report.ptxas()
     assert ptxas["spill_stores"] == ptxas["spill_loads"] == 0, ptxas
     assert report.mma > 0 and report.instr["cp.async"] > 0
-    limit = INSTRUCTIONS_OF_1X1 if shape.R == 1 else INSTRUCTIONS_PER_PRODUCT[prologue]
-    assert report.warp_instr <= limit * report.mma, str(report)
+    limits = INSTRUCTIONS_PER_PRODUCT["grad-weight"]["1x1" if shape.R == 1 else prologue]
+    arch = request.node.callspec.params["emulate"]
+    assert report.warp_instr <= limits[arch] * report.mma, str(report)
 
 
 @pytest.mark.parametrize("prologue", PROLOGUES)

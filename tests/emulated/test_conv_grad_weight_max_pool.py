@@ -8,11 +8,11 @@ import torch
 from kernels import batch_norm_max_pool as pool
 from kernels.geometry import ConvShape
 from tests.blocks import name_of, one_thread  # noqa: F401
+from tests.emulated.limits import TRAFFIC_OVER_FLOOR
 from tests.parity import assert_as_exact_as_eager
 from tests.test_conv_grad_weight_max_pool import SHAPES, Case
 
 KERNEL = "conv_grad_weight_max_pool_kernel"
-TRAFFIC_OVER_FLOOR = 1.03
 
 
 def launch(emulate, shape: ConvShape, dtype: torch.dtype, training: bool):
