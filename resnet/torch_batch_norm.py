@@ -138,19 +138,19 @@ def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     z = _affine(x, stats[2], stats[3])
     out, index = aten.max_pool2d_with_indices(z, [3, 3], [2, 2], [1, 1])
     width = x.shape[3]
-    index -= _window_origins(out.shape[2:], width, x.device)
-    row = (
-        torch.div(index, width, rounding_mode="floor") if width > 2 else (index - 1).div_(width, rounding_mode="floor")
-    )
-    tap = (index - row * (width - 3)).to(torch.uint8)
+    place = index.int().sub_(_window_origins(out.shape[2:], width, x.device).int())
+    row = torch.div(place if width > 2 else place - 1, width, rounding_mode="floor")
+    tap = place.sub_(row, alpha=width - 3).to(torch.uint8)
     return out.relu_(), tap, stats
 
 
 def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tensor, norm: Norm) -> NormGrad:
     """Gradients of `forward_pool`."""
-    width = x.shape[3]
-    row = tap // 3
-    index = (tap.long() + row.long() * (width - 3)).add_(_window_origins(out.shape[2:], width, x.device))
+    (N, C, P, Q), width = out.shape, x.shape[3]
+    place = torch.arange(9, device=x.device)
+    place += place // 3 * (width - 3)  # of each tap, behind its window's first pixel
+    index = place.index_select(0, tap.permute(0, 2, 3, 1).reshape(-1).int()).view(N, P, Q, C).permute(0, 3, 1, 2)
+    index += _window_origins((P, Q), width, x.device)
     g = aten.threshold_backward(dout, out, 0)
     g = aten.max_pool2d_with_indices_backward(g, x, [3, 3], [2, 2], [1, 1], [1, 1], False, index)
     return backward(g, x, out, stats, norm, relu=False)
