@@ -1,0 +1,41 @@
+"""What a launch may ask of the machine, as the emulator counts it: the one table of the emulated tests' limits."""
+
+from __future__ import annotations
+
+# Of the bytes at the floor, all tensors moved once. In half precision the partials of a reduction are 1 to 1.6% of an
+# activation at the tests' shapes, and per-channel vectors less than 0.3%.
+TRAFFIC_OVER_FLOOR = 1.03
+LAUNCH_OVER_FLOOR = 1.06  # of a block's single launch: where it leaves moments of its row tiles, these are a twentieth
+
+# Bytes that activations' loads and stores ask for, of the 32-byte sectors they touch. The merge kernels are exempt, as
+# are the stores of partials: they move a hundredth of what the others do, a few channels wide to have programs enough.
+SECTOR_EFFICIENCY = 0.95
+# Of each load and store of activations by one thread: 16, less the few that the first and the last row do without.
+ACCESS_BYTES = 14
+# Of shared memory: what bank conflicts add.
+WAVEFRONTS_OVER_IDEAL = 1.1
+
+# Warp instructions for each 16x8x16 product, setup and epilogue included: measured on the tiles named in the tests,
+# plus 3%. Tensor cores leave room for 8 on sm_80 and for 4 on sm_90.
+INSTRUCTIONS_PER_PRODUCT = {
+    "forward": {
+        "plain": {80: 4.45, 90: 3.49},
+        "prologue, moments": {80: 12.2, 90: 11.8},
+        "shortcut, moments": {80: 6.58, 90: 6.12},
+        "inference": {80: 5.76, 90: 5.14},
+    },
+    # at the fewest channels and so the shortest reduction, for which the epilogue weighs most
+    "grad-input": {
+        "none": {80: 4.6, 90: 3.8},
+        "mask": {80: 6.2, 90: 5.3},
+        "residual": {80: 5.4, 90: 4.6},
+        "shortcut": {80: 5.8, 90: 4.8},
+        "shortcut, gradient masked before": {80: 4.6, 90: 4.0},
+    },
+    # in splits of 18 steps; a 1x1 convolution has one product per pair of loads, and is bound by memory
+    "grad-weight": {
+        "plain": {80: 5.5, 90: 5.5},
+        "activated": {80: 7.0, 90: 7.0},
+        "1x1": {80: 7.0, 90: 7.0},
+    },
+}
