@@ -228,6 +228,23 @@ def test_the_gradient_may_be_replaced_by_the_result(emulate, dtype):
     torch.testing.assert_close(case.dout, expected, rtol=0, atol=0)
 
 
+def test_more_partials_than_one_merge_reads_are_merged_in_two(emulate):
+    rows, T, C = 4, kernels._MAX_PARTIALS + 88, 6
+    x = draw(T * rows, C)
+    tiles = x.view(T, rows, C)
+    partial = torch.stack([tiles.mean(1), tiles.var(1, unbiased=False) * rows])
+    sums = draw(2, T, C, seed=1)
+    with emulate() as launches:
+        stats = kernels.finalize(partial, rows, T * rows, None, None, None, None, 0.1, EPS)
+        merged = kernels.merge_sums(sums, None, None)
+    names = [report.name for report in launches]
+    assert names == ["merge_kernel", "finalize_kernel", "backward_finalize_kernel", "backward_finalize_kernel"]
+    values = x.double()
+    exact = values.mean(0), 1 / torch.sqrt(values.var(0, unbiased=False) + EPS)
+    torch.testing.assert_close(stats[:2].double(), torch.stack(exact), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged.double(), sums.double().sum(1), rtol=1e-6, atol=1e-4)
+
+
 # ---- beyond 2^31 elements --------------------------------------------------------------------------------------------
 
 
