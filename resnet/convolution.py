@@ -24,12 +24,17 @@ def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -
     return (size + 2 * padding - kernel) // stride + 1
 
 
+def is_single_on_cpu(x: Tensor) -> bool:
+    """Whether x is float32 on the CPU, where some of PyTorch's convolutions are stepped round."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
 def _is_at_most(pixels: int, channels: int, x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether x is float32 on the CPU, its output maps have so few pixels, and there are so many channels."""
     K, C, R, S = weight.shape
     P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
     fits = min(C, K) >= channels and R * S > 1 and pixels >= P * Q
-    return fits and x.device.type == "cpu" and x.dtype == torch.float32
+    return fits and is_single_on_cpu(x)
 
 
 def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -44,7 +49,7 @@ def overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
     it gathers the strided pixels in whole vectors of 8 channels. Eager PyTorch corrupts its heap there.
     """
     _, C, R, S = weight.shape
-    return R == S == 1 and stride > 1 and C < 8 and x.device.type == "cpu" and x.dtype == torch.float32
+    return R == S == 1 and stride > 1 and C < 8 and is_single_on_cpu(x)
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -95,7 +100,7 @@ def add_projected(to: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
     to (N, K, P, Q) and x (N, C, H, W) are channels_last. Returns `to`.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if not is_single_on_cpu(x):
         return to.add_(convolve(x, weight, None, stride, 0))
     pixels = _nhwc(x)[:, ::stride, ::stride].flatten(0, 2)
     _nhwc(to).view(-1, to.shape[1]).addmm_(pixels, weight.flatten(1).t())

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from resnet import torch_batch_norm
-from resnet.convolution import convolve, is_small, out_size
+from resnet.convolution import convolve, is_single_on_cpu, is_small, out_size
 from resnet.norm import Norm
 
 
@@ -45,8 +45,7 @@ def _can_fold(x: Tensor, stride: int) -> bool:
     """Whether oneDNN's convolution is there for x, and there is enough of x."""
     rows = x.shape[0] * x.shape[2] * x.shape[3] // stride**2
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
+        is_single_on_cpu(x)
         and rows >= _FOLDED_ROWS
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
