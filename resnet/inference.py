@@ -3,18 +3,20 @@
 The residual add and the ReLU are passes of their own, in place: fused to the convolution the add takes longer (with
 AVX2, by 2 to 9% of both), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
 
-The stem of one channel is a matrix product of windows, for which oneDNN's convolution takes longer: a few images at a
-time, pooled while their rows are in the cache.
+A 3x3 convolution of many channels is Winograd's; one that meets Inf or NaN is done again as eager does it. The stem of
+one channel is a matrix product of windows, for which oneDNN's convolution takes longer: a few images at a time, pooled
+while their rows are in the cache.
 
-A folded weight is kept, in oneDNN's blocked layout or as that matrix, for as long as the weight it was made from
-lives. Whether it is still true is checked at every call against the values themselves, not against version counters,
-which miss writes through `p.data`: the vectors are compared element by element, and of the weight its product with a
-fixed random vector, one read of the weight. A change too small to show there is below the rounding of the convolution
-itself.
+A folded weight is kept, in oneDNN's blocked layout, transformed or as that matrix, for as long as the weight it was
+made from lives. Whether it is still true is checked at every call against the values themselves, not against version
+counters, which miss writes through `p.data`: the vectors are compared element by element, and of the weight its product
+with a fixed random vector, one read of the weight. A change too small to show there is below the rounding of the
+convolution itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,16 +25,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from resnet import torch_batch_norm
+from resnet import torch_batch_norm, winograd
 from resnet.convolution import convolve, is_single_on_cpu, is_small, out_size
 from resnet.norm import Norm
 
 
 @dataclass(frozen=True)
 class _Folded:
-    kind: tuple  # eps, whether it is for windows, and which vectors there were
+    kind: tuple  # eps, the layout's name, and which vectors there were
     values: Tensor  # the fingerprint of the weight and the vectors, one behind the other
-    weight: Tensor  # (K, C, R, S) * scale in oneDNN's blocked layout, or (R * S, K) for windows of one channel
+    weight: Tensor  # (K, C, R, S) * scale in the layout
     bias: Tensor  # (K,)
 
 
@@ -65,21 +67,18 @@ def _fingerprint(weight: Tensor) -> Tensor:
     return rows.reshape(weight.shape[0], -1) @ _probe(weight[0].numel())
 
 
-def _folded(weight: Tensor, norm: Norm, more: Tensor | None, blocked_for: tuple | None) -> _Folded:
-    """For windows where oneDNN's arguments of a blocked layout are None."""
+def _folded(
+    weight: Tensor, norm: Norm, more: Tensor | None, layout: str, arrange: Callable[[Tensor], Tensor]
+) -> _Folded:
+    """The folded weight as `arrange` lays it out, from the cache while nothing has changed."""
     vectors = (*norm[:5], more)
-    kind = (norm.eps, blocked_for is None, *(v is None for v in vectors))
+    kind = (norm.eps, layout, *(v is None for v in vectors))
     values = torch.cat([_fingerprint(weight), *(v for v in vectors if v is not None)])
     entry = _cache.get(weight)
     if entry is None or entry.kind != kind or not torch.equal(entry.values, values):
         scale, shift = torch_batch_norm.scale_shift(*torch_batch_norm.freeze(norm, weight.dtype), norm)
-        product = weight * scale.view(-1, 1, 1, 1)
-        if blocked_for is None:
-            product = product.flatten(1).t().contiguous()
-        else:
-            product = torch.ops.mkldnn._reorder_convolution_weight(product, *blocked_for)
         bias = shift if more is None else shift + more
-        entry = _cache[weight] = _Folded(kind, values, product, bias)
+        entry = _cache[weight] = _Folded(kind, values, arrange(weight * scale.view(-1, 1, 1, 1)), bias)
     return entry
 
 
@@ -95,7 +94,14 @@ def conv_batch_norm(
 
     x (N, C, H, W) is channels_last, weight is (K, C, R, S), more is (K,).
     """
-    if is_small(x, weight, stride, padding) or not _can_fold(x, stride):
+    can_fold = _can_fold(x, stride)
+    if can_fold and winograd.pays(x, weight, stride, padding):
+        folded = _folded(weight, norm, more, "winograd", winograd.transform)
+        out = winograd.convolve(x, folded.weight, folded.bias)
+        if out.sum().isfinite():
+            return out
+        can_fold = False
+    if is_small(x, weight, stride, padding) or not can_fold:
         bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
         y = convolve(x, weight, bias, stride, padding)
         out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
@@ -103,7 +109,8 @@ def conv_batch_norm(
             out.add_(more.view(-1, 1, 1))
         return out.contiguous(memory_format=torch.channels_last)
     geometry = ([padding] * 2, [stride] * 2, [1, 1], 1)
-    folded = _folded(weight, norm, more, (*geometry, list(x.shape)))
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+    folded = _folded(weight, norm, more, "blocked", lambda product: reorder(product, *geometry, list(x.shape)))
     out = torch.ops.mkldnn._convolution_pointwise.default(x, folded.weight, folded.bias, *geometry, "none", [], None)
     return out.contiguous(memory_format=torch.channels_last)
 
@@ -113,7 +120,7 @@ def stem(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Te
     (N, C, *size), (K, _, R, S) = x.shape, weight.shape
     if C > 1 or not _can_fold(x, stride):
         return torch.max_pool2d(conv_batch_norm(x, weight, norm, stride, padding), 3, 2, 1).relu_()
-    folded = _folded(weight, norm, None, None)
+    folded = _folded(weight, norm, None, "windows", lambda product: product.flatten(1).t().contiguous())
     P, Q = out_size(size[0], R, stride, padding), out_size(size[1], S, stride, padding)
     padded = F.pad(x[:, 0], [padding] * 4)
     n, h, w = padded.stride()
