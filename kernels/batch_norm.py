@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.pointwise import affine, inverse_std, recomputed_relu_passes, relu, relu_passes
+from kernels.reductions import column_sums
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
@@ -369,8 +370,8 @@ def backward_reduce_kernel(
         sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond M
         offsets += BLOCK_M * C
     index = tl.program_id(0) * C + cols
-    tl.store(partial + index, tl.sum(sum_g, 0), mask=live)
-    tl.store(partial + T * C + index, tl.sum(sum_gx, 0) * invstd, mask=live)
+    tl.store(partial + index, column_sums(sum_g), mask=live)
+    tl.store(partial + T * C + index, column_sums(sum_gx) * invstd, mask=live)
 
 
 @triton.jit
@@ -412,15 +413,22 @@ def backward_finalize_kernel(
 
 
 @triton.jit
-def center_grad(g, x_value, stats, sums, cols, M, C: tl.constexpr, ACC: tl.constexpr):
-    """g - sum_g / M - xhat * sum_gx / M: the gradient behind the batch's statistics."""
+def load_center(stats, sums, cols, M, C: tl.constexpr, ACC: tl.constexpr):
+    """(mean, sum_g / M, invstd * sum_gx / M) of the channels `cols`: what `center_grad` subtracts by."""
     live = cols < C
     share = 1.0 / (M + tl.zeros([1], tl.int64)).to(ACC)  # one division, not one for each channel
     mean = tl.load(stats + cols, mask=live)
     invstd = tl.load(stats + C + cols, mask=live)
     mean_g = tl.load(sums + cols, mask=live) * share
     slope = tl.load(sums + C + cols, mask=live) * share * invstd
-    return tl.fma(-slope[None, :], x_value - mean[None, :], g - mean_g[None, :])
+    return mean[None, :], mean_g[None, :], slope[None, :]
+
+
+@triton.jit
+def center_grad(g, x_value, center):
+    """g - sum_g / M - xhat * sum_gx / M: the gradient behind the batch's statistics."""
+    mean, mean_g, slope = center
+    return tl.fma(-slope, x_value - mean, g - mean_g)
 
 
 @triton.jit
@@ -461,7 +469,7 @@ def backward_apply_kernel(
     if dshortcut is not None:
         tl.store(dshortcut + row0 * C + offsets, g, mask=mask)
     if sums is not None:
-        g = center_grad(g, value, stats, sums, cols, M, C, ACC)
+        g = center_grad(g, value, load_center(stats, sums, cols, M, C, ACC))
     tl.store(dx + offsets, scale[None, :] * g, mask=mask)
 
 

@@ -9,7 +9,9 @@ positive the first pixel to reach it is the same, so ties and NaN are as in `tor
 
 Passes over y-sized activations, out-sized ones (a quarter) in brackets: forward 1 (+ out, tap), backward reduce 1
 (+ dout, out, tap), backward apply 2 (+ the same). Neither relu(z) nor g is ever written. Each pixel gathers from its
-windows, at most four, so there are no atomics.
+windows, so there are no atomics: a program of the backward takes windows (p, q) with the pixels (2p, 2q) to
+(2p + 1, 2q + 1) in turn, which lie in 1, 2, 2 and 4 windows, the same four, so that a window is looked at nine times in
+all where a pixel that asks all it might lie in would look at sixteen.
 """
 
 import torch
@@ -23,11 +25,13 @@ from kernels.batch_norm import (
     center_grad,
     check_like,
     check_vectors,
+    load_center,
     merge_sums,
     nhwc_shape,
     tiling,
 )
 from kernels.pointwise import affine, relu, relu_passes
+from kernels.reductions import column_sums
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
@@ -78,41 +82,31 @@ def pool_kernel(
 
 
 @triton.jit
-def gather_grad(
-    dout,
-    out,
-    tap,
-    pixels,
-    cols,
-    H,
-    W,
-    P,
-    Q,
-    C: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """g of an image's pixels: from each window that holds the pixel, dout * (out > 0) where its tap is the pixel."""
-    h = pixels // W
-    w = pixels % W
-    g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+def load_windows(dout, out, tap, p, q, cols, P, Q, C: tl.constexpr):
+    """The taps and the gradients behind the ReLU of the windows (p, q), (p, q + 1), (p + 1, q), (p + 1, q + 1)."""
+    taps, grads = (), ()
     for i in tl.static_range(2):
         for j in tl.static_range(2):
-            p = (h + 1) // 2 - i
-            q = (w + 1) // 2 - j
-            r = h + 1 - 2 * p
-            s = w + 1 - 2 * q
-            inside = (h < H) & (p >= 0) & (p < P) & (r < 3) & (q >= 0) & (q < Q) & (s < 3)
-            mask = inside[:, None] & (cols < C)[None, :]
-            offsets = (p * Q + q)[:, None] * C + cols[None, :]
-            here = tl.load(tap + offsets, mask=mask, other=255).to(tl.int32) == (r * 3 + s)[:, None]
-            passes = here & mask & relu_passes(tl.load(out + offsets, mask=mask, other=0.0))
-            g += tl.where(passes, tl.load(dout + offsets, mask=mask, other=0.0).to(ACC), 0.0)
-    return g
+            mask = ((p + i < P) & (q + j < Q))[:, None] & (cols < C)[None, :]
+            offsets = ((p + i) * Q + q + j)[:, None] * C + cols[None, :]
+            passes = relu_passes(tl.load(out + offsets, mask=mask, other=0.0))
+            grads += (tl.where(passes, tl.load(dout + offsets, mask=mask, other=0.0), 0.0),)
+            taps += (tl.load(tap + offsets, mask=mask, other=255),)
+    return taps, grads
 
 
 @triton.jit
+def gather_grad(taps, grads, a: tl.constexpr, b: tl.constexpr, ACC: tl.constexpr):
+    """g of the pixels (2p + a, 2q + b), a and b 0 or 1: the sum over the windows whose tap is the pixel."""
+    g = tl.zeros(grads[0].shape, ACC)
+    for i in tl.static_range(a + 1):
+        for j in tl.static_range(b + 1):
+            here = taps[2 * i + j] == (a + 1 - 2 * i) * 3 + b + 1 - 2 * j
+            g += tl.where(here, grads[2 * i + j], 0.0).to(ACC)
+    return g
+
+
+@triton.jit(do_not_specialize=["T", "TILES"])  # with both 1 it would take more registers, for a tiny map
 def pool_backward_reduce_kernel(
     dout,  # (N, P, Q, C)
     y,  # (N, H, W, C)
@@ -126,7 +120,7 @@ def pool_backward_reduce_kernel(
     P,
     Q,
     T,
-    TILES,  # BLOCK_M-pixel tiles of one image's y
+    TILES,  # BLOCK_M-window tiles of one image
     STEPS,  # tiles per program
     C: tl.constexpr,
     ACC: tl.constexpr,
@@ -141,18 +135,26 @@ def pool_backward_reduce_kernel(
     first = tl.program_id(0) * STEPS
     for step in range(first, tl.minimum(first + STEPS, N * TILES)):
         n = tl.cast(step // TILES, tl.int64)
-        pixels = (step % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-        mask = (pixels < H * W)[:, None] & live[None, :]
+        windows = (step % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+        p = windows // Q
+        q = windows % Q
         pooled = n * P * Q * C
-        g = gather_grad(dout + pooled, out + pooled, tap + pooled, pixels, cols, H, W, P, Q, C, ACC, BLOCK_M, BLOCK_C)
-        sum_g += g
-        value = tl.load(y + n * H * W * C + pixels[:, None] * C + cols[None, :], mask=mask, other=0.0).to(ACC)
+        taps, grads = load_windows(dout + pooled, out + pooled, tap + pooled, p, q, cols, P, Q, C)
         mean = tl.load(stats + cols, mask=live)  # again in each step: eight registers that the gather needs
-        sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond the image
+        for a in tl.static_range(2):
+            for b in tl.static_range(2):
+                h = 2 * p + a
+                w = 2 * q + b
+                mask = ((h < H) & (w < W))[:, None] & live[None, :]
+                offsets = n * H * W * C + (h * W + w)[:, None] * C + cols[None, :]
+                value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
+                g = gather_grad(taps, grads, a, b, ACC)
+                sum_g += g
+                sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond the image
     invstd = tl.load(stats + C + cols, mask=live)
     index = tl.program_id(0) * C + cols
-    tl.store(partial + index, tl.sum(sum_g, 0), mask=live)
-    tl.store(partial + T * C + index, tl.sum(sum_gx, 0) * invstd, mask=live)
+    tl.store(partial + index, column_sums(sum_g), mask=live)
+    tl.store(partial + T * C + index, column_sums(sum_gx) * invstd, mask=live)
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def pool_backward_apply_kernel(
     W,
     P,
     Q,
-    TILES,  # BLOCK_M-pixel tiles of one image's y
+    TILES,  # BLOCK_M-window tiles of one image
     C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -177,18 +179,27 @@ def pool_backward_apply_kernel(
 ):
     """dy = scale * (g - sum_g / M - xhat * sum_gx / M), scale * g when frozen. Grid (N * TILES, column tiles)."""
     n = (tl.program_id(0) // TILES).to(tl.int64)
-    pixels = (tl.program_id(0) % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    windows = (tl.program_id(0) % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = cols < C
+    p = windows // Q
+    q = windows % Q
     pooled = n * P * Q * C
-    g = gather_grad(dout + pooled, out + pooled, tap + pooled, pixels, cols, H, W, P, Q, C, ACC, BLOCK_M, BLOCK_C)
-    mask = (pixels < H * W)[:, None] & live[None, :]
-    offsets = n * H * W * C + pixels[:, None] * C + cols[None, :]
-    if sums is not None:
-        value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
-        g = center_grad(g, value, stats, sums, cols, M, C, ACC)
+    taps, grads = load_windows(dout + pooled, out + pooled, tap + pooled, p, q, cols, P, Q, C)
     scale = tl.load(stats + 2 * C + cols, mask=live)
-    tl.store(dy + offsets, scale[None, :] * g, mask=mask)
+    if sums is not None:
+        center = load_center(stats, sums, cols, M, C, ACC)
+    for a in tl.static_range(2):
+        for b in tl.static_range(2):
+            h = 2 * p + a
+            w = 2 * q + b
+            mask = ((h < H) & (w < W))[:, None] & live[None, :]
+            offsets = n * H * W * C + (h * W + w)[:, None] * C + cols[None, :]
+            g = gather_grad(taps, grads, a, b, ACC)
+            if sums is not None:
+                value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
+                g = center_grad(g, value, center)
+            tl.store(dy + offsets, scale[None, :] * g, mask=mask)
 
 
 # ---- launchers -------------------------------------------------------------------------------------------------
@@ -196,15 +207,15 @@ def pool_backward_apply_kernel(
 _THREADS = 128  # 4 warps
 
 
-def _tiling(M: int, x: Tensor) -> Tiling:
-    """The tiling of M rows of x's channels in which a thread holds 16 bytes of x's type, and not more.
+def _tiling(windows: int, x: Tensor) -> Tiling:
+    """The tiling of a map's windows for x's channels in which a thread holds 16 bytes of x's type, and not more.
 
     With more, the compiler would give each thread 16 bytes of tap too, that is several vectors of x in a row, and
     neighbouring threads would no longer share sectors. Where rows are no whole vectors, a thread holds two elements:
     each has its window's address to itself, and with more of them it would spill.
     """
     vector = 16 // x.element_size()
-    return tiling(M, x.shape[1], _THREADS * (vector if x.shape[1] % vector == 0 else 2))
+    return tiling(windows, x.shape[1], _THREADS * (vector if x.shape[1] % vector == 0 else 2))
 
 
 def out_size(size: int) -> int:
@@ -261,8 +272,9 @@ def backward_reduce(
     nhwc_shape(y)
     _check_pooled(dout, y, out, tap, stats)
     N, C, H, W = y.shape
-    t = _tiling(H * W, y)
-    tiles = triton.cdiv(H * W, t.BLOCK_M)
+    P, Q = out.shape[2:]
+    t = _tiling(P * Q, y)
+    tiles = triton.cdiv(P * Q, t.BLOCK_M)
     whole = tiling(N * tiles * t.BLOCK_M, C)
     steps = triton.cdiv(whole.rows, t.BLOCK_M)
     T = triton.cdiv(N * tiles, steps)
@@ -278,7 +290,8 @@ def backward_reduce(
             N,
             H,
             W,
-            *out.shape[2:],
+            P,
+            Q,
             T,
             tiles,
             steps,
@@ -293,9 +306,9 @@ def backward_apply(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Ten
     _check_pooled(dout, y, out, tap, stats)
     if sums is not None:
         check_vectors((y.shape, y.dtype, y.device), "sums", sums, 2)
-    N, _, H, W = y.shape
-    t = _tiling(H * W, y)
-    tiles = triton.cdiv(H * W, t.BLOCK_M)
+    (N, _, H, W), (P, Q) = y.shape, out.shape[2:]
+    t = _tiling(P * Q, y)
+    tiles = triton.cdiv(P * Q, t.BLOCK_M)
     dy = torch.empty_like(y, memory_format=torch.channels_last)
     with torch.cuda.device_of(y):
         pool_backward_apply_kernel[(N * tiles, triton.cdiv(C, t.BLOCK_C))](
@@ -309,7 +322,8 @@ def backward_apply(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Ten
             M,
             H,
             W,
-            *out.shape[2:],
+            P,
+            Q,
             tiles,
             **t.options(y),
         )

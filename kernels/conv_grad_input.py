@@ -31,8 +31,9 @@ from torch import Tensor
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
 from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector, product_precision
-from kernels.implicit_gemm import column_sums, dot, split_pixels
+from kernels.implicit_gemm import dot, split_pixels
 from kernels.pointwise import recomputed_relu_passes, relu_passes
+from kernels.reductions import column_sums
 from kernels.tuning import Config
 
 

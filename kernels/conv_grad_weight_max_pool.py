@@ -9,8 +9,8 @@ y is (N, P, Q, K), dout, out and tap are (N, OP, OQ, K), x is (N, H, W, C), dW (
 net, dy, is never written. Rows of the GEMM are k, columns the flattened (r, s, c), since a stem's input has few
 channels; the reduction over pixels is split, and the partial results are added in a fixed order.
 
-Passes: reads y, dout, out, tap and x once each for every BLOCK_M channels and BLOCK_N columns, so once for a 7x7 stem
-of 64 channels and one input channel.
+Passes: reads y, dout, out, tap and x once each for every BLOCK_M channels; the column tiles, one for a 7x7 stem of one
+input channel and three for one of RGB, read the same pixels at the same time.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, center_grad, nhwc_shape
-from kernels.batch_norm_max_pool import gather_grad
+from kernels.batch_norm import FLAGS, accumulator, center_grad, load_center, nhwc_shape
+from kernels.batch_norm_max_pool import gather_grad, load_windows
 from kernels.conv_grad_weight import empty_weight, merge_splits
 from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, product_precision
-from kernels.implicit_gemm import dot
+from kernels.implicit_gemm import axis_taps, dot
 
 # ---- the kernel ------------------------------------------------------------------------------------------------
 
@@ -48,7 +48,7 @@ def conv_grad_weight_max_pool_kernel(
     Q,
     OP,
     OQ,
-    TILES,  # BLOCK_K-pixel tiles of one image's y
+    TILES,  # BLOCK_K-window tiles of one image
     STEPS,  # of them per split
     C: tl.constexpr,
     K: tl.constexpr,
@@ -62,31 +62,52 @@ def conv_grad_weight_max_pool_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Grid (splits, k tiles, column tiles)."""
+    """dW's partial result over a split's windows, see batch_norm_max_pool.py. Grid (column tiles, k tiles, splits)."""
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    j = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    scale = tl.load(stats + 2 * K + k, mask=k < K, other=0.0)
+    # A column needs two bits of a pixel's: its row of taps and its column of taps lie in the image. One beyond the last
+    # needs a bit that no pixel has.
+    HALF: tl.constexpr = max(R, S) + 1
+    one = tl.full([1], 1, tl.int32 if HALF < 16 else tl.int64)
     r = j // (S * C)
     s = j // C % S
-    scale = tl.load(stats + 2 * K + k, mask=k < K, other=0.0)
+    needed = tl.where(j < R * S * C, (one << r) | (one << (HALF + s)), one << (HALF - 1))[None, :]
+    columns = ((r * W + s) * C + j % C)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    first = tl.program_id(0) * STEPS
-    for step in range(first, tl.minimum(first + STEPS, N * TILES)):
+    first = tl.program_id(2) * STEPS
+    last = tl.minimum(first + STEPS, N * TILES)
+    for step in range(first, last):
         n = tl.cast(step // TILES, tl.int64)
-        pixels = step % TILES * BLOCK_K + tl.arange(0, BLOCK_K)
-        live = pixels < P * Q
+        windows = step % TILES * BLOCK_K + tl.arange(0, BLOCK_K)
+        p = windows // OQ
+        q = windows % OQ
         pooled = n * OP * OQ * K
-        g = gather_grad(dout + pooled, out + pooled, tap + pooled, pixels, k, P, Q, OP, OQ, K, ACC, BLOCK_K, BLOCK_M)
-        if sums is not None:
-            offsets = pixels[:, None] * K + k[None, :]
-            value = tl.load(y + n * P * Q * K + offsets, mask=live[:, None] & (k < K)[None, :], other=0.0).to(ACC)
-            g = center_grad(g, value, stats, sums, k, M, K, ACC)
-        dy = tl.where(live[:, None], scale[None, :] * g, 0.0).to(x.dtype.element_ty)
-        h = (pixels // Q * STRIDE - PADDING)[:, None] + r[None, :]
-        w = (pixels % Q * STRIDE - PADDING)[:, None] + s[None, :]
-        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & live[:, None] & (j < R * S * C)[None, :]
-        a = tl.load(x + n * H * W * C + ((h * W + w) * C + (j % C)[None, :]), mask=inside, other=0.0)
-        acc = dot(tl.trans(dy), a, acc, PRECISION)
-    partial += tl.program_id(0).to(tl.int64) * (K * R * S * C)
+        taps, grads = load_windows(dout + pooled, out + pooled, tap + pooled, p, q, k, OP, OQ, K)
+        for down in tl.static_range(2):
+            for right in tl.static_range(2):
+                i = 2 * p + down
+                o = 2 * q + right
+                live = (i < P) & (o < Q)
+                g = gather_grad(taps, grads, down, right, ACC)
+                if sums is not None:
+                    offsets = (i * Q + o)[:, None] * K + k[None, :]
+                    mask = live[:, None] & (k < K)[None, :]
+                    value = tl.load(y + n * P * Q * K + offsets, mask=mask, other=0.0).to(ACC)
+                    g = center_grad(g, value, load_center(stats, sums, k, M, K, ACC))
+                dy = tl.zeros([BLOCK_K, BLOCK_M], x.dtype.element_ty)
+                # Always true, and not in the binary. But the layout of a product's operands goes by the narrowest type
+                # that was loaded for them, and reading them in that of tap's bytes conflicts in sm_80's shared memory;
+                # what a branch returns hides it.
+                if step < last:
+                    dy = (scale[None, :] * g).to(x.dtype.element_ty)
+                h = i * STRIDE - PADDING
+                w = o * STRIDE - PADDING
+                bits = axis_taps(h, H, R, one) | (axis_taps(w, W, S, one) << HALF)
+                inside = (tl.where(live, bits, 0)[:, None] & needed) == needed  # so where not live dy does not matter
+                a = tl.load(x + n * H * W * C + (((h * W + w) * C)[:, None] + columns), mask=inside, other=0.0)
+                acc = dot(tl.trans(dy), a, acc, PRECISION)
+    partial += tl.program_id(2).to(tl.int64) * (K * R * S * C)
     mask = (k < K)[:, None] & (j < R * S * C)[None, :]
     tl.store(partial + k[:, None] * (R * S * C) + j[None, :], acc, mask=mask)
 
@@ -149,13 +170,13 @@ def conv_grad_weight_max_pool(
 
     def launch(config: tuning.Config) -> Tensor:
         columns = shape.R * shape.S * shape.C
-        grid = triton.cdiv(shape.K, config.BLOCK_M), triton.cdiv(columns, config.BLOCK_N)
-        tiles = triton.cdiv(shape.P * shape.Q, config.BLOCK_K)
+        grid = triton.cdiv(columns, config.BLOCK_N), triton.cdiv(shape.K, config.BLOCK_M)
+        tiles = triton.cdiv(pooled[2] * pooled[3], config.BLOCK_K)
         steps = triton.cdiv(shape.N * tiles * grid[0] * grid[1], _PROGRAMS)
         splits = triton.cdiv(shape.N * tiles, steps)
         partial = torch.empty((splits, dw.numel()), dtype=dtype, device=x.device)
         with torch.cuda.device_of(x):
-            conv_grad_weight_max_pool_kernel[(splits, *grid)](
+            conv_grad_weight_max_pool_kernel[(*grid, splits)](
                 dout,
                 out,
                 tap,

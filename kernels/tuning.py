@@ -122,22 +122,20 @@ _PIXELS_REDUCED = (  # rows and columns are channels, the reduction is long
     Config(16, 16, 16, 2, 2),
 )
 _SMALL = (Config(64, 64, 16, 4, 2), Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(16, 16, 16, 4, 2))
-# Its prologue gathers: nothing to pipeline. 256 columns are those of a whole RGB stem: each tile gathers dy again.
+# Their prologue gathers the gradients of BLOCK_K windows, for their four pixels: nothing to pipeline.
 _POOLED = (
-    Config(64, 256, 32, 8, 1),
-    Config(64, 256, 16, 4, 1),
-    Config(64, 64, 32, 4, 1),
-    Config(32, 32, 32, 4, 1),
-    Config(16, 16, 16, 2, 1),
+    Config(64, 64, 16, 4, 1),
+    Config(64, 64, 32, 8, 1),
+    Config(32, 32, 16, 4, 1),
+    Config(16, 16, 16, 4, 1),
 )
 _POOLED_SINGLE = (
-    Config(64, 256, 16, 8, 1),
-    Config(64, 64, 16, 4, 1),
-    Config(32, 64, 32, 4, 1),
-    Config(32, 32, 16, 4, 1),
-    Config(16, 16, 16, 2, 1),
+    Config(64, 64, 16, 8, 1),
+    Config(64, 32, 16, 8, 1),
+    Config(32, 32, 16, 8, 1),
+    Config(16, 16, 16, 4, 1),
 )
-_POOLED_DOUBLE = (Config(32, 32, 16, 4, 1),)
+_POOLED_DOUBLE = (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1))
 TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
     "forward": {"half": _FORWARD, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
     "grad_input": {"half": _GRAD_INPUT, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE[1:]},
@@ -376,7 +374,7 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
     Grad-input: 64 accumulators beside the tiles that its epilogue loads, and 16 of dout that the shortcut's mask brings
     into registers. The forward: a shortcut's second product beside the masks of ragged channels, or behind a frozen
     BatchNorm whose vectors a tile of 128x128 holds. Grad-weight: accumulators, what moves from tap to tap, and what its
-    prologue recomputes. The stem's: a wide tile that meets more columns than it has.
+    prologue recomputes. The stem's in float32: masks of ragged channels beside a large tile.
     """
     epilogue = gemm.switch("epilogue", "NoneType")
     threads = 32 * config.num_warps
@@ -392,8 +390,7 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
         values = taps * (accumulators + config.BLOCK_N * config.BLOCK_K // threads)
         return values + (operand if gemm.switch("prologue") else 0) <= (170 if whole else 150)
     if gemm.operation == "grad_weight_max_pool":
-        widest = 64 if columns <= 256 else 32
-        return columns <= config.BLOCK_N or widest >= config.BLOCK_N
+        return gemm.kind != "single" or accumulators < 16 or rows % config.BLOCK_M == 0
     masked = epilogue == "ShortcutGrad" and gemm.switch("masked")
     return epilogue == "NoneType" or (accumulators <= 64 and (not masked or operand <= 16))
 

@@ -10,7 +10,12 @@ from kernels import batch_norm_max_pool as kernels
 from resnet import reference
 from resnet.norm import statistics_dtype
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import SECTOR_EFFICIENCY, TRAFFIC_OVER_FLOOR
+from tests.emulated.limits import (
+    INSTRUCTIONS_PER_ELEMENT,
+    SECTOR_EFFICIENCY,
+    TRAFFIC_OVER_FLOOR,
+    WAVEFRONTS_OVER_IDEAL,
+)
 from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager
 
@@ -78,3 +83,13 @@ def test_sectors_are_used_in_full(emulate, C, dtype):
         assert report.gld_efficiency >= SECTOR_EFFICIENCY, f"{name}: {report}"
         if name != "pool_backward_reduce_kernel":  # which stores its partials only, a hundredth of what it reads
             assert report.gst_efficiency >= SECTOR_EFFICIENCY, f"{name}: {report}"
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+def test_instructions_and_shared_memory(emulate, dtype):
+    (y, *_), _, reports = run(emulate, (4, 64, 48, 48), dtype)
+    for name, report in reports.items():
+        wavefronts, ideal = report.sld_wavefronts + report.sst_wavefronts, report.sld_ideal + report.sst_ideal
+        assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal, name
+        instructions = 32 * report.warp_instr / y.numel()
+        assert instructions <= INSTRUCTIONS_PER_ELEMENT[name], f"{name}: {instructions:.1f}"

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from kernels import batch_norm_max_pool as pool
+from kernels import conv_grad_weight_max_pool as kernels
 from kernels.geometry import ConvShape
-from tests.blocks import name_of, one_thread  # noqa: F401
-from tests.emulated.limits import TRAFFIC_OVER_FLOOR
+from tests.blocks import HALF, name_of, one_thread  # noqa: F401
+from tests.emulated.limits import INSTRUCTIONS_PER_PRODUCT, TRAFFIC_OVER_FLOOR, WAVEFRONTS_OVER_IDEAL
 from tests.parity import assert_as_exact_as_eager
 from tests.test_conv_grad_weight_max_pool import SHAPES, Case
 
@@ -48,6 +49,18 @@ def test_y_is_read_once_on_tensor_cores_without_a_spill(emulate, C):
     tensors = (case.y, case.dout, case.out, case.tap, case.x, case.stats, case.sums)
     floor = sum(t.numel() * t.element_size() for t in tensors)
     assert 32 * report.unique_read_sectors <= TRAFFIC_OVER_FLOOR * floor
-    assert report.mma > 0 and report.grid[1:] == (1, 1)
+    assert report.mma > 0 and report.grid[:2] == (C, 1)
     ptxas = report.ptxas()
     assert ptxas["spill_stores"] == ptxas["spill_loads"] == 0, ptxas
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("C", (1, 3))
+def test_shared_memory_and_instructions(emulate, request, monkeypatch, C, dtype):
+    """Of programs with as many steps as where the device is full."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", 2 * C)
+    *_, report = launch(emulate, ConvShape(1, 96, 96, C, 64, 7, 7, 2, 3), dtype, training=True)
+    wavefronts, ideal = report.sld_wavefronts + report.sst_wavefronts, report.sld_ideal + report.sst_ideal
+    assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal
+    limit = INSTRUCTIONS_PER_PRODUCT["stem's grad-weight"][request.node.callspec.params["emulate"]]
+    assert report.warp_instr <= limit * report.mma, f"{report.warp_instr / report.mma:.2f} of {limit}"
