@@ -49,10 +49,10 @@ def merge_lanes(pivot, offset, m2, count, total_count):
     rounding of its own sum: it is 0.
     """
     high, low = two_sum(pivot, offset)
-    near = tl.sum(high * count, 0) / total_count
+    near = column_sums(high * count) / total_count
     delta = (high - near[None, :]) + low
-    rest = tl.sum(delta * count, 0) / total_count
-    m2 = tl.sum(tl.fma(delta * delta, count, m2), 0)
+    rest = column_sums(delta * count) / total_count
+    m2 = column_sums(tl.fma(delta * delta, count, m2))
     large = near * near * total_count > m2  # not of a NaN, which maximum would drop
     m2 = tl.where(large, tl.maximum(tl.fma(-rest * rest, total_count, m2), 0.0), m2)
     mean, rest = two_sum(near, tl.where(large, rest, 0.0))

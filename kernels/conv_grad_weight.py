@@ -32,6 +32,7 @@ from kernels.geometry import ConvShape, check_like, check_nhwc, product_precisio
 from kernels.implicit_gemm import dot
 from kernels.pointwise import relu_passes
 from kernels.prologue import affine_relu, keep
+from kernels.reductions import column_sums
 from kernels.tuning import Config
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
@@ -247,7 +248,7 @@ def merge_splits_kernel(
     for t in range(0, T, BLOCK_T):
         mask = (t + splits < T)[:, None] & (cols < SIZE)[None, :]
         total += tl.load(partial + (t + splits).to(tl.int64)[:, None] * SIZE + cols[None, :], mask=mask, other=0.0)
-    tl.store(dw + cols, tl.sum(total, 0), mask=cols < SIZE)
+    tl.store(dw + cols, column_sums(total), mask=cols < SIZE)
 
 
 # ---- tiling ----------------------------------------------------------------------------------------------------

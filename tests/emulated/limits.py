@@ -15,6 +15,13 @@ ACCESS_BYTES = 14
 # Of shared memory: what bank conflicts add.
 WAVEFRONTS_OVER_IDEAL = 1.1
 
+
+def wavefronts_over_ideal(report) -> float:
+    """Of the loads and stores of shared memory together, as `ptxsim` reports them; 1 where there are none."""
+    ideal = report.sld_ideal + report.sst_ideal
+    return (report.sld_wavefronts + report.sst_wavefronts) / ideal if ideal else 1.0
+
+
 # Warp instructions for each 16x8x16 product, setup and epilogue included, on the tiles named in the tests. Tensor cores
 # leave room for 8 on sm_80 and for 4 on sm_90.
 INSTRUCTIONS_PER_PRODUCT = {

@@ -16,7 +16,13 @@ from resnet import reference
 from resnet.norm import statistics_dtype
 from tests.batch_norm_launches import EPS, LAUNCHES, Case
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import ACCESS_BYTES, SECTOR_EFFICIENCY, TRAFFIC_OVER_FLOOR
+from tests.emulated.limits import (
+    ACCESS_BYTES,
+    SECTOR_EFFICIENCY,
+    TRAFFIC_OVER_FLOOR,
+    WAVEFRONTS_OVER_IDEAL,
+    wavefronts_over_ideal,
+)
 from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager
 
@@ -74,7 +80,7 @@ per_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
 
 
 @each_pair_compiled(name=tuple(LAUNCHES), dtype=FLOATS)
-def test_bytes_moved_are_at_the_floor(emulate, name, dtype):
+def test_bytes_moved_are_at_the_floor_without_bank_conflicts(emulate, name, dtype):
     report, activation = launch(emulate, name, TRAFFIC_SHAPE, dtype)
     floor = FLOORS[name]
     for sectors, passes in (
@@ -82,6 +88,7 @@ def test_bytes_moved_are_at_the_floor(emulate, name, dtype):
         (report.unique_read_sectors + report.unique_write_sectors, floor.reads + floor.writes),
     ):
         assert passes * activation <= 32 * sectors <= TRAFFIC_OVER_FLOOR * passes * activation
+    assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL
 
 
 @each_pair_compiled(name=tuple(LAUNCHES), C=MULTIPLES_OF_8, dtype=(torch.float16, torch.float32))

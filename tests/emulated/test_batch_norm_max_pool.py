@@ -15,6 +15,7 @@ from tests.emulated.limits import (
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
+    wavefronts_over_ideal,
 )
 from tests.pairs import each_pair_compiled
 from tests.parity import assert_as_exact_as_eager
@@ -89,7 +90,6 @@ def test_sectors_are_used_in_full(emulate, C, dtype):
 def test_instructions_and_shared_memory(emulate, dtype):
     (y, *_), _, reports = run(emulate, (4, 64, 48, 48), dtype)
     for name, report in reports.items():
-        wavefronts, ideal = report.sld_wavefronts + report.sst_wavefronts, report.sld_ideal + report.sst_ideal
-        assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal, name
+        assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL, name
         instructions = 32 * report.warp_instr / y.numel()
         assert instructions <= INSTRUCTIONS_PER_ELEMENT[name], f"{name}: {instructions:.1f}"

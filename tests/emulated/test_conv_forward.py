@@ -19,6 +19,7 @@ from tests.emulated.limits import (
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
+    wavefronts_over_ideal,
 )
 from tests.parity import assert_as_exact_as_eager
 
@@ -118,8 +119,7 @@ def test_whole_tiles_move_each_byte_once_in_whole_sectors(emulate, monkeypatch, 
     case, out, report = run(emulate, monkeypatch, BULKS[name])
     assert_parity(case, out)
     assert report.gld_efficiency >= SECTOR_EFFICIENCY and report.gst_efficiency >= SECTOR_EFFICIENCY
-    assert report.sld_wavefronts <= WAVEFRONTS_OVER_IDEAL * report.sld_ideal
-    assert report.sst_wavefronts <= WAVEFRONTS_OVER_IDEAL * report.sst_ideal
+    assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL
     shortcut = case.options.get("shortcut")
     activations = (case.x, out.y, out.shortcut, case.options.get("skip"))
     weights = (case.weight, shortcut and shortcut.weight)

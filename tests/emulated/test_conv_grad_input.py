@@ -17,6 +17,7 @@ from tests.emulated.limits import (
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
+    wavefronts_over_ideal,
 )
 from tests.emulated.test_batch_norm import Displaced
 from tests.grad_input_cases import EPILOGUES, Case, grad_input
@@ -56,8 +57,7 @@ def test_a_launch_is_at_the_floor_of_traffic_and_within_the_budget_of_instructio
         assert floor <= 32 * sectors <= TRAFFIC_OVER_FLOOR * floor
     assert min(report.gld_efficiency, report.gst_efficiency) >= SECTOR_EFFICIENCY
     arch = int(report.ptx.split(".target sm_")[1][:2])
-    wavefronts, ideal = report.sld_wavefronts + report.sst_wavefronts, report.sld_ideal + report.sst_ideal
-    assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal
+    assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL
     assert report.warp_instr <= INSTRUCTIONS_PER_PRODUCT["grad-input"][epilogue][arch] * report.mma
     assert report.instr["cp.async"] > 0
     used = report.ptxas()

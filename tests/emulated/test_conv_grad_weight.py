@@ -14,6 +14,7 @@ from tests.emulated.limits import (
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
+    wavefronts_over_ideal,
 )
 from tests.parity import assert_as_exact_as_eager
 from tests.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
@@ -81,8 +82,7 @@ def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, request, 
         pytest.skip("a block's stride-2 convolution reads its input as it is")
     _, _, report = launch(emulate, shape, torch.float16, prologue, select=lambda *_: [0])
     assert min(report.gld_efficiency, report.gst_efficiency) >= SECTOR_EFFICIENCY, str(report)
-    wavefronts, ideal = (getattr(report, f"sld_{k}") + getattr(report, f"sst_{k}") for k in ("wavefronts", "ideal"))
-    assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal, str(report)
+    assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL, str(report)
     ptxas = report.ptxas()
     assert ptxas["spill_stores"] == ptxas["spill_loads"] == 0, ptxas
     assert report.mma > 0 and report.instr["cp.async"] > 0

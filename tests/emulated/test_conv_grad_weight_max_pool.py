@@ -9,7 +9,12 @@ from kernels import batch_norm_max_pool as pool
 from kernels import conv_grad_weight_max_pool as kernels
 from kernels.geometry import ConvShape
 from tests.blocks import HALF, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import INSTRUCTIONS_PER_PRODUCT, TRAFFIC_OVER_FLOOR, WAVEFRONTS_OVER_IDEAL
+from tests.emulated.limits import (
+    INSTRUCTIONS_PER_PRODUCT,
+    TRAFFIC_OVER_FLOOR,
+    WAVEFRONTS_OVER_IDEAL,
+    wavefronts_over_ideal,
+)
 from tests.parity import assert_as_exact_as_eager
 from tests.test_conv_grad_weight_max_pool import SHAPES, Case
 
@@ -60,7 +65,6 @@ def test_shared_memory_and_instructions(emulate, request, monkeypatch, C, dtype)
     """Of programs with as many steps as where the device is full."""
     monkeypatch.setattr(kernels, "_PROGRAMS", 2 * C)
     *_, report = launch(emulate, ConvShape(1, 96, 96, C, 64, 7, 7, 2, 3), dtype, training=True)
-    wavefronts, ideal = report.sld_wavefronts + report.sst_wavefronts, report.sld_ideal + report.sst_ideal
-    assert wavefronts <= WAVEFRONTS_OVER_IDEAL * ideal
+    assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL
     limit = INSTRUCTIONS_PER_PRODUCT["stem's grad-weight"][request.node.callspec.params["emulate"]]
     assert report.warp_instr <= limit * report.mma, f"{report.warp_instr / report.mma:.2f} of {limit}"
