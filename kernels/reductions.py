@@ -9,15 +9,16 @@ def column_sums(x):
     """Sums (N,) over the rows of a tile (M, N), M and N powers of two, the same bits from run to run.
 
     `tl.sum` exchanges its warps' results in stores and loads of single words, which from 32 columns on meet in a few
-    banks of shared memory, eight deep. There rows 32 apart, of one thread as a rule, are added first; then halves of
+    banks of shared memory, eight deep. There rows ROWS apart, of one thread as a rule, are added first; then halves of
     what is left, and between two halvings Triton chooses layouts whose exchange has no conflicts.
     """
     N: tl.constexpr = x.shape[1]
     if N < 32:
         total = tl.sum(x, 0)
     else:
-        ROWS: tl.constexpr = min(x.shape[0], 32)
-        x = tl.sum(tl.reshape(x, [x.shape[0] // ROWS, ROWS, N]), 0)
+        ROWS: tl.constexpr = 32 if N == 32 else 16
+        if x.shape[0] > ROWS:
+            x = tl.sum(tl.reshape(x, [x.shape[0] // ROWS, ROWS, N]), 0)
         for _ in tl.static_range(5):
             if x.shape[0] > 1:
                 a, b = tl.split(tl.permute(tl.reshape(x, [2, x.shape[0] // 2, N]), (1, 2, 0)))
