@@ -9,9 +9,9 @@ positive the first pixel to reach it is the same, so ties and NaN are as in `tor
 
 Passes over y-sized activations, out-sized ones (a quarter) in brackets: forward 1 (+ out, tap), backward reduce 1
 (+ dout, out, tap), backward apply 2 (+ the same). Neither relu(z) nor g is ever written. Each pixel gathers from its
-windows, so there are no atomics: a program of the backward takes windows (p, q) with the pixels (2p, 2q) to
-(2p + 1, 2q + 1) in turn, which lie in 1, 2, 2 and 4 windows, the same four, so that a window is looked at nine times in
-all where a pixel that asks all it might lie in would look at sixteen.
+windows, so there are no atomics. A program of the backward takes windows (p, q), and of each the pixels (2p, 2q) to
+(2p + 1, 2q + 1) in turn. These lie in 1, 2, 2 and 4 windows, all among the same four, loaded once: nine looks serve
+them, where pixels that each ask all they might lie in take sixteen.
 """
 
 import torch

@@ -27,6 +27,8 @@ from kernels.conv_grad_weight import empty_weight, merge_splits
 from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, product_precision
 from kernels.implicit_gemm import axis_taps, dot
 
+MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
+
 # ---- the kernel ------------------------------------------------------------------------------------------------
 
 
@@ -141,7 +143,7 @@ def conv_grad_weight_max_pool(
         tf32: float32 products in TensorFloat-32.
 
     Raises:
-        ValueError, TypeError: a shape, layout, type or device that does not fit.
+        ValueError, TypeError: a shape, layout, type or device that does not fit, or a window too large.
     """
     nhwc_shape(x)
     check_nhwc("y", y, x)
@@ -150,6 +152,8 @@ def conv_grad_weight_max_pool(
             f"expected a positive kernel_size and stride, and a padding of at least 0, got {kernel_size}, {stride} and "
             f"{padding}"
         )
+    if max(kernel_size) > MAX_WINDOW:
+        raise ValueError(f"expected a kernel_size of at most {MAX_WINDOW} along an axis, got {tuple(kernel_size)}")
     shape = ConvShape(*(x.shape[i] for i in (0, 2, 3, 1)), y.shape[1], *kernel_size, stride, padding)
     check_nhwc("y", y, x, (shape.N, shape.K, shape.P, shape.Q))
     pooled = (shape.N, shape.K, (shape.P + 1) // 2, (shape.Q + 1) // 2)

@@ -25,7 +25,7 @@ from kernels.batch_norm import Moments
 from kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
 from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
 from kernels.conv_grad_weight import conv_grad_weight
-from kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
+from kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
 from kernels.geometry import conv_shape
 from resnet import backends
 from resnet.block import BlockGrad, Convolutions, Needs, Saved, StemGrad
@@ -275,8 +275,9 @@ def stem_backward(
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
         return convolve_backward(dy, x, weight, stride, padding, False, True)[1]
 
-    # dy is stored for grad-input, and in float64, of which the compiler refuses the fused product at some shapes.
-    stored = needs_x or x.dtype == torch.float64
+    # dy is stored for grad-input, for a window that the fused product does not take, and in float64, of which the
+    # compiler refuses the fused product at some shapes.
+    stored = needs_x or max(weight.shape[2:]) > MAX_WINDOW or x.dtype == torch.float64
     if stored:
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
     if needs_x:

@@ -28,6 +28,7 @@ SHAPES = {
     "1x1": ConvShape(3, 5, 5, 9, 8, 1, 1, 1, 0),
     "one pixel": ConvShape(1, 1, 1, 3, 8, 7, 7, 2, 3),
     "many channels": ConvShape(1, 5, 5, 33, 18, 3, 3, 1, 1),
+    "a wide window": ConvShape(1, 12, 9, 1, 8, 17, 15, 1, 8),
 }
 
 
@@ -122,6 +123,7 @@ WRONG = {
     "stats of other channels": (ValueError, r"stats: .*\(4, 6\)", {"stats": draw(4, 5)}),
     "sums in half": (TypeError, "sums: expected torch.float32", {"sums": draw(2, 6).half()}),
     "stride 0": (ValueError, "positive", {"stride": 0}),
+    "a window too large": (ValueError, "at most 30", {"kernel_size": (3, 31)}),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch import nn
 from resnet import FusedStem, Stem
 from tests.blocks import HALF, assert_parity, draw, name_of, one_thread, same, snapshot, step, trio  # noqa: F401
 from tests.conftest import DEVICE
+from tests.parity import assert_as_exact_as_eager
 
 SAVED_OF_EAGER = 0.6
 # Of NaN and Inf on purpose, by the interpreter's NumPy.
@@ -51,6 +54,17 @@ def assert_steps_parity(shape: tuple[int, int, int, int], dtype: torch.dtype, tr
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_output_gradients_and_statistics_as_exact_as_eager(any_backend, shape, dtype, train):
     assert_steps_parity(shape, dtype, train, draws=3)
+
+
+def test_a_window_larger_than_the_fused_grad_weight_takes(any_backend):
+    modules, conv = trio(Stem, 1, 4), nn.Conv2d(1, 4, 31, 2, 15)
+    gradients = []
+    for module in modules.all:
+        module[0] = copy.deepcopy(conv).to(module[1].weight)
+        module(draw(2, 1, 12, 10).to(module[1].weight)).square().sum().backward()
+        gradients.append([module[0].weight.grad])
+    eager, fused, exact = gradients
+    assert_as_exact_as_eager("d 0.weight", fused, eager, exact)
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
