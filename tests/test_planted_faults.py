@@ -184,7 +184,7 @@ FAULTS = {
         "AssertionError: Tensor-likes are not close",
     ),
     "sums of half of the rows": Fault(
-        "kernels/implicit_gemm.py",
+        "kernels/reductions.py",
         "x = a + b",
         "x = a",
         GRAD_INPUT + "test_sums_are_of_the_gradient_as_stored_and_reach_the_parameters",
