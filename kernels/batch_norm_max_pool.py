@@ -82,8 +82,16 @@ def pool_kernel(
 
 
 @triton.jit
-def load_windows(dout, out, tap, p, q, cols, P, Q, C: tl.constexpr):
-    """The taps and the gradients behind the ReLU of the windows (p, q), (p, q + 1), (p + 1, q), (p + 1, q + 1)."""
+def load_windows(dout, out, tap, n, windows, cols, P, Q, C: tl.constexpr):
+    """p and q of image n's windows; the taps and the gradients behind the ReLU of (p, q) and its three next ones.
+
+    These are (p, q + 1), (p + 1, q) and (p + 1, q + 1).
+    """
+    p = windows // Q
+    q = windows % Q
+    dout += n * P * Q * C
+    out += n * P * Q * C
+    tap += n * P * Q * C
     taps, grads = (), ()
     for i in tl.static_range(2):
         for j in tl.static_range(2):
@@ -92,7 +100,16 @@ def load_windows(dout, out, tap, p, q, cols, P, Q, C: tl.constexpr):
             passes = relu_passes(tl.load(out + offsets, mask=mask, other=0.0))
             grads += (tl.where(passes, tl.load(dout + offsets, mask=mask, other=0.0), 0.0),)
             taps += (tl.load(tap + offsets, mask=mask, other=255),)
-    return taps, grads
+    return p, q, taps, grads
+
+
+@triton.jit
+def locate(n, p, q, a: tl.constexpr, b: tl.constexpr, cols, H, W, C: tl.constexpr):
+    """Of the pixels (2p + a, 2q + b) of image n: offsets of their channels `cols`, and which of these exist."""
+    h = 2 * p + a
+    w = 2 * q + b
+    mask = ((h < H) & (w < W))[:, None] & (cols < C)[None, :]
+    return n * H * W * C + (h * W + w)[:, None] * C + cols[None, :], mask
 
 
 @triton.jit
@@ -136,17 +153,11 @@ def pool_backward_reduce_kernel(
     for step in range(first, tl.minimum(first + STEPS, N * TILES)):
         n = tl.cast(step // TILES, tl.int64)
         windows = (step % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-        p = windows // Q
-        q = windows % Q
-        pooled = n * P * Q * C
-        taps, grads = load_windows(dout + pooled, out + pooled, tap + pooled, p, q, cols, P, Q, C)
+        p, q, taps, grads = load_windows(dout, out, tap, n, windows, cols, P, Q, C)
         mean = tl.load(stats + cols, mask=live)  # again in each step: eight registers that the gather needs
         for a in tl.static_range(2):
             for b in tl.static_range(2):
-                h = 2 * p + a
-                w = 2 * q + b
-                mask = ((h < H) & (w < W))[:, None] & live[None, :]
-                offsets = n * H * W * C + (h * W + w)[:, None] * C + cols[None, :]
+                offsets, mask = locate(n, p, q, a, b, cols, H, W, C)
                 value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
                 g = gather_grad(taps, grads, a, b, ACC)
                 sum_g += g
@@ -181,20 +192,13 @@ def pool_backward_apply_kernel(
     n = (tl.program_id(0) // TILES).to(tl.int64)
     windows = (tl.program_id(0) % TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    live = cols < C
-    p = windows // Q
-    q = windows % Q
-    pooled = n * P * Q * C
-    taps, grads = load_windows(dout + pooled, out + pooled, tap + pooled, p, q, cols, P, Q, C)
-    scale = tl.load(stats + 2 * C + cols, mask=live)
+    p, q, taps, grads = load_windows(dout, out, tap, n, windows, cols, P, Q, C)
+    scale = tl.load(stats + 2 * C + cols, mask=cols < C)
     if sums is not None:
         center = load_center(stats, sums, cols, M, C, ACC)
     for a in tl.static_range(2):
         for b in tl.static_range(2):
-            h = 2 * p + a
-            w = 2 * q + b
-            mask = ((h < H) & (w < W))[:, None] & live[None, :]
-            offsets = n * H * W * C + (h * W + w)[:, None] * C + cols[None, :]
+            offsets, mask = locate(n, p, q, a, b, cols, H, W, C)
             g = gather_grad(taps, grads, a, b, ACC)
             if sums is not None:
                 value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)

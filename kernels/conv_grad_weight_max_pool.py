@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, center_grad, load_center, nhwc_shape
-from kernels.batch_norm_max_pool import gather_grad, load_windows
+from kernels.batch_norm_max_pool import gather_grad, load_windows, locate, out_size
 from kernels.conv_grad_weight import empty_weight, merge_splits
 from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, product_precision
 from kernels.implicit_gemm import axis_taps, dot
@@ -32,7 +32,7 @@ MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks o
 # ---- the kernel ------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TILES", "STEPS"])  # with both 1 it would take more registers, for a tiny map
 def conv_grad_weight_max_pool_kernel(
     dout,  # (N, OP, OQ, K)
     out,  # (N, OP, OQ, K)
@@ -82,20 +82,13 @@ def conv_grad_weight_max_pool_kernel(
     for step in range(first, last):
         n = tl.cast(step // TILES, tl.int64)
         windows = step % TILES * BLOCK_K + tl.arange(0, BLOCK_K)
-        p = windows // OQ
-        q = windows % OQ
-        pooled = n * OP * OQ * K
-        taps, grads = load_windows(dout + pooled, out + pooled, tap + pooled, p, q, k, OP, OQ, K)
+        p, q, taps, grads = load_windows(dout, out, tap, n, windows, k, OP, OQ, K)
         for down in tl.static_range(2):
             for right in tl.static_range(2):
-                i = 2 * p + down
-                o = 2 * q + right
-                live = (i < P) & (o < Q)
                 g = gather_grad(taps, grads, down, right, ACC)
                 if sums is not None:
-                    offsets = (i * Q + o)[:, None] * K + k[None, :]
-                    mask = live[:, None] & (k < K)[None, :]
-                    value = tl.load(y + n * P * Q * K + offsets, mask=mask, other=0.0).to(ACC)
+                    offsets, mask = locate(n, p, q, down, right, k, P, Q, K)
+                    value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
                     g = center_grad(g, value, load_center(stats, sums, k, M, K, ACC))
                 dy = tl.zeros([BLOCK_K, BLOCK_M], x.dtype.element_ty)
                 # Always true, and not in the binary. But the layout of a product's operands goes by the narrowest type
@@ -103,6 +96,9 @@ def conv_grad_weight_max_pool_kernel(
                 # what a branch returns hides it.
                 if step < last:
                     dy = (scale[None, :] * g).to(x.dtype.element_ty)
+                i = 2 * p + down
+                o = 2 * q + right
+                live = (i < P) & (o < Q)
                 h = i * STRIDE - PADDING
                 w = o * STRIDE - PADDING
                 bits = axis_taps(h, H, R, one) | (axis_taps(w, W, S, one) << HALF)
@@ -156,7 +152,7 @@ def conv_grad_weight_max_pool(
         raise ValueError(f"expected a kernel_size of at most {MAX_WINDOW} along an axis, got {tuple(kernel_size)}")
     shape = ConvShape(*(x.shape[i] for i in (0, 2, 3, 1)), y.shape[1], *kernel_size, stride, padding)
     check_nhwc("y", y, x, (shape.N, shape.K, shape.P, shape.Q))
-    pooled = (shape.N, shape.K, (shape.P + 1) // 2, (shape.Q + 1) // 2)
+    pooled = (shape.N, shape.K, out_size(shape.P), out_size(shape.Q))
     check_nhwc("dout", dout, x, pooled)
     check_nhwc("out", out, x, pooled)
     check_nhwc("tap", tap, None, pooled)

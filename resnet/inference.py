@@ -94,20 +94,24 @@ def conv_batch_norm(
 
     x (N, C, H, W) is channels_last, weight is (K, C, R, S), more is (K,).
     """
-    can_fold = _can_fold(x, stride)
-    if can_fold and winograd.pays(x, weight, stride, padding):
-        folded = _folded(weight, norm, more, "winograd", winograd.transform)
-        out = winograd.convolve(x, folded.weight, folded.bias)
-        if out.sum().isfinite():
-            return out
-        can_fold = False
-    if is_small(x, weight, stride, padding) or not can_fold:
-        bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
-        y = convolve(x, weight, bias, stride, padding)
-        out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
-        if more is not None:
-            out.add_(more.view(-1, 1, 1))
-        return out.contiguous(memory_format=torch.channels_last)
+    if _can_fold(x, stride):
+        if winograd.pays(x, weight, stride, padding):
+            folded = _folded(weight, norm, more, "winograd", winograd.transform)
+            out = winograd.convolve(x, folded.weight, folded.bias)
+            if out.sum().isfinite():
+                return out
+        elif not is_small(x, weight, stride, padding):
+            return _conv_folded(x, weight, norm, stride, padding, more)
+    bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
+    y = convolve(x, weight, bias, stride, padding)
+    out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
+    if more is not None:
+        out.add_(more.view(-1, 1, 1))
+    return out.contiguous(memory_format=torch.channels_last)
+
+
+def _conv_folded(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int, more: Tensor | None) -> Tensor:
+    """`conv_batch_norm` by oneDNN's convolution."""
     geometry = ([padding] * 2, [stride] * 2, [1, 1], 1)
     reorder = torch.ops.mkldnn._reorder_convolution_weight
     folded = _folded(weight, norm, more, "blocked", lambda product: reorder(product, *geometry, list(x.shape)))
