@@ -30,6 +30,9 @@ from kernels.geometry import check_like, check_nhwc, check_span, check_vector, c
 from kernels.implicit_gemm import dot, split_pixels, valid_taps
 from kernels.pointwise import relu
 from kernels.prologue import batch_norm_relu
+from kernels.reductions import column_sums, lanes_along_columns
+
+WIDE = tl.constexpr(64)  # columns of a tile from which its moments are worth a layout of their own
 
 # ---- the kernel ------------------------------------------------------------------------------------------------
 
@@ -152,6 +155,9 @@ def reduce_taps(
     c = tl.arange(0, BLOCK_K)
     x += pixel0[:, None] * C + c[None, :]
     weight += k[None, :] * (R * S * C) + c[:, None]
+    if stats is not None:
+        scale = load_channels(stats + 2 * C, c, C, BLOCK_K)
+        shift = load_channels(stats + 3 * C, c, C, BLOCK_K)
     for i in range(R * S * CHANNEL_STEPS):
         tap = i // CHANNEL_STEPS
         c0 = i % CHANNEL_STEPS * BLOCK_K
@@ -160,10 +166,12 @@ def reduce_taps(
             mask = mask & (c < C - c0)[None, :]
         a = tl.load(x + ((tap // S * W + tap % S) * C + c0), mask=mask, other=0.0)
         if stats is not None:
-            scale = load_channels(stats + 2 * C, c0 + c, C, BLOCK_K)
-            shift = load_channels(stats + 3 * C, c0 + c, C, BLOCK_K)
             inside = (taps >> tap & 1) == 1  # said anew: the mask above belongs to a load some steps ahead
             a = batch_norm_relu(a, scale, shift, inside[:, None])
+            if CHANNEL_STEPS > 1:  # the next step's, in registers: in shared memory half their reads would conflict
+                ahead = (i + 1) % CHANNEL_STEPS * BLOCK_K
+                scale = load_channels(stats + 2 * C, ahead + c, C, BLOCK_K)
+                shift = load_channels(stats + 3 * C, ahead + c, C, BLOCK_K)
         if C % BLOCK_K == 0 and K % BLOCK_N == 0:
             b = tl.load(weight + (tap * C + c0))
         else:
@@ -217,20 +225,31 @@ def reduce_flat(
 
 
 @triton.jit
+def sum_rows(x):
+    if x.shape[1] >= WIDE:
+        total = column_sums(x)
+    else:
+        total = tl.sum(x, 0)
+    return total
+
+
+@triton.jit
 def store_moments(partial, value, live, tile, T, k, K: tl.constexpr, ACC: tl.constexpr):
     """mean, M2 and what rounding left of the mean of a tile's live rows: row `tile` of partial (3, T, K).
 
     Of halves nothing is left that would count: their sum is exact where a mean is large beside their deviations.
     """
+    if value.shape[1] >= WIDE:
+        value = lanes_along_columns(value)
     rows = tl.sum(live.to(tl.int32), 0).to(ACC)
     rest = tl.zeros([value.shape[1]], ACC)
     half: tl.constexpr = value.dtype.primitive_bitwidth == 16
     value = tl.where(live[:, None], value.to(ACC), 0.0)  # the others are zeros no longer where a bias was added
-    mean = tl.sum(value, 0) / rows
+    mean = sum_rows(value) / rows
     delta = tl.where(live[:, None], value - mean[None, :], 0.0)
-    m2 = tl.sum(delta * delta, 0)
+    m2 = sum_rows(delta * delta)
     if not half:
-        rest = tl.sum(delta, 0) / rows
+        rest = sum_rows(delta) / rows
         m2 -= rest * rest * rows
     plane = tl.cast(T, tl.int64) * K
     partial += tile.to(tl.int64) * K + k

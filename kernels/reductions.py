@@ -25,3 +25,17 @@ def column_sums(x):
                 x = a + b
         total = tl.reshape(x, [N])
     return total
+
+
+@triton.jit
+def lanes_along_columns(x):
+    """The tile (M, N), M at least 8, in registers of which a thread's are of few columns, for sums over its rows.
+
+    An accumulator's have rows in the lanes of a warp: 32 columns a thread, each to be exchanged between 8 lanes and all
+    warps. Rows 4 apart are of no tensor core's thread, but `tl.split` wants them in one, and moves x, before a
+    conversion to float32 best, to lanes along N.
+    """
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    a, b = tl.split(tl.permute(tl.reshape(x, [M // 8, 2, 4, N]), (0, 2, 3, 1)))
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 3, 1, 2)), [M, N])

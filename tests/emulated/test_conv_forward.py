@@ -109,6 +109,9 @@ def bulk(*options: str, **changes: object) -> Launch:
 BULKS = {
     "plain": bulk(),
     "prologue, moments": bulk("prologue", "moments"),
+    "prologue in steps, moments": bulk(
+        "prologue", "moments", shape=(2, 128, 16, 16), K=128, tile=tuning.Config(128, 128, 64, 8, 3)
+    ),
     "shortcut, moments": bulk("shortcut", "moments", K=128, stride=2),
     "inference": bulk("frozen", "skip", "relu"),
 }
