@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.geometry import SIZES
 from kernels.pointwise import affine, inverse_std, recomputed_relu_passes, relu, relu_passes
 from kernels.reductions import column_sums
 
@@ -59,7 +60,7 @@ def merge_lanes(pivot, offset, m2, count, total_count):
     return mean, rest, m2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def statistics_kernel(
     x,  # (M, C)
     partial,  # (3, T, C): mean and M2 of each row tile, and what rounding left of the mean
@@ -152,7 +153,7 @@ def merge_partials(
     return mean, rest, m2, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
     partial,  # (2 or 3, T, C): see `finalize`
     merged,  # (3, G, C)
@@ -178,7 +179,7 @@ def merge_kernel(
     tl.store(merged + 2 * G * C + out, rest, mask=cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def finalize_kernel(
     partial,  # (2 or 3, T, C): see `finalize`
     weight,  # (C,) or None: ones
@@ -267,7 +268,7 @@ def store_stats(stats, weight, bias, mean, invstd, cols, C: tl.constexpr):
     tl.store(stats + 3 * C + cols, shift, mask=cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def apply_kernel(
     x,  # (M, C)
     stats,  # (4, C)
@@ -326,7 +327,7 @@ def load_masked_grad(
     return g
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_reduce_kernel(
     dout,  # (M, C)
     x,  # (M, C)
@@ -374,7 +375,7 @@ def backward_reduce_kernel(
     tl.store(partial + T * C + index, column_sums(sum_gx) * invstd, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_finalize_kernel(
     partial,  # (2, T, C)
     sums,  # (2, G, C): sum g, sum g * xhat of each group of partials
@@ -431,7 +432,7 @@ def center_grad(g, x_value, center):
     return tl.fma(-slope, x_value - mean, g - mean_g)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def backward_apply_kernel(
     dout,  # (M, C)
     x,  # (M, C); not read with frozen statistics and a given mask

@@ -30,13 +30,14 @@ from kernels.batch_norm import (
     nhwc_shape,
     tiling,
 )
+from kernels.geometry import SIZES
 from kernels.pointwise import affine, relu, relu_passes
 from kernels.reductions import column_sums
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_kernel(
     y,  # (N, H, W, C)
     stats,  # (4, C): mean, invstd, scale, shift
@@ -123,7 +124,7 @@ def gather_grad(taps, grads, a: tl.constexpr, b: tl.constexpr, ACC: tl.constexpr
     return g
 
 
-@triton.jit(do_not_specialize=["T", "TILES"])  # with both 1 it would take more registers, for a tiny map
+@triton.jit(do_not_specialize=SIZES)
 def pool_backward_reduce_kernel(
     dout,  # (N, P, Q, C)
     y,  # (N, H, W, C)
@@ -168,7 +169,7 @@ def pool_backward_reduce_kernel(
     tl.store(partial + T * C + index, column_sums(sum_gx) * invstd, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def pool_backward_apply_kernel(
     dout,  # (N, P, Q, C)
     y,  # (N, H, W, C)

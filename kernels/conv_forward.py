@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, Moments, accumulator, load_affine, load_running
-from kernels.geometry import check_like, check_nhwc, check_span, check_vector, conv_shape, product_precision
+from kernels.geometry import SIZES, check_like, check_nhwc, check_span, check_vector, conv_shape, product_precision
 from kernels.implicit_gemm import dot, split_pixels, valid_taps
 from kernels.pointwise import relu
 from kernels.prologue import batch_norm_relu
@@ -37,7 +37,7 @@ WIDE = tl.constexpr(64)  # columns of a tile from which its moments are worth a 
 # ---- the kernel ------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_forward_kernel(
     x,  # (N, H, W, C)
     weight,  # (K, R, S, C)
@@ -209,14 +209,17 @@ def reduce_flat(
     BLOCK_K: tl.constexpr,
 ):
     """acc + sum over j = (r, s, c) as one axis: with few channels a step of one tap would be mostly padding."""
+    FAR: tl.constexpr = -(1 << 30)
+    h0 = tl.where(live, h0, FAR)
     for j0 in range(0, R * S * C, BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
         r = j // (S * C)
         s = j // C % S
         c = j % C
-        h = h0[:, None] + r[None, :]
+        # What is not live lies far outside; a negative index is a large unsigned one: two comparisons for six.
+        h = h0[:, None] + tl.where(j < R * S * C, r, FAR)[None, :]
         w = w0[:, None] + s[None, :]
-        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & live[:, None] & (j < R * S * C)[None, :]
+        inside = (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
         a = tl.load(x + (pixel0[:, None] * C + ((r * W + s) * C + c)[None, :]), mask=inside, other=0.0)
         mask = (j < R * S * C)[:, None] & (k < K)[None, :]
         b = tl.load(weight + (k[None, :] * (R * S * C) + j[:, None]), mask=mask, other=0.0)

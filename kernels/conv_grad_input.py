@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
-from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, check_vector, product_precision
+from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, check_vector, product_precision
 from kernels.implicit_gemm import dot, split_pixels
 from kernels.pointwise import recomputed_relu_passes, relu_passes
 from kernels.reductions import column_sums
@@ -69,7 +69,7 @@ def load_weight(
         return tl.load(weight + offsets)
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "T"])
+@triton.jit(do_not_specialize=SIZES)
 def grad_input_kernel(
     dy,  # (N, P, Q, K)
     weight,  # (K, R, S, C)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
-from kernels.geometry import ConvShape, check_like, check_nhwc, product_precision
+from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, product_precision
 from kernels.implicit_gemm import dot
 from kernels.pointwise import relu_passes
 from kernels.prologue import affine_relu, keep
@@ -38,7 +38,7 @@ from kernels.tuning import Config
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_grad_weight_kernel(
     dy,  # (N, P, Q, K)
     out,  # (N, P, Q, K): the output whose ReLU dy comes from; None: dy is taken as it is

@@ -24,7 +24,7 @@ from kernels import tuning
 from kernels.batch_norm import FLAGS, accumulator, center_grad, load_center, nhwc_shape
 from kernels.batch_norm_max_pool import gather_grad, load_windows, locate, out_size
 from kernels.conv_grad_weight import empty_weight, merge_splits
-from kernels.geometry import ConvShape, check_like, check_nhwc, check_span, product_precision
+from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, product_precision
 from kernels.implicit_gemm import axis_taps, dot
 
 MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
@@ -32,7 +32,7 @@ MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks o
 # ---- the kernel ------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["TILES", "STEPS"])  # with both 1 it would take more registers, for a tiny map
+@triton.jit(do_not_specialize=SIZES)
 def conv_grad_weight_max_pool_kernel(
     dout,  # (N, OP, OQ, K)
     out,  # (N, OP, OQ, K)

@@ -130,3 +130,12 @@ def test_whole_tiles_move_each_byte_once_in_whole_sectors(emulate, monkeypatch, 
     assert floor <= report.dram_bytes - read <= TRAFFIC_OVER_FLOOR * floor
     limit = INSTRUCTIONS_PER_PRODUCT["forward"][name][request.node.callspec.params["emulate"]]
     assert sum(report.instr.values()) <= limit * report.mma
+
+
+def test_the_flattened_axis_gathers_without_bank_conflicts(emulate, monkeypatch, request):
+    launch = bulk("moments", shape=(1, 3, 64, 64), R=7, stride=2, padding=3)
+    case, out, report = run(emulate, monkeypatch, launch)
+    assert_parity(case, out)
+    assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL
+    limit = INSTRUCTIONS_PER_PRODUCT["forward"]["flattened axis, moments"][request.node.callspec.params["emulate"]]
+    assert sum(report.instr.values()) <= limit * report.mma
