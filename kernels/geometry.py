@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Arguments that count pixels, tiles or steps. Another batch or image size may make one 1 or a multiple of 16;
 # no kernel is compiled anew for that: masks are of whole rows, and vectors lie along the channels.
-SIZES = ("N", "H", "W", "P", "Q", "OP", "OQ", "M", "T", "G", "ROWS", "GROUP", "TILES", "STEPS")
+SIZES = ("N", "H", "W", "P", "Q", "OP", "OQ", "M", "T", "G", "ROWS", "TILES", "STEPS")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
