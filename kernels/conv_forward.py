@@ -157,8 +157,7 @@ def reduce_taps(
     x += pixel0[:, None] * C + c[None, :]
     weight += k[None, :] * (R * S * C) + c[:, None]
     if stats is not None:
-        scale = load_channels(stats + 2 * C, c, C, BLOCK_K)
-        shift = load_channels(stats + 3 * C, c, C, BLOCK_K)
+        scale, shift = load_channels(stats, c, C, BLOCK_K)
     for i in range(R * S * CHANNEL_STEPS):
         tap = i // CHANNEL_STEPS
         c0 = i % CHANNEL_STEPS * BLOCK_K
@@ -170,9 +169,7 @@ def reduce_taps(
             inside = (taps >> tap & 1) == 1  # said anew: the mask above belongs to a load some steps ahead
             a = batch_norm_relu(a, scale, shift, inside[:, None])
             if CHANNEL_STEPS > 1:  # the next step's, in registers: in shared memory half their reads would conflict
-                ahead = (i + 1) % CHANNEL_STEPS * BLOCK_K
-                scale = load_channels(stats + 2 * C, ahead + c, C, BLOCK_K)
-                shift = load_channels(stats + 3 * C, ahead + c, C, BLOCK_K)
+                scale, shift = load_channels(stats, (i + 1) % CHANNEL_STEPS * BLOCK_K + c, C, BLOCK_K)
         if C % BLOCK_K == 0 and K % BLOCK_N == 0:
             b = tl.load(weight + (tap * C + c0))
         else:
@@ -182,12 +179,13 @@ def reduce_taps(
 
 
 @triton.jit
-def load_channels(vector, c, C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A step's part of a per-channel vector; beyond C zeros, of which the prologue makes zeros."""
+def load_channels(stats, c, C: tl.constexpr, BLOCK_K: tl.constexpr):
+    """scale and shift of a step's channels; beyond C zeros, of which the prologue makes zeros."""
     if C % BLOCK_K == 0:
-        return tl.load(vector + c)
+        return tl.load(stats + 2 * C + c), tl.load(stats + 3 * C + c)
     else:
-        return tl.load(vector + c, mask=c < C, other=0.0)
+        mask = c < C
+        return tl.load(stats + 2 * C + c, mask=mask, other=0.0), tl.load(stats + 3 * C + c, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -230,6 +228,7 @@ def reduce_flat(
 
 @triton.jit
 def sum_rows(x):
+    """Of a tile that moments are taken of: `column_sums` where `lanes_along_columns` has spread it."""
     if x.shape[1] >= WIDE:
         total = column_sums(x)
     else:
