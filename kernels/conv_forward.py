@@ -103,9 +103,8 @@ def conv_forward_kernel(
     if running_mean is not None:
         mean, invstd = load_running(running_mean, running_var, conv_bias, eps, k, K, ACC)
         scale, shift = load_affine(mean, invstd, norm_weight, norm_bias, k, K)
-        # Gathered, through shared memory: else a thread works out both for all its columns, on sm_100 64 of them.
-        columns = tl.arange(0, BLOCK_N)
-        acc = affine(acc, tl.gather(scale, columns, 0)[None, :], tl.gather(shift, columns, 0)[None, :])
+        # Else a thread would hold both for all the columns of its accumulators, on sm_100 64 of them.
+        acc = affine(lanes_along_columns(acc), scale[None, :], shift[None, :])
     if bias is not None:
         acc += tl.load(bias + k, mask=k < K).to(ACC)[None, :]
     if skip is not None:

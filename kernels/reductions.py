@@ -29,11 +29,11 @@ def column_sums(x):
 
 @triton.jit
 def lanes_along_columns(x):
-    """The tile (M, N), M at least 8, in registers of which a thread's are of few columns, for sums over its rows.
+    """The tile (M, N), M at least 8, in registers of which a thread's are of few columns, for what is done by column.
 
-    An accumulator's have rows in the lanes of a warp: 32 columns a thread, each to be exchanged between 8 lanes and all
-    warps. Rows 4 apart are of no tensor core's thread, but `tl.split` wants them in one, and moves x, before a
-    conversion to float32 best, to lanes along N.
+    An accumulator's have rows in the lanes of a warp: 32 columns a thread, whose sums are each to be exchanged between
+    8 lanes and all warps, and whose vectors fill its registers. Rows 4 apart are of no tensor core's thread, but
+    `tl.split` wants them in one, and moves x, before a conversion to float32 best, to lanes along N.
     """
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]
