@@ -24,6 +24,9 @@ from resnet.train import ConfigError, NonFiniteError, TrainConfig, main, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
+# To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
+# variance of a few values; and steps that matter little, since float16's loss scaler leaves out the first one.
+GENTLE = {"batch_size": 4, "limit_train": 8, "limit_test": 2, "resize": 64, "lr": 1e-4}
 
 LOSS_LINE = r"loss (\d+\.\d{3}), train acc ([01]\.\d{3}), test acc ([01]\.\d{3})"
 RATE_LINE = r"(\d+\.\d) examples/sec on (cpu|cuda:\d+)"
@@ -177,8 +180,7 @@ def test_everything_is_compiled_before_the_clock_starts_and_leaves_no_trace(tmp_
     [
         ("bfloat16", {"resize": 33, "limit_train": 16, "lr": 1e-3}),
         ("bfloat16", {"resize": 33, "limit_train": 16, "lr": 1e-3, "model": "fused"}),
-        # Few images, since CPUs emulate it, but large: on 1x1 maps rounding decides the variance of two values.
-        ("float16", {"batch_size": 4, "limit_train": 8, "limit_test": 2, "resize": 64, "lr": 1e-4}),
+        ("float16", GENTLE),
     ],
     ids=["eager bfloat16", "fused bfloat16", "eager float16"],
 )
@@ -260,10 +262,10 @@ def test_a_last_batch_of_one_image_is_left_out_only_where_it_has_one_value_per_c
 @pytest.mark.parametrize("model", training.MODELS)
 @pytest.mark.parametrize("dtype", training.DTYPES)
 def test_cuda_trains_as_the_cpu_does(model, dtype):
-    cpu = train(small())
-    cuda = train(small(model, dtype=dtype, device="cuda"))
+    cpu = train(small(**GENTLE))
+    cuda = train(small(model, dtype=dtype, device="cuda", **GENTLE))
     assert cuda.device == f"cuda:{torch.cuda.current_device()}"
-    assert cuda.loss == pytest.approx(cpu.loss, rel=0.01 if dtype == "float32" else 0.3)
+    assert cuda.loss == pytest.approx(cpu.loss, rel=0.01 if dtype == "float32" else 0.05)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------
