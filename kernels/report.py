@@ -139,10 +139,17 @@ def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
     return found
 
 
+def _held(launch: Launch) -> int:
+    """What a program has to hold beside its tile, roughly: tensors, and masks of ragged rows and channels."""
+    ragged = sum(not t.aligned for t in launch.tensors.values())
+    return len(launch.tensors) + ragged + ("WHOLE=False" in launch.features)
+
+
 def share(launches: Mapping[str, Sequence[Launch]]) -> list[tuple[Launch, str]]:
     """Some of each device's launches. Of each kernel every feature, and every tile per element size, is in one of them
     on one of the devices at least, and every element size on each device; so is every tile of a GEMM, which is more
-    than its parts: the accumulators are its rows times its columns."""
+    than its parts: the accumulators are its rows times its columns. Of launches that have as much of this the one that
+    holds most is taken: it is the first to run out of registers."""
     by_kernel = defaultdict(list)
     for device, mine in launches.items():
         for launch in mine:
@@ -155,13 +162,13 @@ def share(launches: Mapping[str, Sequence[Launch]]) -> list[tuple[Launch, str]]:
     chosen, draw = [], random.Random(0)
     for some in by_kernel.values():
         wanted = set().union(*(covers for *_, covers in some))
-        queue = [(-len(covers), draw.random(), at) for at, (*_, covers) in enumerate(some)]
+        queue = [(-len(covers), (-_held(launch), draw.random()), at) for at, (launch, _, covers) in enumerate(some)]
         heapify(queue)
         while wanted:  # the one that covers most; what stands in the queue is what it covered when last looked at
-            most, lot, at = queue[0]
+            most, rank, at = queue[0]
             launch, device, covers = some[at]
             if len(covers & wanted) < -most:
-                heapreplace(queue, (-len(covers & wanted), lot, at))
+                heapreplace(queue, (-len(covers & wanted), rank, at))
             else:
                 heappop(queue)
                 chosen.append((launch, device))

@@ -169,6 +169,13 @@ def test_a_share_has_every_tile_of_a_gemm_on_each_device():
     }
 
 
+def test_of_launches_that_a_share_could_take_it_takes_the_one_that_holds_most():
+    plain, ragged = launch(**TILE), launch(**TILE, aligned=False)
+    for mine in ([plain, ragged], [ragged, plain]):
+        ((chosen, _),) = report.share({"sm_80": mine})
+        assert chosen is ragged
+
+
 def test_launches_of_one_specialisation_are_united():
     first, second = launch(**TILE), launch(**TILE)
     first.cases, second.cases = ["a"], ["b"]
