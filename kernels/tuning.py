@@ -372,9 +372,9 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
     """Whether what is fused fits: a kernel spills where it meets more values per thread than these.
 
     Grad-input: 64 accumulators beside the tiles that its epilogue loads, and 16 of dout that the shortcut's mask brings
-    into registers. The forward: a shortcut's second product beside the masks of ragged channels, or behind a frozen
-    BatchNorm whose vectors a tile of 128x128 holds. Grad-weight: accumulators, what moves from tap to tap, and what its
-    prologue recomputes. The stem's in float32: masks of ragged channels beside a large tile.
+    into registers. The forward: a shortcut's second product beside the masks of ragged channels. Grad-weight:
+    accumulators, what moves from tap to tap, and what its prologue recomputes. The stem's in float32: masks of ragged
+    channels beside a large tile.
     """
     epilogue = gemm.switch("epilogue", "NoneType")
     threads = 32 * config.num_warps
@@ -382,8 +382,7 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
     rows, columns, *_ = gemm.problem
     if gemm.operation == "forward":
         whole = gemm.C % config.BLOCK_K == 0 == columns % config.BLOCK_N  # of channels, which need no masks then
-        small = min(config.BLOCK_M, config.BLOCK_N) <= 64 or not gemm.switch("frozen")
-        return not gemm.switch("shortcut") or (small and (whole or accumulators + operand <= 80))
+        return not gemm.switch("shortcut") or whole or accumulators + operand <= 80
     if gemm.operation == "grad_weight":
         whole = rows % config.BLOCK_M == 0 == columns % config.BLOCK_N
         taps = _taps_at_once(config, gemm)
