@@ -277,7 +277,7 @@ def fit(config: Config, shape: ConvShape, itemsize: int, activated: bool) -> Con
         config = Config(min(64, config.BLOCK_M), min(64, config.BLOCK_N), 16, 4, 2)
     size = lambda block, n: max(16, min(block, triton.next_power_of_2(n)))  # noqa: E731
     BLOCK_M = size(config.BLOCK_M, still)
-    num_warps = min(config.num_warps, BLOCK_M // 16)  # of the 16 rows of a tensor core's product each
+    num_warps = min(config.num_warps, BLOCK_M // (8 if itemsize == 8 else 16))  # of a tensor core's rows each
     return replace(config, BLOCK_M=BLOCK_M, BLOCK_N=size(config.BLOCK_N, moving), num_warps=num_warps)
 
 

@@ -231,6 +231,7 @@ class Target:
     clock: float  # GHz
     bandwidth: float  # GB/s
     asynchronous: bool = False  # tensor cores read shared memory themselves (wgmma, tcgen05): a stage more is held
+    tensor_memory: bool = False  # which an operand that was computed goes through, from threads that hold a row each
     registers: int = 65536  # of 32 bits, per processor
 
     def shared_bytes(self, config: Config, gemm: Gemm) -> int:
@@ -251,7 +252,7 @@ _SIZES = {"half": 2, "tf32": 4, "single": 4, "double": 8}
 
 SM_80 = Target(163 * 1024, 108, 1024, 1.41, 2039)
 SM_90 = Target(227 * 1024, 132, 2048, 1.755, 3350, asynchronous=True)
-SM_100 = Target(227 * 1024, 148, 4096, 1.85, 8000, asynchronous=True)
+SM_100 = Target(227 * 1024, 148, 4096, 1.85, 8000, asynchronous=True, tensor_memory=True)
 GFX942 = Target(64 * 1024, 304, 1024, 2.1, 5300, registers=131072)
 # In the interpreter and the emulator: the shared memory of the smallest supported NVIDIA GPU, else as SM_90.
 ANY = Target(99 * 1024, 132, 2048, 1.755, 3350, asynchronous=True)
@@ -272,7 +273,9 @@ def _target(device: torch.device) -> Target:
         return Target(shared, processors, GFX942.products, clock, bandwidth, registers=GFX942.registers)
     major, minor = torch.cuda.get_device_capability(device)
     products = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096, (10, 3): 4096}.get((major, minor), 512)
-    return Target(shared, processors, products, clock, bandwidth, asynchronous=major in (9, 10))
+    return Target(
+        shared, processors, products, clock, bandwidth, asynchronous=major in (9, 10), tensor_memory=major == 10
+    )
 
 
 # ---- the model -------------------------------------------------------------------------------------------------
@@ -365,7 +368,18 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
     )
     shared = target.shared_bytes(config, gemm)
     registers = _registers(config, gemm) <= _REGISTERS and _epilogue_fits(config, gemm)
-    return narrow and shared <= target.shared_memory and registers
+    return narrow and shared <= target.shared_memory and registers and _prologue_fits(config, gemm, target)
+
+
+def _prologue_fits(config: Config, gemm: Gemm, target: Target) -> bool:
+    """Whether the forward's prologue does not spill where a thread computes a row of its tile.
+
+    Of channels that are the same in each step it holds scale and shift through the loop, beside a row in float32:
+    bfloat16, unlike float16, has no arithmetic of pairs to keep it shorter.
+    """
+    held = gemm.operation == "forward" and gemm.switch("prologue") and gemm.C <= config.BLOCK_K
+    row = config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps)
+    return not (target.tensor_memory and held and gemm.dtype == torch.bfloat16) or row < 64
 
 
 def _epilogue_fits(config: Config, gemm: Gemm) -> bool:

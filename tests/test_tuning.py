@@ -96,6 +96,15 @@ def test_a_tile_that_would_spill_is_not_tried(monkeypatch):
     assert spilling not in candidates(gemm("forward", STAGES[2], HALF, precision="tf32", new_table=True))
 
 
+def test_a_row_of_bfloat16_beside_its_scale_and_shift_is_not_tried_where_a_thread_computes_it_whole():
+    tile = Config(128, 64, 64, 4, 3)
+    key = lambda dtype, **switches: gemm("forward", STAGES[0], dtype, **switches)  # noqa: E731
+    assert tile not in candidates(key(torch.bfloat16, prologue=True), SM_100)
+    assert tile in candidates(key(torch.bfloat16, prologue=True), SM_90)
+    assert tile in candidates(key(torch.bfloat16, prologue=False), SM_100)
+    assert tile in candidates(key(HALF, prologue=True), SM_100)
+
+
 # ---- the order -----------------------------------------------------------------------------------------------------
 
 
