@@ -267,8 +267,8 @@ def _target(device: torch.device) -> Target:
     device_index = torch.cuda.current_device() if device.index is None else device.index
     properties = driver.active.utils.get_device_properties(device_index)
     shared, processors = properties["max_shared_mem"], properties["multiprocessor_count"]
-    clock = properties["sm_clock_rate"] / 1e6
-    bandwidth = 2 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8 / 1e6
+    clock = properties["sm_clock_rate"] / 1e6 or ANY.clock  # 0: a device with the host's memory need not tell
+    bandwidth = 2 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8 / 1e6 or ANY.bandwidth
     if torch.version.hip:
         return Target(shared, processors, GFX942.products, clock, bandwidth, registers=GFX942.registers)
     major, minor = torch.cuda.get_device_capability(device)

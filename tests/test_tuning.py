@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +104,40 @@ def test_a_row_of_bfloat16_beside_its_scale_and_shift_is_not_tried_where_a_threa
     assert tile in candidates(key(torch.bfloat16, prologue=True), SM_90)
     assert tile in candidates(key(torch.bfloat16, prologue=False), SM_100)
     assert tile in candidates(key(HALF, prologue=True), SM_100)
+
+
+# ---- the devices ---------------------------------------------------------------------------------------------------
+
+H100 = {
+    "max_shared_mem": 232448,
+    "multiprocessor_count": 132,
+    "sm_clock_rate": 1755000,
+    "mem_clock_rate": 2619000,
+    "mem_bus_width": 5120,
+}
+
+
+def target_of(monkeypatch, properties: dict[str, int], capability: tuple[int, int]) -> tuning.Target:
+    """What the model makes of an NVIDIA GPU that is not here, by what Triton's driver and PyTorch say of it."""
+    from triton.runtime import driver
+
+    stand_in = SimpleNamespace(utils=SimpleNamespace(get_device_properties=lambda index: properties))
+    monkeypatch.setattr(driver, "_active", stand_in)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    return tuning._target.__wrapped__(torch.device("cuda", 0))
+
+
+def test_a_device_is_what_its_driver_says(monkeypatch):
+    assert dataclasses.replace(target_of(monkeypatch, H100, (9, 0)), bandwidth=SM_90.bandwidth) == SM_90
+    assert target_of(monkeypatch, H100, (9, 0)).bandwidth == pytest.approx(SM_90.bandwidth, rel=0.01)
+    assert target_of(monkeypatch, H100, (10, 0)).tensor_memory
+    assert not target_of(monkeypatch, H100, (12, 0)).asynchronous
+
+
+def test_a_device_that_tells_no_clock_has_candidates_all_the_same(monkeypatch):
+    target = target_of(monkeypatch, H100 | {"sm_clock_rate": 0, "mem_clock_rate": 0}, (12, 1))
+    assert candidates(gemm("forward", STAGES[0], HALF), target)
 
 
 # ---- the order -----------------------------------------------------------------------------------------------------
