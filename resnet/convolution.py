@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Up to so many pixels of an output map, from so many channels on, products per tap were the faster at batches of 8 to
-# 128. Grad-weight's limits were measured with AVX2, at batches of 16 and 32.
-_PIXELS, _CHANNELS = 16, 128
-_GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS = 64, 256
+# Up to so many pixels of an output map (the second where products lag), from so many channels on, products per tap were
+# the faster at batches of 8 to 128. Grad-weight's limits were measured at batches of 16 and 32, the second at 8 and 32.
+_PIXELS, _CHANNELS = (16, 4), 128
+_GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS = (64, 9), 256
 
 
 def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -> int | torch.SymInt:
@@ -29,12 +29,24 @@ def is_single_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
-def _is_at_most(pixels: int, channels: int, x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+def products_lag() -> bool:
+    """Whether PyTorch's matrix products have half the speed of its convolutions.
+
+    So it is with AVX-512 on an AMD CPU: there oneDNN uses it, MKL stays with AVX2.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have none
+    return "AMD" in capabilities.get("cpu_name", "")
+
+
+def _is_at_most(pixels: tuple[int, int], channels: int, x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether x is float32 on the CPU, its output maps have so few pixels, and there are so many channels."""
+    if not is_single_on_cpu(x):
+        return False
     K, C, R, S = weight.shape
     P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
-    fits = min(C, K) >= channels and R * S > 1 and pixels >= P * Q
-    return fits and is_single_on_cpu(x)
+    return min(C, K) >= channels and R * S > 1 and pixels[products_lag()] >= P * Q
 
 
 def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnet.convolution import products_lag
+
 # From how many tiles on, and how many times fewer products by the channels (tiles that leave the map count), the
 # transforms pay against oneDNN's convolution, measured with AVX2.
 _TILES = 64
@@ -35,7 +37,7 @@ def _tiles(x: Tensor) -> tuple[int, int]:
 
 def pays(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether `convolve` is faster than oneDNN's convolution of x (N, C, H, W) in float32 with weight (K, C, R, S)."""
-    if weight.shape[2:] != (3, 3) or stride != 1 or padding != 1:
+    if weight.shape[2:] != (3, 3) or stride != 1 or padding != 1 or products_lag():
         return False
     p, q = _tiles(x)
     fewer, channels = 9 * x.shape[2] * x.shape[3] / (16 * p * q), min(weight.shape[:2])

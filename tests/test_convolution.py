@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resnet import winograd
 from resnet.convolution import convolve, convolve_backward, is_small
 from tests.parity import assert_as_exact_as_eager
 
@@ -55,6 +56,12 @@ class GradsAsked(TorchDispatchMode):
         if operator is torch.ops.aten.convolution_backward.default:
             self.masks.append(args[-1])
         return operator(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def products_keep_up(monkeypatch):
+    """What is taken does not depend on the CPU here."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
 @pytest.mark.parametrize("shape", [*SMALL.values(), *GRAD_WEIGHT.values()], ids=[*SMALL, *GRAD_WEIGHT])
@@ -114,3 +121,19 @@ def test_nchw_weight_is_read_right():
 def test_other_types_are_not_small():
     x, weight, *_ = _draw(*SMALL["last stage"], seed=0)
     assert not is_small(x.double(), weight.double(), 1, 1)
+
+
+@pytest.mark.parametrize(("cpu", "lag"), [("AMD EPYC 9355", True), ("Intel(R) Xeon(R) Platinum 8488C", False)])
+def test_where_products_lag_the_smallest_maps_are_left_to_them(monkeypatch, cpu, lag):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    draw = lambda channels, size: _draw(64, channels, channels, size, size, 3, 1, 1, seed=0)[:2]  # noqa: E731
+    assert is_small(*draw(128, 2), 1, 1)
+    assert is_small(*draw(128, 3), 1, 1) == (not lag)
+    assert winograd.pays(*draw(128, 12), 1, 1) == (not lag)
+    for size, own in ((3, True), (6, not lag)):
+        x, weight, _, dy = _draw(2, 256, 256, size, size, 3, 1, 1, seed=0)
+        with GradsAsked() as asked:
+            convolve_backward(dy, x, weight, 1, 1, False, True)
+        assert asked.masks == [[False, not own, False]]
