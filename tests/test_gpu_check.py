@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -54,3 +55,12 @@ def test_its_steps_are_the_suites_with_their_reports(tmp_path):
         (gpu_check.steps(tmp_path)[-1], "benchmarks.json"),
     ):
         assert any(str(tmp_path / report) in argument for argument in step.command)
+
+
+def test_the_whole_suite_can_be_collected_in_one_run(tmp_path):
+    """As its first step runs it, where `make test` without a GPU has a run for each folder."""
+    command = (*gpu_check.steps(tmp_path)[0].command, "--collect-only", "--quiet")
+    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    for folder in ("tests/test_", "tests/emulated/test_", "tests/gate/test_"):
+        assert f"\n{folder}" in done.stdout
