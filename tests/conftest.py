@@ -42,6 +42,12 @@ def any_backend(request):
         yield request.param
 
 
+@pytest.fixture
+def products_keep_up(monkeypatch):
+    """Which convolutions are products does not depend on this CPU: see `resnet.convolution.products_lag`."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def safe_eager():
     """Eager modules take the pixels that a 1x1 convolution of few channels strides over, and convolve with stride 1.

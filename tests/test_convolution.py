@@ -9,6 +9,8 @@ from resnet import winograd
 from resnet.convolution import convolve, convolve_backward, is_small
 from tests.parity import assert_as_exact_as_eager
 
+pytestmark = pytest.mark.usefixtures("products_keep_up")
+
 # N, C, K, H, W, R, stride, padding
 SMALL = {
     "last stage": (3, 128, 128, 3, 3, 3, 1, 1),
@@ -56,12 +58,6 @@ class GradsAsked(TorchDispatchMode):
         if operator is torch.ops.aten.convolution_backward.default:
             self.masks.append(args[-1])
         return operator(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def products_keep_up(monkeypatch):
-    """What is taken does not depend on the CPU here."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
 @pytest.mark.parametrize("shape", [*SMALL.values(), *GRAD_WEIGHT.values()], ids=[*SMALL, *GRAD_WEIGHT])

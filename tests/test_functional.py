@@ -16,7 +16,7 @@ from tests.blocks import DTYPES, HALF, assert_parity, draw, name_of, one_thread,
 from tests.conftest import DEVICE
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
 
 STATISTICS = ("running_mean", "running_var")
 

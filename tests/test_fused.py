@@ -30,7 +30,7 @@ from tests.conftest import DEVICE
 from tests.pairs import each_pair
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
 
 IDENTITY, PROJECTED, STRIDED = (4, 4), (4, 6, True), (4, 6, True, 2)
 BLOCKS = {"identity": IDENTITY, "1x1": PROJECTED, "1x1 stride 2": STRIDED}

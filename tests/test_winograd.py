@@ -8,6 +8,8 @@ from resnet import inference, winograd
 from resnet.norm import Norm
 from tests.parity import assert_as_exact_as_eager
 
+pytestmark = pytest.mark.usefixtures("products_keep_up")
+
 # N, C, K, H, W
 SHAPES = {
     "whole tiles": (3, 16, 24, 8, 6),
@@ -20,12 +22,6 @@ SHAPES = {
     "chunks of four and three images": (7, 256, 128, 14, 14),
 }
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-
-
-@pytest.fixture(autouse=True)
-def products_keep_up(monkeypatch):
-    """Whether it is taken does not depend on the CPU here."""
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
 def _draw(N, C, K, H, W, seed=0):
