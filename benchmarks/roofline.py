@@ -23,8 +23,8 @@ import torch
 import triton
 
 import resnet
-from kernels import tuning
 from resnet import FusedResidual
+from resnet.kernels import tuning
 
 DEVICES = {80: tuning.SM_80, 90: tuning.SM_90}
 

@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.geometry import SIZES
-from kernels.pointwise import affine, inverse_std, recomputed_relu_passes, relu, relu_passes
-from kernels.reductions import column_sums
+from .geometry import SIZES
+from .pointwise import affine, inverse_std, recomputed_relu_passes, relu, relu_passes
+from .reductions import column_sums
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 

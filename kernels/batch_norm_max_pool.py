@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch_norm import (
+from .batch_norm import (
     Tiling,
     accumulator,
     center_grad,
@@ -30,9 +30,9 @@ from kernels.batch_norm import (
     nhwc_shape,
     tiling,
 )
-from kernels.geometry import SIZES
-from kernels.pointwise import affine, relu, relu_passes
-from kernels.reductions import column_sums
+from .geometry import SIZES
+from .pointwise import affine, relu, relu_passes
+from .reductions import column_sums
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 

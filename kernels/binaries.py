@@ -14,8 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from kernels.launches import Launch
-from kernels.limits import DEVICES, Device
+from .launches import Launch
+from .limits import DEVICES, Device
 
 
 @dataclass

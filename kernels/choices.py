@@ -12,9 +12,9 @@ times, so it must not change what it reads. Environment variables, read at impor
 
 The command:
 
-    python -m kernels.choices list      what is remembered, with the median times
-    python -m kernels.choices clear     forget all of it
-    python -m kernels.choices path      where it is
+    python -m resnet.kernels.choices list      what is remembered, with the median times
+    python -m resnet.kernels.choices clear     forget all of it
+    python -m resnet.kernels.choices path      where it is
 
 In the file a choice counts for one device name, one version of triton and of torch, and one state of the sources of
 this package: another device or an update times again. Processes may share the file; the first to finish timing a key
@@ -387,7 +387,7 @@ def main(arguments: Sequence[str]) -> int:
             case ["path"]:
                 print(path)
             case _:
-                print("usage: python -m kernels.choices list | clear | path", file=sys.stderr)
+                print("usage: python -m resnet.kernels.choices list | clear | path", file=sys.stderr)
                 return 2
     except OSError as error:
         print(f"{path}: {error}", file=sys.stderr)

@@ -24,13 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.batch_norm import FLAGS, Moments, accumulator, load_affine, load_running
-from kernels.geometry import SIZES, check_like, check_nhwc, check_span, check_vector, conv_shape, product_precision
-from kernels.implicit_gemm import dot, split_pixels, valid_taps
-from kernels.pointwise import affine, relu
-from kernels.prologue import batch_norm_relu
-from kernels.reductions import column_sums, lanes_along_columns
+from . import tuning
+from .batch_norm import FLAGS, Moments, accumulator, load_affine, load_running
+from .geometry import SIZES, check_like, check_nhwc, check_span, check_vector, conv_shape, product_precision
+from .implicit_gemm import dot, split_pixels, valid_taps
+from .pointwise import affine, relu
+from .prologue import batch_norm_relu
+from .reductions import column_sums, lanes_along_columns
 
 WIDE = tl.constexpr(64)  # columns of a tile from which its moments are worth a layout of their own
 

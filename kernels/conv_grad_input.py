@@ -28,13 +28,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
-from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, check_vector, product_precision
-from kernels.implicit_gemm import dot, split_pixels
-from kernels.pointwise import recomputed_relu_passes, relu_passes
-from kernels.reductions import column_sums
-from kernels.tuning import Config
+from . import tuning
+from .batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
+from .geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, check_vector, product_precision
+from .implicit_gemm import dot, split_pixels
+from .pointwise import recomputed_relu_passes, relu_passes
+from .reductions import column_sums
+from .tuning import Config
 
 
 @triton.jit

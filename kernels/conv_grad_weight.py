@@ -26,14 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
-from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, product_precision
-from kernels.implicit_gemm import dot
-from kernels.pointwise import relu_passes
-from kernels.prologue import affine_relu, keep
-from kernels.reductions import column_sums
-from kernels.tuning import Config
+from . import tuning
+from .batch_norm import FLAGS, accumulator, nhwc_shape
+from .geometry import SIZES, ConvShape, check_like, check_nhwc, product_precision
+from .implicit_gemm import dot
+from .pointwise import relu_passes
+from .prologue import affine_relu, keep
+from .reductions import column_sums
+from .tuning import Config
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 

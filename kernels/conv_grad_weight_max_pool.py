@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, center_grad, load_center, nhwc_shape
-from kernels.batch_norm_max_pool import gather_grad, load_windows, locate, out_size
-from kernels.conv_grad_weight import empty_weight, merge_splits
-from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, product_precision
-from kernels.implicit_gemm import axis_taps, dot
+from . import tuning
+from .batch_norm import FLAGS, accumulator, center_grad, load_center, nhwc_shape
+from .batch_norm_max_pool import gather_grad, load_windows, locate, out_size
+from .conv_grad_weight import empty_weight, merge_splits
+from .geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, product_precision
+from .implicit_gemm import axis_taps, dot
 
 MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
-from kernels.launches import VECTOR, Launch
+from .launches import VECTOR, Launch
 
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
 
-    from kernels.binaries import Figures
+    from .binaries import Figures
 
 KIB = 1024
 

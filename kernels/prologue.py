@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.pointwise import affine
+from .pointwise import affine
 
 
 @triton.jit

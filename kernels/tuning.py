@@ -2,7 +2,7 @@
 
     config = tuning.gemm_config("forward", shape, x, launch, precision="ieee", prologue=True)
 
-The first launch of a key times up to 8 candidates (`kernels.choices`), later ones look the answer up. A key holds the
+The first launch of a key times up to 8 candidates (`choices`), later ones look the answer up. A key holds the
 operation, the channels and the window, the type, every switch that the kernel is compiled with, and the number of
 pixels rounded up to a power of two, so that another batch size is seldom another key.
 
@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import choices
-from kernels.geometry import ConvShape
+from . import choices
+from .geometry import ConvShape
 
 
 @dataclass(frozen=True)
@@ -453,7 +453,7 @@ def gemm_config(
 
 
 def best(key: tuple, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device) -> Config:
-    """The fastest of `candidates` on the device, as `kernels.choices` remembers or times it; on the CPU the first."""
+    """The fastest of `candidates` on the device, as `choices` remembers or times it; on the CPU the first."""
     if _every is not None:
         for config in candidates:
             run(config)

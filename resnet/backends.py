@@ -13,8 +13,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from kernels import choices
 from resnet import torch_backend
+from resnet.kernels import choices
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ def _check_launchable() -> None:
     import triton
     from triton.runtime.interpreter import InterpretedFunction
 
-    from kernels import batch_norm
+    from resnet.kernels import batch_norm
 
     if isinstance(batch_norm.apply_kernel, InterpretedFunction):
         return
@@ -113,8 +113,8 @@ class convolution(_Choice, names=("auto", *VARIANTS), variable="FUSED_RESIDUAL_C
     convolution that also does what follows it (BatchNorm's statistics or sums, ReLU, the add); what precedes it is a
     pass of its own. `"triton"`: what precedes it too is done by the convolution, as it loads its input. `"auto"` (the
     default, or what `FUSED_RESIDUAL_CONV` says at import): the first call of each shape, type, device and direction
-    times all three, and the fastest is remembered (`kernels.choices`); on the CPU nothing is timed, and "auto" is
-    "triton".
+    times all three, and the fastest is remembered (`python -m resnet.kernels.choices`); on the CPU nothing is timed,
+    and "auto" is "triton".
 
         resnet.convolution("pytorch")          # from now on
         with resnet.convolution("triton"):     # in this block

@@ -17,19 +17,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import batch_norm as bn
-from kernels import batch_norm_max_pool as pool
-from kernels import choices
-from kernels.add_masked_grad import add_masked_grad
-from kernels.batch_norm import Moments
-from kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
-from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
-from kernels.conv_grad_weight import conv_grad_weight
-from kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
-from kernels.geometry import conv_shape
 from resnet import backends
 from resnet.block import BlockGrad, Convolutions, Needs, Saved, StemGrad
 from resnet.convolution import convolve, convolve_backward
+from resnet.kernels import batch_norm as bn
+from resnet.kernels import batch_norm_max_pool as pool
+from resnet.kernels import choices
+from resnet.kernels.add_masked_grad import add_masked_grad
+from resnet.kernels.batch_norm import Moments
+from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
+from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_weight import conv_grad_weight
+from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
+from resnet.kernels.geometry import conv_shape
 from resnet.norm import Norm, empty_grads
 from resnet.triton_batch_norm import backward as batch_norm_backward
 from resnet.triton_batch_norm import batch_stats, frozen_stats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels import batch_norm as kernels
+from resnet.kernels import batch_norm as kernels
 from resnet.norm import Norm, NormGrad, empty_grads, statistics_dtype
 
 

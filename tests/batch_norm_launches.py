@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import batch_norm as kernels
+from resnet.kernels import batch_norm as kernels
 from resnet.norm import statistics_dtype
 from tests.blocks import draw
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import conv_forward as kernels
-from kernels.conv_forward import ConvOutput, Frozen, Shortcut
+from resnet.kernels import conv_forward as kernels
+from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut
 from tests.blocks import draw
 
 EPS = 1e-5

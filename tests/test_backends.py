@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import resnet
-from kernels import batch_norm as kernels
-from kernels import choices
 from resnet import FusedResidual, backend, convolution, current_backend, current_convolution
 from resnet.backends import pick
+from resnet.kernels import batch_norm as kernels
+from resnet.kernels import choices
 from tests.blocks import draw, one_thread, same, step, trio  # noqa: F401
 from tests.conftest import DEVICE
 

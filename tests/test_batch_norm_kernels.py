@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.runtime.interpreter import InterpretedFunction
 
-from kernels import batch_norm as kernels
 from resnet import reference
+from resnet.kernels import batch_norm as kernels
 from resnet.norm import statistics_dtype
 from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE

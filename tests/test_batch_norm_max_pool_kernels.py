@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import batch_norm_max_pool as kernels
 from resnet import reference
+from resnet.kernels import batch_norm_max_pool as kernels
 from resnet.norm import statistics_dtype
 from tests.blocks import DTYPES, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE

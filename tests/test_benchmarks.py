@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks import common, compare, roofline
-from kernels import tuning
 from resnet import FusedResidual, Residual
+from resnet.kernels import tuning
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--pairs", "2", "--batch-size", "4", "--resize", "28", "--rivals", "eager", "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""`kernels.choices`: what is timed, what is remembered, and what a file that is wrong, shared or missing does.
+"""`resnet.kernels.choices`: what is timed, what is remembered, and what a file that is wrong, shared or missing does.
 
 The candidates differ by what they wait; a GPU is timed by its own events, the CPU here by the wall clock.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import choices
-from kernels.choices import Choices
+from resnet.kernels import choices
+from resnet.kernels.choices import Choices
 from tests.conftest import DEVICE
 
 ROOT = Path(__file__).parent.parent
@@ -311,7 +311,7 @@ def test_processes_that_write_at_once_lose_nothing(path):
 def test_the_command_lists_what_the_file_in_the_environment_s_folder_holds(tmp_path):
     Choices(tmp_path / "choices.json").choose(KEY, slow_and_fast().runs, DEVICE)
     run = subprocess.run(
-        [sys.executable, "-m", "kernels.choices", "list"],
+        [sys.executable, "-m", "resnet.kernels.choices", "list"],
         env=os.environ | {"FUSED_RESIDUAL_CACHE": str(tmp_path)},
         cwd=ROOT,
         capture_output=True,

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import batch_norm, geometry, tuning
-from kernels import conv_forward as kernels
-from kernels.conv_forward import Frozen, Moments, Shortcut
+from resnet.kernels import batch_norm, geometry, tuning
+from resnet.kernels import conv_forward as kernels
+from resnet.kernels.conv_forward import Frozen, Moments, Shortcut
 from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE
 from tests.convolutions import EPILOGUES, EPS, Case

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels import batch_norm, conv_grad_input, tuning
-from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad
-from kernels.geometry import ConvShape
+from resnet.kernels import batch_norm, conv_grad_input, tuning
+from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad
+from resnet.kernels.geometry import ConvShape
 from tests import grad_input_cases as cases
 from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from kernels import conv_grad_weight as kernels
-from kernels import tuning
-from kernels.geometry import ConvShape
-from kernels.tuning import Config
+from resnet.kernels import conv_grad_weight as kernels
+from resnet.kernels import tuning
+from resnet.kernels.geometry import ConvShape
+from resnet.kernels.tuning import Config
 from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE
 from tests.parity import assert_as_exact_as_eager

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import batch_norm_max_pool as pool
-from kernels import conv_grad_weight_max_pool as kernels
-from kernels.geometry import ConvShape
+from resnet.kernels import batch_norm_max_pool as pool
+from resnet.kernels import conv_grad_weight_max_pool as kernels
+from resnet.kernels.geometry import ConvShape
 from resnet.norm import statistics_dtype
 from tests.blocks import DTYPES, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE

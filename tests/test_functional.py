@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import batch_norm as kernels
 from resnet import reference
 from resnet.functional import batch_norm_add_relu
+from resnet.kernels import batch_norm as kernels
 from tests.blocks import DTYPES, HALF, assert_parity, draw, name_of, one_thread, same  # noqa: F401
 from tests.conftest import DEVICE
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import resnet
-from kernels import batch_norm, batch_norm_max_pool
-from kernels.add_masked_grad import add_masked_grad
 from resnet import FusedResidual, Residual, Stem, backends, triton_backend
+from resnet.kernels import batch_norm, batch_norm_max_pool
+from resnet.kernels.add_masked_grad import add_masked_grad
 from tests.blocks import (  # noqa: F401
     DTYPES,
     HALF,

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import batch_norm, batch_norm_max_pool
-from kernels.add_masked_grad import add_masked_grad
-from kernels.conv_forward import Shortcut, conv_forward
-from kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
-from kernels.conv_grad_weight import conv_grad_weight
-from kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
-from kernels.geometry import ConvShape
+from resnet.kernels import batch_norm, batch_norm_max_pool
+from resnet.kernels.add_masked_grad import add_masked_grad
+from resnet.kernels.conv_forward import Shortcut, conv_forward
+from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_weight import conv_grad_weight
+from resnet.kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
+from resnet.kernels.geometry import ConvShape
 from tests.sanitizer import READS, WRITES, Grid, Program, watching
 
 pytestmark = [

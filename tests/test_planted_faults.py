@@ -216,7 +216,8 @@ FAULTS = {
 
 def copy_of_the_sources(to: Path) -> Path:
     for name in ("kernels", "resnet", "tests"):
-        shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__", "fashion_mnist_sample"))
+        ignored = shutil.ignore_patterns("__pycache__", "fashion_mnist_sample")
+        shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", to)
     return to
 

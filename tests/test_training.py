@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet
-from kernels import conv_grad_weight, tuning
 from resnet import FusedResidual, Residual, resnet18, resnet_block
+from resnet.kernels import conv_grad_weight, tuning
 from resnet.reference import Stem
 from tests.blocks import draw, one_thread  # noqa: F401
 from tests.conftest import DEVICE

@@ -1,4 +1,4 @@
-"""`kernels.tuning`: what the table holds, what is pruned of it, what makes a key, and who gets to run it."""
+"""`resnet.kernels.tuning`: what the table holds, what is pruned of it, what makes a key, and who gets to run it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels import choices, tuning
-from kernels.geometry import ConvShape
-from kernels.tuning import ANY, GFX942, SM_80, SM_90, SM_100, TABLE, Config, candidates, gemm
+from resnet.kernels import choices, tuning
+from resnet.kernels.geometry import ConvShape
+from resnet.kernels.tuning import ANY, GFX942, SM_80, SM_90, SM_100, TABLE, Config, candidates, gemm
 
 HALF = torch.float16
 TARGETS = {"any": ANY, "sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "gfx942": GFX942}

@@ -12,7 +12,7 @@ def warn(category: type[Warning], module: str) -> None:
 
 
 @pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
-@pytest.mark.parametrize("module", ["kernels.tuning", "resnet", "resnet.fused"])
+@pytest.mark.parametrize("module", ["resnet.kernels.tuning", "resnet", "resnet.fused"])
 def test_a_deprecation_warning_of_the_library_is_an_error(module, category):
     with pytest.raises(category, match="old"):
         warn(category, module)

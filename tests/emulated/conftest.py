@@ -14,7 +14,7 @@ import torch
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
-from kernels import batch_norm as kernels
+from resnet.kernels import batch_norm as kernels
 from tests.blocks import unwritten_memory_is_nan  # noqa: F401
 
 # Results of each kernel: they count as uninitialised until the launch itself has written them. `dx` is not among them,

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import batch_norm as kernels
 from resnet import reference
+from resnet.kernels import batch_norm as kernels
 from resnet.norm import statistics_dtype
 from tests.batch_norm_launches import EPS, LAUNCHES, Case
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels import batch_norm_max_pool as kernels
 from resnet import reference
+from resnet.kernels import batch_norm_max_pool as kernels
 from resnet.norm import statistics_dtype
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
 from tests.emulated.limits import (

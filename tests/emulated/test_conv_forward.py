@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels import conv_forward as kernels
-from kernels import tuning
+from resnet.kernels import conv_forward as kernels
+from resnet.kernels import tuning
 from tests.blocks import one_thread  # noqa: F401
 from tests.convolutions import Case
 from tests.emulated.limits import (

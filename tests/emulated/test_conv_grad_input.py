@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import conv_grad_input, tuning
-from kernels.batch_norm import FLAGS
-from kernels.geometry import ConvShape
-from kernels.tuning import Config
+from resnet.kernels import conv_grad_input, tuning
+from resnet.kernels.batch_norm import FLAGS
+from resnet.kernels.geometry import ConvShape
+from resnet.kernels.tuning import Config
 from tests import grad_input_cases as cases
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
 from tests.emulated.limits import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import conv_grad_weight as kernels
-from kernels import tuning
-from kernels.geometry import ConvShape
+from resnet.kernels import conv_grad_weight as kernels
+from resnet.kernels import tuning
+from resnet.kernels.geometry import ConvShape
 from tests.blocks import name_of, one_thread  # noqa: F401
 from tests.emulated.limits import (
     INSTRUCTIONS_PER_PRODUCT,

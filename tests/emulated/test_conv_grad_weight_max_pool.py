@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import batch_norm_max_pool as pool
-from kernels import conv_grad_weight_max_pool as kernels
-from kernels.geometry import ConvShape
+from resnet.kernels import batch_norm_max_pool as pool
+from resnet.kernels import conv_grad_weight_max_pool as kernels
+from resnet.kernels.geometry import ConvShape
 from tests.blocks import HALF, name_of, one_thread  # noqa: F401
 from tests.emulated.limits import (
     INSTRUCTIONS_PER_PRODUCT,

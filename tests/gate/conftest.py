@@ -3,7 +3,7 @@
 import pytest
 from triton import knobs
 
-from kernels import report
+from resnet.kernels import report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,9 +3,9 @@
 import torch
 
 import resnet
-from kernels.launches import record
-from kernels.limits import DEVICES
 from resnet import FusedResidual, FusedStem
+from resnet.kernels.launches import record
+from resnet.kernels.limits import DEVICES
 
 
 def specialisations(batch: int) -> set[tuple[str, str]]:

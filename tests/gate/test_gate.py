@@ -1,8 +1,8 @@
-"""Every kernel of the package, as real calls specialise it, compiled for four devices: see `kernels.limits`."""
+"""Every kernel of the package, as real calls specialise it, compiled for four devices: see `resnet.kernels.limits`."""
 
 import pytest
 
-from kernels.limits import DEVICES
+from resnet.kernels.limits import DEVICES
 
 PROMISES = {
     "error": "it compiles",
