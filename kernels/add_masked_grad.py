@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device.pointwise import relu_passes
 from .geometry import check_nhwc
-from .pointwise import relu_passes
 
 
 @triton.jit

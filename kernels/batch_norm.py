@@ -26,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device.pointwise import affine, inverse_std, recomputed_relu_passes, relu, relu_passes
+from .device.reductions import column_sums
 from .geometry import SIZES
-from .pointwise import affine, inverse_std, recomputed_relu_passes, relu, relu_passes
-from .reductions import column_sums
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 

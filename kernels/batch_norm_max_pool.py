@@ -30,9 +30,9 @@ from .batch_norm import (
     nhwc_shape,
     tiling,
 )
+from .device.pointwise import affine, relu, relu_passes
+from .device.reductions import column_sums
 from .geometry import SIZES
-from .pointwise import affine, relu, relu_passes
-from .reductions import column_sums
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from . import tuning
 from .batch_norm import FLAGS, Moments, accumulator, load_affine, load_running
+from .device.implicit_gemm import dot, split_pixels, valid_taps
+from .device.pointwise import affine, relu
+from .device.prologue import batch_norm_relu
+from .device.reductions import column_sums, lanes_along_columns
 from .geometry import SIZES, check_like, check_nhwc, check_span, check_vector, conv_shape, product_precision
-from .implicit_gemm import dot, split_pixels, valid_taps
-from .pointwise import affine, relu
-from .prologue import batch_norm_relu
-from .reductions import column_sums, lanes_along_columns
 
 WIDE = tl.constexpr(64)  # columns of a tile from which its moments are worth a layout of their own
 

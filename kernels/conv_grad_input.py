@@ -30,10 +30,10 @@ from torch import Tensor
 
 from . import tuning
 from .batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
+from .device.implicit_gemm import dot, split_pixels
+from .device.pointwise import recomputed_relu_passes, relu_passes
+from .device.reductions import column_sums
 from .geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, check_vector, product_precision
-from .implicit_gemm import dot, split_pixels
-from .pointwise import recomputed_relu_passes, relu_passes
-from .reductions import column_sums
 from .tuning import Config
 
 

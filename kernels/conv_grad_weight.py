@@ -28,11 +28,11 @@ from torch import Tensor
 
 from . import tuning
 from .batch_norm import FLAGS, accumulator, nhwc_shape
+from .device.implicit_gemm import dot
+from .device.pointwise import relu_passes
+from .device.prologue import affine_relu, keep
+from .device.reductions import column_sums
 from .geometry import SIZES, ConvShape, check_like, check_nhwc, product_precision
-from .implicit_gemm import dot
-from .pointwise import relu_passes
-from .prologue import affine_relu, keep
-from .reductions import column_sums
 from .tuning import Config
 
 # ---- the kernels -----------------------------------------------------------------------------------------------

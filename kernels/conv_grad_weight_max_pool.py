@@ -24,8 +24,8 @@ from . import tuning
 from .batch_norm import FLAGS, accumulator, center_grad, load_center, nhwc_shape
 from .batch_norm_max_pool import gather_grad, load_windows, locate, out_size
 from .conv_grad_weight import empty_weight, merge_splits
+from .device.implicit_gemm import axis_taps, dot
 from .geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, product_precision
-from .implicit_gemm import axis_taps, dot
 
 MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
 

@@ -94,7 +94,7 @@ FAULTS = {
         "ragged",
     ),
     "a ReLU mask that stops NaN": Fault(
-        "kernels/pointwise.py",
+        "kernels/device/pointwise.py",
         "return is_not_positive(z) == 0",
         "return z > 0",
         BATCH_NORM + "test_a_nan_output_passes_its_gradient_and_minus_infinity_stops_it",
@@ -126,7 +126,7 @@ FAULTS = {
         "several",
     ),
     "padding before the prologue": Fault(
-        "kernels/prologue.py",
+        "kernels/device/prologue.py",
         'bound = tl.where(inside, float("inf"), 0.0)',
         'bound = tl.where(inside, float("inf"), float("inf"))',
         FORWARD + "test_padding_is_zero_after_the_prologue",
@@ -162,7 +162,7 @@ FAULTS = {
         "100",
     ),
     "a float16 accumulator of products": Fault(
-        "kernels/implicit_gemm.py",
+        "kernels/device/implicit_gemm.py",
         "return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)",
         "return (acc + tl.dot(a, b, input_precision=PRECISION)).to(tl.float16).to(acc.dtype)",
         FORWARD + "test_a_long_reduction_is_accumulated_in_float32",
@@ -184,7 +184,7 @@ FAULTS = {
         "AssertionError: Tensor-likes are not close",
     ),
     "sums of half of the rows": Fault(
-        "kernels/reductions.py",
+        "kernels/device/reductions.py",
         "x = a + b",
         "x = a",
         GRAD_INPUT + "test_sums_are_of_the_gradient_as_stored_and_reach_the_parameters",
@@ -205,7 +205,7 @@ FAULTS = {
         "AssertionError: Tensor-likes are not close",
     ),
     "a ReLU that is a plain maximum": Fault(
-        "kernels/pointwise.py",
+        "kernels/device/pointwise.py",
         "return tl.where(is_not_positive(z), 0.0, z)",
         "return tl.maximum(z, 0.0)",
         EMULATED + "test_batch_norm.py::test_relu_keeps_nan_and_a_nan_output_passes_its_gradient",
