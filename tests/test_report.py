@@ -1,4 +1,4 @@
-"""What `kernels.report` reads off compiled code, judges and shows; tests/gate compiles the kernels themselves."""
+"""What `benchmarks.compiled.report` reads off compiled code, judges and shows; tests/gate compiles the kernels themselves."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from resnet.kernels import limits, report
-from resnet.kernels.binaries import Figures, amdgcn_figures, llvm_accesses, ptx_accesses, sass_figures
-from resnet.kernels.launches import Launch, TensorArgument, unite
-from resnet.kernels.limits import DEVICES, bulk_tensors, problems
+from benchmarks.compiled import limits, report
+from benchmarks.compiled.binaries import Figures, amdgcn_figures, llvm_accesses, ptx_accesses, sass_figures
+from benchmarks.compiled.launches import Launch, TensorArgument, unite
+from benchmarks.compiled.limits import DEVICES, bulk_tensors, problems
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 

@@ -3,9 +3,9 @@
 import torch
 
 import resnet
+from benchmarks.compiled.launches import record
+from benchmarks.compiled.limits import DEVICES
 from resnet import FusedResidual, FusedStem
-from resnet.kernels.launches import record
-from resnet.kernels.limits import DEVICES
 
 
 def specialisations(batch: int) -> set[tuple[str, str]]:

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from benchmarks.compiled import binaries, launches
+from benchmarks.compiled.limits import DEVICES
 from resnet.kernels import batch_norm_max_pool as pool
-from resnet.kernels import binaries, launches
-from resnet.kernels.limits import DEVICES
 from tests.batch_norm_launches import LAUNCHES, Case
 
 per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])

@@ -14,8 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from .launches import Launch
-from .limits import DEVICES, Device
+from benchmarks.compiled.launches import Launch
+from benchmarks.compiled.limits import DEVICES, Device
 
 
 @dataclass

@@ -1,14 +1,13 @@
 """What every kernel asks of a GPU, without a GPU: registers, spills, shared memory, access widths, tensor cores.
 
-    python -m resnet.kernels.report                      a share of all specialisations that has every kernel, argument
+    python -m benchmarks.compiled.report          a share of all specialisations that has every kernel, argument
                                                   specialisation and tile in it
-    python -m resnet.kernels.report --all                all of them
-    python -m resnet.kernels.report --all --cases 'resnet18 float16'
-    python -m resnet.kernels.report --json new.json --compare old.json
+    python -m benchmarks.compiled.report --all    all of them
+    python -m benchmarks.compiled.report --all --cases 'resnet18 float16'
+    python -m benchmarks.compiled.report --json new.json --compare old.json
 
 Real calls of the library are recorded on each device (see `launches`), compiled in parallel and judged by `limits`.
-Exit status 1: a limit is broken, or a kernel of the package was not reached. This is a command that nothing imports but
-tests: the one place in this package that looks up at `resnet`, whose calls it records.
+Exit status 1: a limit is broken, or a kernel of the package was not reached.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.compiled import binaries, limits
+from benchmarks.compiled.binaries import Figures
+from benchmarks.compiled.launches import Launch, not_reached, record, unite
+from benchmarks.compiled.limits import DEVICES
 from resnet import kernels
-
-from . import binaries, limits, tuning
-from .binaries import Figures
-from .launches import Launch, not_reached, record, unite
-from .limits import DEVICES
+from resnet.kernels import tuning
 
 # ---- real calls --------------------------------------------------------------------------------------------------
 
@@ -344,7 +343,7 @@ def compare(old: Sequence[dict], new: Sequence[dict]) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m resnet.kernels.report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.report", description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every specialisation, not a share that has each feature")
     parser.add_argument("--cases", default="*", help=f"pattern of the calls to record: {', '.join(CASES)}")
     parser.add_argument("--kernels", default="*", help="pattern of the kernels to compile")

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
-from .launches import VECTOR, Launch
+from benchmarks.compiled.launches import VECTOR, Launch
 
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
 
-    from .binaries import Figures
+    from benchmarks.compiled.binaries import Figures
 
 KIB = 1024
 
