@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resnet import torch_backend
-from resnet.kernels import choices
+from resnet.kernels.tuning import memory
 
 T = TypeVar("T")
 
@@ -113,7 +113,7 @@ class convolution(_Choice, names=("auto", *VARIANTS), variable="FUSED_RESIDUAL_C
     convolution that also does what follows it (BatchNorm's statistics or sums, ReLU, the add); what precedes it is a
     pass of its own. `"triton"`: what precedes it too is done by the convolution, as it loads its input. `"auto"` (the
     default, or what `FUSED_RESIDUAL_CONV` says at import): the first call of each shape, type, device and direction
-    times all three, and the fastest is remembered (`python -m resnet.kernels.choices`); on the CPU nothing is timed,
+    times all three, and the fastest is remembered (`python -m resnet.kernels.tuning`); on the CPU nothing is timed,
     and "auto" is "triton".
 
         resnet.convolution("pytorch")          # from now on
@@ -148,7 +148,7 @@ def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], de
         return next(variants[name] for name in VARIANTS[asked:] if name in variants)
     if len(variants) == 1 or device.type == "cpu":
         return next(iter(variants.values()))
-    return variants[choices.choose((direction, *key), variants, device)]
+    return variants[memory.choose((direction, *key), variants, device)]
 
 
 def current_backend() -> str:

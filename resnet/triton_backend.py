@@ -22,7 +22,6 @@ from resnet.block import BlockGrad, Convolutions, Needs, Saved, StemGrad
 from resnet.convolution import convolve, convolve_backward
 from resnet.kernels import batch_norm as bn
 from resnet.kernels import batch_norm_max_pool as pool
-from resnet.kernels import choices
 from resnet.kernels.add_masked_grad import add_masked_grad
 from resnet.kernels.batch_norm import Moments
 from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
@@ -30,6 +29,7 @@ from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, con
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
 from resnet.kernels.geometry import conv_shape
+from resnet.kernels.tuning import bucket
 from resnet.norm import Norm, empty_grads
 from resnet.triton_batch_norm import backward as batch_norm_backward
 from resnet.triton_batch_norm import batch_stats, frozen_stats
@@ -55,7 +55,7 @@ def _tf32(x: Tensor) -> bool:
 def _pick(direction: str, x: Tensor, weight: Tensor, fused: tuple, **variants: Callable[[], object]) -> object:
     """The result of the variant that `backends.pick` chooses. `fused` says what else the path does."""
     N, *image = x.shape
-    key = (choices.bucket(N), *image, tuple(weight.shape), x.dtype, _tf32(x), *fused)
+    key = (bucket(N), *image, tuple(weight.shape), x.dtype, _tf32(x), *fused)
     return backends.pick(direction, key, variants, x.device)()
 
 

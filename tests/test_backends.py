@@ -14,7 +14,7 @@ import resnet
 from resnet import FusedResidual, backend, convolution, current_backend, current_convolution
 from resnet.backends import pick
 from resnet.kernels import batch_norm as kernels
-from resnet.kernels import choices
+from resnet.kernels.tuning import memory
 from tests.blocks import draw, one_thread, same, step, trio  # noqa: F401
 from tests.conftest import DEVICE
 
@@ -172,7 +172,7 @@ def test_auto_on_the_cpu_is_triton_and_calls_nothing():
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="times on a GPU")
 def test_auto_on_a_gpu_picks_the_fastest_per_direction(monkeypatch, tmp_path):
-    monkeypatch.setattr(choices, "choose", choices.Choices(tmp_path / "choices.json").choose)
+    monkeypatch.setattr(memory, "choose", memory.Choices(tmp_path / "choices.json").choose)
     wait = lambda clocks: lambda: torch.cuda._sleep(clocks)  # noqa: E731
     with convolution("auto"):
         for direction, fastest in (("forward", "epilogue"), ("grad_input", "pytorch")):

@@ -1,4 +1,4 @@
-"""`resnet.kernels.choices`: what is timed, what is remembered, and what a file that is wrong, shared or missing does.
+"""`kernels.tuning.memory`: what is timed, what is remembered, and what a file that is wrong, shared or missing does.
 
 The candidates differ by what they wait; a GPU is timed by its own events, the CPU here by the wall clock.
 """
@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet.kernels import choices
-from resnet.kernels.choices import Choices
+from resnet.kernels.tuning import __main__ as tuning_command
+from resnet.kernels.tuning import memory as process_memory
+from resnet.kernels.tuning import timing
+from resnet.kernels.tuning.memory import Choices
 from tests.conftest import DEVICE
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +40,8 @@ def wall_clock(runs, device) -> list[float]:
 
 @pytest.fixture(autouse=True)
 def timed_on_the_cpu_too(monkeypatch):
-    monkeypatch.setitem(choices.CLOCKS, "cpu", wall_clock)
-    monkeypatch.setattr(choices, "_BUDGET", 10.0)
+    monkeypatch.setitem(timing.CLOCKS, "cpu", wall_clock)
+    monkeypatch.setattr(timing, "_BUDGET", 10.0)
 
 
 class Waiting:
@@ -116,7 +118,7 @@ def test_nothing_is_remembered_of_a_key_that_was_not_asked_for(path):
 
 
 def test_on_a_device_without_a_clock_the_first_is_taken_and_none_runs(path, monkeypatch):
-    monkeypatch.delitem(choices.CLOCKS, "cpu")
+    monkeypatch.delitem(timing.CLOCKS, "cpu")
     waiting = slow_and_fast()
     assert Choices(path).choose(KEY, waiting.runs, torch.device("cpu")) == "slow"
     assert not any(waiting.count.values()) and not path.exists()
@@ -311,7 +313,7 @@ def test_processes_that_write_at_once_lose_nothing(path):
 def test_the_command_lists_what_the_file_in_the_environment_s_folder_holds(tmp_path):
     Choices(tmp_path / "choices.json").choose(KEY, slow_and_fast().runs, DEVICE)
     run = subprocess.run(
-        [sys.executable, "-m", "resnet.kernels.choices", "list"],
+        [sys.executable, "-m", "resnet.kernels.tuning", "list"],
         env=os.environ | {"FUSED_RESIDUAL_CACHE": str(tmp_path)},
         cwd=ROOT,
         capture_output=True,
@@ -325,22 +327,22 @@ def test_the_command_lists_what_the_file_in_the_environment_s_folder_holds(tmp_p
 
 
 def test_the_command_clears_and_says_where(path, monkeypatch, capsys):
-    monkeypatch.setattr(choices, "_choices", Choices(path))
-    choices._choices.choose(KEY, slow_and_fast().runs, DEVICE)
-    assert [choices.main([command]) for command in ("path", "clear", "list")] == [0, 0, 0]
+    monkeypatch.setattr(process_memory, "process_choices", Choices(path))
+    process_memory.process_choices.choose(KEY, slow_and_fast().runs, DEVICE)
+    assert [tuning_command.main([command]) for command in ("path", "clear", "list")] == [0, 0, 0]
     assert not path.exists()
     assert capsys.readouterr().out.splitlines() == [str(path), f"nothing is remembered in {path}"]
 
 
 def test_a_command_that_the_file_system_refuses_fails(path, monkeypatch, capsys):
-    monkeypatch.setattr(choices, "_choices", Choices(path))
+    monkeypatch.setattr(process_memory, "process_choices", Choices(path))
     path.mkdir(parents=True)  # where a file should be
-    assert choices.main(["list"]) == choices.main(["clear"]) == 1
+    assert tuning_command.main(["list"]) == tuning_command.main(["clear"]) == 1
     assert str(path) in capsys.readouterr().err
 
 
 def test_an_unknown_command_is_an_error_that_lists_the_commands(capsys):
-    assert choices.main(["forget"]) == choices.main([]) == 2
+    assert tuning_command.main(["forget"]) == tuning_command.main([]) == 2
     assert "list | clear | path" in capsys.readouterr().err
 
 
@@ -358,14 +360,14 @@ def test_an_unknown_command_is_an_error_that_lists_the_commands(capsys):
     ],
 )
 def test_the_environment_says_where_the_file_is(variables, expected):
-    assert choices._path(variables) == (expected and Path(expected))
+    assert process_memory._path(variables) == (expected and Path(expected))
 
 
 def test_the_environment_switches_timing_off():
-    assert choices._is_timed({}) and choices._is_timed({"FUSED_RESIDUAL_TUNING": "on"})
-    assert not choices._is_timed({"FUSED_RESIDUAL_TUNING": "off"})
+    assert process_memory._is_timed({}) and process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "on"})
+    assert not process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "off"})
 
 
 def test_a_bad_switch_is_an_error_that_names_the_variable():
     with pytest.raises(ValueError, match=r"^FUSED_RESIDUAL_TUNING: expected 'on' or 'off', got 'no'$"):
-        choices._is_timed({"FUSED_RESIDUAL_TUNING": "no"})
+        process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "no"})

@@ -1,4 +1,4 @@
-"""What `benchmarks.compiled.report` reads off compiled code, judges and shows; tests/gate compiles the kernels themselves."""
+"""What the report reads off compiled code, judges and shows; tests/gate compiles the kernels themselves."""
 
 from __future__ import annotations
 

@@ -9,9 +9,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from resnet.kernels import choices, tuning
+from resnet.kernels import tuning
 from resnet.kernels.geometry import ConvShape
-from resnet.kernels.tuning import ANY, GFX942, SM_80, SM_90, SM_100, TABLE, Config, candidates, gemm
+from resnet.kernels.tuning import (
+    ANY,
+    GFX942,
+    SM_80,
+    SM_90,
+    SM_100,
+    TABLE,
+    Config,
+    candidates,
+    devices,
+    gemm,
+    memory,
+    timing,
+)
+from resnet.kernels.tuning.model import shared_bytes
+from resnet.kernels.tuning.table import parse_config
 
 HALF = torch.float16
 TARGETS = {"any": ANY, "sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "gfx942": GFX942}
@@ -69,7 +84,7 @@ def test_each_key_has_one_to_eight_candidates_that_the_device_can_run(target):
         assert 1 <= len(found) <= 8 and len(set(found)) == len(found), key
         assert set(found) <= set(TABLE[key.operation][key.kind])
         for config in found:
-            assert target.shared_bytes(config, key) <= target.shared_memory, (key, config)
+            assert shared_bytes(config, key, target) <= target.shared_memory, (key, config)
 
 
 def test_a_device_with_less_shared_memory_gets_smaller_tiles():
@@ -125,7 +140,7 @@ def target_of(monkeypatch, properties: dict[str, int], capability: tuple[int, in
     monkeypatch.setattr(driver, "_active", stand_in)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    return tuning._target.__wrapped__(torch.device("cuda", 0))
+    return devices.target_of.__wrapped__(torch.device("cuda", 0))
 
 
 def test_a_device_is_what_its_driver_says(monkeypatch):
@@ -209,8 +224,8 @@ def test_on_the_cpu_the_model_s_first_is_taken_and_none_runs():
 
 
 def test_the_fastest_is_taken_where_there_is_a_clock(monkeypatch):
-    monkeypatch.setattr(tuning.choices, "choose", choices.Choices(None).choose)
-    monkeypatch.setitem(choices.CLOCKS, "cpu", lambda runs, device: [float(run() or 1) for run in runs])
+    monkeypatch.setattr(memory, "choose", memory.Choices(None).choose)
+    monkeypatch.setitem(timing.CLOCKS, "cpu", lambda runs, device: [float(run() or 1) for run in runs])
     table = (Config(64, 64, 32, 4, 3), Config(32, 32, 32, 4, 3), Config(16, 16, 16, 4, 3))
     assert tuning.best(("key",), table, lambda config: abs(config.BLOCK_M - 32) + 0.5, CPU.device) == table[1]
 
@@ -230,4 +245,4 @@ def test_a_recorder_runs_every_candidate_of_its_target():
 
 def test_a_configuration_is_found_again_by_its_name():
     for config in itertools.chain(*(table for kinds in TABLE.values() for table in kinds.values())):
-        assert tuning._config(str(config)) == config
+        assert parse_config(str(config)) == config

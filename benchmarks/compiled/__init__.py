@@ -1,1 +1,1 @@
-"""Tools that look at compiled kernels: they record launches, compile them for devices that are not here, and judge them."""
+"""Tools that look at compiled kernels: they record launches, compile them for other devices, and judge them."""

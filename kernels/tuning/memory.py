@@ -1,6 +1,6 @@
 """Timed choices between ways to run the same thing, remembered: in memory, and in a per-user file for the next process.
 
-    name = choices.choose(key, {"one way": run_one_way, "another": run_another}, device)
+    name = memory.choose(key, {"one way": run_one_way, "another": run_another}, device)
 
 The first call of a key on a GPU times the candidates; every later one is a dict lookup. A candidate is called several
 times, so it must not change what it reads. Environment variables, read at import:
@@ -9,12 +9,6 @@ times, so it must not change what it reads. Environment variables, read at impor
                             ~/.cache/fused-residual); "off": choices are kept in memory only
     FUSED_RESIDUAL_TUNING   "on", the default; "off": nothing is timed and no file is read, the first candidate that
                             runs is taken
-
-The command:
-
-    python -m resnet.kernels.choices list      what is remembered, with the median times
-    python -m resnet.kernels.choices clear     forget all of it
-    python -m resnet.kernels.choices path      where it is
 
 In the file a choice counts for one device name, one version of triton and of torch, and one state of the sources of
 this package: another device or an update times again. Processes may share the file; the first to finish timing a key
@@ -27,34 +21,25 @@ import contextlib
 import hashlib
 import json
 import os
-import statistics
-import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TypedDict
 
 import torch
 
+from . import timing
+from .timing import Clock, Run
+
 try:
     import fcntl
 except ImportError:  # not on Windows, where two processes that write at once may cost one of them its choices
     fcntl = None
 
-Run = Callable[[], object]
-Clock = Callable[[Sequence[Run], torch.device], list[float]]
-
-_ROUNDS = 5, 25  # fewest and most repetitions of each candidate
-_BUDGET = 200.0  # milliseconds of one key's timing, within those
 _ENVIRONMENTS = 16  # kept in the file: devices times versions, the last written ones
-
-
-def bucket(count: int) -> int:
-    """The count rounded up to a power of two, for a key in which another batch size is seldom another key."""
-    return 1 << max(count - 1, 0).bit_length()
 
 
 class Choice(TypedDict):
@@ -62,63 +47,6 @@ class Choice(TypedDict):
 
     name: str
     milliseconds: dict[str, float]  # median time of each candidate that ran
-
-
-# ---- timing ----------------------------------------------------------------------------------------------------
-
-
-def cuda_milliseconds(runs: Sequence[Run], device: torch.device) -> list[float]:
-    """One run of each, in turn, between two events: the device's time, each from a cold L2.
-
-    The flush before a run also covers the host's time to launch it.
-    """
-    with torch.cuda.device(device):
-        flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
-        for run, (start, end) in zip(runs, events, strict=True):
-            flush.zero_()
-            start.record()
-            run()
-            end.record()
-        events[-1][1].synchronize()
-        return [start.elapsed_time(end) for start, end in events]
-
-
-CLOCKS: dict[str, Clock] = {"cuda": cuda_milliseconds}  # by device type; on a device without a clock nothing is timed
-
-
-def _fails(run: Run) -> Exception | None:
-    """The error of a candidate that this device cannot run: compilation, shared memory, memory. Others are raised."""
-    try:
-        run()
-    except torch.OutOfMemoryError as error:
-        return error
-    except Exception as error:
-        if _is_triton_error(error):
-            return error
-        raise
-    return None
-
-
-def _is_triton_error(error: Exception) -> bool:
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return False
-    return isinstance(error, TritonError) or "PassManager::run failed" in str(error)
-
-
-def _medians(candidates: Mapping[str, Run], clock: Clock, device: torch.device) -> dict[str, float]:
-    """Milliseconds by name. The candidates take turns, so that a clock rate that drifts does not favour one."""
-    runs = list(candidates.values())
-    rounds = [clock(runs, device)]  # warm: each has run once before
-    few, many = _ROUNDS
-    for _ in range(max(few, min(many, int(_BUDGET / max(sum(rounds[0]), 1e-3)))) - 1):
-        rounds.append(clock(runs, device))
-    return {name: statistics.median(times) for name, times in zip(candidates, zip(*rounds, strict=True), strict=True)}
-
-
-# ---- the memory ------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -130,16 +58,9 @@ def _environment(device: torch.device) -> str:
         triton = "none"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].glob("*.py")):
         sources.update(path.read_bytes())
     return f"{name}, torch {torch.__version__}, triton {triton}, kernels {sources.hexdigest()[:12]}"
-
-
-def _capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def _parse(text: str) -> dict[str, dict[str, Choice]]:
@@ -198,13 +119,13 @@ class Choices:
     def _choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device) -> str:
         with self._lock:
             name = self._names.get((device, key))  # another thread may have been here
-            clock = CLOCKS.get(device.type)
+            clock = timing.CLOCKS.get(device.type)
             if name is None and clock is None:
                 return next(iter(candidates))
             if name is None and self._timed:
                 name = self._from_file(key, candidates, device)
             if name is None:
-                if _capturing(device):
+                if timing.capturing(device):
                     return next(iter(candidates))
                 name = self._first_time(key, candidates, device, clock)
             self._names[device, key] = name
@@ -213,7 +134,7 @@ class Choices:
     def _first_time(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, clock: Clock) -> str:
         runnable, errors = {}, []
         for name, run in candidates.items():
-            error = _fails(run)
+            error = timing.fails(run)
             if error is not None:
                 errors.append(error)
             elif not self._timed or len(candidates) == 1:
@@ -228,7 +149,7 @@ class Choices:
                 f"{list(candidates)[-1]!r}, failed with: {errors[-1]}"
             ) from errors[-1]
         try:
-            times = _medians(runnable, clock, device)
+            times = timing.medians(runnable, clock, device)
         except torch.OutOfMemoryError:  # of what the clock needs, or of a candidate beside it
             return next(iter(runnable))
         fastest = min(times, key=times.__getitem__)
@@ -361,39 +282,5 @@ def _is_timed(environment: Mapping[str, str]) -> bool:
     return value == "on"
 
 
-_choices = Choices(_path(os.environ), _is_timed(os.environ))
-choose, remembered = _choices.choose, _choices.remembered
-
-
-def _listing(entries: Mapping[str, Mapping[str, Choice]]) -> Iterator[str]:
-    for environment, section in entries.items():
-        yield environment
-        for key, choice in section.items():
-            yield f"  {key}"
-            times = choice["milliseconds"]
-            for name in sorted(times, key=times.__getitem__):
-                yield f"    {'*' if name == choice['name'] else ' '} {times[name] * 1e3:10.1f} us  {name}"
-
-
-def main(arguments: Sequence[str]) -> int:
-    path = _choices.path or "no file: FUSED_RESIDUAL_CACHE is off"
-    try:
-        match arguments:
-            case ["list"]:
-                entries = _choices.entries()
-                print(*_listing(entries) if entries else [f"nothing is remembered in {path}"], sep="\n")
-            case ["clear"]:
-                _choices.clear()
-            case ["path"]:
-                print(path)
-            case _:
-                print("usage: python -m resnet.kernels.choices list | clear | path", file=sys.stderr)
-                return 2
-    except OSError as error:
-        print(f"{path}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+process_choices = Choices(_path(os.environ), _is_timed(os.environ))
+choose, remembered = process_choices.choose, process_choices.remembered

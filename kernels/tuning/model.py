@@ -1,12 +1,4 @@
-"""Tile configurations of the implicit GEMMs: one table, a model that ranks it for a launch, and the choice among them.
-
-    config = tuning.gemm_config("forward", shape, x, launch, precision="ieee", prologue=True)
-
-The first launch of a key times up to 8 candidates (`choices`), later ones look the answer up. A key holds the
-operation, the channels and the window, the type, every switch that the kernel is compiled with, and the number of
-pixels rounded up to a power of two, so that another batch size is seldom another key.
-
-The model is a lower bound of a launch's time, good for ranking, in clocks of a processor (SM, CU):
+"""The model that ranks a GEMM's tiles for a launch: a lower bound of its time, in clocks of a processor (SM, CU).
 
     time = max(bytes / bandwidth, programs of a processor * steps * clocks of a step) + latency of its waves
     step = max(products / tensor rate, instructions / 4, shared memory's bytes / 128, L2's bytes / 40)
@@ -16,139 +8,19 @@ Configurations that need more shared memory or registers than there are, or are 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from . import choices
-from .geometry import ConvShape
-
-
-@dataclass(frozen=True)
-class Config:
-    """A GEMM's tile: BLOCK_M rows by BLOCK_N columns, BLOCK_K of the reduction per step."""
-
-    BLOCK_M: int
-    BLOCK_N: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int]:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        return f"{self.BLOCK_M}x{self.BLOCK_N}x{self.BLOCK_K}, {self.num_warps} warps, {self.num_stages} stages"
+from ..geometry import ConvShape
+from .devices import ANY, Target
+from .table import MAX_ACCUMULATORS, TABLE, Config
 
 
-@cache
-def _config(text: str) -> Config:
-    """The inverse of str."""
-    return Config(*map(int, re.findall(r"\d+", text)))
-
-
-# ---- the table -------------------------------------------------------------------------------------------------
-
-# The last of each is so small that it is always a candidate. A product needs 16 of every dimension.
-_NARROW = (  # for few channels, or few pixels
-    Config(64, 32, 64, 4, 4),
-    Config(64, 16, 32, 4, 3),
-    Config(32, 32, 32, 2, 3),
-    Config(16, 16, 16, 2, 2),
-)
-_FORWARD = (  # none spills with prologue and moments, or with shortcut and moments
-    Config(128, 64, 32, 4, 4),
-    Config(128, 64, 64, 4, 3),  # this one and the next issue the fewest instructions where K is 64
-    Config(256, 64, 64, 8, 3),
-    Config(128, 128, 64, 8, 3),
-    Config(128, 128, 32, 8, 4),
-    Config(64, 128, 64, 4, 3),
-    Config(64, 64, 64, 4, 3),
-    *_NARROW,
-)
-_GRAD_INPUT = (
-    Config(128, 64, 64, 4, 3),
-    Config(128, 64, 32, 4, 4),
-    Config(128, 128, 64, 8, 3),
-    Config(128, 128, 32, 4, 3),
-    Config(64, 128, 64, 8, 3),
-    Config(64, 64, 64, 4, 3),
-    Config(256, 64, 32, 8, 3),
-    Config(128, 64, 32, 8, 4),  # these two hold little of dout per thread, for the shortcut's mask
-    Config(64, 64, 32, 4, 4),
-    *_NARROW,
-)
-_TF32 = (
-    Config(128, 128, 32, 8, 3),
-    Config(128, 64, 32, 4, 3),
-    Config(64, 128, 32, 4, 3),
-    Config(64, 64, 32, 4, 3),
-    Config(64, 64, 16, 4, 3),
-    Config(128, 32, 32, 4, 3),
-    Config(64, 32, 32, 4, 3),
-    Config(32, 32, 32, 2, 3),
-    Config(16, 16, 16, 2, 2),
-)
-_SINGLE = (  # exact float32: no tensor cores, every thread holds BLOCK_K of its operands in registers
-    Config(64, 64, 16, 4, 3),
-    Config(64, 32, 16, 4, 3),
-    Config(32, 64, 16, 4, 3),
-    Config(32, 32, 32, 4, 3),
-    Config(32, 32, 16, 2, 3),
-    Config(16, 16, 16, 2, 2),
-)
-_DOUBLE = (
-    Config(64, 32, 16, 4, 2),
-    Config(32, 32, 16, 4, 2),
-    Config(32, 16, 16, 2, 2),
-    Config(16, 16, 16, 2, 2),
-)
-_PIXELS_REDUCED = (  # rows and columns are channels, the reduction is long
-    Config(128, 64, 32, 8, 4),
-    Config(128, 64, 64, 8, 3),
-    Config(64, 64, 32, 4, 3),
-    Config(64, 64, 64, 4, 3),
-    Config(128, 128, 64, 8, 3),
-    Config(128, 128, 32, 8, 4),
-    Config(64, 32, 64, 4, 3),
-    Config(64, 16, 64, 4, 3),
-    Config(32, 32, 32, 2, 3),
-    Config(16, 16, 16, 2, 2),
-)
-_SMALL = (Config(64, 64, 16, 4, 2), Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(16, 16, 16, 4, 2))
-# Their prologue gathers the gradients of BLOCK_K windows, for their four pixels: nothing to pipeline.
-_POOLED = (
-    Config(64, 64, 16, 4, 1),
-    Config(64, 64, 32, 8, 1),
-    Config(32, 32, 16, 4, 1),
-    Config(16, 16, 16, 4, 1),
-)
-_POOLED_SINGLE = (
-    Config(64, 64, 16, 8, 1),
-    Config(64, 32, 16, 8, 1),
-    Config(32, 32, 16, 8, 1),
-    Config(16, 16, 16, 4, 1),
-)
-_POOLED_DOUBLE = (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1))
-TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
-    "forward": {"half": _FORWARD, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
-    "grad_input": {"half": _GRAD_INPUT, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE[1:]},
-    "grad_weight": {"half": _PIXELS_REDUCED, "tf32": _SMALL, "single": _SMALL, "double": _SMALL},
-    "grad_weight_max_pool": {
-        "half": _POOLED,
-        "tf32": _POOLED_SINGLE,
-        "single": _POOLED_SINGLE,
-        "double": _POOLED_DOUBLE,
-    },
-}
-MOST_ROWS = max(config.BLOCK_M for kinds in TABLE.values() for table in kinds.values() for config in table)
-MAX_ACCUMULATORS = 100  # registers of a thread for which grad-weight takes a whole row of taps at once
+def bucket(count: int) -> int:
+    """The count rounded up to a power of two, for a key in which another batch size is seldom another key."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 # ---- the launch --------------------------------------------------------------------------------------------------
@@ -215,77 +87,32 @@ def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: objec
     """
     pixels = shape.N * shape.H * shape.W if operation == "grad_input" else shape.M
     window = shape.R, shape.S, shape.stride, shape.padding
-    return Gemm(operation, choices.bucket(pixels), shape.C, shape.K, *window, dtype, tuple(switches.items()))
+    return Gemm(operation, bucket(pixels), shape.C, shape.K, *window, dtype, tuple(switches.items()))
 
 
-# ---- the devices -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the model knows of a device."""
-
-    shared_memory: int  # bytes that a program may have; a processor has 1 KiB more
-    processors: int  # SMs, CUs
-    products: int  # multiply-adds per clock and processor, of half precision on tensor cores
-    clock: float  # GHz
-    bandwidth: float  # GB/s
-    asynchronous: bool = False  # tensor cores read shared memory themselves (wgmma, tcgen05): a stage more is held
-    tensor_memory: bool = False  # which an operand that was computed goes through, from threads that hold a row each
-    registers: int = 65536  # of 32 bits, per processor
-
-    def shared_bytes(self, config: Config, gemm: Gemm) -> int:
-        """Of the pipeline's tiles, with one that a prologue recomputes; the epilogue's take their place."""
-        size = _SIZES[gemm.kind]
-        rows = config.BLOCK_M + config.BLOCK_N
-        if gemm.operation == "grad_weight":
-            moving = config.BLOCK_N * _taps_at_once(config, gemm)
-            rows = config.BLOCK_M + moving
-            if gemm.switch("out"):  # the mask lies beside dy
-                rows += moving if gemm.dy_moves else config.BLOCK_M
-        stages = config.num_stages if self.asynchronous else max(config.num_stages - 1, 1)
-        recomputed = config.BLOCK_M if gemm.reduces_pixels and gemm.switch("prologue") else 0
-        return max((stages * rows + recomputed) * config.BLOCK_K * size, config.BLOCK_M * config.BLOCK_N * size)
-
+# ---- the bound ---------------------------------------------------------------------------------------------------
 
 _SIZES = {"half": 2, "tf32": 4, "single": 4, "double": 8}
-
-SM_80 = Target(163 * 1024, 108, 1024, 1.41, 2039)
-SM_90 = Target(227 * 1024, 132, 2048, 1.755, 3350, asynchronous=True)
-SM_100 = Target(227 * 1024, 148, 4096, 1.85, 8000, asynchronous=True, tensor_memory=True)
-GFX942 = Target(64 * 1024, 304, 1024, 2.1, 5300, registers=131072)
-# In the interpreter and the emulator: the shared memory of the smallest supported NVIDIA GPU, else as SM_90.
-ANY = Target(99 * 1024, 132, 2048, 1.755, 3350, asynchronous=True)
-
-
-@cache
-def _target(device: torch.device) -> Target:
-    if device.type != "cuda":
-        return ANY
-    from triton.runtime import driver
-
-    device_index = torch.cuda.current_device() if device.index is None else device.index
-    properties = driver.active.utils.get_device_properties(device_index)
-    shared, processors = properties["max_shared_mem"], properties["multiprocessor_count"]
-    clock = properties["sm_clock_rate"] / 1e6 or ANY.clock  # 0: a device with the host's memory need not tell
-    bandwidth = 2 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8 / 1e6 or ANY.bandwidth
-    if torch.version.hip:
-        return Target(shared, processors, GFX942.products, clock, bandwidth, registers=GFX942.registers)
-    major, minor = torch.cuda.get_device_capability(device)
-    products = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096, (10, 3): 4096}.get((major, minor), 512)
-    return Target(
-        shared, processors, products, clock, bandwidth, asynchronous=major in (9, 10), tensor_memory=major == 10
-    )
-
-
-# ---- the model -------------------------------------------------------------------------------------------------
-
 _TIMED = 8  # candidates per key
 _REGISTERS = 255  # of a thread
 _THREADS = 2048  # of a processor
 L2 = 40  # bytes per clock that a processor gets of the L2 cache
 _LATENCY = 800  # clocks from a load to its data, of L2 and memory between them
 _START = 3 * _LATENCY  # clocks of a program before its first product and after its last
+
+
+def shared_bytes(config: Config, gemm: Gemm, target: Target) -> int:
+    """Of the pipeline's tiles, with one that a prologue recomputes; the epilogue's take their place."""
+    size = _SIZES[gemm.kind]
+    rows = config.BLOCK_M + config.BLOCK_N
+    if gemm.operation == "grad_weight":
+        moving = config.BLOCK_N * _taps_at_once(config, gemm)
+        rows = config.BLOCK_M + moving
+        if gemm.switch("out"):  # the mask lies beside dy
+            rows += moving if gemm.dy_moves else config.BLOCK_M
+    stages = config.num_stages if target.asynchronous else max(config.num_stages - 1, 1)
+    recomputed = config.BLOCK_M if gemm.reduces_pixels and gemm.switch("prologue") else 0
+    return max((stages * rows + recomputed) * config.BLOCK_K * size, config.BLOCK_M * config.BLOCK_N * size)
 
 
 def _taps_at_once(config: Config, gemm: Gemm) -> int:
@@ -341,7 +168,7 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
     resident = max(
         1,
         min(
-            (target.shared_memory + 1024) // (target.shared_bytes(config, gemm) + 1024),
+            (target.shared_memory + 1024) // (shared_bytes(config, gemm, target) + 1024),
             int(target.registers / (32 * warps * min(_registers(config, gemm), _REGISTERS))),
             _THREADS // (32 * warps),
         ),
@@ -366,7 +193,7 @@ def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
         block == 16 or block < 2 * length
         for block, length in ((config.BLOCK_M, rows), (config.BLOCK_N, columns), (config.BLOCK_K, reduction))
     )
-    shared = target.shared_bytes(config, gemm)
+    shared = shared_bytes(config, gemm, target)
     registers = _registers(config, gemm) <= _REGISTERS and _epilogue_fits(config, gemm)
     return narrow and shared <= target.shared_memory and registers and _prologue_fits(config, gemm, target)
 
@@ -414,48 +241,3 @@ def candidates(gemm: Gemm, target: Target = ANY) -> tuple[Config, ...]:
     table = TABLE[gemm.operation][gemm.kind]
     fitting = [config for config in table if _fits(config, gemm, target)] or [table[-1]]
     return tuple(sorted(fitting, key=lambda config: _seconds(config, gemm, target))[:_TIMED])
-
-
-# ---- the choice ------------------------------------------------------------------------------------------------
-
-_every: Target | None = None
-
-
-@contextmanager
-def every_candidate(target: Target = ANY) -> Iterator[None]:
-    """Inside, each launch first runs once with every candidate that a device like `target` would time.
-
-    For whoever records launches, to compile and count all that can be chosen.
-    """
-    global _every
-    previous, _every = _every, target
-    try:
-        yield
-    finally:
-        _every = previous
-
-
-def gemm_config(
-    operation: str, shape: ConvShape, x: Tensor, run: Callable[[Config], object], **switches: object
-) -> Config:
-    """The configuration to launch with; see `gemm` for the arguments.
-
-    Args:
-        x: an operand: type and device.
-        run: launches once with a configuration, changing nothing that it reads.
-    """
-    key = gemm(operation, shape, x.dtype, **switches)
-    if _every is None:
-        name = choices.remembered(key, x.device)
-        if name is not None:
-            return _config(name)
-    return best(key, candidates(key, _every or _target(x.device)), run, x.device)
-
-
-def best(key: tuple, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device) -> Config:
-    """The fastest of `candidates` on the device, as `choices` remembers or times it; on the CPU the first."""
-    if _every is not None:
-        for config in candidates:
-            run(config)
-        return candidates[0]
-    return _config(choices.choose(key, {str(config): partial(run, config) for config in candidates}, device))
