@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device.pointwise import relu_passes
-from .geometry import check_nhwc
+from .host.launch import check_nhwc
 
 
 @triton.jit

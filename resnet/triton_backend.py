@@ -20,15 +20,17 @@ from torch import Tensor
 from resnet import backends
 from resnet.block import BlockGrad, Convolutions, Needs, Saved, StemGrad
 from resnet.convolution import convolve, convolve_backward
-from resnet.kernels import batch_norm as bn
 from resnet.kernels import batch_norm_max_pool as pool
 from resnet.kernels.add_masked_grad import add_masked_grad
-from resnet.kernels.batch_norm import Moments
+from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_statistics import Moments, batch_norm_statistics
 from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
 from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
-from resnet.kernels.geometry import conv_shape
+from resnet.kernels.host.shapes import conv_shape
 from resnet.kernels.tuning import bucket
 from resnet.norm import Norm, empty_grads
 from resnet.triton_batch_norm import backward as batch_norm_backward
@@ -62,6 +64,11 @@ def _pick(direction: str, x: Tensor, weight: Tensor, fused: tuple, **variants: C
 # ---- the convolutions, each way --------------------------------------------------------------------------------
 
 
+def _activated(x: Tensor, stats: Tensor | None) -> Tensor:
+    """A convolution's input by a pass of its own: relu(x * scale + shift), or x where there are no stats."""
+    return x if stats is None else batch_norm_add_relu(x, stats)
+
+
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -78,11 +85,14 @@ def _forward(
         return conv_forward(x, weight, stride, padding, stats=stats, moments=moments, shortcut=shortcut, tf32=_tf32(x))
 
     def pytorch() -> ConvOutput:
-        y = convolve(x if stats is None else bn.apply(x, stats), weight, None, stride, padding)
+        y = convolve(_activated(x, stats), weight, None, stride, padding)
         z = None if conv3 is None else convolve(x, conv3, None, stride, 0)
-        return ConvOutput(y, bn.moments(y) if moments else None, z, None)
+        return ConvOutput(y, batch_norm_statistics(y) if moments else None, z, None)
 
-    variants = {"epilogue": lambda: fused(x if stats is None else bn.apply(x, stats), None), "pytorch": pytorch}
+    variants = {
+        "epilogue": lambda: fused(_activated(x, stats), None),
+        "pytorch": pytorch,
+    }
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
     return _pick("forward", x, weight, (stride, moments, stats is not None, conv3 is not None), **variants)
@@ -103,7 +113,7 @@ def _grad_input_mask(
 
     def pytorch() -> tuple[Tensor, Tensor]:
         da, _ = convolve_backward(dy, y1, weight, 1, 1, True, False)
-        return da, bn.backward_reduce(da, y1, None, stats, dweight=dweight, dbias=dbias)
+        return da, batch_norm_backward_reduce(da, y1, None, stats, dweight=dweight, dbias=dbias)
 
     return _pick("grad_input", dy, weight, ("mask",), epilogue=fused, pytorch=pytorch)
 
@@ -143,10 +153,12 @@ def _grad_weight(
 
     def pytorch() -> Tensor:
         g = dy if out is None else torch.ops.aten.threshold_backward(dy, out, 0)
-        a = x if stats is None else bn.apply(x, stats)
-        return convolve_backward(g, a, weight, stride, padding, False, True)[1]
+        return convolve_backward(g, _activated(x, stats), weight, stride, padding, False, True)[1]
 
-    variants = {"epilogue": lambda: fused(x if stats is None else bn.apply(x, stats), None), "pytorch": pytorch}
+    variants = {
+        "epilogue": lambda: fused(_activated(x, stats), None),
+        "pytorch": pytorch,
+    }
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
     return _pick("grad_weight", dy, weight, (x.shape[1], stride, stats is not None, out is not None), **variants)
@@ -162,7 +174,7 @@ def residual_block(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> 
     second = _forward(first.y, convs.conv2, 1, 1, norm2.training, stats1)
     stats2 = _norm_stats(second.y, second.moments, norm2)
     shortcut = x if convs.conv3 is None else first.shortcut
-    out = bn.apply(second.y, stats2, shortcut, shortcut_shift=convs.conv3_bias)
+    out = batch_norm_add_relu(second.y, stats2, shortcut, shortcut_shift=convs.conv3_bias)
     return Saved(x, first.y, second.y, out, stats1, stats2)
 
 
@@ -172,10 +184,10 @@ def residual_block_backward(
     """See `torch_backend.residual_block_backward`."""
     x, y1, y2, out, stats1, stats2 = saved
     dweight2, dbias2 = empty_grads(norm2)
-    sums2 = bn.backward_reduce(dout, y2, out, stats2, dweight=dweight2, dbias=dbias2)
+    sums2 = batch_norm_backward_reduce(dout, y2, out, stats2, dweight=dweight2, dbias=dbias2)
     dx = dconv1 = dconv2 = dconv3 = dweight1 = dbias1 = sum_g1 = None
     if needs.inner or needs.conv2:
-        dy2 = bn.backward_apply(dout, y2, out, stats2, sums2 if norm2.training else None)
+        dy2 = batch_norm_backward_apply(dout, y2, out, stats2, sums2 if norm2.training else None)
     if needs.inner:
         dweight1, dbias1 = empty_grads(norm1)
         g1, sums1 = _grad_input_mask(dy2, convs.conv2, y1, stats1, dweight1, dbias1)
@@ -183,7 +195,7 @@ def residual_block_backward(
     if needs.conv2:
         dconv2 = _grad_weight(dy2, y1, convs.conv2, 1, 1, stats1)
     if needs.x or needs.conv1:
-        dy1 = bn.backward_apply(g1, y1, None, stats1, sums1 if norm1.training else None, dx=g1)
+        dy1 = batch_norm_backward_apply(g1, y1, None, stats1, sums1 if norm1.training else None, dx=g1)
     if needs.x:
         dx = _grad_input_add(dy1, convs.conv1, x, convs.stride, dout, out, convs.conv3)
     if needs.conv1:
@@ -231,7 +243,7 @@ def _inference(
         if shortcut is not None:
             bias = None if shortcut.bias is None else shortcut.bias.to(x.dtype)
             z = convolve(x, shortcut.weight, bias, stride, 0)
-        return bn.apply(y, frozen_stats(norm, y.dtype), skip, relu=relu, out=y), z
+        return batch_norm_add_relu(y, frozen_stats(norm, y.dtype), skip, relu=relu, out=y), z
 
     fused_to_it = (stride, skip is not None, shortcut is not None, relu)
     return _pick("inference", x, weight, fused_to_it, epilogue=fused, pytorch=pytorch)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.kernels import batch_norm as kernels
+from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
+from resnet.kernels.batch_norm_statistics import Moments, batch_norm_statistics
 from resnet.norm import Norm, NormGrad, empty_grads, statistics_dtype
 
 
@@ -18,16 +22,16 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, stats): see `torch_batch_norm.forward`."""
     stats = _stats(x, norm)
-    return kernels.apply(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu), stats
+    return batch_norm_add_relu(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu), stats
 
 
 def _stats(x: Tensor, norm: Norm) -> Tensor:
-    return batch_stats(kernels.moments(x), norm) if norm.training else frozen_stats(norm, x.dtype)
+    return batch_stats(batch_norm_statistics(x), norm) if norm.training else frozen_stats(norm, x.dtype)
 
 
-def batch_stats(moments: kernels.Moments, norm: Norm) -> Tensor:
+def batch_stats(moments: Moments, norm: Norm) -> Tensor:
     """stats (4, C) from the batch's moments; updates the running statistics in place."""
-    return kernels.finalize(
+    return batch_norm_finalize(
         *moments,
         norm.weight,
         norm.bias,
@@ -41,7 +45,7 @@ def batch_stats(moments: kernels.Moments, norm: Norm) -> Tensor:
 
 def frozen_stats(norm: Norm, dtype: torch.dtype) -> Tensor:
     """stats (4, C) from the running statistics, for activations of `dtype`."""
-    return kernels.freeze(
+    return batch_norm_freeze(
         norm.running_mean,
         norm.running_var,
         norm.weight,
@@ -64,7 +68,7 @@ def backward(
     """Gradients of `forward`, as `torch_batch_norm.backward`. Without a shortcut x gives out's sign."""
     mask = out if shortcut else None
     dweight, dbias = empty_grads(norm)
-    sums = kernels.backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
+    sums = batch_norm_backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
     g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
-    dx = kernels.backward_apply(dout, x, mask, stats, sums if norm.training else None, relu, g)
+    dx = batch_norm_backward_apply(dout, x, mask, stats, sums if norm.training else None, relu, g)
     return NormGrad(dx, dweight, dbias, sums[0], g)

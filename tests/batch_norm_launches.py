@@ -1,4 +1,4 @@
-"""Every way in which `kernels/batch_norm.py` moves activations, by name."""
+"""Every way in which BatchNorm's passes move activations, by name."""
 
 from __future__ import annotations
 
@@ -8,11 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnet.kernels import batch_norm as kernels
+from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_finalize import batch_norm_finalize
+from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.norm import statistics_dtype
 from tests.blocks import draw
 
 EPS = 1e-5
+
+
+def batch_stats(x: Tensor, *norm: object) -> Tensor:
+    """stats (4, C) of x's batch; the rest as `batch_norm_finalize` takes it."""
+    return batch_norm_finalize(*batch_norm_statistics(x), *norm)
 
 
 @dataclass
@@ -34,22 +43,22 @@ class Case:
 
 
 LAUNCHES: dict[str, Callable[[Case], object]] = {
-    "statistics": lambda c: kernels.statistics(c.x, None, None, None, None, 0.1, EPS),
-    "apply": lambda c: kernels.apply(c.x, c.stats),
-    "apply, add": lambda c: kernels.apply(c.x, c.stats, c.shortcut),
-    "reduce, mask from out": lambda c: kernels.backward_reduce(c.dout, c.x, c.out, c.stats),
-    "reduce, mask from x": lambda c: kernels.backward_reduce(c.dout, c.x, None, c.stats),
-    "reduce, no relu": lambda c: kernels.backward_reduce(c.dout, c.x, None, c.stats, relu=False),
-    "apply', mask from out": lambda c: kernels.backward_apply(c.dout, c.x, c.out, c.stats, c.sums),
-    "apply', mask from out, shortcut's gradient": lambda c: kernels.backward_apply(
+    "statistics": lambda c: batch_stats(c.x, None, None, None, None, 0.1, EPS),
+    "apply": lambda c: batch_norm_add_relu(c.x, c.stats),
+    "apply, add": lambda c: batch_norm_add_relu(c.x, c.stats, c.shortcut),
+    "reduce, mask from out": lambda c: batch_norm_backward_reduce(c.dout, c.x, c.out, c.stats),
+    "reduce, mask from x": lambda c: batch_norm_backward_reduce(c.dout, c.x, None, c.stats),
+    "reduce, no relu": lambda c: batch_norm_backward_reduce(c.dout, c.x, None, c.stats, relu=False),
+    "apply', mask from out": lambda c: batch_norm_backward_apply(c.dout, c.x, c.out, c.stats, c.sums),
+    "apply', mask from out, shortcut's gradient": lambda c: batch_norm_backward_apply(
         c.dout, c.x, c.out, c.stats, c.sums, dshortcut=torch.empty_like(c.x)
     ),
-    "apply', mask from x": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, c.sums),
-    "apply', no relu": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, c.sums, relu=False),
-    "frozen apply', mask from out": lambda c: kernels.backward_apply(c.dout, c.x, c.out, c.stats, None),
-    "frozen apply', mask from out, shortcut's gradient": lambda c: kernels.backward_apply(
+    "apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, c.sums),
+    "apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, c.sums, relu=False),
+    "frozen apply', mask from out": lambda c: batch_norm_backward_apply(c.dout, c.x, c.out, c.stats, None),
+    "frozen apply', mask from out, shortcut's gradient": lambda c: batch_norm_backward_apply(
         c.dout, c.x, c.out, c.stats, None, dshortcut=torch.empty_like(c.x)
     ),
-    "frozen apply', mask from x": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, None),
-    "frozen apply', no relu": lambda c: kernels.backward_apply(c.dout, c.x, None, c.stats, None, relu=False),
+    "frozen apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, None),
+    "frozen apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, None, relu=False),
 }

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from resnet.kernels.batch_norm import accumulator
 from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
-from resnet.kernels.geometry import ConvShape
+from resnet.kernels.host.launch import accumulator
+from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.blocks import DTYPES, draw
 from tests.parity import assert_as_exact_as_eager

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import resnet
-from resnet import FusedResidual, backend, convolution, current_backend, current_convolution
+from resnet import FusedResidual, backend, convolution, current_backend, current_convolution, triton_batch_norm
 from resnet.backends import pick
-from resnet.kernels import batch_norm as kernels
 from resnet.kernels.tuning import memory
 from tests.blocks import draw, one_thread, same, step, trio  # noqa: F401
 from tests.conftest import DEVICE
@@ -33,8 +32,8 @@ def restored():
 def launches(monkeypatch):
     """How often partial statistics were merged, from a kernel of their own or from a convolution's epilogue."""
     count = []
-    finalize = kernels.finalize
-    monkeypatch.setattr(kernels, "finalize", lambda *args: (count.append(1), finalize(*args))[1])
+    finalize = triton_batch_norm.batch_norm_finalize
+    monkeypatch.setattr(triton_batch_norm, "batch_norm_finalize", lambda *args: (count.append(1), finalize(*args))[1])
     return count
 
 

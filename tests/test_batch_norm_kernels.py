@@ -1,4 +1,4 @@
-"""Each launcher of `kernels/batch_norm.py` against the functional references, judged in float64.
+"""Each launcher of BatchNorm's passes against the functional references, judged in float64.
 
 Interpreted where there is no GPU, compiled where there is one. "Eager" is the reference in the type of the statistics,
 rounded once to the stored type: the most exact that plain PyTorch does.
@@ -18,8 +18,13 @@ from torch.nn import functional as F
 from triton.runtime.interpreter import InterpretedFunction
 
 from resnet import reference
-from resnet.kernels import batch_norm as kernels
+from resnet.kernels.batch_norm_add_relu import apply_kernel, batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce, merge_sums
+from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
+from resnet.kernels.host.tiling import Tiling, tiling
 from resnet.norm import statistics_dtype
+from tests.batch_norm_launches import batch_stats
 from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE
 from tests.parity import assert_as_exact_as_eager
@@ -97,9 +102,9 @@ def assert_parity(results: list[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> No
 
 
 def test_shapes_are_cut_as_their_names_say():
-    def cut(name: str) -> tuple[kernels.Tiling, int, int]:
+    def cut(name: str) -> tuple[Tiling, int, int]:
         M, C = rows(SHAPES[name]), SHAPES[name][1]
-        return kernels.tiling(M, C), M, C
+        return tiling(M, C), M, C
 
     t, M, C = cut("one tile, padded columns")
     assert t.partials == 1 and t.BLOCK_M > M and t.BLOCK_C > C
@@ -117,7 +122,7 @@ def test_shapes_are_cut_as_their_names_say():
 @pytest.mark.parametrize("C", [1, 3, 6, 8, 24, 64, 72, 100, 512, 2048])
 @pytest.mark.parametrize("M", [1, 2, 255, 256, 4608, 600_000, 2**31])
 def test_tiling_covers_the_rows_once_with_partials_that_one_program_can_merge(M, C):
-    t = kernels.tiling(M, C)
+    t = tiling(M, C)
     assert (t.partials - 1) * t.rows < M <= t.partials * t.rows
     assert t.partials <= 512
     assert t.rows >= min(M, 256)  # else the partials are no small part of the traffic
@@ -136,7 +141,7 @@ def test_statistics_and_running_statistics_are_as_exact_as_eager(shape, dtype):
         weight, bias = vector(C, seed + 10, acc), vector(C, seed + 20, acc)
         running = vector(C, seed + 30, acc), vector(C, seed + 40, acc).abs()
         mine, eagers, exacts = ([v.to(d, copy=True) for v in running] for d in (acc, acc, torch.float64))
-        stats = kernels.statistics(x, weight, bias, *mine, 0.3, EPS)
+        stats = batch_stats(x, weight, bias, *mine, 0.3, EPS)
         row = {}
         expected = []
         for d, updated in ((acc, eagers), (torch.float64, exacts)):
@@ -156,7 +161,7 @@ def test_statistics_and_running_statistics_are_as_exact_as_eager(shape, dtype):
 def test_running_variance_is_unbiased_and_the_normalising_one_is_not():
     x = draw(2, 3, 2, 1)
     running = torch.zeros(3, device=DEVICE), torch.zeros(3, device=DEVICE)
-    stats = kernels.statistics(x, None, None, *running, 1.0, 0.0)
+    stats = batch_stats(x, None, None, *running, 1.0, 0.0)
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(running[1], x.var((0, 2, 3), unbiased=True), rtol=8 * eps, atol=0)
     torch.testing.assert_close(1 / stats[1] ** 2, x.var((0, 2, 3), unbiased=False), rtol=8 * eps, atol=0)
@@ -170,28 +175,28 @@ def test_an_absent_weight_is_ones_and_an_absent_bias_zeros(absent):
     ones, zeros = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
     explicit = (ones if weight is None else weight, zeros if bias is None else bias)
     same_bits(
-        kernels.statistics(x, weight, bias, None, None, 0.1, EPS),
-        kernels.statistics(x, *explicit, None, None, 0.1, EPS),
+        batch_stats(x, weight, bias, None, None, 0.1, EPS),
+        batch_stats(x, *explicit, None, None, 0.1, EPS),
     )
     same_bits(
-        kernels.freeze(zeros + 0.5, ones, weight, bias, EPS),
-        kernels.freeze(zeros + 0.5, ones, *explicit, EPS),
+        batch_norm_freeze(zeros + 0.5, ones, weight, bias, EPS),
+        batch_norm_freeze(zeros + 0.5, ones, *explicit, EPS),
     )
 
 
 def test_stats_do_not_depend_on_running_statistics_or_a_bias_of_the_convolution():
     x, C = draw(*RAGGED), RAGGED[1]
     running = vector(C, 1, torch.float32), vector(C, 2, torch.float32).abs()
-    bare = kernels.statistics(x, None, None, None, None, 0.1, EPS)
-    same_bits(kernels.statistics(x, None, None, *running, 0.1, EPS, vector(C, 3, torch.float32)), bare)
+    bare = batch_stats(x, None, None, None, None, 0.1, EPS)
+    same_bits(batch_stats(x, None, None, *running, 0.1, EPS, vector(C, 3, torch.float32)), bare)
 
 
 def test_a_bias_of_the_convolution_moves_the_running_mean_and_nothing_else():
     x, C = draw(*RAGGED), RAGGED[1]
     conv_bias = vector(C, 3, torch.float32)
     with_bias, without = ([torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)] for _ in range(2))
-    kernels.statistics(x, None, None, *with_bias, 0.25, EPS, conv_bias)
-    kernels.statistics(x, None, None, *without, 0.25, EPS)
+    batch_stats(x, None, None, *with_bias, 0.25, EPS, conv_bias)
+    batch_stats(x, None, None, *without, 0.25, EPS)
     # sums of numbers of the size of the bias, rounded three times
     eps = torch.finfo(torch.float32).eps
     torch.testing.assert_close(
@@ -206,7 +211,7 @@ def test_running_statistics_in_half_precision_are_rounded_once(dtype):
     x, C = draw(*RAGGED, dtype=dtype), RAGGED[1]
     running = vector(C, 1, dtype), vector(C, 2, dtype).abs() + 0.5
     mine, exact = ([v.to(d, copy=True) for v in running] for d in (dtype, torch.float64))
-    kernels.statistics(x, None, None, *mine, 0.1, EPS)
+    batch_stats(x, None, None, *mine, 0.1, EPS)
     F.batch_norm(x.double(), *exact, None, None, True, 0.1, EPS)
     for name, fused, expected in zip(("running mean", "running var"), mine, exact):
         # half an ulp, and of the float32 before it an error that can only tip a value over to its other neighbour
@@ -224,8 +229,8 @@ def test_running_statistics_and_output_are_as_exact_as_eager_at_any_mean(mean):
             [torch.zeros(C, dtype=d, device=DEVICE), torch.ones(C, dtype=d, device=DEVICE)]
             for d in (torch.float32, torch.float32, torch.float64)
         )
-        stats = kernels.statistics(x, None, None, *mine, 0.1, EPS)
-        out = kernels.apply(x, stats, relu=False)
+        stats = batch_stats(x, None, None, *mine, 0.1, EPS)
+        out = batch_norm_add_relu(x, stats, relu=False)
         plain = F.batch_norm(x.contiguous(), *eager, None, None, True, 0.1, EPS)
         judge = F.batch_norm(x.double(), *exact, None, None, True, 0.1, EPS)
         names = ("running mean", "running var", "out")
@@ -248,7 +253,7 @@ def test_any_number_of_partials_is_merged_as_exactly_as_eager(T, planes):
     M = (T - 1) * rows + 2  # the last one ragged
     x = draw(M, C)
     mine = [torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)]
-    stats = kernels.finalize(partials_of(x, rows, planes), rows, M, None, None, *mine, 1.0, EPS)
+    stats = batch_norm_finalize(partials_of(x, rows, planes), rows, M, None, None, *mine, 1.0, EPS)
     exact = x.double().mean(0), x.double().var(0)
     ulp = torch.finfo(torch.float32).eps
     torch.testing.assert_close(mine[0].double(), exact[0], rtol=0, atol=ulp * x.abs().max().item())
@@ -260,7 +265,7 @@ def test_any_number_of_partials_is_merged_as_exactly_as_eager(T, planes):
 def test_any_number_of_partial_sums_is_merged(T):
     partial = draw(2, T, 3)
     dweight, dbias = torch.empty(3, device=DEVICE), torch.empty(3, device=DEVICE)
-    sums = kernels.merge_sums(partial, dweight, dbias)
+    sums = merge_sums(partial, dweight, dbias)
     exact = partial.double().sum(1)
     torch.testing.assert_close(sums.double(), exact, rtol=0, atol=1e-6 * T**0.5)
     same_bits(torch.stack((dbias, dweight)), sums)
@@ -269,16 +274,16 @@ def test_any_number_of_partial_sums_is_merged(T):
 @per_dtype
 def test_a_constant_channel_has_variance_zero(dtype):
     x = torch.full(RAGGED, 3.0, device=DEVICE, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    mean, invstd, *_ = kernels.statistics(x, None, None, None, None, 0.1, 0.25)
+    mean, invstd, *_ = batch_stats(x, None, None, None, None, 0.1, 0.25)
     assert (mean == 3).all() and (invstd == 2).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_value_spoils_the_statistics_of_its_channel_only(bad):
     x = draw(*RAGGED)
-    clean = kernels.statistics(x, None, None, None, None, 0.1, EPS)
+    clean = batch_stats(x, None, None, None, None, 0.1, EPS)
     x[1, 5, 7, 3] = bad
-    stats = kernels.statistics(x, None, None, None, None, 0.1, EPS)
+    stats = batch_stats(x, None, None, None, None, 0.1, EPS)
     assert not stats[:, 5].isfinite().any()
     others = torch.arange(RAGGED[1], device=DEVICE) != 5
     same_bits(stats[:, others], clean[:, others])
@@ -296,7 +301,7 @@ def test_freeze_is_as_exact_as_eager(dtype, C, conv_bias):
     for seed in range(DRAWS):
         given = [vector(C, seed + 10 * i, dtype) for i in range(5)]  # vectors may be in half precision as well
         mean, var, weight, bias, shift = given[0], given[1].abs() + 0.1, *given[2:]
-        stats = kernels.freeze(mean, var, weight, bias, EPS, shift if conv_bias else None, acc)
+        stats = batch_norm_freeze(mean, var, weight, bias, EPS, shift if conv_bias else None, acc)
 
         def expected(d, mean=mean, var=var, weight=weight, bias=bias, shift=shift):
             m = mean.to(d) - shift.to(d) if conv_bias else mean.to(d)
@@ -333,7 +338,7 @@ def apply_case(
         cast = [None if t is None else t.to(d) for t in extra]
         return reference.batch_norm_apply(x.to(d), stats[2].to(d), stats[3].to(d), *cast, relu=relu)
 
-    return kernels.apply(x, stats, *extra, relu=relu), plain(acc).to(dtype), plain(torch.float64)
+    return batch_norm_add_relu(x, stats, *extra, relu=relu), plain(acc).to(dtype), plain(torch.float64)
 
 
 @per_pair
@@ -363,21 +368,21 @@ def test_relu_keeps_nan_and_infinity_as_torch_relu_does(dtype, shortcut):
     bad = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype, device=DEVICE)
     x[0, :, 1, 2] = bad
     stats = torch.ones((4, 3), dtype=statistics_dtype(dtype), device=DEVICE)
-    out = kernels.apply(x, stats, torch.zeros_like(x) if shortcut else None)
+    out = batch_norm_add_relu(x, stats, torch.zeros_like(x) if shortcut else None)
     same_bits(out, torch.relu(x + 1))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_a_positive_sum_that_rounds_to_zero_has_no_gradient(dtype):
-    if isinstance(kernels.apply_kernel, InterpretedFunction) and dtype == torch.bfloat16:
+    if isinstance(apply_kernel, InterpretedFunction) and dtype == torch.bfloat16:
         pytest.skip("the interpreter reads bfloat16's subnormals as zeros")
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal
     x = torch.full((1, 2, 1, 2), tiny, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)
     stats = torch.tensor([[0.0, 0], [1, 1], [0.25, 1], [0, 0]], device=DEVICE)
-    out = kernels.apply(x, stats)
+    out = batch_norm_add_relu(x, stats)
     assert (out[:, 0] == 0).all() and (out[:, 1] > 0).all()
     for mask in (out, None):
-        sums = kernels.backward_reduce(torch.ones_like(x), x, mask, stats)
+        sums = batch_norm_backward_reduce(torch.ones_like(x), x, mask, stats)
         assert sums[0].tolist() == [0, 2]
 
 
@@ -387,7 +392,7 @@ def test_a_positive_sum_that_rounds_to_zero_has_no_gradient(dtype):
 def backward_inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dout, x, out, stats), out = relu(x * scale + shift)."""
     x, stats = draw(*shape, seed=seed, dtype=dtype), stats_like_training(shape[1], statistics_dtype(dtype), seed)
-    return draw(*shape, seed=seed + 8, dtype=dtype), x, kernels.apply(x, stats), stats
+    return draw(*shape, seed=seed + 8, dtype=dtype), x, batch_norm_add_relu(x, stats), stats
 
 
 @per_pair
@@ -409,7 +414,7 @@ def assert_backward_reduce_parity(shape: tuple[int, ...], dtype: torch.dtype, re
             reference.batch_norm_backward_reduce(*(t.to(d) for t in (g, x, stats[0], stats[1])))
             for d in (stats.dtype, torch.float64)
         ]
-        sums = kernels.backward_reduce(dout, x, out, stats, relu)
+        sums = batch_norm_backward_reduce(dout, x, out, stats, relu)
         results.append(dict(zip(("sum g", "sum g * xhat"), zip(sums, *expected))))
     assert_parity(results)
 
@@ -431,12 +436,12 @@ def assert_backward_apply_parity(shape: tuple[int, ...], dtype: torch.dtype, tra
     for seed in range(DRAWS):
         dout, x, out, stats = backward_inputs(shape, dtype, seed)
         g = masked(dout, out) if relu else dout
-        sums = kernels.backward_reduce(dout, x, out, stats, relu)
+        sums = batch_norm_backward_reduce(dout, x, out, stats, relu)
         eager, exact = (
             reference.batch_norm_backward_apply(*(t.to(d) for t in (g, x, *stats[:3], *sums)), training)
             for d in (stats.dtype, torch.float64)
         )
-        dx = kernels.backward_apply(dout, x, out, stats, sums if training else None, relu)
+        dx = batch_norm_backward_apply(dout, x, out, stats, sums if training else None, relu)
         results.append({"dx": (dx, eager.to(dtype), exact)})
     assert_parity(results)
 
@@ -446,7 +451,7 @@ def test_gradients_of_weight_and_bias_are_the_sums_rounded_to_their_types(dtype)
     dout, x, out, stats = backward_inputs(RAGGED, dtype)
     dweight = torch.empty(RAGGED[1], dtype=dtype, device=DEVICE)
     dbias = torch.empty(RAGGED[1], dtype=torch.float32, device=DEVICE)
-    sums = kernels.backward_reduce(dout, x, out, stats, True, dweight, dbias)
+    sums = batch_norm_backward_reduce(dout, x, out, stats, True, dweight, dbias)
     same_bits(dweight, sums[1].to(dtype))
     same_bits(dbias, sums[0])
 
@@ -454,21 +459,23 @@ def test_gradients_of_weight_and_bias_are_the_sums_rounded_to_their_types(dtype)
 @per_pair
 def test_a_mask_recomputed_from_x_is_bit_equal_to_the_stored_output(shape, dtype):
     dout, x, out, stats = backward_inputs(shape, dtype)
-    sums = kernels.backward_reduce(dout, x, out, stats)
-    same_bits(kernels.backward_reduce(dout, x, None, stats), sums)
+    sums = batch_norm_backward_reduce(dout, x, out, stats)
+    same_bits(batch_norm_backward_reduce(dout, x, None, stats), sums)
     for used in (sums, None):
-        same_bits(kernels.backward_apply(dout, x, None, stats, used), kernels.backward_apply(dout, x, out, stats, used))
+        same_bits(
+            batch_norm_backward_apply(dout, x, None, stats, used), batch_norm_backward_apply(dout, x, out, stats, used)
+        )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
 @per_pair
 def test_the_gradient_of_the_shortcut_is_dout_behind_the_mask(shape, dtype, training):
     dout, x, out, stats = backward_inputs(shape, dtype)
-    sums = kernels.backward_reduce(dout, x, out, stats) if training else None
+    sums = batch_norm_backward_reduce(dout, x, out, stats) if training else None
     dshortcut = torch.empty_like(x)
-    dx = kernels.backward_apply(dout, x, out, stats, sums, dshortcut=dshortcut)
+    dx = batch_norm_backward_apply(dout, x, out, stats, sums, dshortcut=dshortcut)
     same_bits(dshortcut, masked(dout, out))
-    same_bits(dx, kernels.backward_apply(dout, x, out, stats, sums))
+    same_bits(dx, batch_norm_backward_apply(dout, x, out, stats, sums))
 
 
 @pytest.mark.core
@@ -479,12 +486,12 @@ def test_a_nan_output_passes_its_gradient_and_minus_infinity_stops_it(dtype, sto
     bad = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype, device=DEVICE)
     x[0, :, 1, 2] = bad
     stats = torch.ones((4, 3), dtype=statistics_dtype(dtype), device=DEVICE)
-    out = kernels.apply(x, stats)
+    out = batch_norm_add_relu(x, stats)
     mask = out if stored else None
     dout, dshortcut = torch.ones_like(x), torch.empty_like(x)
-    dx = kernels.backward_apply(dout, x, mask, stats, None, dshortcut=dshortcut)
+    dx = batch_norm_backward_apply(dout, x, mask, stats, None, dshortcut=dshortcut)
     assert dshortcut[0, :, 1, 2].tolist() == dx[0, :, 1, 2].tolist() == [1, 1, 0]
-    counted = kernels.backward_reduce(dout, x, mask, stats)[0]
+    counted = batch_norm_backward_reduce(dout, x, mask, stats)[0]
     assert counted.tolist() == (~(out <= 0)).sum((0, 2, 3)).tolist()
 
 
@@ -496,12 +503,12 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     acc, C = statistics_dtype(dtype), shape[1]
     x, shortcut, dout = (draw(*shape, seed=seed, dtype=dtype) for seed in range(3))
     running = vector(C, 3, acc), vector(C, 4, acc).abs()
-    stats = kernels.statistics(x, vector(C, 5, acc), vector(C, 6, acc), *running, 0.1, EPS, vector(C, 7, acc))
-    frozen = kernels.freeze(*running, None, None, EPS, None, acc)
-    out = kernels.apply(x, stats, shortcut)
-    sums = kernels.backward_reduce(dout, x, out, stats)
+    stats = batch_stats(x, vector(C, 5, acc), vector(C, 6, acc), *running, 0.1, EPS, vector(C, 7, acc))
+    frozen = batch_norm_freeze(*running, None, None, EPS, None, acc)
+    out = batch_norm_add_relu(x, stats, shortcut)
+    sums = batch_norm_backward_reduce(dout, x, out, stats)
     dshortcut = torch.empty_like(x)
-    dx = kernels.backward_apply(dout, x, out, stats, sums, dshortcut=dshortcut)
+    dx = batch_norm_backward_apply(dout, x, out, stats, sums, dshortcut=dshortcut)
     return [*running, stats, frozen, out, sums, dx, dshortcut]
 
 
@@ -515,23 +522,23 @@ def test_a_second_run_gives_the_same_bits(shape, dtype):
 def test_a_result_goes_where_it_is_wanted_and_may_replace_the_gradient_it_is_made_of(dtype):
     dout, x, out, stats = backward_inputs(RAGGED, dtype)
     given = torch.empty_like(x)
-    assert kernels.apply(x, stats, out=given) is given
+    assert batch_norm_add_relu(x, stats, out=given) is given
     same_bits(given, out)
-    sums = kernels.backward_reduce(dout, x, out, stats)
-    expected = kernels.backward_apply(dout, x, out, stats, sums)
-    assert kernels.backward_apply(dout, x, out, stats, sums, dx=dout) is dout
+    sums = batch_norm_backward_reduce(dout, x, out, stats)
+    expected = batch_norm_backward_apply(dout, x, out, stats, sums)
+    assert batch_norm_backward_apply(dout, x, out, stats, sums, dx=dout) is dout
     same_bits(dout, expected)
 
 
 def test_inputs_are_only_read():
     dout, x, out, stats = backward_inputs(RAGGED, torch.float32)
-    sums = kernels.backward_reduce(dout, x, out, stats)
+    sums = batch_norm_backward_reduce(dout, x, out, stats)
     inputs = {"dout": dout, "x": x, "out": out, "stats": stats, "sums": sums}
     before = {name: t.clone() for name, t in inputs.items()}
-    kernels.statistics(x, stats[0], stats[1], None, None, 0.1, EPS, stats[2])
-    kernels.apply(x, stats, out, stats[0], stats[1])
-    kernels.backward_reduce(dout, x, out, stats)
-    kernels.backward_apply(dout, x, out, stats, sums)
+    batch_stats(x, stats[0], stats[1], None, None, 0.1, EPS, stats[2])
+    batch_norm_add_relu(x, stats, out, stats[0], stats[1])
+    batch_norm_backward_reduce(dout, x, out, stats)
+    batch_norm_backward_apply(dout, x, out, stats, sums)
     for name, t in inputs.items():
         same_bits(t, before[name])
 
@@ -544,10 +551,10 @@ def test_inputs_are_only_read():
 )
 def test_any_shape_is_as_exact_as_eager(shape, dtype):
     x, dout, acc = draw(*shape, dtype=dtype), draw(*shape, seed=8, dtype=dtype), statistics_dtype(dtype)
-    stats = kernels.statistics(x, None, None, None, None, 0.1, EPS)
-    out = kernels.apply(x, stats, dout)
-    sums = kernels.backward_reduce(dout, x, out, stats)
-    dx = kernels.backward_apply(dout, x, out, stats, sums)
+    stats = batch_stats(x, None, None, None, None, 0.1, EPS)
+    out = batch_norm_add_relu(x, stats, dout)
+    sums = batch_norm_backward_reduce(dout, x, out, stats)
+    dx = batch_norm_backward_apply(dout, x, out, stats, sums)
 
     def plain(d: torch.dtype) -> tuple[Tensor, ...]:
         mean, var = reference.batch_norm_statistics(x.to(d))
@@ -569,6 +576,13 @@ def test_any_shape_is_as_exact_as_eager(shape, dtype):
 # ---- what is rejected ----------------------------------------------------------------------------------------------
 
 
+LAUNCHERS = {
+    "apply": batch_norm_add_relu,
+    "backward_reduce": batch_norm_backward_reduce,
+    "backward_apply": batch_norm_backward_apply,
+}
+
+
 def calls_with(place: str, t: Tensor) -> None:
     """The launcher named before the colon, with t in the place of the argument behind it."""
     launcher, argument = place.split(": ")
@@ -578,7 +592,7 @@ def calls_with(place: str, t: Tensor) -> None:
         given |= {"dout": x, "out": x}
     if launcher == "backward_apply":
         given["sums"] = torch.ones((2, 3), device=DEVICE)
-    getattr(kernels, launcher)(**given | {argument: t})
+    LAUNCHERS[launcher](**given | {argument: t})
 
 
 ACTIVATIONS = [
@@ -597,12 +611,12 @@ WRONG_LAYOUTS = {
 @pytest.mark.parametrize("layout", WRONG_LAYOUTS.values(), ids=WRONG_LAYOUTS)
 def test_a_layout_that_is_not_dense_nhwc_is_rejected_with_its_strides(layout):
     x = layout(draw(2, 3, 4, 5))
-    got = re.escape(f"got shape {tuple(x.shape)} strides {x.stride()}")
+    got = re.escape(f"got shape {tuple(x.shape)}, strides {x.stride()}")
     for place in OTHERS:
         with pytest.raises(ValueError, match=f"expected a dense channels_last tensor.*{got}"):
             calls_with(place, x)
     with pytest.raises(ValueError, match=f"expected a dense channels_last tensor.*{got}"):
-        kernels.statistics(x, None, None, None, None, 0.1, EPS)
+        batch_stats(x, None, None, None, None, 0.1, EPS)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.complex64, torch.bool], ids=name_of)

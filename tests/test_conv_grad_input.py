@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resnet.kernels import batch_norm, conv_grad_input, tuning
+from resnet.kernels import conv_grad_input, tuning
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad
-from resnet.kernels.geometry import ConvShape
+from resnet.kernels.host.shapes import ConvShape
 from tests import grad_input_cases as cases
 from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE
@@ -124,7 +126,7 @@ def test_the_recomputed_mask_is_that_of_batch_norm_backward_bit_for_bit(small_ti
     g = case.fused()[0]
     dx = replace(case, epilogue=None).fused()[0]
     expected = torch.empty_like(dx)
-    batch_norm.backward_apply(dx, y1, None, stats, None, dshortcut=expected)
+    batch_norm_backward_apply(dx, y1, None, stats, None, dshortcut=expected)
     same_bits(g, expected)
     assert 0 < (g == 0).sum() < g.numel()
 
@@ -137,7 +139,7 @@ def test_sums_are_of_the_gradient_as_stored_and_reach_the_parameters(small_tiles
     )
     same_bits(dweight, sums[1])
     same_bits(dbias, sums[0].half())
-    reduced = batch_norm.backward_reduce(g, case.epilogue.y1, None, case.epilogue.stats, relu=False)
+    reduced = batch_norm_backward_reduce(g, case.epilogue.y1, None, case.epilogue.stats, relu=False)
     torch.testing.assert_close(sums, reduced, rtol=1e-5, atol=1e-4)  # float32, in another order
 
 
@@ -213,43 +215,43 @@ def contiguous(t: Tensor) -> Tensor:
 BAD: dict[str, tuple[str, Callable[[Case], dict], type[Exception], str]] = {
     "an integer type": ("none", lambda c: {"dy": c.dy.int()}, TypeError, "int32"),
     "dy in another layout": ("none", lambda c: {"dy": contiguous(c.dy)}, ValueError, "channels_last"),
-    "dy of other pixels": ("none", lambda c: {"dy": c.dy[:, :, 1:].clone()}, ValueError, "dy: expected shape"),
+    "dy of other pixels": ("none", lambda c: {"dy": c.dy[:, :, 1:].clone()}, ValueError, "dy: expected .*shape"),
     "another weight": (
         "none",
         lambda c: {"weight": c.weight[1:]},
         ValueError,
-        r"weight: expected shape \(17, 20, 3, 3",
+        r"weight: expected .*shape \(17, 20, 3, 3",
     ),
     "a weight of another type": (
         "none",
         lambda c: {"weight": c.weight.double()},
         TypeError,
-        "weight: expected torch.fl",
+        "weight: expected .*torch.fl",
     ),
     "an unknown epilogue": ("none", lambda c: {"epilogue": (c.dy,)}, TypeError, "epilogue: expected ReluMask"),
     "y1 of another shape": (
         "mask",
         lambda c: {"epilogue": ReluMask(c.dy, c.epilogue.stats)},
         ValueError,
-        "y1: expected shape",
+        "y1: expected .*shape",
     ),
     "half of the stats": (
         "mask",
         lambda c: {"epilogue": ReluMask(c.epilogue.y1, c.epilogue.stats[2:])},
         ValueError,
-        r"stats: expected a contiguous tensor of shape \(4, 20\)",
+        r"stats: expected a contiguous tensor, shape \(4, 20\)",
     ),
     "stats of another type": (
         "mask",
         lambda c: {"epilogue": ReluMask(c.epilogue.y1, c.epilogue.stats.half())},
         TypeError,
-        "stats: expected torch.float32",
+        "stats: expected .*torch.float32",
     ),
     "a dweight of another length": (
         "mask",
         lambda c: {"dweight": torch.empty(3, device=DEVICE)},
         ValueError,
-        r"dweight: expected a contiguous \(20,\)",
+        r"dweight: expected a contiguous tensor, shape \(20,\)",
     ),
     "a dbias without a mask": (
         "none",
@@ -261,13 +263,13 @@ BAD: dict[str, tuple[str, Callable[[Case], dict], type[Exception], str]] = {
         "residual",
         lambda c: {"epilogue": Residual(c.dy, c.epilogue.out)},
         ValueError,
-        "dout: expected shape",
+        "dout: expected .*shape",
     ),
     "a 3x3 shortcut": (
         "shortcut",
         lambda c: {"epilogue": ShortcutGrad(c.epilogue.dout, None, c.weight)},
         ValueError,
-        r"shortcut weight: expected shape \(17, 20, 1, 1\)",
+        r"shortcut weight: expected .*shape \(17, 20, 1, 1\)",
     ),
     "a shortcut of fewer pixels": (
         "shortcut",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resnet.kernels import conv_grad_weight as kernels
 from resnet.kernels import tuning
-from resnet.kernels.geometry import ConvShape
+from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.conftest import DEVICE
@@ -200,8 +200,8 @@ def test_empty_batch_gives_zeros():
 WRONG = {
     "x is not channels_last": (ValueError, "channels_last", {"x": draw(2, 20, 7, 5).contiguous()}),
     "dy is not channels_last": (ValueError, "dy: .*channels_last", {"dy": draw(2, 17, 7, 5).contiguous()}),
-    "dy has another type": (TypeError, "dy: expected torch.float32", {"dy": draw(2, 17, 7, 5).half()}),
-    "dy has another size": (ValueError, r"dy: expected shape \(2, 17, 7, 5\)", {"dy": draw(2, 17, 7, 4)}),
+    "dy has another type": (TypeError, "dy: expected .*torch.float32", {"dy": draw(2, 17, 7, 5).half()}),
+    "dy has another size": (ValueError, r"dy: expected .*shape \(2, 17, 7, 5\)", {"dy": draw(2, 17, 7, 4)}),
     "integers": (
         TypeError,
         "float16",
@@ -210,8 +210,8 @@ WRONG = {
     "stride 0": (ValueError, "positive", {"stride": 0}),
     "negative padding": (ValueError, "padding", {"padding": -1}),
     "stats of other channels": (ValueError, r"stats: .*\(4, 20\)", {"stats": draw(4, 19)}),
-    "stats in half": (TypeError, "stats: expected torch.float32", {"stats": draw(4, 20).half()}),
-    "out of another size": (ValueError, r"out: expected shape \(2, 17, 7, 5\)", {"out": draw(2, 17, 7, 4)}),
+    "stats in half": (TypeError, "stats: expected .*torch.float32", {"stats": draw(4, 20).half()}),
+    "out of another size": (ValueError, r"out: expected .*shape \(2, 17, 7, 5\)", {"out": draw(2, 17, 7, 4)}),
 }
 
 

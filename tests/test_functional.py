@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from resnet import reference
 from resnet.functional import batch_norm_add_relu
-from resnet.kernels import batch_norm as kernels
+from resnet.kernels.host.tiling import tiling
 from tests.blocks import DTYPES, HALF, assert_parity, draw, name_of, one_thread, same  # noqa: F401
 from tests.conftest import DEVICE
 
@@ -371,7 +371,7 @@ def test_inputs_are_never_written(any_backend, layout, training):
 def test_two_calls_are_bit_equal(any_backend):
     case = Case((4, 37, 12, 11))  # 528 rows: several partials
     given = tensors(case)
-    assert kernels.tiling(4 * 12 * 11, 37).partials > 1
+    assert tiling(4 * 12 * 11, 37).partials > 1
     same(fused(case, given), fused(case, given))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import resnet
 from resnet import FusedResidual, Residual, Stem, backends, triton_backend
-from resnet.kernels import batch_norm, batch_norm_max_pool
+from resnet.kernels import batch_norm_max_pool
 from resnet.kernels.add_masked_grad import add_masked_grad
 from tests.blocks import (  # noqa: F401
     DTYPES,
@@ -79,7 +79,8 @@ def launches(monkeypatch) -> list[str]:
 
             monkeypatch.setattr(module, function, recorded)
 
-    record(batch_norm, "moments", "apply", "backward_reduce", "backward_apply")
+    record(triton_backend, "batch_norm_statistics", "batch_norm_add_relu")
+    record(triton_backend, "batch_norm_backward_reduce", "batch_norm_backward_apply")
     record(triton_backend, "conv_forward", "conv_grad_input", "conv_grad_weight", "conv_grad_weight_max_pool")
     record(batch_norm_max_pool, "apply_pool")
     return names
@@ -89,12 +90,12 @@ def launches(monkeypatch) -> list[str]:
 def test_training_launches_in_the_order_of_the_design(fused_backend, launches, arguments):
     block = FusedResidual(*arguments).to(DEVICE)
     out = block(draw(2, 4, 4, 4).requires_grad_())
-    assert launches == ["conv_forward", "conv_forward", "apply"]
+    assert launches == ["conv_forward", "conv_forward", "batch_norm_add_relu"]
     launches.clear()
     out.backward(draw(*out.shape, seed=1))
     assert launches == [
-        *("backward_reduce", "backward_apply"),
-        *("conv_grad_input", "conv_grad_weight", "backward_apply"),
+        *("batch_norm_backward_reduce", "batch_norm_backward_apply"),
+        *("conv_grad_input", "conv_grad_weight", "batch_norm_backward_apply"),
         *("conv_grad_input", "conv_grad_weight"),
         *(("conv_grad_weight",) if len(arguments) > 2 else ()),
     ]

@@ -14,13 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet.kernels import batch_norm, batch_norm_max_pool
+from resnet.kernels import batch_norm_max_pool
 from resnet.kernels.add_masked_grad import add_masked_grad
+from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.conv_forward import Shortcut, conv_forward
 from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
-from resnet.kernels.geometry import ConvShape
+from resnet.kernels.host.shapes import ConvShape
+from tests.batch_norm_launches import batch_stats
 from tests.sanitizer import READS, WRITES, Grid, Program, watching
 
 pytestmark = [
@@ -57,10 +61,10 @@ PIXELS = activation(Y.shape[0], 1, 64, 64)  # of which Y is the stem's 7x7 convo
 
 # One line a launcher: whatever it launches is checked.
 LAUNCHERS: dict[str, Callable[[], object]] = {
-    "statistics": lambda: batch_norm.statistics(X, None, None, None, None, 0.1, 1e-5),
-    "apply": lambda: batch_norm.apply(X, STATS, X),
-    "backward reduce": lambda: batch_norm.backward_reduce(X, X, X, STATS),
-    "backward apply": lambda: batch_norm.backward_apply(X, X, X, STATS, SUMS, dshortcut=torch.empty_like(X)),
+    "statistics": lambda: batch_stats(X, None, None, None, None, 0.1, 1e-5),
+    "apply": lambda: batch_norm_add_relu(X, STATS, X),
+    "backward reduce": lambda: batch_norm_backward_reduce(X, X, X, STATS),
+    "backward apply": lambda: batch_norm_backward_apply(X, X, X, STATS, SUMS, dshortcut=torch.empty_like(X)),
     "pool": lambda: batch_norm_max_pool.apply_pool(Y, STATS),
     "pool, backward reduce": lambda: batch_norm_max_pool.backward_reduce(POOLED, Y, POOLED, TAP, STATS),
     "pool, backward apply": lambda: batch_norm_max_pool.backward_apply(POOLED, Y, POOLED, TAP, STATS, SUMS),

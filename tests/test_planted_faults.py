@@ -38,7 +38,7 @@ class Fault:
 
 FAULTS = {
     "a store without its mask": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_add_relu.py",
         "tl.store(out + offsets, z, mask=mask)",
         "tl.store(out + offsets, z)",
         BATCH_NORM + "test_every_form_of_the_shortcut_is_as_exact_as_eager",
@@ -46,7 +46,7 @@ FAULTS = {
         "float32",
     ),
     "a load without its mask": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_add_relu.py",
         "z = affine(tl.load(x + offsets, mask=mask)",
         "z = affine(tl.load(x + offsets)",
         BATCH_NORM + "test_every_form_of_the_shortcut_is_as_exact_as_eager",
@@ -54,7 +54,7 @@ FAULTS = {
         "float32",
     ),
     "a wrong stride": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_add_relu.py",
         "offsets = rows[:, None] * C + cols[None, :]",
         "offsets = rows[:, None] * BLOCK_C + cols[None, :]",
         BATCH_NORM + "test_every_form_of_the_shortcut_is_as_exact_as_eager",
@@ -62,7 +62,7 @@ FAULTS = {
         "float32",
     ),
     "the ragged last tile of a reduction left out": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_backward_reduce.py",
         "range(tl.cdiv(valid, BLOCK_M))",
         "range(valid // BLOCK_M)",
         BATCH_NORM + "test_backward_reduce_without_relu_is_as_exact_as_eager",
@@ -70,7 +70,7 @@ FAULTS = {
         "float32",
     ),
     "a column tile left out": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_add_relu.py",
         "triton.cdiv(C, t.BLOCK_C)",
         "C // t.BLOCK_C",
         BATCH_NORM + "test_apply_is_as_exact_as_eager",
@@ -78,7 +78,7 @@ FAULTS = {
         "two and column",
     ),
     "a float16 accumulator": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_backward_reduce.py",
         "sum_g += g\n",
         "sum_g = (sum_g + g).to(tl.float16).to(ACC)\n",
         BATCH_NORM + "test_backward_reduce_without_relu_is_as_exact_as_eager",
@@ -86,7 +86,7 @@ FAULTS = {
         "float16",
     ),
     "rows beyond the end counted into the variance": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_statistics.py",
         "tl.where(mask, value - mean, 0.0)",
         "value - mean",
         BATCH_NORM + "test_statistics_and_running_statistics_are_as_exact_as_eager",
@@ -102,7 +102,7 @@ FAULTS = {
         "float32",
     ),
     "a 32-bit row offset": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_add_relu.py",
         "row0 = tl.program_id(0).to(tl.int64) * BLOCK_M",
         "row0 = tl.program_id(0) * BLOCK_M",
         "tests/test_large_offsets.py",
@@ -118,7 +118,7 @@ FAULTS = {
         "float32",
     ),
     "statistics of the first tile only": Fault(
-        "kernels/batch_norm.py",
+        "kernels/batch_norm_statistics.py",
         "        x += BLOCK_M * C\n",
         "",
         BATCH_NORM + "test_statistics_and_running_statistics_are_as_exact_as_eager",

@@ -83,7 +83,7 @@ def launch(kernel: str = "apply_kernel", itemsize: int = 2, *, warps: int = 4, a
     kind = {2: "*fp16", 4: "*fp32", 8: "*fp64"}[itemsize]
     names = ["x", *blocks]
     return Launch(
-        module="resnet.kernels.batch_norm",
+        module="resnet.kernels.batch_norm_add_relu",
         kernel=kernel,
         signature={"x": kind, **dict.fromkeys(blocks, "constexpr")},
         constants={(names.index(name),): value for name, value in blocks.items()},
@@ -213,6 +213,6 @@ def test_the_table_shows_the_mix_of_the_longest_specialisation():
 def test_a_comparison_names_what_changed():
     old, new = [row(registers=40).as_json()], [row(registers=64).as_json(), row("sm_90").as_json()]
     changed, counts = report.compare(old, new)
-    assert changed.startswith("resnet.kernels.batch_norm.apply_kernel on sm_80, x:*fp16/16")
+    assert changed.startswith("resnet.kernels.batch_norm_add_relu.apply_kernel on sm_80, x:*fp16/16")
     assert changed.endswith(": registers 40 -> 64")
     assert counts == "1 specialisations are new, 0 are gone"

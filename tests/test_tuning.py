@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from resnet.kernels import tuning
-from resnet.kernels.geometry import ConvShape
+from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import (
     ANY,
     GFX942,

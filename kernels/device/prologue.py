@@ -32,7 +32,7 @@ def half_relu(x, scale, shift):
 
 @triton.jit
 def affine_relu(x, scale, shift):
-    """relu(x * scale + shift), rounded as it would be stored: bit-equal to what `batch_norm.apply` stores."""
+    """relu(x * scale + shift), rounded as it would be stored: bit-equal to what `batch_norm_add_relu` stores."""
     return half_relu(x, scale, shift).to(x.dtype)
 
 

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..geometry import ConvShape
+from ..host.shapes import ConvShape
 from . import memory
 from .devices import ANY, Target, target_of
 from .model import candidates, gemm

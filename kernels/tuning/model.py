@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..geometry import ConvShape
+from ..host.shapes import ConvShape
 from .devices import ANY, Target
 from .table import MAX_ACCUMULATORS, TABLE, Config
 

@@ -7,8 +7,8 @@ import torch
 import triton.language as tl
 
 from resnet.kernels import conv_grad_input, tuning
-from resnet.kernels.batch_norm import FLAGS
-from resnet.kernels.geometry import ConvShape
+from resnet.kernels.host.launch import FLAGS
+from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests import grad_input_cases as cases
 from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401

@@ -7,7 +7,7 @@ import torch
 
 from resnet.kernels import conv_grad_weight as kernels
 from resnet.kernels import tuning
-from resnet.kernels.geometry import ConvShape
+from resnet.kernels.host.shapes import ConvShape
 from tests.blocks import name_of, one_thread  # noqa: F401
 from tests.emulated.limits import (
     INSTRUCTIONS_PER_PRODUCT,

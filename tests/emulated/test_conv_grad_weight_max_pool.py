@@ -7,7 +7,7 @@ import torch
 
 from resnet.kernels import batch_norm_max_pool as pool
 from resnet.kernels import conv_grad_weight_max_pool as kernels
-from resnet.kernels.geometry import ConvShape
+from resnet.kernels.host.shapes import ConvShape
 from tests.blocks import HALF, name_of, one_thread  # noqa: F401
 from tests.emulated.limits import (
     INSTRUCTIONS_PER_PRODUCT,
