@@ -3,12 +3,10 @@
 The residual add and the ReLU are passes of their own, in place: fused to the convolution the add takes longer (with
 AVX2, by 2 to 9% of both), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
 
-A 3x3 convolution of many channels is Winograd's; one that meets Inf or NaN is done again as eager does it. The stem of
-one channel is a matrix product of windows, for which oneDNN's convolution takes longer: a few images at a time, pooled
-while their rows are in the cache.
+The stem of one channel is a matrix product of windows, for which oneDNN's convolution takes longer: a few images at a
+time, pooled while their rows are in the cache.
 
-A folded weight is kept, in oneDNN's blocked layout, transformed or as that matrix, for as long as the weight it was
-made from lives. Whether it is still true is checked at every call against the values themselves, not against version
+A folded weight is kept, in oneDNN's blocked layout or as that matrix, for as long as the weight it was made from lives. Whether it is still true is checked at every call against the values themselves, not against version
 counters, which miss writes through `p.data`: the vectors are compared element by element, and of the weight its product
 with a fixed random vector, one read of the weight. A change too small to show there is below the rounding of the
 convolution itself.
@@ -25,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from resnet import torch_batch_norm, winograd
+from resnet import torch_batch_norm
 from resnet.convolution import convolve, is_single_on_cpu, is_small, out_size
 from resnet.norm import Norm
 
@@ -94,14 +92,8 @@ def conv_batch_norm(
 
     x (N, C, H, W) is channels_last, weight is (K, C, R, S), more is (K,).
     """
-    if _can_fold(x, stride):
-        if winograd.pays(x, weight, stride, padding):
-            folded = _folded(weight, norm, more, "winograd", winograd.transform)
-            out = winograd.convolve(x, folded.weight, folded.bias)
-            if out.sum().isfinite():
-                return out
-        elif not is_small(x, weight, stride, padding):
-            return _conv_folded(x, weight, norm, stride, padding, more)
+    if _can_fold(x, stride) and not is_small(x, weight, stride, padding):
+        return _conv_folded(x, weight, norm, stride, padding, more)
     bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
     y = convolve(x, weight, bias, stride, padding)
     out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
