@@ -64,6 +64,15 @@ class BlockGrad(NamedTuple):
     sum_g2: Tensor  # (K,): likewise behind conv2 and behind the shortcut
 
 
+class StemOutput(NamedTuple):
+    """What a stem gives, and keeps for backward beside its input."""
+
+    out: Tensor  # (N, K, OP, OQ)
+    y: Tensor  # (N, K, P, Q) = conv(x)
+    tap: Tensor  # (N, K, OP, OQ) uint8: which of its window's nine pixels was the maximum
+    stats: Tensor  # (4, K) = mean, invstd, scale, shift
+
+
 class StemGrad(NamedTuple):
     x: Tensor | None
     conv: Tensor | None

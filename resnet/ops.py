@@ -23,8 +23,8 @@ from torch.library import Library, register_fake
 
 from resnet import backends
 from resnet.block import Convolutions, Needs, Saved
-from resnet.convolution import out_size
 from resnet.norm import Norm, statistics_dtype
+from resnet.torch_backend.convolution import out_size
 
 _NAMESPACE = "fused_residual"
 _LIBRARY = Library(_NAMESPACE, "DEF")
@@ -177,7 +177,7 @@ def _batch_norm_add_relu(
     if x.numel() == 0:
         return _like(x), _stats_like(x, x.shape[1]).zero_()
     norm = Norm(weight, bias, running_mean, running_var, conv_bias, training, momentum, eps)
-    out, stats = backends.implementation(x).batch_norm(x, norm, shortcut, relu=relu)
+    out, stats = backends.implementation(x).batch_norm_add_relu(x, norm, shortcut, relu=relu)
     _mark_updated(norm)
     return out, stats
 
@@ -202,7 +202,7 @@ def _batch_norm_add_relu_backward(dout, x, out, stats, weight, bias, conv_bias, 
     if x.numel() == 0:
         return [_like(t).zero_() for t in _needed(needs, (x, x, weight, bias, conv_bias))]
     norm = Norm(weight, bias, None, None, conv_bias, training, 0.0, eps)
-    grad = backends.implementation(x).batch_norm_backward(dout, x, out, stats, norm, relu, shortcut)
+    grad = backends.implementation(x).batch_norm_add_relu_backward(dout, x, out, stats, norm, relu, shortcut)
     dconv_bias = _conv_bias_grad(norm, stats, grad.sum_g) if needs[4] else None
     return _needed(needs, (grad.dx, grad.g, grad.dweight, grad.dbias, dconv_bias))
 
@@ -254,7 +254,7 @@ def _stem(x, weight, stride, padding, *norm):
     if x.numel() == 0:
         return tuple(t.zero_() for t in _stem_fake(x, weight, stride, padding))
     norm = Norm(*norm)
-    out, y, tap, stats = backends.implementation(x).stem(x, weight, norm, stride, padding)
+    out, y, tap, stats = backends.implementation(x).stem_forward(x, weight, norm, stride, padding)
     _mark_updated(norm)
     return _dense(out), y, _dense(tap), stats
 
@@ -353,7 +353,7 @@ def _residual_block(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, str
         return tuple(t.zero_() for t in empty)
     norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
     convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
-    _, y1, y2, out, stats1, stats2 = backends.implementation(x).residual_block(x, convs, norm1, norm2)
+    _, y1, y2, out, stats1, stats2 = backends.implementation(x).block_forward(x, convs, norm1, norm2)
     _mark_updated(norm1)
     _mark_updated(norm2)
     return out, y1, y2, stats1, stats2
@@ -406,7 +406,7 @@ def _residual_block_backward(
     norm2 = Norm(weight2, bias2, None, None, conv_bias2, training2, 0.0, eps2)
     convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
     saved = Saved(x, y1, y2, out, stats1, stats2)
-    grad = backends.implementation(x).residual_block_backward(dout, saved, convs, norm1, norm2, needs)
+    grad = backends.implementation(x).block_backward(dout, saved, convs, norm1, norm2, needs)
     return _needed(
         needs,
         (
@@ -448,4 +448,4 @@ def _residual_block_inference(x, conv1_weight, conv2_weight, conv3_weight, conv3
         return _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)[0]
     norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
     convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
-    return backends.implementation(x).residual_block_inference(x, convs, norm1, norm2)
+    return backends.implementation(x).block_inference(x, convs, norm1, norm2)

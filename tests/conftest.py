@@ -44,7 +44,7 @@ def any_backend(request):
 
 @pytest.fixture
 def products_keep_up(monkeypatch):
-    """Which convolutions are products does not depend on this CPU: see `resnet.convolution.products_lag`."""
+    """Which convolutions are products does not depend on this CPU: see `torch_backend.convolution.products_lag`."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
@@ -52,10 +52,10 @@ def products_keep_up(monkeypatch):
 def safe_eager():
     """Eager modules take the pixels that a 1x1 convolution of few channels strides over, and convolve with stride 1.
 
-    oneDNN's strided one writes past the end of a buffer in backward (see `resnet.convolution`), which would end this
-    process some tests later.
+    oneDNN's strided one writes past the end of a buffer in backward (see `torch_backend.convolution.overruns`), which
+    would end this process some tests later.
     """
-    from resnet.convolution import overruns
+    from resnet.torch_backend.convolution import overruns
 
     plain = torch.nn.functional.conv2d
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import resnet
-from resnet import FusedResidual, backend, convolution, current_backend, current_convolution, triton_batch_norm
-from resnet.backends import pick
+from resnet import FusedResidual, backend, convolution, current_backend, current_convolution
 from resnet.kernels.tuning import memory
+from resnet.triton_backend import batch_norm as triton_batch_norm
+from resnet.triton_backend.convolution import pick
 from tests.blocks import draw, one_thread, same, step, trio  # noqa: F401
 from tests.conftest import DEVICE
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet.convolution import convolve, convolve_backward, is_small
+from resnet.torch_backend.convolution import convolve, convolve_backward, is_small
 from tests.parity import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.usefixtures("products_keep_up")

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import resnet.fused
-from resnet import FusedResidual, FusedStem, Residual, Stem, inference
+from resnet import FusedResidual, FusedStem, Residual, Stem
+from resnet.torch_backend import inference
 from tests.blocks import (  # noqa: F401
     DTYPES,
     HALF,

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 import resnet
-from resnet import FusedResidual, Residual, Stem, backends, triton_backend
+from resnet import FusedResidual, Residual, Stem
 from resnet.kernels import batch_norm_max_pool
 from resnet.kernels.add_masked_grad import add_masked_grad
+from resnet.triton_backend import block as triton_block
+from resnet.triton_backend import convolution
+from resnet.triton_backend import stem as triton_stem
 from tests.blocks import (  # noqa: F401
     DTYPES,
     HALF,
@@ -79,9 +82,10 @@ def launches(monkeypatch) -> list[str]:
 
             monkeypatch.setattr(module, function, recorded)
 
-    record(triton_backend, "batch_norm_statistics", "batch_norm_add_relu")
-    record(triton_backend, "batch_norm_backward_reduce", "batch_norm_backward_apply")
-    record(triton_backend, "conv_forward", "conv_grad_input", "conv_grad_weight", "conv_grad_weight_max_pool")
+    record(convolution, "conv_forward", "conv_grad_input", "conv_grad_weight")
+    record(convolution, "batch_norm_statistics", "batch_norm_add_relu", "batch_norm_backward_reduce")
+    record(triton_block, "batch_norm_add_relu", "batch_norm_backward_reduce", "batch_norm_backward_apply")
+    record(triton_stem, "conv_grad_input", "conv_grad_weight_max_pool")
     record(batch_norm_max_pool, "apply_pool")
     return names
 
@@ -117,10 +121,10 @@ def test_a_batch_of_the_same_power_of_two_is_the_same_choice(fused_backend, monk
         keys[-1].append((direction, *key))
         return next(iter(variants.values()))
 
-    monkeypatch.setattr(backends, "pick", pick)
+    monkeypatch.setattr(convolution, "pick", pick)
     block = FusedResidual(4, 4).to(DEVICE)
     for N, tf32 in ((5, False), (8, False), (9, False), (8, True)):
-        monkeypatch.setattr(triton_backend, "_tf32", lambda _, on=tf32: on)
+        monkeypatch.setattr(convolution, "tf32", lambda _, on=tf32: on)
         keys.append([])
         block(draw(N, 4, 4, 4)).sum().backward()
     assert keys[0] == keys[1] and len(keys[0]) >= 5

@@ -6,10 +6,11 @@ AVX2, by 2 to 9% of both), and oneDNN's ReLU drops NaN, which `torch.relu` keeps
 The stem of one channel is a matrix product of windows, for which oneDNN's convolution takes longer: a few images at a
 time, pooled while their rows are in the cache.
 
-A folded weight is kept, in oneDNN's blocked layout or as that matrix, for as long as the weight it was made from lives. Whether it is still true is checked at every call against the values themselves, not against version
-counters, which miss writes through `p.data`: the vectors are compared element by element, and of the weight its product
-with a fixed random vector, one read of the weight. A change too small to show there is below the rounding of the
-convolution itself.
+A folded weight is kept, in oneDNN's blocked layout or as that matrix, for as long as the weight it was made from lives.
+Whether it is still true is checked at every call against the values themselves, not against version counters, which
+miss writes through `p.data`: the vectors are compared element by element, and of the weight its product with a fixed
+random vector, one read of the weight. A change too small to show there is below the rounding of the convolution
+itself.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
-from resnet import torch_batch_norm
-from resnet.convolution import convolve, is_single_on_cpu, is_small, out_size
 from resnet.norm import Norm
+from resnet.torch_backend import batch_norm
+from resnet.torch_backend.convolution import convolve, is_single_on_cpu, is_small, out_size
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _folded(
     values = torch.cat([_fingerprint(weight), *(v for v in vectors if v is not None)])
     entry = _cache.get(weight)
     if entry is None or entry.kind != kind or not torch.equal(entry.values, values):
-        scale, shift = torch_batch_norm.scale_shift(*torch_batch_norm.freeze(norm, weight.dtype), norm)
+        scale, shift = batch_norm.scale_shift(*batch_norm.freeze(norm, weight.dtype), norm)
         bias = shift if more is None else shift + more
         entry = _cache[weight] = _Folded(kind, values, arrange(weight * scale.view(-1, 1, 1, 1)), bias)
     return entry
@@ -111,7 +112,7 @@ def _conv_folded(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: in
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def stem(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
+def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
     """The stem: relu(max_pool(batch_norm(conv(x)))), the pool 3x3 with stride 2, padding 1; channels_last as x is."""
     (N, C, *size), (K, _, R, S) = x.shape, weight.shape
     if C > 1 or not _can_fold(x, stride):

@@ -1,4 +1,4 @@
-"""BatchNorm + add + ReLU on the Triton kernels. Same functions as `torch_batch_norm`."""
+"""BatchNorm + add + ReLU on the Triton kernels. Same functions as `torch_backend.batch_norm`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def forward(
     shortcut_shift: Tensor | None = None,
     relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(out, stats): see `torch_batch_norm.forward`."""
+    """(out, stats): see `torch_backend.batch_norm.forward`."""
     stats = _stats(x, norm)
     return batch_norm_add_relu(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu), stats
 
@@ -56,6 +56,11 @@ def frozen_stats(norm: Norm, dtype: torch.dtype) -> Tensor:
     )
 
 
+def norm_stats(y: Tensor, moments: Moments | None, norm: Norm) -> Tensor:
+    """stats (4, K) of y's norm; with batch statistics the running ones are updated."""
+    return frozen_stats(norm, y.dtype) if moments is None else batch_stats(moments, norm)
+
+
 def backward(
     dout: Tensor,
     x: Tensor,
@@ -65,7 +70,7 @@ def backward(
     relu: bool = True,
     shortcut: bool = False,
 ) -> NormGrad:
-    """Gradients of `forward`, as `torch_batch_norm.backward`. Without a shortcut x gives out's sign."""
+    """Gradients of `forward`, as `torch_backend.batch_norm.backward`. Without a shortcut x gives out's sign."""
     mask = out if shortcut else None
     dweight, dbias = empty_grads(norm)
     sums = batch_norm_backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
