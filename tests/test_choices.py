@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from resnet.kernels.host.files import cache_folder
 from resnet.kernels.tuning import __main__ as tuning_command
 from resnet.kernels.tuning import memory as process_memory
 from resnet.kernels.tuning import timing
@@ -352,15 +353,15 @@ def test_an_unknown_command_is_an_error_that_lists_the_commands(capsys):
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({"FUSED_RESIDUAL_CACHE": "/a/folder"}, "/a/folder/choices.json"),
+        ({"FUSED_RESIDUAL_CACHE": "/a/folder"}, "/a/folder"),
         ({"FUSED_RESIDUAL_CACHE": "off"}, None),
-        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/fused-residual/choices.json"),
-        ({"XDG_CACHE_HOME": "relative"}, os.path.expanduser("~/.cache/fused-residual/choices.json")),
-        ({}, os.path.expanduser("~/.cache/fused-residual/choices.json")),
+        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/fused-residual"),
+        ({"XDG_CACHE_HOME": "relative"}, os.path.expanduser("~/.cache/fused-residual")),
+        ({}, os.path.expanduser("~/.cache/fused-residual")),
     ],
 )
-def test_the_environment_says_where_the_file_is(variables, expected):
-    assert process_memory._path(variables) == (expected and Path(expected))
+def test_the_environment_says_where_files_are_kept(variables, expected):
+    assert cache_folder(variables) == (expected and Path(expected))
 
 
 def test_the_environment_switches_timing_off():

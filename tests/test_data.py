@@ -18,15 +18,14 @@ import numpy as np
 import pytest
 import torch
 
-from resnet import data
-from resnet.data import Batches, DatasetError, fetch, load
+from resnet.data import Batches, DatasetError, fetch, files, load
 
 REFUSED = "http://127.0.0.1:9/"  # the discard port: nobody listens
 
 
 def whole_set_folder() -> Path | None:
-    folders = (data.DEBIAN_FOLDER, data._cache_folder(), Path("data").absolute())
-    return next((f for f in folders if all(file.find(f) for file in data._WHOLE_SET)), None)
+    folders = (files.DEBIAN_FOLDER, files.download_folder(), Path("data").absolute())
+    return next((f for f in folders if all(file.find(f) for file in files._WHOLE_SET)), None)
 
 
 WHOLE_SET_FOLDER = whole_set_folder()
@@ -45,31 +44,31 @@ def nothing_around(tmp_path, monkeypatch):
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FUSED_RESIDUAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASHION_MNIST_DIR", raising=False)
     monkeypatch.setenv("FASHION_MNIST_URL", REFUSED)
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "debian")
+    monkeypatch.setattr(files, "DEBIAN_FOLDER", tmp_path / "debian")
 
 
 @pytest.fixture
 def small_set(monkeypatch):
     """The sample's files stand for the whole set."""
-    monkeypatch.setattr(data, "_WHOLE_SET", data._SAMPLE)
+    monkeypatch.setattr(files, "_WHOLE_SET", files._SAMPLE)
 
 
 def place(folder: Path) -> Path:
     """A copy of the sample's four files in `folder`."""
     folder.mkdir(parents=True)
-    for file in data._SAMPLE:
-        shutil.copy(data._SAMPLE_FOLDER / f"{file.name}.gz", folder)
+    for file in files._SAMPLE:
+        shutil.copy(files._SAMPLE_FOLDER / f"{file.name}.gz", folder)
     return folder
 
 
-def content(file: data._IdxFile) -> bytes:
-    return gzip.decompress((data._SAMPLE_FOLDER / f"{file.name}.gz").read_bytes())
+def content(file: files._IdxFile) -> bytes:
+    return gzip.decompress((files._SAMPLE_FOLDER / f"{file.name}.gz").read_bytes())
 
 
-TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data._SAMPLE
+TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = files._SAMPLE
 
 
 # ---- where it is looked for ------------------------------------------------------------------------------------
@@ -79,7 +78,7 @@ TRAIN_IMAGES, TRAIN_LABELS, TEST_IMAGES, TEST_LABELS = data._SAMPLE
 def test_the_first_place_in_order_is_taken(tmp_path, monkeypatch, capsys):
     cache, debian, here, named, given = (
         place(p)
-        for p in (data._cache_folder(), data.DEBIAN_FOLDER, Path("data"), tmp_path / "named", tmp_path / "given")
+        for p in (files.download_folder(), files.DEBIAN_FOLDER, Path("data"), tmp_path / "named", tmp_path / "given")
     )
     monkeypatch.setenv("FASHION_MNIST_DIR", str(named))
     assert load(given).source == str(given)
@@ -88,7 +87,7 @@ def test_the_first_place_in_order_is_taken(tmp_path, monkeypatch, capsys):
     for folder in (here, debian, cache):
         assert load().source == str(folder)
         shutil.rmtree(folder)
-    assert load(download=False).source == data.EMBEDDED_SAMPLE
+    assert load(download=False).source == files.EMBEDDED_SAMPLE
     assert "embedded sample" in capsys.readouterr().err
 
 
@@ -110,12 +109,12 @@ def test_a_found_set_prints_nothing(tmp_path, capfd):
 @pytest.mark.usefixtures("small_set")
 def test_a_searched_place_without_all_files_is_passed_over():
     (place(Path("data")) / f"{TEST_LABELS.name}.gz").unlink()
-    assert load(download=False).source == data.EMBEDDED_SAMPLE
+    assert load(download=False).source == files.EMBEDDED_SAMPLE
 
 
 @pytest.mark.usefixtures("small_set")
 @pytest.mark.parametrize("by", ["argument", "environment"])
-@pytest.mark.parametrize("file", data._SAMPLE, ids=lambda f: f.name)
+@pytest.mark.parametrize("file", files._SAMPLE, ids=lambda f: f.name)
 def test_a_named_folder_without_a_file_is_an_error_that_names_it(tmp_path, monkeypatch, by, file):
     place(Path("data"))  # which must not step in
     folder = place(tmp_path / "named")
@@ -141,7 +140,7 @@ def test_the_checksum_does_not_depend_on_compression(tmp_path, form):
     expected = load(place(tmp_path / "as_packed"))
     folder = tmp_path / "other"
     folder.mkdir()
-    for file in data._SAMPLE:
+    for file in files._SAMPLE:
         raw = content(file)
         if form == "plain":
             (folder / file.name).write_bytes(raw)
@@ -205,8 +204,8 @@ def test_a_corrupted_file_is_an_error_wherever_it_is_found(tmp_path, monkeypatch
     folder = {
         "environment": tmp_path / "named",
         "./data": Path("data"),
-        "Debian's folder": data.DEBIAN_FOLDER,
-        "cache": data._cache_folder(),
+        "Debian's folder": files.DEBIAN_FOLDER,
+        "cache": files.download_folder(),
     }[where]
     path = place(folder) / f"{TRAIN_LABELS.name}.gz"
     path.write_bytes(gzip.compress(flipped(content(TRAIN_LABELS), 1000)))
@@ -226,7 +225,7 @@ def test_a_file_that_cannot_be_opened_is_an_error_that_names_it(tmp_path, monkey
             raise PermissionError(13, "Permission denied", name)
         return gzip.GzipFile(name, *args)
 
-    monkeypatch.setattr(data.gzip, "open", refuse)  # by hand, since root may open anything
+    monkeypatch.setattr(files.gzip, "open", refuse)  # by hand, since root may open anything
     with pytest.raises(DatasetError, match=r"train-labels-idx1-ubyte\.gz: cannot be read .*Permission denied"):
         load(path.parent)
 
@@ -255,7 +254,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         name = self.path.rpartition("/")[2]
         self.server.asked.append(name)
-        path = data._SAMPLE_FOLDER / name
+        path = files._SAMPLE_FOLDER / name
         body = self.server.instead.get(name) or (path.read_bytes() if path.is_file() else None)
         if body is None or not self.path.startswith("/fashion/"):
             return self.send_error(404)
@@ -284,22 +283,22 @@ def server(small_set, monkeypatch):
         running.shutdown()
 
 
-NAMES = [f"{file.name}.gz" for file in data._SAMPLE]
+NAMES = [f"{file.name}.gz" for file in files._SAMPLE]
 
 
 def test_a_download_fills_the_cache_with_a_progress_bar_and_is_made_once(server, capfd):
-    assert load().source == str(data._cache_folder())
+    assert load().source == str(files.download_folder())
     bars = capfd.readouterr().err
-    for file in data._SAMPLE:
+    for file in files._SAMPLE:
         assert f"{file.name}: 100%" in bars
     assert server.asked == NAMES
-    assert load().source == str(data._cache_folder())
+    assert load().source == str(files.download_folder())
     assert server.asked == NAMES, "the second load asked the server again"
-    assert sorted(p.name for p in data._cache_folder().iterdir()) == sorted(NAMES)
+    assert sorted(p.name for p in files.download_folder().iterdir()) == sorted(NAMES)
 
 
 def test_no_download_where_none_is_wanted(server):
-    assert load(download=False).source == data.EMBEDDED_SAMPLE
+    assert load(download=False).source == files.EMBEDDED_SAMPLE
     assert server.asked == []
 
 
@@ -308,9 +307,9 @@ def test_a_partial_file_never_looks_whole(server):
 
     def look():
         deadline = time.monotonic() + 10
-        while not (parts := list(data._cache_folder().glob(".*.part"))) and time.monotonic() < deadline:
+        while not (parts := list(files.download_folder().glob(".*.part*"))) and time.monotonic() < deadline:
             time.sleep(0.01)  # the client may still be reading the headers
-        whole.append({p.name for p in data._cache_folder().iterdir()} & set(NAMES))
+        whole.append({p.name for p in files.download_folder().iterdir()} & set(NAMES))
         partial.append(len(parts))
 
     server.halfway = look
@@ -321,24 +320,24 @@ def test_a_partial_file_never_looks_whole(server):
 
 def test_a_broken_connection_leaves_no_partial_file_and_the_sample_is_used(server, capsys):
     server.stop_after[NAMES[2]] = 1000
-    assert load().source == data.EMBEDDED_SAMPLE
+    assert load().source == files.EMBEDDED_SAMPLE
     assert "connection closed after 1000 of" in capsys.readouterr().err
-    assert sorted(p.name for p in data._cache_folder().iterdir()) == sorted(NAMES[:2])
+    assert sorted(p.name for p in files.download_folder().iterdir()) == sorted(NAMES[:2])
     server.stop_after.clear()
     server.asked.clear()
-    assert load().source == str(data._cache_folder())
+    assert load().source == str(files.download_folder())
     assert server.asked == NAMES[2:], "what was whole is not fetched again"
 
 
 def test_ctrl_c_during_a_download_leaves_no_partial_file(server, monkeypatch):
-    class Interrupted(data.tqdm):
+    class Interrupted(files.tqdm):
         def update(self, n=1):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "tqdm", Interrupted)
+    monkeypatch.setattr(files, "tqdm", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         load()
-    assert list(data._cache_folder().iterdir()) == []
+    assert list(files.download_folder().iterdir()) == []
 
 
 @pytest.mark.parametrize("body", [b"<html>Sign in</html>", gzip.compress(b"another file")], ids=["page", "other"])
@@ -347,20 +346,20 @@ def test_what_a_server_sends_in_place_of_a_file_is_an_error_that_names_it(server
     with pytest.raises(DatasetError) as error:
         load()
     assert str(error.value).startswith(server.url + NAMES[0])
-    assert list(data._cache_folder().iterdir()) == []
+    assert list(files.download_folder().iterdir()) == []
 
 
 def test_a_missing_file_on_the_server_is_the_sample_with_the_reason(server, monkeypatch, capsys):
     monkeypatch.setenv("FASHION_MNIST_URL", server.url.replace("fashion", "elsewhere"))
-    assert load().source == data.EMBEDDED_SAMPLE
+    assert load().source == files.EMBEDDED_SAMPLE
     assert "404" in capsys.readouterr().err
 
 
 def test_a_server_that_never_answers_is_given_up(small_set, monkeypatch, capsys):
-    monkeypatch.setattr(data, "_OPEN_SECONDS", 0.2)
+    monkeypatch.setattr(files, "_OPEN_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("FASHION_MNIST_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/")
-        assert load().source == data.EMBEDDED_SAMPLE
+        assert load().source == files.EMBEDDED_SAMPLE
     assert "no answer from" in capsys.readouterr().err
 
 
@@ -386,7 +385,7 @@ def test_the_sample_is_drawn_evenly_from_the_ten_classes():
 def test_a_damaged_sample_is_an_error_that_names_the_file(tmp_path, monkeypatch):
     folder = place(tmp_path / "sample")
     (folder / NAMES[1]).write_bytes(gzip.compress(flipped(content(TRAIN_LABELS), 100)))
-    monkeypatch.setattr(data, "_SAMPLE_FOLDER", folder)
+    monkeypatch.setattr(files, "_SAMPLE_FOLDER", folder)
     with pytest.raises(DatasetError, match=r"sample/train-labels-idx1-ubyte\.gz: wrong checksum"):
         load(download=False)
 

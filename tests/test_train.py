@@ -17,10 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import resnet.train as training
-from resnet import FusedResidual, Residual, resnet18
+from resnet import FusedResidual, Residual, resnet18, training
+from resnet.commands import ConfigError, find_device
 from resnet.data import DatasetError, load
-from resnet.train import ConfigError, NonFiniteError, TrainConfig, main, train
+from resnet.train import main
+from resnet.training import NonFiniteError, TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
@@ -538,4 +539,4 @@ def test_a_corrupted_data_file_is_one_line_that_names_it(tmp_path, capsys):
 
 
 def test_auto_is_the_gpu_where_there_is_one():
-    assert training._device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

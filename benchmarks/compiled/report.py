@@ -37,6 +37,7 @@ from benchmarks.compiled.launches import Launch, not_reached, record, unite
 from benchmarks.compiled.limits import DEVICES
 from resnet import kernels
 from resnet.kernels import tuning
+from resnet.kernels.host.files import cache_folder
 
 # ---- real calls --------------------------------------------------------------------------------------------------
 
@@ -204,14 +205,6 @@ class Row:
         }
 
 
-def _cache_folder() -> Path | None:
-    folder = os.environ.get("FUSED_RESIDUAL_CACHE")
-    if folder == "off":
-        return None
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder or Path(home) / "fused-residual") / "report"
-
-
 def _cache_key(launch: Launch, device: str) -> str:
     import triton
 
@@ -222,7 +215,8 @@ def _cache_key(launch: Launch, device: str) -> str:
 
 def compiled(jobs: Sequence[tuple[Launch, str]], processes: int = 2, batch: int = 16) -> list[Row]:
     """A row for each (launch, device); figures that an earlier run wrote down are not worked out again."""
-    folder = _cache_folder()
+    cache = cache_folder()
+    folder = cache and cache / "report"
     paths = [folder and folder / f"{_cache_key(launch, device)}.json" for launch, device in jobs]
     figures: list[Figures | None] = [
         Figures(**json.loads(path.read_text())) if path and path.exists() else None for path in paths

@@ -10,8 +10,8 @@ times, so it must not change what it reads. Environment variables, read at impor
     FUSED_RESIDUAL_TUNING   "on", the default; "off": nothing is timed and no file is read, the first candidate that
                             runs is taken
 
-In the file a choice counts for one device name, one version of triton and of torch, and one state of the sources of
-this package: another device or an update times again. Processes may share the file; the first to finish timing a key
+In the file a choice counts for one device name, one version of triton and of torch, and one state of the files that
+hold kernels: another device or an update times again. Processes may share the file; the first to finish timing a key
 decides for those that come later, so that the ranks of a job agree.
 """
 
@@ -21,7 +21,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -31,6 +30,7 @@ from typing import TypedDict
 
 import torch
 
+from ..host.files import cache_folder, write_atomically
 from . import timing
 from .timing import Clock, Run
 
@@ -58,8 +58,10 @@ def _environment(device: torch.device) -> str:
         triton = "none"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].glob("*.py")):
-        sources.update(path.read_bytes())
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        text = path.read_bytes()
+        if b"@triton.jit" in text:
+            sources.update(text)
     return f"{name}, torch {torch.__version__}, triton {triton}, kernels {sources.hexdigest()[:12]}"
 
 
@@ -197,7 +199,8 @@ class Choices:
                 stored[environment] = section
                 for old in list(stored)[:-_ENVIRONMENTS]:
                     del stored[old]
-                _replace(self.path, json.dumps(stored, indent=1))
+                text = json.dumps(stored, indent=1)
+                write_atomically(self.path, lambda part: part.write_text(text, encoding="utf-8"))
                 self._file = stored
                 choice = section[repr(key)]
         return choice["name"]
@@ -248,31 +251,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that readers find the old one or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 # ---- this process's memory ---------------------------------------------------------------------------------------
-
-
-def _path(environment: Mapping[str, str]) -> Path | None:
-    folder = environment.get("FUSED_RESIDUAL_CACHE")
-    if folder == "off":
-        return None
-    if folder:
-        return Path(folder) / "choices.json"
-    home = environment.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(home):  # unset, or to be ignored as the XDG specification says
-        home = os.path.expanduser("~/.cache")
-    return Path(home) / "fused-residual" / "choices.json" if os.path.isabs(home) else None
 
 
 def _is_timed(environment: Mapping[str, str]) -> bool:
@@ -282,5 +261,6 @@ def _is_timed(environment: Mapping[str, str]) -> bool:
     return value == "on"
 
 
-process_choices = Choices(_path(os.environ), _is_timed(os.environ))
+_folder = cache_folder()
+process_choices = Choices(_folder and _folder / "choices.json", _is_timed(os.environ))
 choose, remembered = process_choices.choose, process_choices.remembered

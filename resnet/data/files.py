@@ -1,4 +1,4 @@
-"""Fashion-MNIST: found, checked by SHA-256, kept on the training device as uint8, and served in resized batches.
+"""Fashion-MNIST's files: found or downloaded, and checked by SHA-256.
 
 The data set is Zalando Research's (https://github.com/zalandoresearch/fashion-mnist, MIT licence). `load` finds or
 downloads it and falls back on a small sample of it that comes with this package.
@@ -14,21 +14,18 @@ import os
 import queue
 import struct
 import sys
-import tempfile
 import threading
 import urllib.request
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-__all__ = ["Batches", "DatasetError", "FashionMNIST", "fetch", "load"]
+from resnet.kernels.host.files import cache_folder, write_atomically
 
 OFFICIAL_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's and Ubuntu's package dataset-fashion-mnist
@@ -150,8 +147,9 @@ class FashionMNIST:
 
 def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True) -> FashionMNIST:
     """Fashion-MNIST from the first of: `folder`, the folder that the environment variable `FASHION_MNIST_DIR` names,
-    `./data`, the folder of Debian's package `dataset-fashion-mnist`, the per-user cache, a download into that cache,
-    and last, with a printed line that says so, the sample of 2,048 + 512 images that comes with the package.
+    `./data`, the folder of Debian's package `dataset-fashion-mnist`, the per-user cache (`FUSED_RESIDUAL_CACHE`), a
+    download into it, and last, with a printed line that says so, the sample of 2,048 + 512 images that comes with the
+    package.
 
     A folder holds the four IDX files under their official names, plain or gzipped. Their content is checked by size
     and SHA-256 wherever it comes from.
@@ -168,13 +166,14 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
     if named is not None:
         return _read_folder(Path(named).expanduser(), _WHOLE_SET)
 
-    cache = _cache_folder()
-    for place in (Path("data"), DEBIAN_FOLDER, cache):
+    cache = download_folder()
+    places = [Path("data"), DEBIAN_FOLDER, *([cache] if cache else [])]
+    for place in places:
         if all(file.find(place) for file in _WHOLE_SET):
             return _read_folder(place, _WHOLE_SET)
 
-    missing = f"not in ./data, {DEBIAN_FOLDER} or {cache}"
-    if download:
+    missing = f"not in {', '.join('./data' if place == Path('data') else str(place) for place in places)}"
+    if download and cache is not None:
         try:
             fetch(cache, os.environ.get("FASHION_MNIST_URL") or OFFICIAL_URL)
             return _read_folder(cache, _WHOLE_SET)
@@ -187,6 +186,12 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
         file=sys.stderr,
     )
     return sample
+
+
+def download_folder() -> Path | None:
+    """Where a download is kept: in the package's cache; None where that is off."""
+    cache = cache_folder()
+    return None if cache is None else cache / "fashion-mnist"
 
 
 def fetch(folder: str | os.PathLike[str], url: str = OFFICIAL_URL) -> None:
@@ -210,23 +215,20 @@ def fetch(folder: str | os.PathLike[str], url: str = OFFICIAL_URL) -> None:
 
 def _fetch_file(file: _IdxFile, folder: Path, url: str) -> None:
     with _open(url) as response:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Beside its final place, since only a rename within one file system is atomic.
-        descriptor, part = tempfile.mkstemp(dir=folder, prefix=f".{file.name}.", suffix=".part")
-        try:
-            with os.fdopen(descriptor, "wb") as out:
+
+        def download(part: Path) -> None:
+            with open(part, "wb") as out:
                 _copy(response, out, file.name)
             try:
-                file.read(Path(part), origin=url)
+                file.read(part, origin=url)
             except DatasetError as error:
                 raise DatasetError(
                     f"{error}. A proxy may have answered in the server's place: fetch the four files by other means "
                     "and name their folder in FASHION_MNIST_DIR."
                 ) from error
-            os.replace(part, folder / f"{file.name}.gz")
-        except BaseException:
-            os.unlink(part)
-            raise
+
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / f"{file.name}.gz", download)
 
 
 def _open(url: str) -> http.client.HTTPResponse:
@@ -268,10 +270,6 @@ def _copy(response: http.client.HTTPResponse, out, name: str) -> None:
         raise ConnectionError(f"connection closed after {received} of {total} bytes of {name}")
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-residual" / "fashion-mnist"
-
-
 def _read_folder(folder: Path, files: tuple[_IdxFile, ...], source: str | None = None) -> FashionMNIST:
     if not folder.is_dir():
         raise DatasetError(f"{folder}: no such folder; expected one with {', '.join(f.name for f in files)}[.gz]")
@@ -282,99 +280,3 @@ def _read_folder(folder: Path, files: tuple[_IdxFile, ...], source: str | None =
     arrays = [torch.from_numpy(file.read(path)) for file, path in zip(files, paths)]
     train_images, train_labels, test_images, test_labels = arrays
     return FashionMNIST(train_images, train_labels.long(), test_images, test_labels.long(), source or str(folder))
-
-
-class Batches:
-    """Batches of a set of images that lives, as uint8, on a device; each iteration over it is one epoch.
-
-    Yields (images, labels): images (B, 1, resize, resize) of `dtype` in `memory_format`, with values from 0 to 1 (the
-    byte / 255 and nothing else, as the textbook's `ToTensor` gives it), resized bilinearly; labels int64 (B,). Both on
-    `device`, where all of the work is done.
-
-    With `shuffle`, the order is a function of (seed, epoch) alone, whatever the device. `epoch` counts the iterations
-    begun; it may be set.
-
-    Args:
-        images: uint8 (N, 28, 28), or any other square size.
-        labels: integers (N,).
-        batch_size: B; the last batch is smaller where it does not divide N, unless `drop_last` leaves it out.
-        resize: height and width of the yielded images, in pixels; at least that of `images`, since bilinear
-            interpolation without a filter is sound for enlarging only.
-
-    Raises:
-        ValueError: an argument is not as said above; raised before anything is moved.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        batch_size: int,
-        *,
-        device: torch.device | str,
-        resize: int = 96,
-        dtype: torch.dtype = torch.float32,
-        shuffle: bool = False,
-        seed: int = 0,
-        drop_last: bool = False,
-        memory_format: torch.memory_format = torch.channels_last,
-    ):
-        if images.dtype != torch.uint8 or images.dim() != 3 or images.shape[1] != images.shape[2]:
-            raise ValueError(f"images: expected uint8 (N, S, S), got {images.dtype} {tuple(images.shape)}")
-        if labels.shape != images.shape[:1] or labels.is_floating_point():
-            raise ValueError(
-                f"labels: expected integers ({len(images)},), one per image, got {labels.dtype} {tuple(labels.shape)}"
-            )
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        if resize < images.shape[1]:
-            raise ValueError(f"resize: expected at least the images' own size {images.shape[1]}, got {resize}")
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
-        if seed < 0:
-            raise ValueError(f"seed: expected 0 or more, got {seed}")
-        if memory_format not in (torch.channels_last, torch.contiguous_format):
-            raise ValueError(f"memory_format: expected channels_last or contiguous_format, got {memory_format}")
-        self.images = images.to(device)
-        self.labels = labels.to(device, torch.int64)
-        self.batch_size = batch_size
-        self.resize = resize
-        self.dtype = dtype
-        self.shuffle = shuffle
-        self.seed = seed
-        self.drop_last = drop_last
-        self.memory_format = memory_format
-        self.epoch = 0
-
-    @property
-    def examples(self) -> int:
-        """Images in one epoch: all of them, less what `drop_last` leaves out."""
-        n = len(self.images)
-        return n - n % self.batch_size if self.drop_last else n
-
-    def __len__(self) -> int:
-        return math.ceil(self.examples / self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self._order(self.epoch)
-        self.epoch += 1
-        return (self._batch(index) for index in order[: self.examples].split(self.batch_size) if len(index))
-
-    def _order(self, epoch: int) -> Tensor:
-        if not self.shuffle:
-            return torch.arange(len(self.images), device=self.images.device)
-        # Hashed, so that (seed, epoch + 1) is not (seed + 1, epoch); on the CPU, so that no device has its own order.
-        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
-
-    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.images[index].unsqueeze(1).float().div_(255)
-        if self.resize != x.shape[-1]:
-            x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
-        x = x.to(self.dtype)
-        if self.memory_format == torch.channels_last:
-            # With one channel both formats are one order of bytes; the strides tell operators which is meant, and
-            # `contiguous` would leave them, so they are set by moving the axis.
-            x = x.squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2)
-        return x, self.labels[index]
