@@ -5,6 +5,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,14 +19,15 @@ if (
 
 import pytest
 
-from tests.interpreter import interpreted  # noqa: F401
-from tests.sanitizer import sanitizer  # noqa: F401
+from tests.helpers.interpreter import interpreted  # noqa: F401
+from tests.helpers.sanitizer import sanitizer  # noqa: F401
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -33,8 +35,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def any_backend(request):
     """Run the test on PyTorch's operators and on the Triton kernels (compiled on a GPU, interpreted elsewhere).
 
-    The convolutions are PyTorch's in both, since they take the interpreter seconds; test_fused_convolutions.py is
-    about the fused ones.
+    The convolutions are PyTorch's in both, since the Triton ones take the interpreter seconds: these have
+    tests/resnet/triton_backend/test_convolution.py.
     """
     import resnet
 

@@ -15,7 +15,7 @@ from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
 from resnet.kernels.batch_norm_add_relu import apply_kernel
-from tests.blocks import unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import unwritten_memory_is_nan  # noqa: F401
 
 # Results of each kernel: they count as uninitialised until the launch itself has written them. `dx` is not among them,
 # since it may be `dout`.

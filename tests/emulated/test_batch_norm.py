@@ -20,17 +20,17 @@ from resnet.kernels.batch_norm_statistics import statistics_kernel
 from resnet.kernels.host.launch import FLAGS
 from resnet.kernels.host.tiling import MAX_PARTIALS, tiling
 from resnet.norm import statistics_dtype
-from tests.batch_norm_launches import EPS, LAUNCHES, Case, batch_stats
-from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import (
+from tests.helpers.batch_norm_launches import EPS, LAUNCHES, Case, batch_stats
+from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.emulated_limits import (
     ACCESS_BYTES,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.pairs import each_pair_compiled
-from tests.parity import assert_as_exact_as_eager
+from tests.helpers.pairs import each_pair_compiled
+from tests.helpers.parity import assert_as_exact_as_eager
 
 FLOATS = (*HALF, torch.float32)
 

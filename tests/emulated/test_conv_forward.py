@@ -12,16 +12,16 @@ import torch
 
 from resnet.kernels import conv_forward as kernels
 from resnet.kernels import tuning
-from tests.blocks import one_thread  # noqa: F401
-from tests.convolutions import Case
-from tests.emulated.limits import (
+from tests.helpers.blocks import one_thread  # noqa: F401
+from tests.helpers.convolutions import Case
+from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.parity import assert_as_exact_as_eager
+from tests.helpers.parity import assert_as_exact_as_eager
 
 HALF_TILE = tuning.Config(128, 64, 32, 4, 4)
 SMALL_TILE = tuning.Config(64, 16, 16, 4, 2)

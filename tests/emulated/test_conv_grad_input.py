@@ -10,17 +10,17 @@ from resnet.kernels import conv_grad_input, tuning
 from resnet.kernels.host.launch import FLAGS
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
-from tests import grad_input_cases as cases
-from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import (
+from tests.emulated.test_batch_norm import Displaced
+from tests.helpers import grad_input_cases as cases
+from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.emulated.test_batch_norm import Displaced
-from tests.grad_input_cases import EPILOGUES, Case, grad_input
+from tests.helpers.grad_input_cases import EPILOGUES, Case, grad_input
 
 per_epilogue = pytest.mark.parametrize("epilogue", EPILOGUES)
 

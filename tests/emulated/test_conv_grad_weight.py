@@ -8,16 +8,16 @@ import torch
 from resnet.kernels import conv_grad_weight as kernels
 from resnet.kernels import tuning
 from resnet.kernels.host.shapes import ConvShape
-from tests.blocks import name_of, one_thread  # noqa: F401
-from tests.emulated.limits import (
+from tests.helpers.blocks import name_of, one_thread  # noqa: F401
+from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.parity import assert_as_exact_as_eager
-from tests.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
+from tests.helpers.parity import assert_as_exact_as_eager
+from tests.kernels.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
 
 KERNEL = "conv_grad_weight_kernel"
 # 3x3 at stage 1 and 2, and what a shortcut's 1x1 takes: the operands' bulk paths, in whole tiles.

@@ -6,7 +6,7 @@ import torch
 from benchmarks.compiled import binaries, launches
 from benchmarks.compiled.limits import DEVICES
 from resnet.kernels import batch_norm_max_pool as pool
-from tests.batch_norm_launches import LAUNCHES, Case
+from tests.helpers.batch_norm_launches import LAUNCHES, Case
 
 per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])
 per_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
