@@ -4,7 +4,7 @@
 
     plain         dx = acc
     ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
-    Residual      dx = acc + dout * (out > 0)
+    IdentityGrad  dx = acc + dout * (out > 0)
     ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
 
 Rows of the GEMM are input pixels, columns are C, the reduction runs over (r, s, k). Activations are dense NHWC, the
@@ -15,7 +15,7 @@ With a stride only every stride-th tap meets an output pixel, and which ones dep
 each parity class (h % stride, w % stride) is a sub-grid of its own that runs over its own taps; a class without taps
 (1x1, stride 2) still runs its epilogue. All classes are one launch.
 
-Passes over an activation, besides dy and dx: ReluMask 1 (y1); Residual 2; ShortcutGrad 2 of dy's size, or 1.
+Passes over an activation, besides dy and dx: ReluMask 1 (y1); IdentityGrad 2; ShortcutGrad 2 of dy's size, or 1.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .host.launch import (
     product_precision,
 )
 from .host.shapes import ConvShape
-from .tuning import Config
+from .tuning import Config, Epilogue
 
 # ---- the kernel ------------------------------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ class ReluMask(NamedTuple):
     stats: Tensor  # (4, C) = mean, invstd, scale, shift
 
 
-class Residual(NamedTuple):
+class IdentityGrad(NamedTuple):
     """The convolution's input also is the identity shortcut of out = relu(... + input)."""
 
     dout: Tensor  # (N, C, H, W)
@@ -354,6 +354,12 @@ class ShortcutGrad(NamedTuple):
     weight: Tensor  # (K, C, 1, 1)
 
 
+_EPILOGUES = {
+    type(None): Epilogue.NONE,
+    ReluMask: Epilogue.RELU_MASK,
+    IdentityGrad: Epilogue.IDENTITY_GRAD,
+    ShortcutGrad: Epilogue.SHORTCUT_GRAD,
+}
 _TAPS = 15  # bits per axis of a row's misses
 
 
@@ -361,7 +367,7 @@ def conv_grad_input(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | Residual | ShortcutGrad | None = None,
+    epilogue: ReluMask | IdentityGrad | ShortcutGrad | None = None,
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -383,7 +389,7 @@ def conv_grad_input(
         (shape.N, shape.C, shape.H, shape.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
     )
     mask = epilogue if isinstance(epilogue, ReluMask) else None
-    branch = epilogue if isinstance(epilogue, (Residual, ShortcutGrad)) else None
+    branch = epilogue if isinstance(epilogue, (IdentityGrad, ShortcutGrad)) else None
     if shape.N == 0:
         for grad in (dweight, dbias):
             if grad is not None:
@@ -424,7 +430,7 @@ def conv_grad_input(
         dy,
         run,
         precision=precision,
-        epilogue=type(epilogue).__name__,
+        epilogue=_EPILOGUES[type(epilogue)],
         masked=branch is not None and branch.out is not None,
     )
     partial = run(config)
@@ -441,7 +447,7 @@ def _check(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | Residual | ShortcutGrad | None,
+    epilogue: ReluMask | IdentityGrad | ShortcutGrad | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
@@ -456,7 +462,7 @@ def _check(
         check_vector("dbias", dbias, shape.C, dy)
     elif dweight is not None or dbias is not None:
         raise ValueError("dweight, dbias: only ReluMask has sums to write there")
-    elif isinstance(epilogue, Residual):
+    elif isinstance(epilogue, IdentityGrad):
         check_nhwc("dout", epilogue.dout, dy, x)
         check_nhwc("out", epilogue.out, dy, x)
     elif isinstance(epilogue, ShortcutGrad):
@@ -468,7 +474,9 @@ def _check(
             check_nhwc("out", epilogue.out, dy, y)
         check_nhwc("shortcut weight", epilogue.weight, dy, (shape.K, shape.C, 1, 1))
     elif epilogue is not None:
-        raise TypeError(f"epilogue: expected ReluMask, Residual, ShortcutGrad or None, got {type(epilogue).__name__}")
+        raise TypeError(
+            f"epilogue: expected ReluMask, IdentityGrad, ShortcutGrad or None, got {type(epilogue).__name__}"
+        )
 
     if max(shape.R, shape.S) > _TAPS * shape.stride:
         raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")
