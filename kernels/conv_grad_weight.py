@@ -328,7 +328,7 @@ _MAX_SPAN = 2**31  # elements that 32-bit offsets reach
 
 
 @dataclass(frozen=True)
-class Launch:
+class GradWeightPlan:
     """How one convolution's grad-weight is launched. A function of shape and types alone, not of the device."""
 
     splits: int
@@ -355,7 +355,7 @@ def dy_moves(shape: ConvShape, activated: bool) -> bool:
 
 
 @cache
-def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> Launch:
+def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> GradWeightPlan:
     """Splits, tiles and specialisation of a launch."""
     flat = shape.few_channels
     moves = dy_moves(shape, activated)
@@ -370,7 +370,7 @@ def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> La
     M = shape.N * shape.H * shape.W if moves else shape.M
     steps = triton.cdiv(M, config.BLOCK_K)
     per_split = triton.cdiv(steps, _splits(shape, tiles, steps, itemsize))
-    return Launch(
+    return GradWeightPlan(
         splits=triton.cdiv(steps, per_split),
         tiles=tiles,
         steps=per_split,
@@ -445,13 +445,13 @@ def _launch(
     config: Config, dy: Tensor, x: Tensor, shape: ConvShape, stats: Tensor | None, out: Tensor | None, tf32: bool
 ) -> Tensor:
     config = fit(config, shape, x.element_size(), stats is not None)
-    launch = plan(shape, config, x.element_size(), stats is not None)
+    planned = plan(shape, config, x.element_size(), stats is not None)
     dtype, ACC = accumulator(x)
     dw = empty_weight(x, shape)
     size = dw.numel()
-    partial = dw if launch.splits == 1 else torch.empty((launch.splits, size), dtype=dtype, device=x.device)
+    partial = dw if planned.splits == 1 else torch.empty((planned.splits, size), dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
-        conv_grad_weight_kernel[(launch.tiles, launch.splits)](
+        conv_grad_weight_kernel[(planned.tiles, planned.splits)](
             dy,
             out,
             x,
@@ -461,15 +461,15 @@ def _launch(
             shape.W,
             shape.P,
             shape.Q,
-            launch.pixels,
-            launch.steps,
-            **launch.constants,
+            planned.pixels,
+            planned.steps,
+            **planned.constants,
             ACC=ACC,
             PRECISION=product_precision(x, tf32),
             **config.options(),
             **FLAGS,
         )
-    return dw if launch.splits == 1 else merge_splits(partial, dw)
+    return dw if planned.splits == 1 else merge_splits(partial, dw)
 
 
 def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
