@@ -8,6 +8,8 @@ from torch import Tensor
 from resnet import ops  # noqa: F401  (registers the operators)
 from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
 from resnet.norm import Norm
+from resnet.operands import BatchNormAddRelu
+from resnet.schema import pack
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -65,16 +67,5 @@ def batch_norm_add_relu(
         check_activation(shortcut, x.shape[1], "shortcut")
         check_shortcut(shortcut, x)
         shortcut = channels_last(shortcut)
-    return torch.ops.fused_residual.batch_norm_add_relu(
-        channels_last(x),
-        shortcut,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.conv_bias,
-        norm.training,
-        norm.momentum,
-        norm.eps,
-        relu,
-    )[0]
+    arguments = BatchNormAddRelu(channels_last(x), shortcut, norm, relu)
+    return torch.ops.fused_residual.batch_norm_add_relu(*pack(arguments))[0]

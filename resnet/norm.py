@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resnet.schema import Updated
+
 
 class Norm(NamedTuple):
     """A BatchNorm over C channels, with the semantics of `torch.nn.functional.batch_norm`.
@@ -17,8 +19,8 @@ class Norm(NamedTuple):
 
     weight: Tensor | None  # (C,)
     bias: Tensor | None  # (C,)
-    running_mean: Tensor | None  # (C,), updated in place when training
-    running_var: Tensor | None  # (C,), updated in place when training
+    running_mean: Updated  # (C,), when training
+    running_var: Updated  # (C,), when training
     conv_bias: Tensor | None  # (C,)
     training: bool  # normalise by batch statistics
     momentum: float

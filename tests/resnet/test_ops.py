@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from resnet import FusedResidual, FusedStem, Residual, resnet_block
+from resnet.norm import Norm
+from resnet.operands import BatchNormAddReluKept, BlockKept, BlockOutput, Convolutions, StemKept, StemOutput
+from resnet.schema import pack
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, one_thread, randomize, step, trio  # noqa: F401
 from tests.helpers.pairs import pairwise
@@ -55,6 +58,14 @@ def weight(K: int, C: int, size: int, seed: int, grad: bool = True) -> Tensor:
     return draw(K, C, size, size, seed=seed).div_(C * size).requires_grad_(grad)
 
 
+def backward_arguments(dout: Tensor, kept: tuple, arguments: list, all_needed: bool) -> list:
+    """The gradients of all arguments that require one are wanted, or the first one's alone."""
+    needs = [isinstance(a, Tensor) and a.requires_grad for a in arguments]
+    if not all_needed:
+        needs = [i == needs.index(True) for i in range(len(needs))]
+    return [dout, *(t.detach() if isinstance(t, Tensor) else t for t in pack(kept)), needs]
+
+
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -78,29 +89,17 @@ def test_batch_norm_add_relu(any_backend, options):
 
 @each(pairwise(training=BOTH, relu=BOTH, shortcut=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
 def test_batch_norm_add_relu_backward(any_backend, options):
-    relu, shortcut, affine, conv_bias = (options[k] for k in ("relu", "shortcut", "affine", "conv_bias"))
-    dout, x, out = (draw(2, 3, 4, 2, seed=seed) for seed in range(3))
-    vectors = [
-        vector(3, 10) if affine else None,
-        vector(3, 11) if affine else None,
-        vector(3, 12) if conv_bias else None,
-    ]
-    needs = [True, relu and shortcut, affine, affine, conv_bias] if options["all_needed"] else [True] + [False] * 4
-    opcheck(
-        ops.batch_norm_add_relu_backward,
-        [
-            dout,
-            x,
-            out.relu() if relu else None,
-            stats_of(3),
-            *vectors,
-            options["training"],
-            1e-5,
-            relu,
-            shortcut,
-            needs,
-        ],
-    )
+    shortcut, relu = options["shortcut"], options["relu"]
+    settings = {k: options[k] for k in ("training", "affine", "conv_bias")}
+    dout, x, skip = (draw(2, 3, 4, 2, seed=seed) for seed in range(3))
+    # Without a ReLU the shortcut's gradient is dout, which the operator may not return.
+    skip = skip.requires_grad_(relu) if shortcut else None
+    fields = norm(3, 10, **settings)
+    arguments = [x.requires_grad_(), skip, *fields, relu]
+    with torch.no_grad():
+        out, stats = ops.batch_norm_add_relu(*arguments)
+    kept = BatchNormAddReluKept(x, out if relu else None, stats, Norm(*fields), relu, shortcut)
+    opcheck(ops.batch_norm_add_relu_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
 @each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, size=((9, 7), (2, 5))))
@@ -112,19 +111,14 @@ def test_stem(any_backend, options):
 
 @each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
 def test_stem_backward(any_backend, options):
-    affine, conv_bias = options["affine"], options["conv_bias"]
-    x, conv = draw(2, 2, 9, 7), weight(3, 2, 3, 1).detach()
-    settings = {"training": options["training"], "affine": affine, "conv_bias": conv_bias}
+    x, conv = draw(2, 2, 9, 7).requires_grad_(), weight(3, 2, 3, 1)
+    fields = norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")})
+    arguments = [x, conv, 2, 1, *fields]
     with torch.no_grad():
-        fields = norm(3, 10, **settings)
-        out, y, tap, stats = ops.stem(x, conv, 2, 1, *fields)
-    vectors = [v if v is None else v.detach() for v in (*fields[:2], fields[4])]
-    needs = [True, True, affine, affine, conv_bias] if options["all_needed"] else [False, True] + [False] * 3
-    dout = draw(*out.shape, seed=1)
-    opcheck(
-        ops.stem_backward,
-        [dout, x, y, out, tap, stats, conv, *vectors, 2, 1, options["training"], 1e-5, needs],
-    )
+        output = StemOutput(*ops.stem(*arguments))
+    kept = StemKept(x, output, conv, Norm(*fields), 2, 1)
+    dout = draw(*output.out.shape, seed=1)
+    opcheck(ops.stem_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
 def block_arguments(projected: bool, stride: int) -> list:
@@ -146,22 +140,15 @@ def test_residual_block(any_backend, options):
 
 @each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
 def test_residual_block_backward(any_backend, options):
-    x, *convs, stride = block_arguments(*options["block"])
+    x, *convs = block_arguments(*options["block"])
     settings = {k: options[k] for k in ("affine", "conv_bias")}
     norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
+    arguments = [x, *convs, *norms[0], *norms[1]]
     with torch.no_grad():
-        out, *kept = ops.residual_block(x, *convs, stride, *norms[0], *norms[1])
-    y1, y2, stats1, stats2 = kept
-    parameters = [*convs, *norms[0][:2], norms[0][4], *norms[1][:2], norms[1][4]]
-    parameters = [p if p is None else p.detach() for p in parameters]
-    needs = [True, *(p is not None for p in parameters)] if options["all_needed"] else [False, True] + [False] * 9
-    opcheck(
-        ops.residual_block_backward,
-        [
-            *(draw(*out.shape, seed=5), x.detach(), y1, y2, out, stats1, stats2, *parameters, stride),
-            *(options["training1"], 1e-5, options["training2"], 1e-5, needs),
-        ],
-    )
+        output = BlockOutput(*ops.residual_block(*arguments))
+    kept = BlockKept(x, output, Convolutions(*convs), Norm(*norms[0]), Norm(*norms[1]))
+    dout = draw(*output.out.shape, seed=5)
+    opcheck(ops.residual_block_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
 @each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), many_pixels=BOTH, C=(1, 2)))
