@@ -63,7 +63,7 @@ DOUBLE = Launch((1, 6, 5, 5), 5, 3, 2, 1, torch.float64, SMALL_TILE, ("prologue"
 
 
 def run(emulate, monkeypatch, launch: Launch):
-    monkeypatch.setattr(tuning, "candidates", lambda *_: (launch.tile,))
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (launch.tile,))
     case = launch.case()
     with emulate() as reports:
         out = case.run()

@@ -77,7 +77,7 @@ def long_splits(monkeypatch):
 @pytest.mark.parametrize("prologue", ("plain", "activated"))
 def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, request, long_splits, name, prologue):
     shape = STAGES[name]
-    monkeypatch.setattr(tuning, "candidates", lambda *_: (TILE,))
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (TILE,))
     if prologue == "activated" and shape.stride == 2:
         pytest.skip("a block's stride-2 convolution reads its input as it is")
     _, _, report = launch(emulate, shape, torch.float16, prologue, select=lambda *_: [0])

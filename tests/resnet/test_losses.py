@@ -85,7 +85,7 @@ def whole_tiles(monkeypatch):
         rows, columns, _, reduction = gemm.problem
         return (tuning.Config(block(rows, 256), block(columns, 512), block(reduction, 512), 4, 1),)
 
-    monkeypatch.setattr(tuning, "candidates", whole)
+    monkeypatch.setattr(tuning.choice, "candidates", whole)
     monkeypatch.setattr(conv_grad_weight, "fit", lambda config, *_: config)
 
 
