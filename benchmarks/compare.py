@@ -173,6 +173,13 @@ def saved_bytes(settings: Settings, data: FashionMNIST) -> dict[str, dict[str, i
 # ---- reporting ------------------------------------------------------------------------------------------------
 
 
+def case_label(case: str) -> str:
+    """Such as "stage 1 block, training" for block1-train."""
+    what, mode = case.split("-")
+    what = "ResNet-18" if what == "resnet18" else f"stage {_stage(case)} block"
+    return f"{what}, {'training' if mode == 'train' else mode}"
+
+
 def results_table(results: list[Result]) -> str:
     head = (
         f"{'case':<19} {'rival':<13} {'fused ms':>9} {'rival ms':>9}   {'fused/rival':>11} {'min':>6} {'max':>6}   "
@@ -206,24 +213,6 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def plot(results: list[Result], title: str, path: Path) -> None:
-    """One mark per pair and a bar at the median, for each case and rival; the format is that of path's suffix."""
-    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
-
-    figure = Figure(figsize=(8, 1.5 + 0.45 * len(results)), layout="constrained")
-    axes = figure.subplots()
-    for y, result in enumerate(results):
-        ratios = result.comparison.ratios
-        axes.scatter(ratios, [y] * len(ratios), s=12, alpha=0.5, color="C0" if result.rival == "eager" else "C1")
-        axes.plot([statistics.median(ratios)] * 2, [y - 0.35, y + 0.35], color="black")
-    axes.axvline(1, color="gray", linewidth=1)
-    axes.set_yticks(range(len(results)), [f"{result.case} / {result.rival}" for result in results])
-    axes.invert_yaxis()
-    axes.set_xlabel("time fused / time of the rival, pair by pair (below 1: fused is faster; bar: median)")
-    axes.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=150)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------
@@ -377,7 +366,10 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(args.json, lambda path: path.write_text(text))
         print(f"\nwritten: {args.json}")
     if args.plot is not None and results:
-        write_atomically(args.plot, lambda path: plot(results, title, path))
+        from benchmarks import plot  # here, since it needs matplotlib, which the rest does without
+
+        labelled = [(case_label(result.case), result.comparison) for result in results]
+        write_atomically(args.plot, lambda path: plot.draw(labelled, title, path))
         print(f"\nwritten: {args.plot}")
     return 130 if interrupted else 0
 

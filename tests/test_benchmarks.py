@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, compare, gpu_check, roofline, turns, verdict
+from benchmarks import common, compare, gpu_check, plot, roofline, turns, verdict
 from benchmarks.common import Implementation
 from kernels import tuning
 from resnet import FusedResidual, Residual
@@ -485,6 +485,30 @@ def test_a_bad_argument_is_named_in_one_line(arguments, names, capsys):
     assert error.startswith("python -m benchmarks.compare: error: ")
     assert names in error
     assert not any(line.startswith(("usage:", "python -m")) for line in before)  # where the data are from may be there
+
+
+def test_the_plot_names_its_sides_and_has_a_legend_and_a_group_per_case():
+    compared = [
+        (case, verdict.Comparison.of_rounds(rival, [0.9] * 8, [1.0] * 8))
+        for case in ("ResNet-18, training", "ResNet-18, inference")
+        for rival in ("eager", "torch.compile")
+    ]
+    figure = plot.figure(compared, "what was measured")
+    (axes,) = figure.axes
+    texts = [text.get_text() for text in axes.texts]
+    assert {"← fused faster", "slower →"} <= set(texts)
+    assert texts.count("fused 11% faster") == 4
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ResNet-18,\ntraining", "ResNet-18,\ninference"]
+    (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["a pair with eager", "a pair with torch.compile", "median and its 95% interval"]
+
+
+def test_an_outlier_does_not_squeeze_the_plot_and_is_marked_at_its_end():
+    figure = plot.figure([("case", compared([0.9] * 19 + [50.0], [1.0] * 20))], "")
+    (axes,) = figure.axes
+    assert axes.get_xlim()[1] < 2
+    assert any(line.get_marker() == plot.BEYOND_HIGH for line in axes.lines)
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
