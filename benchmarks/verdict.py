@@ -56,31 +56,32 @@ class Comparison:
         """Such as "fused 14% faster"; "no difference seen" where the interval has 1 in it; or why there is none."""
         if self.waited >= TOO_BUSY:
             return "CPUs too busy"
-        interval = self.interval
-        if interval is None:
+        if self.interval is None:
             return "too few rounds"
-        low, high = interval
+        low, high = self.interval
         if low <= 1 <= high:
             return "no difference seen"
-        return f"fused {_by(self.median, _is_large(self.median))} {_side(self.median)}"
+        return f"fused {_by(self.median, _is_large(low, high))} {_side(self.median)}"
 
     @property
     def spread(self) -> str:
-        """The interval in the verdict's words, such as "5% to 21%", or "5% faster to 3% slower"; else ""."""
-        interval = self.interval
-        if interval is None:
+        """The interval in the verdict's words, such as "5% to 21%", or "5% faster to 3% slower".
+
+        "" where there is no verdict, so that nobody reads one from it.
+        """
+        if self.interval is None or self.waited >= TOO_BUSY:
             return ""
-        low, high = interval
-        as_multiple = _is_large(low) or _is_large(high)
+        low, high = self.interval
+        as_multiple = _is_large(low, high)
         if low <= 1 <= high:
             return f"{_by(low, as_multiple)} faster to {_by(high, as_multiple)} slower"
         nearer, farther = (high, low) if high < 1 else (low, high)
         return f"{_by(nearer, as_multiple)} to {_by(farther, as_multiple)}"
 
 
-def _is_large(ratio: float) -> bool:
-    """Whether one takes twice as long as the other, which is then said as a multiple."""
-    return abs(math.log2(ratio)) >= 1
+def _is_large(low: float, high: float) -> bool:
+    """Whether one may take twice as long as the other; all figures of the line are then multiples."""
+    return low <= 0.5 or high >= 2
 
 
 def _side(ratio: float) -> str:
