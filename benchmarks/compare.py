@@ -1,8 +1,7 @@
 """Interleaved pairs of fused against eager and torch.compile: `python -m benchmarks.compare --help`.
 
-Both of a pair run right after each other, each pair the other way round than the last, so that what drifts (clock
-rates, other processes) touches both alike and drops out of their ratio. Same weights, inputs and memory format
-(channels_last).
+Both of a pair run right after each other, now one first and now the other, so that what drifts (clock rates, other
+processes) touches both alike and drops out of their ratio. Same weights, inputs and memory format (channels_last).
 """
 
 from __future__ import annotations
@@ -21,8 +20,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
-from benchmarks.common import Row
+from benchmarks import common, turns
+from benchmarks.common import Implementation
+from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
 from resnet.data import DatasetError, FashionMNIST, load
 
 RIVALS = ("eager", "compile")
@@ -33,7 +33,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CHANNELS = (64, 128, 256, 512)  # of the stages' identity blocks
 IMAGE_BATCHES = 4
 MIN_RESIZE = 28  # the images' own size; they are enlarged only
-SIDE_SECONDS = 0.05  # each side of a pair is called as often as lasts so long, both equally often
+TURN_SECONDS = 0.05  # a side of a pair is called as often as lasts about so long, both equally often
 
 
 class UsageError(ValueError):
@@ -67,8 +67,8 @@ class Settings:
         """Height and width of the activations in stage 1 to 4: the images' size halved, rounded up, 2 to 5 times."""
         return math.ceil(self.resize / 2 ** (stage + 1))
 
-    def row(self, implementation: str) -> Row:
-        return Row(implementation, self.device, self.dtype)
+    def implementation(self, kind: str) -> Implementation:
+        return Implementation(kind, self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -80,50 +80,57 @@ class Result:
     calls: int  # per side of a pair
     fused_seconds: tuple[float, ...]
     rival_seconds: tuple[float, ...]
+    waited_for_cpu: float  # the part of their time in which threads had none, from 0 to 1; of the side with more of it
 
     @property
-    def ratios(self) -> list[float]:
-        """Time fused / time of the rival, pair by pair: below 1, fused is the faster."""
-        return [fused / rival for fused, rival in zip(self.fused_seconds, self.rival_seconds)]
+    def comparison(self) -> Comparison:
+        return Comparison.of_rounds(
+            common.KINDS[self.rival], self.fused_seconds, self.rival_seconds, self.waited_for_cpu
+        )
 
     def to_json(self) -> dict[str, Any]:
-        ratios = self.ratios
-        median = statistics.median(ratios)
+        comparison = self.comparison
+        low, high = comparison.interval or (None, None)
         return {
             **dataclasses.asdict(self),
-            "ratio_median": median,
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-            "speedup": 1 / median,
+            "ratio_median": comparison.median,
+            "ratio_min": min(comparison.ratios),
+            "ratio_max": max(comparison.ratios),
+            "ratio_low": low,
+            "ratio_high": high,
+            "speedup": 1 / comparison.median,
+            "verdict": comparison.verdict,
         }
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------
 
 
-def workload(case: str, row: Row, settings: Settings, data: FashionMNIST | None) -> Callable[[], None]:
-    """The function without arguments that `case` times for `row`; `data` is wanted for ResNet-18 only."""
+def workload(
+    case: str, implementation: Implementation, settings: Settings, data: FashionMNIST | None
+) -> Callable[[], None]:
+    """The function without arguments that `case` times for `implementation`; `data` is wanted for ResNet-18 only."""
     what, mode = case.split("-")
     if what == "resnet18":
-        module, run = common.net(row)
+        module, run = common.net(implementation)
         count = IMAGE_BATCHES if mode == "train" else 1
-        batches = common.images(row, data, settings.batch_size, count, settings.resize)
+        batches = common.images(implementation, data, settings.batch_size, count, settings.resize)
         if mode == "train":
-            return common.training_step(row, module, run, batches)
+            return common.training_step(implementation, module, run, batches)
         x = batches[0][0]
     else:
-        module, run, x = _block(row, _stage(case), settings)
+        module, run, x = _block(implementation, _stage(case), settings)
         if mode == "train":
             module.train()
-            return common.forward_backward(row, run, x, module.parameters())
+            return common.forward_backward(implementation, run, x, module.parameters())
     module.eval()
-    return common.inference(row, run, x)
+    return common.inference(implementation, run, x)
 
 
-def _block(row: Row, stage: int, settings: Settings):
+def _block(implementation: Implementation, stage: int, settings: Settings):
     channels, size = CHANNELS[stage - 1], settings.stage_size(stage)
-    module, run = common.residual(row, channels, channels, stride=1)
-    return module, run, common.activations(row, settings.batch_size, channels, size, size)
+    module, run = common.residual(implementation, channels, channels, stride=1)
+    return module, run, common.activations(implementation, settings.batch_size, channels, size, size)
 
 
 def _stage(case: str) -> int:
@@ -133,60 +140,60 @@ def _stage(case: str) -> int:
 
 def measure(case: str, rival: str, settings: Settings, data: FashionMNIST | None) -> Result:
     """Times `settings.pairs` pairs, after a warm-up that compiles, and chooses how often each side is called."""
-    rows = (settings.row("fused"), settings.row(rival))
-    now = common.clock(settings.device)
-    # Whichever side runs has its backend in force, also while it is built.
+    now = turns.clock(settings.device)
     sides = []
-    for row in rows:
-        with row.scope():
-            sides.append(workload(case, row, settings, data))
-    calls = []
-    for row, side in zip(rows, sides):
-        with row.scope():
-            calls.append(common.calls_lasting(SIDE_SECONDS, side, now))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for pair in range(settings.pairs):
-        for i in (0, 1) if pair % 2 == 0 else (1, 0):
-            with rows[i].scope():
-                seconds[i].append(common.timed(sides[i], max(calls), now))
-    return Result(case, rival, max(calls), tuple(seconds[0]), tuple(seconds[1]))
+    for implementation in (settings.implementation("fused"), settings.implementation(rival)):
+        with implementation.scope():
+            sides.append(turns.Side(workload(case, implementation, settings, data), implementation.scope))
+    calls = turns.calls_per_turn(TURN_SECONDS, [side.warm_seconds(now) for side in sides])
+    fused, other = turns.take_turns(sides, calls=calls, rounds=settings.pairs, now=now)
+    waited = max(fused.waited_share, other.waited_share)
+    return Result(case, rival, calls, tuple(fused.seconds), tuple(other.seconds), waited)
 
 
 def saved_bytes(settings: Settings, data: FashionMNIST) -> dict[str, dict[str, int]]:
     """Bytes saved for backward: of each stage's identity block, without its input, and of the whole net."""
     result: dict[str, dict[str, int]] = {}
-    for implementation in ("fused", "eager"):
-        row = settings.row(implementation)
-        with row.scope():
+    for kind in ("fused", "eager"):
+        implementation = settings.implementation(kind)
+        with implementation.scope():
             for stage in range(1, len(CHANNELS) + 1):
                 if settings.stage_size(stage) ** 2 * settings.batch_size > 1:
-                    module, run, x = _block(row, stage, settings)
-                    saved = common.block_saved_bytes(row, module, run, x)
-                    result.setdefault(f"block{stage}", {})[implementation] = saved
+                    module, run, x = _block(implementation, stage, settings)
+                    saved = common.block_saved_bytes(implementation, module, run, x)
+                    result.setdefault(f"block{stage}", {})[kind] = saved
             if settings.stage_size(len(CHANNELS)) ** 2 * settings.batch_size > 1:
-                module, run = common.net(row)
-                x, _ = common.images(row, data, settings.batch_size, 1, settings.resize)[0]
-                saved = common.module_saved_bytes(row, module, run, x)
-                result.setdefault("resnet18", {})[implementation] = saved
+                module, run = common.net(implementation)
+                x, _ = common.images(implementation, data, settings.batch_size, 1, settings.resize)[0]
+                saved = common.module_saved_bytes(implementation, module, run, x)
+                result.setdefault("resnet18", {})[kind] = saved
     return result
 
 
 # ---- reporting ------------------------------------------------------------------------------------------------
 
 
+def case_label(case: str) -> str:
+    """Such as "stage 1 block, training" for block1-train."""
+    what, mode = case.split("-")
+    what = "ResNet-18" if what == "resnet18" else f"stage {_stage(case)} block"
+    return f"{what}, {'training' if mode == 'train' else mode}"
+
+
 def results_table(results: list[Result]) -> str:
     head = (
-        f"{'case':<19} {'rival':<8} {'fused ms':>9} {'rival ms':>9}   "
-        f"{'fused/rival':>11} {'min':>6} {'max':>6}   {'speed-up':>8}"
+        f"{'case':<19} {'rival':<13} {'fused ms':>9} {'rival ms':>9}   {'fused/rival':>11} {'min':>6} {'max':>6}   "
+        f"{'verdict':<18}  {CONFIDENCE:.0%} interval"
     )
     lines = [head]
     for result in results:
         fused, rival = (1e3 * statistics.median(s) for s in (result.fused_seconds, result.rival_seconds))
-        figures = result.to_json()
-        lines.append(
-            f"{result.case:<19} {result.rival:<8} {fused:>9.2f} {rival:>9.2f}   {figures['ratio_median']:>11.3f} "
-            f"{figures['ratio_min']:>6.3f} {figures['ratio_max']:>6.3f}   {figures['speedup']:>8.3f}"
+        pairs = result.comparison
+        line = (
+            f"{result.case:<19} {pairs.rival:<13} {fused:>9.2f} {rival:>9.2f}   {pairs.median:>11.3f} "
+            f"{min(pairs.ratios):>6.3f} {max(pairs.ratios):>6.3f}   {pairs.verdict:<18}  {pairs.spread}"
         )
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -206,24 +213,6 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def plot(results: list[Result], title: str, path: Path) -> None:
-    """One mark per pair and a bar at the median, for each case and rival; the format is that of path's suffix."""
-    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
-
-    figure = Figure(figsize=(8, 1.5 + 0.45 * len(results)), layout="constrained")
-    axes = figure.subplots()
-    for y, result in enumerate(results):
-        ratios = result.ratios
-        axes.scatter(ratios, [y] * len(ratios), s=12, alpha=0.5, color="C0" if result.rival == "eager" else "C1")
-        axes.plot([statistics.median(ratios)] * 2, [y - 0.35, y + 0.35], color="black")
-    axes.axvline(1, color="gray", linewidth=1)
-    axes.set_yticks(range(len(results)), [f"{result.case} / {result.rival}" for result in results])
-    axes.invert_yaxis()
-    axes.set_xlabel("time fused / time of the rival, pair by pair (below 1: fused is faster; bar: median)")
-    axes.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=150)
 
 
 # ---- the command ----------------------------------------------------------------------------------------------
@@ -320,7 +309,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
         device,
         DTYPES[args.dtype],
     )
-    if reason := common.unavailable(settings.row("fused")):
+    if reason := common.unavailable(settings.implementation("fused")):
         raise UsageError(reason)
     data = load(args.data)
     n = len(data.train_images)
@@ -335,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         settings, data = _prepare(args)
     except (UsageError, DatasetError) as error:
         parser.error(str(error))
-    fused = settings.row("fused")
+    fused = settings.implementation("fused")
     environment = common.environment(settings.device)
     title = (
         f"batch {settings.batch_size}, images {settings.resize}x{settings.resize}, {args.dtype}\n"
@@ -358,6 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped: what follows is what was measured in full", file=sys.stderr)
 
     print(f"\n{results_table(results)}\n\n{saved_table(saved)}")
+    if note := busy_note(max((result.waited_for_cpu for result in results), default=0.0)):
+        print(f"\n{note}")
     if args.json is not None:
         report = {
             "environment": environment,
@@ -375,7 +366,10 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(args.json, lambda path: path.write_text(text))
         print(f"\nwritten: {args.json}")
     if args.plot is not None and results:
-        write_atomically(args.plot, lambda path: plot(results, title, path))
+        from benchmarks import plot  # here, since it needs matplotlib, which the rest does without
+
+        labelled = [(case_label(result.case), result.comparison) for result in results]
+        write_atomically(args.plot, lambda path: plot.draw(labelled, title, path))
         print(f"\nwritten: {args.plot}")
     return 130 if interrupted else 0
 
