@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -23,7 +22,9 @@ import torch
 from benchmarks import common, turns
 from benchmarks.common import Implementation
 from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
+from resnet.commands import ConfigError, Parser, check_writable, find_device, require
 from resnet.data import DatasetError, FashionMNIST, load
+from resnet.kernels.host.files import write_atomically
 
 RIVALS = ("eager", "compile")
 BLOCK_CASES = tuple(f"block{stage}-{mode}" for stage in (1, 2, 3, 4) for mode in ("train", "inference"))
@@ -36,13 +37,9 @@ MIN_RESIZE = 28  # the images' own size; they are enlarged only
 TURN_SECONDS = 0.05  # a side of a pair is called as often as lasts about so long, both equally often
 
 
-class UsageError(ValueError):
-    """A setting cannot be used; the message, one line, names it and what was expected."""
-
-
 @dataclass(frozen=True)
 class Settings:
-    """What to compare, and how. Raises UsageError for a value out of its range."""
+    """What to compare, and how. Raises ConfigError for a value out of its range."""
 
     pairs: int
     batch_size: int
@@ -53,12 +50,12 @@ class Settings:
     dtype: torch.dtype  # other than float32: under autocast
 
     def __post_init__(self) -> None:
-        _require(self.pairs >= 1, "--pairs", "at least 1", self.pairs)
-        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
-        _require(self.resize >= MIN_RESIZE, "--resize", f"at least {MIN_RESIZE} pixels", self.resize)
+        require(self.pairs >= 1, "--pairs", "at least 1", self.pairs)
+        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        require(self.resize >= MIN_RESIZE, "--resize", f"at least {MIN_RESIZE} pixels", self.resize)
         smallest = min((self.stage_size(_stage(case)) for case in self.cases if case.endswith("-train")), default=2)
         if smallest**2 * self.batch_size == 1:
-            raise UsageError(
+            raise ConfigError(
                 f"--batch-size 1 with --resize {self.resize}: a stage has one value per channel, which BatchNorm "
                 "cannot normalise in training; expected a batch of 2, or larger images"
             )
@@ -205,26 +202,11 @@ def saved_table(saved: dict[str, dict[str, int]]) -> str:
     return "\n".join(lines)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` to a file beside `path`, then rename: a file that was there stays until the new one is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")  # a plot's format is its suffix
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ---- the command ----------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the page of usage before it
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n", 1)[0])
+    parser = Parser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--pairs", type=int, default=15, help="pairs per case and rival (default: 15)")
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     parser.add_argument("--resize", type=int, default=96, help="pixels of the images (default: 96)")
@@ -245,49 +227,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise UsageError(f"{name}: expected {expected}, got {got}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cpu":
-        return torch.device("cpu")
-    _require(device.type == "cuda", "--device", "auto, cpu, cuda or cuda:N", repr(name))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    _require(count > 0, "--device", "auto or cpu, since PyTorch finds no CUDA device here", name)
-    _require((device.index or 0) < count, "--device", f"one of cuda:0 to cuda:{count - 1}", name)
-    device = torch.device("cuda", device.index or 0)
-    torch.cuda.set_device(device)  # the clock's events are recorded on the current one
-    return device
-
-
-def _check_writable(name: str, path: Path) -> None:
-    _require(path.parent.is_dir(), name, "a path in an existing folder", path)
-    _require(not path.is_dir(), name, "a file's path", f"the folder {path}")
-    _require(os.access(path.parent, os.W_OK), name, "a path in a folder that may be written", path)
-
-
 def _check_plot(path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-    _require(path.suffix[1:] in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
-    _check_writable("--plot", path)
+    require(path.suffix[1:] in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
+    check_writable("--plot", path)
 
 
 def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, ...]:
     reason = common.compile_unavailable(device.type) if asked is None or "compile" in asked else None
     if reason and asked is not None:
-        raise UsageError(f"--rivals compile: {reason}")
+        raise ConfigError(f"--rivals compile: {reason}")
     if reason:
         print(f"rival compile skipped: {reason}", file=sys.stderr)
         return ("eager",)
@@ -295,9 +248,11 @@ def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, 
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
-    device = _device(args.device)
+    device = find_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the clock's events are recorded on the current one
     if args.json is not None:
-        _check_writable("--json", args.json)
+        check_writable("--json", args.json)
     if args.plot is not None:
         _check_plot(args.plot)
     settings = Settings(
@@ -310,10 +265,10 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
         DTYPES[args.dtype],
     )
     if reason := common.unavailable(settings.implementation("fused")):
-        raise UsageError(reason)
+        raise ConfigError(reason)
     data = load(args.data)
     n = len(data.train_images)
-    _require(settings.batch_size <= n, "--batch-size", f"at most {n}, the images there are", settings.batch_size)
+    require(settings.batch_size <= n, "--batch-size", f"at most {n}, the images there are", settings.batch_size)
     return dataclasses.replace(settings, rivals=_usable_rivals(args.rivals, device)), data
 
 
@@ -322,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         settings, data = _prepare(args)
-    except (UsageError, DatasetError) as error:
+    except (ConfigError, DatasetError) as error:
         parser.error(str(error))
     fused = settings.implementation("fused")
     environment = common.environment(settings.device)

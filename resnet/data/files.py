@@ -172,7 +172,8 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
         if all(file.find(place) for file in _WHOLE_SET):
             return _read_folder(place, _WHOLE_SET)
 
-    missing = f"not in {', '.join('./data' if place == Path('data') else str(place) for place in places)}"
+    *names, last = ("./data" if place == Path("data") else str(place) for place in places)
+    missing = f"not in {', '.join(names)} or {last}"
     if download and cache is not None:
         try:
             fetch(cache, os.environ.get("FASHION_MNIST_URL") or OFFICIAL_URL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import resnet
 from resnet import reference
 from resnet.functional import batch_norm_add_relu
 from resnet.kernels.host.tiling import tiling
@@ -460,15 +462,31 @@ def test_gradients_are_derivatives(any_backend, shortcut, relu, training):
     assert torch.autograd.gradcheck(function, inputs, fast_mode=any_backend == "triton")
 
 
+def recorded_gradient(function: Callable, given: dict, training: bool) -> tuple[Tensor, Tensor]:
+    """x, and the gradient of out's square sum in x, recorded."""
+    x = given["x"].detach().requires_grad_()
+    out = function(x, given["running_mean"].clone(), given["running_var"].clone(), given["weight"], training=training)
+    return x, torch.autograd.grad(out.square().sum(), x, create_graph=True)[0]
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_double_backward_is_refused_by_name(any_backend, training):
-    given = tensors(Case())
-    x = given["x"].requires_grad_()
-    out = batch_norm_add_relu(x, given["running_mean"], given["running_var"], given["weight"], training=training)
-    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+def test_double_backward_through_the_kernels_is_refused_by_name(training):
+    with resnet.backend("triton"):
+        _, dx = recorded_gradient(batch_norm_add_relu, tensors(Case()), training)
     assert dx.requires_grad
     with pytest.raises(RuntimeError, match=r"batch_norm_add_relu_backward .*double backward .*not supported.*Residual"):
         dx.sum().backward()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_double_backward_through_pytorchs_operators_is_as_exact_as_eager(training):
+    given = {k: v if v is None else v.double() for k, v in tensors(Case()).items()}
+    second = []
+    for function in (batch_norm_add_relu, reference.batch_norm_add_relu):
+        with resnet.backend("torch"):
+            x, dx = recorded_gradient(function, given, training)
+            second.append(torch.autograd.grad(dx.square().sum(), x)[0])
+    torch.testing.assert_close(*second)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------
