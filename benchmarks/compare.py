@@ -23,7 +23,7 @@ from benchmarks import common, turns
 from benchmarks.common import Implementation
 from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
 from resnet.commands import ConfigError, Parser, check_writable, find_device, require
-from resnet.data import DatasetError, FashionMNIST, load
+from resnet.data import IMAGE_SIZE, DatasetError, FashionMNIST, load
 from resnet.kernels.host.files import write_atomically
 
 RIVALS = ("eager", "compile")
@@ -33,7 +33,6 @@ DEFAULT_CASES = ("resnet18-train", "resnet18-inference", "block1-train", "block1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHANNELS = (64, 128, 256, 512)  # of the stages' identity blocks
 IMAGE_BATCHES = 4
-MIN_RESIZE = 28  # the images' own size; they are enlarged only
 TURN_SECONDS = 0.05  # a side of a pair is called as often as lasts about so long, both equally often
 
 
@@ -52,7 +51,7 @@ class Settings:
     def __post_init__(self) -> None:
         require(self.pairs >= 1, "--pairs", "at least 1", self.pairs)
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
-        require(self.resize >= MIN_RESIZE, "--resize", f"at least {MIN_RESIZE} pixels", self.resize)
+        require(self.resize >= IMAGE_SIZE, "--resize", f"at least {IMAGE_SIZE}, the images' own size", self.resize)
         smallest = min((self.stage_size(_stage(case)) for case in self.cases if case.endswith("-train")), default=2)
         if smallest**2 * self.batch_size == 1:
             raise ConfigError(
