@@ -76,7 +76,7 @@ class Result:
     calls: int  # per side of a pair
     fused_seconds: tuple[float, ...]
     rival_seconds: tuple[float, ...]
-    waited_for_cpu: float  # the part of their time in which threads had none, from 0 to 1; of the side with more of it
+    waited_for_cpu: float  # the part of the time in which threads waited for a CPU, from 0 to 1; the worse side's
 
     @property
     def comparison(self) -> Comparison:
@@ -148,7 +148,7 @@ def measure(case: str, rival: str, settings: Settings, data: FashionMNIST | None
 
 
 def saved_bytes(settings: Settings, data: FashionMNIST) -> dict[str, dict[str, int]]:
-    """Bytes saved for backward: of each stage's identity block, without its input, and of the whole net."""
+    """Bytes saved for backward, for each stage's identity block, without its input, and for the whole net."""
     result: dict[str, dict[str, int]] = {}
     for kind in ("fused", "eager"):
         implementation = settings.implementation(kind)

@@ -120,7 +120,7 @@ def measure(request: pytest.FixtureRequest, benchmark, implementation: Implement
 
 
 def _group(item: pytest.Item) -> tuple | None:
-    """What the rows of a group have in common: all but the implementation, of which the type."""
+    """What the rows of a group have in common: everything but the implementation, of which only the type counts."""
     params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
     implementation = params.pop("implementation", None)
     return implementation and (item.path, item.originalname, tuple(params.items()), implementation.dtype)

@@ -72,7 +72,7 @@ class Side:
             return (now() - start) / calls
 
     def warm_seconds(self, now: Callable[[], float]) -> float:
-        """Seconds per call, roughly: of two calls, after one that may compile."""
+        """Seconds per call, roughly: the mean of two calls, after one that may compile."""
         self.seconds(1, now)
         return self.seconds(2, now)
 
@@ -96,7 +96,7 @@ class Turns:
 
     @property
     def waited_share(self) -> float:
-        """Of the time in which its threads could have run, the part in which other work had the CPUs."""
+        """The part of the time in which its threads could have run, but other work had the CPUs."""
         return self.waited / (self.ran + self.waited) if self.waited else 0.0
 
 

@@ -130,9 +130,9 @@ def _call(recorded: Callable, inference: Callable, arguments: tuple, batch_stati
 class FusedStem(Stem):
     """`Stem` with BatchNorm, ReLU and max-pool in one pass; same children, so the same `state_dict`.
 
-    The ReLU comes behind the pool, on a quarter of the pixels: relu(pool(z)) is pool(relu(z)), gradients included.
-    Where a window's maximum is positive its place is the same, and where it is not, nothing passes the ReLU; NaN stays
-    NaN. Kept for backward: the input, the convolution's output, the output and a byte for each of its elements.
+    The ReLU comes after the pool, on a quarter of the pixels: relu(pool(z)) is pool(relu(z)), gradients included.
+    Where a window's maximum is positive, its place is the same; where it is not, nothing passes the ReLU. NaN stays
+    NaN. Backward needs the input, the convolution's output, the output, and a byte for each of its elements.
     """
 
     def __init__(self, in_channels: int, channels: int = 64):
@@ -168,8 +168,8 @@ class FusedResidual(Residual):
     """The residual block on fused operators: BatchNorm, the residual add and ReLU move each activation once.
 
     Drop-in for `Residual` (d2l.ai): same constructor, parameters, buffers and `state_dict`. Activations are
-    channels_last inside; an input in another layout is converted, outputs and gradients are channels_last. Kept for
-    backward: the input, the two convolutions' outputs, the output, and per-channel vectors.
+    channels_last inside; an input in another layout is converted, outputs and gradients are channels_last. Backward
+    needs the input, the two convolutions' outputs, the output, and per-channel vectors.
 
     A submodule that was replaced, hooked or parametrised makes the block run PyTorch's operators instead, with one
     warning that names it.

@@ -31,8 +31,10 @@ class NormGrad(NamedTuple):
     dx: Tensor  # (N, C, H, W)
     dweight: Tensor | None  # (C,)
     dbias: Tensor | None  # (C,)
-    sum_g: Tensor  # (C,), in the type of the statistics: the gradient of anything that was added per channel
-    g: Tensor | None  # (N, C, H, W): dout behind the ReLU, the gradient of the shortcut; None where it is dout itself
+    sum_g: Tensor  # (C,), in the type of the statistics: the gradient of whatever was added per channel
+    g: (
+        Tensor | None
+    )  # (N, C, H, W): dout where the ReLU passes it, for the shortcut; None where that is dout itself
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

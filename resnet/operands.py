@@ -125,7 +125,7 @@ class BlockGrad(NamedTuple):
     conv3: Tensor | None
     weight1: Tensor | None  # (K,)
     bias1: Tensor | None  # (K,)
-    sum_g1: Tensor | None  # (K,): of what is added to y1, with frozen statistics
+    sum_g1: Tensor | None  # (K,): the gradient of what is added to y1, if bn1's statistics are frozen
     weight2: Tensor | None
     bias2: Tensor | None
-    sum_g2: Tensor  # (K,): of what is added to y2, with frozen statistics, and to the shortcut
+    sum_g2: Tensor  # (K,): the gradient of what is added to the shortcut, and, if bn2's are frozen, to y2

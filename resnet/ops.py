@@ -7,7 +7,7 @@ operator as one node. Activations here are channels_last and checked; `resnet.fu
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
     fused_residual::residual_block             the block in training, or in evaluation where gradients are wanted
     fused_residual::residual_block_inference   the block with frozen statistics and without gradients
-    fused_residual::stem_inference             the stem, likewise
+    fused_residual::stem_inference             the stem with frozen statistics and without gradients
 
 The named tuples of `operands` describe each operator; schemas, what is wanted and what is returned follow from them.
 The first three have a backward operator each, which takes the output's gradient, what was kept, and a flag for each
@@ -213,8 +213,8 @@ def _norm_grads(
 ) -> Norm:
     """The gradients in a norm's places.
 
-    The convolution's bias cancels under batch statistics, so its gradient is zero; sum dx = scale * sum g is that
-    under frozen ones.
+    The convolution's bias cancels under batch statistics, so its gradient is zero. Under frozen ones its gradient is
+    sum dx = scale * sum g.
     """
     dconv_bias = None
     if needs.conv_bias:

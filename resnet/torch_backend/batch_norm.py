@@ -1,4 +1,4 @@
-"""BatchNorm + add + ReLU on PyTorch's own operators, in as few passes as they allow: what runs on the CPU."""
+"""BatchNorm, the add and ReLU on PyTorch's own operators, in as few passes as they allow: what runs on the CPU."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tens
     """Gradients of `forward_pool`."""
     (N, C, P, Q), width = out.shape, x.shape[3]
     place = torch.arange(9, device=x.device)
-    place += place // 3 * (width - 3)  # of each tap, behind its window's first pixel
+    place += place // 3 * (width - 3)  # a tap's index, from its window's first pixel on
     index = place.index_select(0, tap.permute(0, 2, 3, 1).reshape(-1).int()).view(N, P, Q, C).permute(0, 3, 1, 2)
     index += _window_origins((P, Q), width, x.device)
     g = aten.threshold_backward(dout, out, 0)

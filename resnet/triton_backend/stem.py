@@ -25,7 +25,7 @@ def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: in
 
 
 def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
-    """See `torch_backend.stem_backward`. dy is written only where the input's gradient is wanted."""
+    """See `torch_backend.stem_backward`. dy is written only where something reads it."""
     x, (out, y, tap, stats), weight, norm, stride, padding = kept
     dweight, dbias = empty_grads(norm)
     sums = pool.backward_reduce(dout, y, out, tap, stats, dweight, dbias)
@@ -40,8 +40,8 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
         return convolve_backward(dy, x, weight, stride, padding, False, True)[1]
 
-    # dy is stored for grad-input, for a window that the fused product does not take, and in float64, of which the
-    # compiler refuses the fused product at some shapes.
+    # dy is stored where grad-input needs it, where the window is too large for the fused product, and for float64: the
+    # compiler refuses the fused product of float64 at some shapes.
     stored = needs.x or max(weight.shape[2:]) > MAX_WINDOW or x.dtype == torch.float64
     if stored:
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
