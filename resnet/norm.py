@@ -32,9 +32,7 @@ class NormGrad(NamedTuple):
     dweight: Tensor | None  # (C,)
     dbias: Tensor | None  # (C,)
     sum_g: Tensor  # (C,), in the type of the statistics: the gradient of whatever was added per channel
-    g: (
-        Tensor | None
-    )  # (N, C, H, W): dout where the ReLU passes it, for the shortcut; None where that is dout itself
+    g: Tensor | None  # (N, C, H, W): dout where the ReLU passes it, for the shortcut; None where that is dout itself
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
