@@ -11,6 +11,7 @@ from torch import nn
 from resnet import FusedStem, Stem
 from tests.conftest import DEVICE
 from tests.helpers.blocks import HALF, assert_parity, draw, name_of, one_thread, same, snapshot, step, trio  # noqa: F401
+from tests.helpers.fused_cases import assert_exact
 from tests.helpers.parity import assert_as_exact_as_eager
 
 SAVED_OF_EAGER = 0.6
@@ -65,6 +66,45 @@ def test_a_window_larger_than_the_fused_grad_weight_takes(any_backend):
         gradients.append([module[0].weight.grad])
     eager, fused, exact = gradients
     assert_as_exact_as_eager("d 0.weight", fused, eager, exact)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("size", [(3, 1, 1), (2, 1, 9), (2, 5, 2), (1, 8, 8)], ids=name_of)
+def test_a_stem_on_odd_sizes(any_backend, size, train):
+    n, h, w = size
+    assert_exact(trio(Stem, 3, 4, dtype=torch.float64, train=train), draw(n, 3, h, w))
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.0])
+def test_ties_in_a_stems_pool_go_where_eager_sends_them(any_backend, value):
+    """Constant images: every window of the pool is one tie, above zero, below it or at it."""
+
+    def change(stem):
+        nn.init.constant_(stem[0].weight, 0.0)
+        nn.init.constant_(stem[0].bias, value)
+        stem[1].running_mean.zero_()
+        nn.init.ones_(stem[1].weight)
+        nn.init.zeros_(stem[1].bias)
+
+    t = trio(Stem, 1, 3, dtype=torch.float64, train=False).each(change)
+    assert_exact(t, draw(2, 1, 9, 8))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_nan_and_inf_pass_a_stem_as_eager(any_backend, train, value):
+    t = trio(Stem, 1, 3, train=train)
+    x = draw(2, 1, 20, 21)
+    x[1, 0, 10, 5] = value
+    expected, got = step(t.eager, x), step(t.fused, x)
+    for name in expected:
+        if name == "d 0.bias" and train:
+            continue  # exact zeros where eager's gradient is a sum with NaN
+        torch.testing.assert_close(
+            got[name], expected[name], rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    with torch.no_grad():
+        torch.testing.assert_close(t.fused.eval()(x), t.eager.eval()(x), rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))

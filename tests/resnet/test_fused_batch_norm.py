@@ -1,0 +1,112 @@
+"""`FusedResidual` and `FusedStem` with BatchNorm's modes, settings and running statistics, beside the eager modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from resnet import Residual, Stem
+from tests.conftest import DEVICE
+from tests.helpers.blocks import draw, name_of, one_thread, same, snapshot, trio  # noqa: F401
+from tests.helpers.fused_cases import IDENTITY, MODES, STRIDED, assert_exact, assert_refused, blocks, modes
+
+# Of NaN and Inf on purpose, by the interpreter's NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
+
+
+@blocks
+@modes
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.3])
+def test_running_statistics_over_several_batches(any_backend, momentum, mode, args):
+    def configure(module):
+        MODES[mode](module)
+        module.bn1.momentum = module.bn2.momentum = momentum
+
+    t = trio(Residual, *args, dtype=torch.float64).each(configure)
+    for seed in range(3):
+        assert_exact(t, draw(2, 4, 4, 5, seed=seed))
+
+
+def replaced_norms(**options):
+    """Both BatchNorms anew, with these options."""
+
+    def change(module: nn.Module) -> None:
+        training = module.training
+        for name in ("bn1", "bn2"):
+            bn = nn.BatchNorm2d(getattr(module, name).num_features, **options)
+            setattr(module, name, bn.to(DEVICE, module.conv1.weight.dtype).train(training))
+
+    return change
+
+
+@blocks
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "options",
+    [{"track_running_stats": False}, {"affine": False}, {"affine": False, "track_running_stats": False}, {"eps": 0.1}],
+    ids=name_of,
+)
+def test_other_settings_of_batch_norm(any_backend, options, train, args):
+    t = trio(Residual, *args, dtype=torch.float64, train=train).each(replaced_norms(**options))
+    x = draw(2, 4, 5, 6)
+    assert_exact(t, x)
+    with torch.no_grad():
+        torch.testing.assert_close(t.each(nn.Module.eval).fused(x.double()), t.exact(x.double()))
+
+
+def test_statistics_may_stop_being_tracked(any_backend):
+    """`track_running_stats` set to False afterwards: training leaves the buffers, evaluation still uses them."""
+
+    def change(module):
+        module.bn1.track_running_stats = module.bn2.track_running_stats = False
+
+    t = trio(Residual, 4, 4, dtype=torch.float64).each(change)
+    before = snapshot(t.fused)
+    x = draw(2, 4, 5, 6)
+    assert_exact(t, x)
+    same(snapshot(t.fused), before)
+    assert_exact(t.each(nn.Module.eval), x)
+
+
+def test_no_grad_in_training_still_updates_the_statistics(any_backend):
+    t = trio(Residual, *STRIDED, dtype=torch.float64)
+    x = draw(2, 4, 5, 6).double()
+    with torch.no_grad():
+        torch.testing.assert_close(t.fused(x), t.exact(x))
+    torch.testing.assert_close(snapshot(t.fused), snapshot(t.exact))
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}], ids=name_of
+)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_stem_with_other_settings_of_batch_norm(any_backend, train, options):
+    def change(module):
+        module[1] = nn.BatchNorm2d(4, **options).to(DEVICE, module[0].weight.dtype).train(train)
+
+    t = trio(Stem, 3, 4, dtype=torch.float64, train=train).each(change)
+    for seed in range(2):
+        assert_exact(t, draw(2, 3, 10, 9, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("args", "shape", "modes"),
+    [
+        (IDENTITY, (1, 4, 1, 1), "train"),
+        (STRIDED, (1, 4, 2, 2), "train"),
+        (IDENTITY, (1, 4, 1, 1), "bn1 eval"),
+        (IDENTITY, (1, 4, 1, 1), "bn2 eval"),
+    ],
+)
+def test_one_value_per_channel_is_refused_in_training(any_backend, args, shape, modes):
+    block = trio(Residual, *args).each(MODES[modes]).fused
+    message = r"bn[12]: expected more than 1 value per channel when training, got input size \(1, \d, 1, 1\)"
+    assert_refused(block, draw(*shape), ValueError, message)
+    block.eval()(draw(*shape))
+
+
+def test_one_value_per_channel_is_refused_by_a_stem(any_backend):
+    stem = trio(Stem, 3, 4).fused
+    assert_refused(stem, draw(1, 3, 2, 1), ValueError, r"1: expected more than 1 value .* \(1, 4, 1, 1\)")
+    stem.eval()(draw(1, 3, 2, 1))
