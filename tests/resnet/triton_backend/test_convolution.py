@@ -155,7 +155,7 @@ def test_only_wanted_gradients_are_computed(fused_backend, launches):
     for name, p in block.named_parameters():
         p.requires_grad_(name.startswith("bn2"))
     block(draw(2, 4, 4, 4)).sum().backward()
-    assert launches == ["conv_forward", "conv_forward", "apply", "backward_reduce"]
+    assert launches == ["conv_forward", "conv_forward", "batch_norm_add_relu", "batch_norm_backward_reduce"]
     assert block.bn2.weight.grad is not None
 
 
@@ -171,5 +171,5 @@ def test_the_masked_gradient_is_added(fused_backend, dtype, shape):
 
 def test_the_masked_gradient_has_dxs_shape():
     dx = draw(2, 3, 5, 4)
-    with pytest.raises(ValueError, match="dout: expected shape"):
+    with pytest.raises(ValueError, match=r"dout: expected .* shape \(2, 3, 5, 4\), .* got shape \(2, 3, 4, 4\)"):
         add_masked_grad(dx, dx[:, :, :4].contiguous(memory_format=torch.channels_last), dx)
