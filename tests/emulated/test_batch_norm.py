@@ -219,7 +219,7 @@ def test_relu_keeps_nan_and_a_nan_output_passes_its_gradient(emulate, dtype, sto
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_running_statistics_in_half_precision_are_rounded_once(emulate, dtype):
+def test_running_statistics_of_a_16_bit_type_are_rounded_once(emulate, dtype):
     x = draw(3, 6, 7, 5, dtype=dtype)
     running = [draw(6, seed=1, dtype=dtype), draw(6, seed=2, dtype=dtype).abs()]
     exact = [v.double() for v in running]
@@ -233,7 +233,7 @@ def test_running_statistics_in_half_precision_are_rounded_once(emulate, dtype):
 
 
 @per_dtype
-def test_the_gradient_may_be_replaced_by_the_result(emulate, dtype):
+def test_a_result_that_replaces_the_incoming_gradient_has_the_same_bits(emulate, dtype):
     case = Case.of((3, 64, 10, 20), dtype)
     with emulate():
         expected = batch_norm_backward_apply(case.dout, case.x, case.out, case.stats, case.sums)

@@ -54,7 +54,7 @@ def expected(y, stats, dout, out, tap):
 
 
 @each_pair_compiled(dtype=FLOATS, shape=((2, 64, 12, 12), (2, 3, 7, 5), (1, 100, 5, 9), (2, 1, 6, 6)))
-def test_parity(emulate, shape, dtype):
+def test_pooled_output_sums_and_gradient_are_as_exact_as_eager(emulate, shape, dtype):
     (y, stats, dout), (out, tap, sums, dy), _ = run(emulate, shape, dtype)
     high = stats.double()
     z = reference.batch_norm_apply(y, stats[2], stats[3], relu=False).to(dtype)
@@ -87,7 +87,7 @@ def test_sectors_are_used_in_full(emulate, C, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_instructions_and_shared_memory(emulate, dtype):
+def test_shared_memory_has_no_bank_conflicts_and_instructions_stay_within_the_limit(emulate, dtype):
     (y, *_), _, reports = run(emulate, (4, 64, 48, 48), dtype)
     for name, report in reports.items():
         assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL, name

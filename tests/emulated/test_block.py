@@ -56,7 +56,7 @@ def compare(emulate, blocks: Trio, shape: tuple[int, ...], dtype: torch.dtype, s
 
 @pytest.mark.core
 @each_pair_compiled(dtype=DTYPES, block=BLOCKS, train={"training": True, "frozen statistics": False})
-def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
+def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
     arguments, shape = block
     draws = []
     for seed in range(3):
@@ -66,7 +66,7 @@ def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, bloc
 
 
 @each_pair_compiled(dtype=DTYPES, block=BLOCKS)
-def test_inference_is_as_exact_as_eager(emulate, dtype, block):
+def test_a_block_in_inference_is_as_exact_as_eager_in_two_launches(emulate, dtype, block):
     arguments, shape = block
     draws = []
     for seed in range(3):
@@ -83,7 +83,7 @@ def test_inference_is_as_exact_as_eager(emulate, dtype, block):
 
 
 @per_block
-def test_a_second_run_gives_the_same_bits(emulate, arguments, shape):
+def test_a_second_step_of_a_block_gives_the_same_bits(emulate, arguments, shape):
     block, x = trio(Residual, *arguments, dtype=torch.float16).fused, draw(*shape, dtype=torch.float16)
     state = snapshot(block)
     runs = []
@@ -96,7 +96,7 @@ def test_a_second_run_gives_the_same_bits(emulate, arguments, shape):
 
 @pytest.mark.parametrize("variant", ["epilogue", "pytorch"])
 @per_block
-def test_the_other_ways_are_as_exact_as_eager(emulate, arguments, shape, variant):
+def test_every_other_choice_of_convolution_is_as_exact_as_eager(emulate, arguments, shape, variant):
     with resnet.convolution(variant):
         blocks = trio(Residual, *arguments, dtype=torch.float32)
         assert_parity([compare(emulate, blocks, shape, torch.float32)])
@@ -134,7 +134,7 @@ def test_losses_of_20_steps_follow_eagers(emulate):
 
 @pytest.mark.long
 @pytest.mark.parametrize("emulate", [80], ids=["sm_80"], indirect=True)
-def test_resnet18_trains_whole(emulate):
+def test_a_float16_step_of_resnet18_is_as_exact_as_eager(emulate):
     results = []
     x, labels = draw(2, 1, 32, 32, dtype=torch.float16), torch.tensor([1, 7])
     eager, fused = (net.half() for net in pair(lambda block: resnet18(block=block)))

@@ -132,7 +132,7 @@ def test_whole_tiles_move_each_byte_once_in_whole_sectors(emulate, monkeypatch, 
     assert sum(report.instr.values()) <= limit * report.mma
 
 
-def test_the_flattened_axis_gathers_without_bank_conflicts(emulate, monkeypatch, request):
+def test_the_flattened_axis_has_no_bank_conflicts_and_instructions_stay_within_the_limit(emulate, monkeypatch, request):
     launch = bulk("moments", shape=(1, 3, 64, 64), R=7, stride=2, padding=3)
     case, out, report = run(emulate, monkeypatch, launch)
     assert_parity(case, out)

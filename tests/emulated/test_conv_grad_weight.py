@@ -57,7 +57,7 @@ def launch(emulate, shape: ConvShape, dtype: torch.dtype, prologue: str, **optio
     ],
     ids=name_of,
 )
-def test_parity(emulate, name, dtype, prologue):
+def test_grad_weight_is_as_exact_as_eager(emulate, name, dtype, prologue):
     shape = SHAPES[name]
     case, dw, _ = launch(emulate, shape, dtype, prologue)
     exact = reference(shape, *case, torch.float64)
@@ -75,7 +75,9 @@ def long_splits(monkeypatch):
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("prologue", ("plain", "activated"))
-def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, request, long_splits, name, prologue):
+def test_whole_tiles_take_wide_accesses_and_tensor_cores_and_spill_nothing(
+    emulate, monkeypatch, request, long_splits, name, prologue
+):
     shape = STAGES[name]
     monkeypatch.setattr(tuning, "candidates", lambda *_: (TILE,))
     if prologue == "activated" and shape.stride == 2:

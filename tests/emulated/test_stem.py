@@ -12,7 +12,7 @@ from tests.helpers.pairs import each_pair_compiled
 
 
 @each_pair_compiled(dtype=(torch.float32, torch.float64), train={"training": True, "frozen statistics": False})
-def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, train):
+def test_a_stems_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, train):
     draws = []
     for seed in range(3):
         stems, x = trio(Stem, 3, 8, seed=seed, dtype=dtype, train=train), draw(3, 3, 13, 10, seed=seed, dtype=dtype)
@@ -30,7 +30,7 @@ def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, trai
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
-def test_inference_in_half_precision_is_as_exact_as_eager(emulate, dtype):
+def test_a_stem_of_a_16_bit_type_in_inference_is_as_exact_as_eager(emulate, dtype):
     draws = []
     for seed in range(3):
         stems, x = trio(Stem, 3, 8, seed=seed, dtype=dtype, train=False), draw(3, 3, 13, 10, seed=seed, dtype=dtype)

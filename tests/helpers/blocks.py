@@ -41,6 +41,20 @@ def name_of(value: object) -> str:
     return str(value).removeprefix("torch.").replace(" ", "")
 
 
+def name_of_block(args: tuple) -> str:
+    """A test's id for the arguments of a block's constructor."""
+
+    def name(C: int, K: int, use_1x1conv: bool = False, strides: int = 1) -> str:
+        return f"{C} to {K} channels" + ", 1x1" * use_1x1conv + f", stride {strides}" * (strides > 1)
+
+    return name(*args)
+
+
+def named(option: str) -> Callable[[object], str]:
+    """Ids for an option's values where they alone would not say what they are."""
+    return lambda value: f"{option}={name_of(value)}"
+
+
 def randomize(module: nn.Module) -> None:
     """BatchNorms as training leaves them, some weights negative, where fresh ones are all ones and zeros."""
     for bn in module.modules():

@@ -8,7 +8,7 @@ from torch import nn
 
 from resnet import Residual, Stem
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, name_of, one_thread, same, snapshot, trio  # noqa: F401
+from tests.helpers.blocks import draw, named, one_thread, same, snapshot, trio  # noqa: F401
 from tests.helpers.fused_cases import IDENTITY, MODES, STRIDED, assert_exact, assert_refused, blocks, modes
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.
 
 @blocks
 @modes
-@pytest.mark.parametrize("momentum", [None, 0.0, 0.3])
-def test_running_statistics_over_several_batches(any_backend, momentum, mode, args):
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.3], ids=named("momentum"))
+def test_running_statistics_follow_eagers_over_several_batches(any_backend, momentum, mode, args):
     def configure(module):
         MODES[mode](module)
         module.bn1.momentum = module.bn2.momentum = momentum
@@ -26,6 +26,19 @@ def test_running_statistics_over_several_batches(any_backend, momentum, mode, ar
     t = trio(Residual, *args, dtype=torch.float64).each(configure)
     for seed in range(3):
         assert_exact(t, draw(2, 4, 4, 5, seed=seed))
+
+
+SETTINGS = {
+    "untracked": {"track_running_stats": False},
+    "not affine": {"affine": False},
+    "not affine, untracked": {"affine": False, "track_running_stats": False},
+    "large eps": {"eps": 0.1},
+}
+STEM_SETTINGS = {
+    "cumulative average": {"momentum": None},
+    "untracked": {"track_running_stats": False},
+    "not affine": {"affine": False},
+}
 
 
 def replaced_norms(**options):
@@ -42,12 +55,8 @@ def replaced_norms(**options):
 
 @blocks
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize(
-    "options",
-    [{"track_running_stats": False}, {"affine": False}, {"affine": False, "track_running_stats": False}, {"eps": 0.1}],
-    ids=name_of,
-)
-def test_other_settings_of_batch_norm(any_backend, options, train, args):
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_a_block_gives_eagers_values_with_any_settings_of_batch_norm(any_backend, options, train, args):
     t = trio(Residual, *args, dtype=torch.float64, train=train).each(replaced_norms(**options))
     x = draw(2, 4, 5, 6)
     assert_exact(t, x)
@@ -55,7 +64,7 @@ def test_other_settings_of_batch_norm(any_backend, options, train, args):
         torch.testing.assert_close(t.each(nn.Module.eval).fused(x.double()), t.exact(x.double()))
 
 
-def test_statistics_may_stop_being_tracked(any_backend):
+def test_statistics_that_are_tracked_no_longer_are_kept_and_used_in_evaluation(any_backend):
     """`track_running_stats` set to False afterwards: training leaves the buffers, evaluation still uses them."""
 
     def change(module):
@@ -69,7 +78,7 @@ def test_statistics_may_stop_being_tracked(any_backend):
     assert_exact(t.each(nn.Module.eval), x)
 
 
-def test_no_grad_in_training_still_updates_the_statistics(any_backend):
+def test_training_under_no_grad_still_updates_the_running_statistics(any_backend):
     t = trio(Residual, *STRIDED, dtype=torch.float64)
     x = draw(2, 4, 5, 6).double()
     with torch.no_grad():
@@ -77,11 +86,9 @@ def test_no_grad_in_training_still_updates_the_statistics(any_backend):
     torch.testing.assert_close(snapshot(t.fused), snapshot(t.exact))
 
 
-@pytest.mark.parametrize(
-    "options", [{"momentum": None}, {"track_running_stats": False}, {"affine": False}], ids=name_of
-)
+@pytest.mark.parametrize("options", STEM_SETTINGS.values(), ids=STEM_SETTINGS)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_stem_with_other_settings_of_batch_norm(any_backend, train, options):
+def test_a_stem_gives_eagers_values_with_any_settings_of_batch_norm(any_backend, train, options):
     def change(module):
         module[1] = nn.BatchNorm2d(4, **options).to(DEVICE, module[0].weight.dtype).train(train)
 
@@ -91,22 +98,22 @@ def test_a_stem_with_other_settings_of_batch_norm(any_backend, train, options):
 
 
 @pytest.mark.parametrize(
-    ("args", "shape", "modes"),
+    ("args", "shape", "mode"),
     [
-        (IDENTITY, (1, 4, 1, 1), "train"),
-        (STRIDED, (1, 4, 2, 2), "train"),
-        (IDENTITY, (1, 4, 1, 1), "bn1 eval"),
-        (IDENTITY, (1, 4, 1, 1), "bn2 eval"),
+        pytest.param(IDENTITY, (1, 4, 1, 1), "train", id="identity-train"),
+        pytest.param(STRIDED, (1, 4, 2, 2), "train", id="1x1 stride 2-train"),
+        pytest.param(IDENTITY, (1, 4, 1, 1), "bn1 eval", id="identity-bn1 eval"),
+        pytest.param(IDENTITY, (1, 4, 1, 1), "bn2 eval", id="identity-bn2 eval"),
     ],
 )
-def test_one_value_per_channel_is_refused_in_training(any_backend, args, shape, modes):
-    block = trio(Residual, *args).each(MODES[modes]).fused
+def test_one_value_per_channel_is_refused_by_a_block_in_training(any_backend, args, shape, mode):
+    block = trio(Residual, *args).each(MODES[mode]).fused
     message = r"bn[12]: expected more than 1 value per channel when training, got input size \(1, \d, 1, 1\)"
     assert_refused(block, draw(*shape), ValueError, message)
     block.eval()(draw(*shape))
 
 
-def test_one_value_per_channel_is_refused_by_a_stem(any_backend):
+def test_one_value_per_channel_is_refused_by_a_stem_in_training(any_backend):
     stem = trio(Stem, 3, 4).fused
     assert_refused(stem, draw(1, 3, 2, 1), ValueError, r"1: expected more than 1 value .* \(1, 4, 1, 1\)")
     stem.eval()(draw(1, 3, 2, 1))

@@ -80,7 +80,7 @@ UNFUSABLE = {
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("reason", UNFUSABLE)
-def test_what_cannot_be_fused_runs_as_eager_with_one_warning(any_backend, no_warning_yet, reason, train):
+def test_a_block_that_cannot_be_fused_runs_as_eager_with_one_warning(any_backend, no_warning_yet, reason, train):
     change, message = UNFUSABLE[reason]
     t = trio(Residual, 4, 4, dtype=torch.float64, train=train)
     fused, eager = (change(m) or m for m in (t.fused, t.exact))
@@ -111,7 +111,7 @@ STEM_CHANGES = {
 
 
 @pytest.mark.parametrize("reason", STEM_CHANGES)
-def test_a_changed_stem_runs_as_eager_with_one_warning(any_backend, no_warning_yet, reason):
+def test_a_stem_that_cannot_be_fused_runs_as_eager_with_one_warning(any_backend, no_warning_yet, reason):
     change, message = STEM_CHANGES[reason]
     t = trio(Stem, 2, 4, dtype=torch.float64)
     for m in (t.fused, t.exact):
@@ -127,7 +127,7 @@ def test_a_changed_stem_runs_as_eager_with_one_warning(any_backend, no_warning_y
         t.fused(x.double())
 
 
-def test_a_removed_hook_lets_it_fuse_again(no_warning_yet):
+def test_a_removed_hook_lets_a_block_fuse_again(no_warning_yet):
     block = FusedResidual(3, 3)
     handle = block.bn1.register_forward_hook(lambda *_: None)
     with pytest.warns(UserWarning, match="bn1 has hooks"):
@@ -136,7 +136,7 @@ def test_a_removed_hook_lets_it_fuse_again(no_warning_yet):
     assert "ResidualBlock" in type(block(torch.rand(2, 3, 4, 4)).grad_fn).__name__
 
 
-def test_a_stem_of_another_kernel_is_fused_too(any_backend):
+def test_a_stem_of_another_kernel_size_and_stride_is_fused_too(any_backend):
     def change(stem):
         torch.manual_seed(5)
         stem[0] = nn.Conv2d(3, 4, 3, stride=1, padding=1).to(DEVICE, stem[0].weight.dtype)
@@ -157,6 +157,7 @@ def test_a_stem_of_another_kernel_is_fused_too(any_backend):
         ((3, 3, False, 2), "3 -> 3 channels, strides 2"),
         ((6, 3, False, 2), "6 -> 3"),
     ],
+    ids=["more channels", "strided", "fewer channels, strided"],
 )
 def test_an_identity_shortcut_that_cannot_match_is_refused_by_the_constructor(args, got):
     with pytest.raises(ValueError, match=f"identity shortcut .* got {got}.*use_1x1conv=True"):

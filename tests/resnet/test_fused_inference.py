@@ -34,7 +34,7 @@ def test_inference_is_as_exact_as_eager(any_backend, dtype, size, kind):
 
 @kinds
 @pytest.mark.parametrize("size", [MANY, FEW], ids=name_of)
-def test_no_grad_and_inference_mode_give_what_grad_mode_gives(any_backend, size, kind):
+def test_no_grad_and_inference_mode_give_the_values_of_grad_mode(any_backend, size, kind):
     t = inference_trio(kind, dtype=torch.float64)
     x = images(kind, size).double()
     recorded = t.fused(x)
@@ -50,7 +50,7 @@ def test_no_grad_and_inference_mode_give_what_grad_mode_gives(any_backend, size,
 @kinds
 @pytest.mark.parametrize("size", [MANY, FEW], ids=name_of)
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
-def test_inference_never_writes_its_input_or_state(any_backend, layout, size, kind):
+def test_inference_writes_neither_its_input_nor_its_state(any_backend, layout, size, kind):
     fused = inference_trio(kind).fused
     x = images(kind, size)
     x = x.contiguous() if layout == "nchw" else x
@@ -76,7 +76,7 @@ def test_inference_does_not_depend_on_earlier_sizes(any_backend, kind):
 @kinds
 @pytest.mark.parametrize("size", [MANY, FEW], ids=name_of)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_nan_and_inf_pass_inference_as_eager(any_backend, value, size, kind):
+def test_nan_and_inf_pass_inference_as_in_eager(any_backend, value, size, kind):
     t = inference_trio(kind)
     x = images(kind, size)
     x[1, -1, 3, 4] = value
@@ -109,7 +109,7 @@ STATE = {
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in STATE.items() for name in names])
 @pytest.mark.parametrize("change", PARAMETER_CHANGES)
-def test_a_changed_weight_is_never_read_stale(any_backend, change, kind, name):
+def test_inference_sees_every_way_to_change_a_weight(any_backend, change, kind, name):
     if change == "through numpy" and DEVICE.type != "cpu":
         pytest.skip("numpy shares no memory with the GPU")
     fused = inference_trio(kind).fused
@@ -127,7 +127,7 @@ def test_a_changed_weight_is_never_read_stale(any_backend, change, kind, name):
         assert torch.equal(after, copy.deepcopy(fused)(x))
 
 
-def test_no_change_of_a_single_value_can_hide():
+def test_inference_sees_a_small_change_of_any_single_weight():
     """Every value of one filter in turn, by a thousandth: outputs move with it, to within some roundings of theirs."""
     fused = inference_trio("identity").fused.cpu()
     x = images("identity").cpu()
@@ -141,7 +141,7 @@ def test_no_change_of_a_single_value_can_hide():
 
 
 @kinds
-def test_a_loaded_state_dict_is_used(any_backend, kind):
+def test_inference_uses_a_loaded_state_dict(any_backend, kind):
     t, other = inference_trio(kind), inference_trio(kind, seed=1)
     x = images(kind)
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_a_loaded_state_dict_is_used(any_backend, kind):
 
 
 @kinds
-def test_optimizer_steps_are_seen(any_backend, kind):
+def test_inference_sees_optimizer_steps(any_backend, kind):
     fused = inference_trio(kind).fused
     optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
     x = images(kind)
@@ -169,7 +169,7 @@ def test_optimizer_steps_are_seen(any_backend, kind):
 
 
 @kinds
-def test_training_steps_that_move_only_running_statistics_are_seen(any_backend, kind):
+def test_inference_sees_running_statistics_that_training_moved(any_backend, kind):
     fused = inference_trio(kind).fused
     x = images(kind)
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_training_steps_that_move_only_running_statistics_are_seen(any_backend, 
         assert torch.equal(after, copy.deepcopy(fused)(x))
 
 
-def test_a_changed_eps_is_seen(any_backend):
+def test_inference_sees_a_changed_eps(any_backend):
     fused = inference_trio("identity").fused
     x = images("identity")
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_a_changed_eps_is_seen(any_backend):
         assert torch.equal(fused(x), copy.deepcopy(fused)(x))
 
 
-def test_one_weight_may_serve_two_blocks(any_backend):
+def test_blocks_that_share_weights_keep_their_own_batch_norms(any_backend):
     """Tied convolutions under different BatchNorms: what was folded for one is not taken for the other."""
     a, b = (inference_trio("identity", seed=seed) for seed in range(2))
     for x, y in ((a.fused, b.fused), (a.eager, b.eager)):
@@ -201,7 +201,7 @@ def test_one_weight_may_serve_two_blocks(any_backend):
                 torch.testing.assert_close(t.fused(x), t.eager(x), rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_is_kept_of_a_module_that_is_gone():
+def test_folded_weights_are_freed_with_their_module():
     before = len(inference._cache)
     fused = inference_trio("identity").fused.cpu()
     with torch.no_grad():

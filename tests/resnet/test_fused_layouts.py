@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.
 
 @pytest.mark.parametrize("incoming", ["sum", "nchw", "sliced", "transposed", "expanded"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_incoming_gradient(any_backend, kind, incoming):
+def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, kind, incoming):
     fused = inference_trio(kind).fused.train()
     x = images(kind, (2, 7, 6)).requires_grad_()
     out = fused(x)
@@ -53,7 +53,7 @@ def test_any_incoming_gradient(any_backend, kind, incoming):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", ["channels_last", "nchw", "sliced", "transposed"])
-def test_any_input_layout_gives_the_same_bits_and_channels_last(any_backend, layout, train, kind):
+def test_any_layout_of_the_input_gives_the_same_bits_channels_last(any_backend, layout, train, kind):
     fused = inference_trio(kind).fused.train(train)
     x = images(kind, (2, 7, 6))
     laid = {
@@ -107,13 +107,13 @@ def assert_autocast_casts(fused: nn.Module, eager: nn.Module, x: Tensor, dtype: 
 @kinds
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_autocast_casts_input_and_convolution_weights_alone(any_backend, dtype, train, kind):
+def test_autocast_casts_the_input_and_convolution_weights_alone(any_backend, dtype, train, kind):
     t = inference_trio(kind).each(lambda m: m.train(train))
     assert_autocast_casts(t.fused, t.eager, images(kind, (2, 6, 7)), dtype)
 
 
 @kinds
-def test_inference_under_autocast(any_backend, kind):
+def test_inference_under_autocast_is_as_exact_as_eager(any_backend, kind):
     results = []
     for seed in range(4):
         t = inference_trio(kind, seed=seed)
@@ -126,7 +126,7 @@ def test_inference_under_autocast(any_backend, kind):
     assert_parity(results)
 
 
-def test_a_chain_of_blocks_under_autocast(any_backend):
+def test_autocast_casts_the_input_and_convolution_weights_alone_in_a_chain_of_blocks(any_backend):
     """Half-precision activations between blocks, float32 parameters."""
     first, second = trio(Residual, *STRIDED), trio(Residual, 6, 6, seed=1)
     eager, fused, _ = (nn.Sequential(a, b) for a, b in zip(first.all, second.all))

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.
 @pytest.mark.parametrize(
     ("kind", "args"), [*((Residual, args) for args in BLOCKS.values()), (Stem, (1, 4))], ids=[*BLOCKS, "stem"]
 )
-def test_state_dicts_are_the_same_and_load_strictly_both_ways(kind, args):
+def test_eager_and_fused_state_dicts_are_alike_and_load_strictly_both_ways(kind, args):
     fused_kind = {Residual: FusedResidual, Stem: FusedStem}[kind]
     eager, fused = kind(*args), fused_kind(*args)
     randomize(eager)
@@ -35,7 +35,7 @@ def test_state_dicts_are_the_same_and_load_strictly_both_ways(kind, args):
     same(snapshot(back), snapshot(eager))
 
 
-def test_first_weights_are_those_of_eager():
+def test_first_weights_of_a_seed_are_eagers():
     blocks = []
     for kind in (Residual, FusedResidual):
         torch.manual_seed(3)
@@ -43,9 +43,9 @@ def test_first_weights_are_those_of_eager():
     same(*blocks)
 
 
-@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("assign", [True, False], ids=["assigned", "copied"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_checkpoint_with_nchw_weights_is_read_right(any_backend, train, assign):
+def test_a_checkpoint_with_nchw_weights_is_as_exact_as_eager(any_backend, train, assign):
     trios = [trio(Residual, *STRIDED, seed=seed, train=train) for seed in range(3)]
     for t in trios:
         t.fused.load_state_dict(copy.deepcopy(t.eager.state_dict()), assign=assign, strict=True)
@@ -66,7 +66,7 @@ def _pickled(module: nn.Module) -> nn.Module:
 
 @kinds
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled], ids=["deepcopy", "pickle"])
-def test_a_copy_is_equal_and_independent(any_backend, duplicate, kind):
+def test_a_copy_gives_the_same_bits_and_changes_alone(any_backend, duplicate, kind):
     fused = inference_trio(kind).fused
     x = images(kind)
     with torch.no_grad():

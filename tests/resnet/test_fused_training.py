@@ -7,7 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from resnet import FusedStem, Residual, Stem
-from tests.helpers.blocks import HALF, Trio, draw, name_of, one_thread, same, snapshot, step, trio  # noqa: F401
+from tests.helpers.blocks import (  # noqa: F401
+    HALF,
+    Trio,
+    draw,
+    name_of,
+    name_of_block,
+    one_thread,
+    same,
+    snapshot,
+    step,
+    trio,
+)
 from tests.helpers.fused_cases import (
     BLOCKS,
     IDENTITY,
@@ -40,7 +51,7 @@ def test_a_block_is_as_exact_as_eager(any_backend, dtype, mode, args):
 
 
 @each_pair(indirect=["any_backend"], any_backend=("torch", "triton"), dtype=HALF, mode=tuple(MODES), args=BLOCKS)
-def test_a_block_in_half_precision_is_as_exact_as_eager(any_backend, dtype, mode, args):
+def test_a_block_of_a_16_bit_type_is_as_exact_as_eager(any_backend, dtype, mode, args):
     """Of values enough: a share of about eps lies within a rounding of zero, and a ReLU lets them through by chance."""
     trios = [trio(Residual, *args, seed=seed, dtype=dtype).each(MODES[mode]) for seed in range(4)]
     assert_trios_parity(trios, (8, 4, 24, 24))
@@ -49,25 +60,27 @@ def test_a_block_in_half_precision_is_as_exact_as_eager(any_backend, dtype, mode
 @blocks
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("size", [(3, 1, 1), (1, 1, 9), (1, 4, 3), (2, 2, 1), (5, 1, 2)], ids=name_of)
-def test_a_block_on_odd_sizes(any_backend, size, train, args):
+def test_a_block_gives_eagers_values_on_odd_sizes(any_backend, size, train, args):
     n, h, w = size
     assert_exact(trio(Residual, *args, dtype=torch.float64, train=train), draw(n, 4, h, w))
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("args", [(1, 1), (3, 3), (1, 5, True, 2), (3, 6, True, 2), (16, 17, True), (6, 1, True, 3)])
-def test_a_block_of_odd_channels(any_backend, args, train):
+@pytest.mark.parametrize(
+    "args", [(1, 1), (3, 3), (1, 5, True, 2), (3, 6, True, 2), (16, 17, True), (6, 1, True, 3)], ids=name_of_block
+)
+def test_a_block_of_odd_channels_gives_eagers_values(any_backend, args, train):
     assert_exact(trio(Residual, *args, dtype=torch.float64, train=train), draw(2, args[0], 5, 7))
 
 
-def test_a_block_with_a_small_map_of_many_channels(any_backend):
+def test_a_block_on_a_small_map_of_many_channels_is_as_exact_as_eager(any_backend):
     """Where the CPU's convolution becomes a matrix product."""
     assert_trios_parity([trio(Residual, 128, 128, seed=seed) for seed in range(2)], (2, 128, 3, 3))
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("names", [("conv1", "conv2"), ("conv1", "conv2", "conv3"), ("conv3",)], ids=name_of)
-def test_convolutions_without_bias(any_backend, names, train):
+@pytest.mark.parametrize("names", [("conv1", "conv2"), ("conv1", "conv2", "conv3"), ("conv3",)], ids=" and ".join)
+def test_a_block_without_biases_of_its_convolutions_gives_eagers_values(any_backend, names, train):
     def change(module):
         for name in names:
             getattr(module, name).bias = None
@@ -82,7 +95,7 @@ def test_convolutions_without_bias(any_backend, names, train):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("args", [IDENTITY, STRIDED], ids=["identity", "strided"])
-def test_nan_and_inf_pass_a_frozen_block_as_eager(any_backend, args, value):
+def test_nan_and_inf_pass_a_block_with_frozen_statistics_as_in_eager(any_backend, args, value):
     t = trio(Residual, *args, train=False)
     x = draw(2, 4, 9, 9)
     x[1, 2, 4, 4] = value
@@ -96,7 +109,7 @@ def test_nan_and_inf_pass_a_frozen_block_as_eager(any_backend, args, value):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_an_empty_batch_does_what_eager_does(any_backend, train, kind):
+def test_an_empty_batch_has_eagers_shapes_and_counter_and_zero_gradients(any_backend, train, kind):
     t = inference_trio(kind).each(lambda m: m.train(train))
     x = images(kind, (0, 7, 6))
     before = snapshot(t.fused)
@@ -117,7 +130,7 @@ def test_an_empty_batch_does_what_eager_does(any_backend, train, kind):
 
 
 @pytest.mark.parametrize("kind", ["identity", "strided", "stem"])
-def test_conv_biases_before_batch_norm_have_exact_zeros_in_training(any_backend, kind):
+def test_biases_before_batch_statistics_have_gradients_of_exactly_zero(any_backend, kind):
     fused = inference_trio(kind).fused.train()
     result = step(fused, images(kind, (2, 6, 7)))
     for name in ("d 0.bias",) if kind == "stem" else ("d conv1.bias", "d conv2.bias"):
@@ -125,7 +138,7 @@ def test_conv_biases_before_batch_norm_have_exact_zeros_in_training(any_backend,
 
 
 @pytest.mark.parametrize("kind", ["identity", "strided", "stem"])
-def test_conv_biases_have_eagers_gradients_in_evaluation(any_backend, kind):
+def test_biases_before_frozen_statistics_have_eagers_gradients(any_backend, kind):
     t = inference_trio(kind, dtype=torch.float64)
     x = images(kind, (2, 6, 7))
     expected, got = step(t.exact, x), step(t.fused, x)
@@ -136,7 +149,7 @@ def test_conv_biases_have_eagers_gradients_in_evaluation(any_backend, kind):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("args", [IDENTITY, STRIDED], ids=["identity", "strided"])
-def test_gradients_are_derivatives(any_backend, args, mode):
+def test_gradients_are_the_numerical_derivatives(any_backend, args, mode):
     """In float64, of the input and all parameters. Fast: projected on random directions."""
     block = trio(Residual, *args, dtype=torch.float64).each(MODES[mode]).fused
     x = draw(2, 4, 3, 3).double().requires_grad_()
@@ -153,7 +166,7 @@ def test_gradients_are_derivatives(any_backend, args, mode):
 
 @pytest.mark.parametrize("args", [IDENTITY, STRIDED], ids=["identity", "strided"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_frozen_parameter_has_no_gradient_and_changes_no_other(any_backend, train, args):
+def test_a_frozen_parameter_has_no_gradient_and_changes_no_other_result(any_backend, train, args):
     block = trio(Residual, *args, train=train).fused
     x = draw(2, 4, 4, 5)
     state = snapshot(block)
@@ -169,7 +182,7 @@ def test_a_frozen_parameter_has_no_gradient_and_changes_no_other(any_backend, tr
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_input_without_gradient_changes_no_other(any_backend, kind, train):
+def test_an_input_that_wants_no_gradient_changes_no_other_gradient(any_backend, kind, train):
     fused = inference_trio(kind).fused.train(train)
     state = snapshot(fused)
     x = images(kind, (2, 6, 7))
@@ -197,7 +210,7 @@ def test_only_the_input_may_want_a_gradient(any_backend, kind, train):
 
 @kinds
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_module_used_twice_before_its_backward(any_backend, train, kind):
+def test_a_module_may_run_twice_before_its_backward(any_backend, train, kind):
     t = inference_trio(kind, dtype=torch.float64).each(lambda m: m.train(train))
     a, b = (images(kind, (2, 6, 7), seed=seed).double() for seed in range(2))
     results = []
@@ -238,7 +251,7 @@ def test_two_steps_are_bit_equal_and_write_no_input(any_backend, train, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("changed", ["out", "x"])
-def test_an_in_place_change_before_backward_is_detected(any_backend, changed, train, kind):
+def test_an_in_place_change_of_input_or_output_before_backward_is_detected(any_backend, changed, train, kind):
     for module in inference_trio(kind).each(lambda m: m.train(train)).all[:2]:
         x = images(kind, (2, 7, 6))
         out = module(x)
@@ -251,7 +264,7 @@ def test_an_in_place_change_before_backward_is_detected(any_backend, changed, tr
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_double_backward_is_refused_by_name(any_backend, kind):
+def test_double_backward_is_an_error_that_names_the_operator(any_backend, kind):
     fused = inference_trio(kind).fused.train()
     x = images(kind, (2, 7, 6)).requires_grad_()
     (dx,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
@@ -297,7 +310,7 @@ def without(tensors: list[Tensor], x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
-def test_an_identity_block_keeps_at_most_three_quarters_of_eagers_bytes(any_backend, dtype):
+def test_an_identity_block_keeps_at_most_three_quarters_of_eagers_bytes_for_backward(any_backend, dtype):
     t = trio(Residual, 8, 8, dtype=dtype)
     x = draw(4, 8, 24, 24, dtype=dtype).requires_grad_()
     fused, eager = (nbytes(without(kept(m, x)[1], x)) for m in (t.fused, t.eager))
@@ -306,7 +319,7 @@ def test_an_identity_block_keeps_at_most_three_quarters_of_eagers_bytes(any_back
 
 @pytest.mark.parametrize("args", [(8, 8), (8, 8, True)], ids=["identity", "1x1"])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_a_block_keeps_its_input_two_convolutions_its_output_and_vectors(any_backend, train, args):
+def test_a_block_keeps_its_input_two_convolutions_its_output_and_vectors_for_backward(any_backend, train, args):
     block = trio(Residual, *args, train=train).fused
     x = draw(2, 8, 12, 11).requires_grad_()
     out, tensors = kept(block, x)
@@ -322,14 +335,14 @@ def test_a_block_keeps_its_input_two_convolutions_its_output_and_vectors(any_bac
     assert all(t.numel() <= 4 * 8 for t in vectors)
 
 
-def test_a_stem_keeps_at_most_six_tenths_of_eagers_bytes(any_backend):
+def test_a_stem_keeps_at_most_six_tenths_of_eagers_bytes_for_backward(any_backend):
     t = trio(Stem, 1, 8)
     x = draw(4, 1, 48, 48).requires_grad_()
     fused, eager = (nbytes(without(kept(m, x)[1], x)) for m in (t.fused, t.eager))
     assert fused <= 0.6 * eager
 
 
-def test_nothing_is_kept_in_the_module(any_backend):
+def test_a_step_adds_no_attribute_to_the_module(any_backend):
     block = trio(Residual, *STRIDED).fused
     before = set(vars(block)) | {name for m in block.modules() for name in vars(m)}
     block(draw(2, 4, 6, 6).requires_grad_()).sum().backward()

@@ -53,11 +53,11 @@ def assert_steps_parity(shape: tuple[int, int, int, int], dtype: torch.dtype, tr
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_output_gradients_and_statistics_as_exact_as_eager(any_backend, shape, dtype, train):
+def test_a_stems_output_gradients_and_statistics_are_as_exact_as_eager(any_backend, shape, dtype, train):
     assert_steps_parity(shape, dtype, train, draws=3)
 
 
-def test_a_window_larger_than_the_fused_grad_weight_takes(any_backend):
+def test_a_kernel_too_large_for_the_fused_grad_weight_is_as_exact_as_eager(any_backend):
     modules, conv = trio(Stem, 1, 4), nn.Conv2d(1, 4, 31, 2, 15)
     gradients = []
     for module in modules.all:
@@ -70,12 +70,12 @@ def test_a_window_larger_than_the_fused_grad_weight_takes(any_backend):
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("size", [(3, 1, 1), (2, 1, 9), (2, 5, 2), (1, 8, 8)], ids=name_of)
-def test_a_stem_on_odd_sizes(any_backend, size, train):
+def test_a_stem_gives_eagers_values_on_odd_sizes(any_backend, size, train):
     n, h, w = size
     assert_exact(trio(Stem, 3, 4, dtype=torch.float64, train=train), draw(n, 3, h, w))
 
 
-@pytest.mark.parametrize("value", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("value", [1.0, -1.0, 0.0], ids=["above zero", "below zero", "zero"])
 def test_ties_in_a_stems_pool_go_where_eager_sends_them(any_backend, value):
     """Constant images: every window of the pool is one tie, above zero, below it or at it."""
 
@@ -92,7 +92,7 @@ def test_ties_in_a_stems_pool_go_where_eager_sends_them(any_backend, value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_nan_and_inf_pass_a_stem_as_eager(any_backend, train, value):
+def test_nan_and_inf_pass_a_stem_as_in_eager(any_backend, train, value):
     t = trio(Stem, 1, 3, train=train)
     x = draw(2, 1, 20, 21)
     x[1, 0, 10, 5] = value
@@ -109,7 +109,7 @@ def test_nan_and_inf_pass_a_stem_as_eager(any_backend, train, value):
 
 @pytest.mark.parametrize("train", (True, False), ids=("train", "eval"))
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_half_precision_as_exact_as_eager(any_backend, dtype, train):
+def test_a_stem_of_a_16_bit_type_is_as_exact_as_eager(any_backend, dtype, train):
     """Of values enough: two maxima of a window within a rounding send the gradient one way or the other by chance."""
     assert_steps_parity((8, 1, 48, 40), dtype, train, draws=1)
 

@@ -54,13 +54,13 @@ def without_cancelled_biases(results: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.core
 @per_module
-def test_training_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
+def test_training_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
     modules, x = trio(kind, *arguments), draw(*shape)
     assert_parity([tuple(without_cancelled_biases(step(module, x)) for module in modules.all)])
 
 
 @per_module
-def test_inference_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
+def test_inference_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
     modules, x = trio(kind, *arguments, train=False), draw(*shape)
     with torch.no_grad():
         eager, fused, exact = modules.eager(x), modules.fused(x), modules.exact(x.double())
@@ -91,7 +91,7 @@ def launches(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
-def test_training_launches_in_the_order_of_the_design(fused_backend, launches, arguments):
+def test_a_training_step_launches_each_fused_pass_once_in_order(fused_backend, launches, arguments):
     block = FusedResidual(*arguments).to(DEVICE)
     out = block(draw(2, 4, 4, 4).requires_grad_())
     assert launches == ["conv_forward", "conv_forward", "batch_norm_add_relu"]
@@ -106,14 +106,14 @@ def test_training_launches_in_the_order_of_the_design(fused_backend, launches, a
 
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
-def test_inference_is_two_launches(fused_backend, launches, arguments):
+def test_a_block_in_inference_is_two_launches(fused_backend, launches, arguments):
     block = FusedResidual(*arguments).to(DEVICE).eval()
     with torch.no_grad():
         block(draw(2, 4, 4, 4))
     assert launches == ["conv_forward"] * 2
 
 
-def test_a_batch_of_the_same_power_of_two_is_the_same_choice(fused_backend, monkeypatch):
+def test_batches_of_the_same_power_of_two_share_their_choices(fused_backend, monkeypatch):
     """What "auto" timed for one batch holds for the next, but not with TensorFloat-32, which changes the times."""
     keys: list[list[tuple]] = []
 
@@ -137,7 +137,7 @@ def test_the_stem_stores_no_gradient_of_its_convolution(fused_backend, launches)
     assert launches == ["conv_forward", "apply_pool", "conv_grad_weight_max_pool"]
 
 
-def test_a_block_keeps_four_activations_and_vectors(fused_backend):
+def test_a_block_keeps_four_activations_and_vectors_for_backward(fused_backend):
     block, x = FusedResidual(16, 16).to(DEVICE), draw(2, 16, 6, 5).requires_grad_()
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -150,7 +150,7 @@ def test_a_block_keeps_four_activations_and_vectors(fused_backend):
     assert all(t.numel() <= 4 * 16 for t in others)
 
 
-def test_only_wanted_gradients_are_computed(fused_backend, launches):
+def test_nothing_is_launched_for_gradients_that_nobody_wants(fused_backend, launches):
     block = FusedResidual(4, 4).to(DEVICE)
     for name, p in block.named_parameters():
         p.requires_grad_(name.startswith("bn2"))
@@ -160,8 +160,8 @@ def test_only_wanted_gradients_are_computed(fused_backend, launches):
 
 
 @per_dtype
-@pytest.mark.parametrize("shape", ((2, 3, 5, 4), (1, 64, 9, 9)), ids=str)
-def test_the_masked_gradient_is_added(fused_backend, dtype, shape):
+@pytest.mark.parametrize("shape", ((2, 3, 5, 4), (1, 64, 9, 9)), ids=name_of)
+def test_add_masked_grad_adds_in_place_what_the_relu_passes(fused_backend, dtype, shape):
     dx, dout, out = (draw(*shape, seed=seed, dtype=dtype) for seed in range(3))
     out[0, 0, 0, :2] = torch.tensor([0.0, float("nan")])
     expected = dx + torch.ops.aten.threshold_backward(dout, out, 0)
@@ -169,7 +169,7 @@ def test_the_masked_gradient_is_added(fused_backend, dtype, shape):
     torch.testing.assert_close(dx, expected, rtol=0, atol=0)
 
 
-def test_the_masked_gradient_has_dxs_shape():
+def test_add_masked_grad_refuses_a_gradient_of_another_shape_by_name():
     dx = draw(2, 3, 5, 4)
     with pytest.raises(ValueError, match=r"dout: expected .* shape \(2, 3, 5, 4\), .* got shape \(2, 3, 4, 4\)"):
         add_masked_grad(dx, dx[:, :, :4].contiguous(memory_format=torch.channels_last), dx)
