@@ -218,9 +218,9 @@ MODULES = {
 
 @pytest.fixture(autouse=True)
 def forget_compiled():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
@@ -233,9 +233,7 @@ def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
         module.train(mode == "train")
         expected = step(plain, x)
         got = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x).items()}
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, msg=lambda m, n=f"{mode} {name}": f"{n}: {m}")
+        torch.testing.assert_close(got, expected, msg=lambda m, mode=mode: f"{mode}: {m}")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), plain(x))
 
