@@ -21,7 +21,8 @@ from resnet.kernels.host.launch import FLAGS
 from resnet.kernels.host.tiling import MAX_PARTIALS, tiling
 from resnet.norm import statistics_dtype
 from tests.helpers.batch_norm_launches import EPS, LAUNCHES, Case, batch_stats
-from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import HALF, draw, name_of
+from tests.helpers.displaced import Displaced
 from tests.helpers.emulated_limits import (
     ACCESS_BYTES,
     SECTOR_EFFICIENCY,
@@ -259,18 +260,6 @@ def test_more_partials_than_one_merge_reads_are_merged_in_two(emulate):
 
 
 # ---- beyond 2^31 elements --------------------------------------------------------------------------------------------
-
-
-class Displaced:
-    """A tensor that stands where its last rows do in a far larger one: only offsets of 64 bits find them there."""
-
-    def __init__(self, tensor: Tensor, elements: int):
-        self._tensor, self._elements = tensor, elements
-        self.dtype, self.device, self.shape, self.stride = tensor.dtype, tensor.device, tensor.shape, tensor.stride
-        self.numel, self.element_size, self.untyped_storage = tensor.numel, tensor.element_size, tensor.untyped_storage
-
-    def data_ptr(self) -> int:
-        return self._tensor.data_ptr() - self._elements * self._tensor.element_size()
 
 
 C, BLOCK_M = 64, 32

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from resnet import reference
 from resnet.kernels import batch_norm_max_pool as kernels
 from resnet.norm import statistics_dtype
-from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import HALF, draw, name_of
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_ELEMENT,
     SECTOR_EFFICIENCY,

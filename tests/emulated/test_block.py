@@ -11,26 +11,17 @@ import torch
 import resnet
 from benchmarks import roofline
 from resnet import Residual, resnet18
-from tests.helpers.blocks import (  # noqa: F401
-    DTYPES,
-    Trio,
-    assert_parity,
-    draw,
-    one_thread,
-    same,
-    snapshot,
-    step,
-    trio,
-)
+from tests.helpers.blocks import DTYPES, assert_parity, draw, infer, same, snapshot, step, trio
 from tests.helpers.emulated_limits import (
     LAUNCH_OVER_FLOOR,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
+from tests.helpers.emulated_modules import compare
 from tests.helpers.pairs import each_pair_compiled
 from tests.helpers.parity import assert_as_exact_as_eager, rms
-from tests.resnet.test_losses import logits_and_gradient, losses, pair, small_net
+from tests.helpers.training import logits_and_gradient, losses, pair, small_net
 
 # (constructor's arguments, input shape)
 BLOCKS = {
@@ -40,20 +31,6 @@ BLOCKS = {
 per_block = pytest.mark.parametrize("arguments, shape", BLOCKS.values(), ids=BLOCKS)
 
 
-def compare(emulate, blocks: Trio, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[dict, ...]:
-    """(eager, fused, exact): what `step` gives for each; the fused block's launches are emulated."""
-    x = draw(*shape, seed=seed, dtype=dtype)
-    with emulate(dtype), resnet.backend("triton"):
-        fused = step(blocks.fused, x)
-    eager, exact = step(blocks.eager, x), step(blocks.exact, x)
-    if blocks.fused.training:
-        # behind batch statistics a bias has no effect: eager's gradient is what rounding leaves of zero
-        for bias in ("d conv1.bias", "d conv2.bias"):
-            assert not fused.pop(bias).any()
-            del eager[bias], exact[bias]
-    return eager, fused, exact
-
-
 @pytest.mark.core
 @each_pair_compiled(dtype=DTYPES, block=BLOCKS, train={"training": True, "frozen statistics": False})
 def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
@@ -61,7 +38,8 @@ def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dt
     draws = []
     for seed in range(3):
         blocks = trio(Residual, *arguments, seed=seed, dtype=dtype, train=train)
-        draws.append(compare(emulate, blocks, shape, dtype, seed))
+        results, _ = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype))
+        draws.append(results)
     assert_parity(draws)
 
 
@@ -70,15 +48,10 @@ def test_a_block_in_inference_is_as_exact_as_eager_in_two_launches(emulate, dtyp
     arguments, shape = block
     draws = []
     for seed in range(3):
-        blocks, x = (
-            trio(Residual, *arguments, seed=seed, dtype=dtype, train=False),
-            draw(*shape, seed=seed, dtype=dtype),
-        )
-        with torch.no_grad(), emulate(dtype) as launches, resnet.backend("triton"):
-            fused = blocks.fused(x)
-        assert [report.name for report in launches] == ["conv_forward_kernel"] * 2
-        with torch.no_grad():
-            draws.append(({"out": blocks.eager(x)}, {"out": fused}, {"out": blocks.exact(x.double())}))
+        blocks = trio(Residual, *arguments, seed=seed, dtype=dtype, train=False)
+        results, launches = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype), infer)
+        assert launches == ["conv_forward_kernel"] * 2
+        draws.append(results)
     assert_parity(draws)
 
 
@@ -98,8 +71,8 @@ def test_a_second_step_of_a_block_gives_the_same_bits(emulate, arguments, shape)
 @per_block
 def test_every_other_choice_of_convolution_is_as_exact_as_eager(emulate, arguments, shape, variant):
     with resnet.convolution(variant):
-        blocks = trio(Residual, *arguments, dtype=torch.float32)
-        assert_parity([compare(emulate, blocks, shape, torch.float32)])
+        results, _ = compare(emulate, trio(Residual, *arguments), draw(*shape))
+    assert_parity([results])
 
 
 @pytest.mark.long

@@ -12,7 +12,6 @@ import torch
 
 from resnet.kernels import conv_forward as kernels
 from resnet.kernels import tuning
-from tests.helpers.blocks import one_thread  # noqa: F401
 from tests.helpers.convolutions import Case
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,

@@ -10,9 +10,9 @@ from resnet.kernels import conv_grad_input, tuning
 from resnet.kernels.host.launch import FLAGS
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
-from tests.emulated.test_batch_norm import Displaced
 from tests.helpers import grad_input_cases as cases
-from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import HALF, name_of
+from tests.helpers.displaced import Displaced
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,

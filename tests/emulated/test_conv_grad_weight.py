@@ -8,7 +8,7 @@ import torch
 from resnet.kernels import conv_grad_weight as kernels
 from resnet.kernels import tuning
 from resnet.kernels.host.shapes import ConvShape
-from tests.helpers.blocks import name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import name_of
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,

@@ -8,7 +8,7 @@ import torch
 from resnet.kernels import batch_norm_max_pool as pool
 from resnet.kernels import conv_grad_weight_max_pool as kernels
 from resnet.kernels.host.shapes import ConvShape
-from tests.helpers.blocks import HALF, name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import HALF, name_of
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     TRAFFIC_OVER_FLOOR,

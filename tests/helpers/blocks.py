@@ -11,21 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from resnet import FusedResidual, FusedStem, Residual, Stem
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, one_thread  # noqa: F401, tests/kernels takes the fixture from here
 from tests.helpers.parity import assert_as_exact_as_eager
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FUSED = {Residual: FusedResidual, Stem: FusedStem}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tensors so small a second thread gains nothing, and waits long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +110,11 @@ def weights_dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
+def incoming_gradient(out: Tensor) -> Tensor:
+    """The gradient with which `step` goes backward: drawn of bfloat16 values, which every type holds."""
+    return draw(*out.shape, seed=7, dtype=torch.bfloat16).to(out.dtype)
+
+
 def as_is(call: Callable[[], Tensor]) -> Tensor:
     return call()
 
@@ -126,19 +122,24 @@ def as_is(call: Callable[[], Tensor]) -> Tensor:
 def step(module: nn.Module, x: Tensor, context: Callable[[Callable[[], Tensor]], Tensor] = as_is) -> dict[str, Tensor]:
     """The output, the gradients of the input and of every parameter that wants one, and the buffers, by name.
 
-    x is brought to the weights' type, which loses nothing for an exact copy. The incoming gradient is drawn.
+    x is brought to the weights' type, which loses nothing for an exact copy.
     """
     x = x.detach().to(weights_dtype(module)).requires_grad_()
     out = context(lambda: module(x))
     wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    dout = draw(*out.shape, seed=7, dtype=torch.bfloat16).to(out.dtype)  # a value that every type holds
-    dx, *grads = torch.autograd.grad(out, (x, *wanted.values()), dout)
+    dx, *grads = torch.autograd.grad(out, (x, *wanted.values()), incoming_gradient(out))
     return {
         "out": out.detach(),
         "dx": dx,
         **{f"d {name}": grad for name, grad in zip(wanted, grads)},
         **{name: buffer.clone() for name, buffer in module.named_buffers()},
     }
+
+
+def infer(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output without gradients, under its name; x is brought to the weights' type as `step` does."""
+    with torch.no_grad():
+        return {"out": module(x.to(weights_dtype(module)))}
 
 
 def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]) -> None:

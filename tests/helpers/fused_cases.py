@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from resnet import Residual, Stem
-from tests.helpers.blocks import Trio, assert_parity, draw, same, snapshot, step, trio
+from tests.helpers.blocks import Trio, assert_parity, draw, same, snapshot, step, trio, weights_dtype
 
 IDENTITY, PROJECTED, STRIDED = (4, 4), (4, 6, True), (4, 6, True, 2)
 BLOCKS = {"identity": IDENTITY, "1x1": PROJECTED, "1x1 stride 2": STRIDED}
@@ -39,10 +41,13 @@ def images(kind: str, size: tuple[int, int, int] = MANY, **options) -> Tensor:
     return draw(n, KINDS[kind][1], h, w, **options)
 
 
-def assert_trios_parity(trios: list[Trio], shape: tuple[int, ...], **options) -> None:
-    dtype = next(trios[0].fused.parameters()).dtype
+def assert_trios_parity(
+    trios: list[Trio], shape: tuple[int, ...], run: Callable[[nn.Module, Tensor], dict[str, Tensor]] = step
+) -> None:
+    """What `run` gives for inputs of `shape`, one drawn for each trio, is as exact for fused as for eager modules."""
+    dtype = weights_dtype(trios[0].fused)
     draws = [draw(*shape, seed=seed, dtype=dtype) for seed in range(len(trios))]
-    assert_parity([tuple(step(m, x) for m in t.all) for t, x in zip(trios, draws)], **options)
+    assert_parity([tuple(run(m, x) for m in t.all) for t, x in zip(trios, draws)])
 
 
 def assert_exact(t: Trio, x: Tensor) -> None:
@@ -60,7 +65,3 @@ def assert_refused(module: nn.Module, x, error: type[Exception], message: str) -
     with pytest.raises(error, match=message):
         module(x)
     same(stored(), before)
-
-
-def is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last)

@@ -15,7 +15,7 @@ from resnet.kernels.tuning import memory
 from resnet.triton_backend import batch_norm as triton_batch_norm
 from resnet.triton_backend.convolution import pick
 from tests.conftest import DEVICE, ROOT
-from tests.helpers.blocks import draw, name_of_block, one_thread, same, step, trio  # noqa: F401
+from tests.helpers.blocks import draw, name_of_block, step, trio
 
 
 @pytest.fixture(autouse=True)

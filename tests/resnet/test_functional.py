@@ -7,16 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from resnet import reference
 from resnet.functional import batch_norm_add_relu
 from resnet.kernels.host.tiling import tiling
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, HALF, assert_parity, draw, name_of, named, one_thread, same  # noqa: F401
-
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
+from tests.helpers.blocks import DTYPES, HALF, assert_parity, draw, name_of, named, same
+from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -263,25 +260,6 @@ def test_an_output_of_zero_passes_no_gradient(any_backend):
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------
-
-LAYOUTS = {
-    "channels_last": lambda t: t,
-    "nchw": lambda t: t.contiguous(),
-    "sliced pixels": lambda t: F.pad(t, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
-    "sliced channels": lambda t: torch.cat((t, t, t), 1)[:, t.shape[1] : 2 * t.shape[1]],
-    "every other": lambda t: t.repeat_interleave(2, 3)[..., ::2],
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "batch last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "offset": lambda t: (
-        torch.cat((t.new_zeros(1), t.permute(0, 2, 3, 1).flatten()))[1:]
-        .view(t.shape[0], t.shape[2], t.shape[3], t.shape[1])
-        .permute(0, 3, 1, 2)
-    ),
-}
-
-
-def is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

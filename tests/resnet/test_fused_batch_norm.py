@@ -8,11 +8,8 @@ from torch import nn
 
 from resnet import Residual, Stem
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, named, one_thread, same, snapshot, trio  # noqa: F401
+from tests.helpers.blocks import draw, named, same, snapshot, trio
 from tests.helpers.fused_cases import IDENTITY, MODES, STRIDED, assert_exact, assert_refused, blocks, modes
-
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
 
 
 @blocks

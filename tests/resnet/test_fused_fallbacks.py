@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from resnet import FusedResidual, Residual, Stem
-from tests.helpers.blocks import draw, one_thread, same, step, trio  # noqa: F401
+from tests.helpers.blocks import draw, step, trio
 from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused
-
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
-
 
 # ---- changed modules --------------------------------------------------------------------------------------------
 

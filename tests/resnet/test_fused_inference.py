@@ -12,25 +12,19 @@ from torch import Tensor
 import resnet
 from resnet import FusedResidual
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, assert_parity, name_of, one_thread, same, snapshot  # noqa: F401
-from tests.helpers.fused_cases import FEW, MANY, images, inference_trio, is_channels_last, kinds
-
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
+from tests.helpers.blocks import DTYPES, infer, name_of, same, snapshot
+from tests.helpers.fused_cases import FEW, MANY, assert_trios_parity, images, inference_trio, kinds
+from tests.helpers.layouts import is_channels_last
 
 
 @kinds
 @pytest.mark.parametrize("size", [MANY, FEW, (1, 1, 1)], ids=name_of)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_inference_is_as_exact_as_eager(any_backend, dtype, size, kind):
-    results = []
-    for seed in range(3):
-        t = inference_trio(kind, seed=seed, dtype=dtype)
-        x = images(kind, size, seed=seed, dtype=dtype)
-        with torch.no_grad():
-            results.append(tuple({"out": m(x.double() if m is t.exact else x)} for m in t.all))
-    assert_parity(results)
-    assert all(is_channels_last(fused["out"]) for _, fused, _ in results)
+    trios = [inference_trio(kind, seed=seed, dtype=dtype) for seed in range(3)]
+    x = images(kind, size, dtype=dtype)
+    assert_trios_parity(trios, x.shape, infer)
+    assert is_channels_last(infer(trios[0].fused, x)["out"])
 
 
 @kinds

@@ -10,40 +10,28 @@ from torch import Tensor, nn
 
 from resnet import FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
-from tests.helpers.blocks import (  # noqa: F401
-    HALF,
-    assert_parity,
-    draw,
-    name_of,
-    one_thread,
-    same,
-    snapshot,
-    step,
-    trio,
-)
-from tests.helpers.fused_cases import KINDS, STRIDED, images, inference_trio, is_channels_last, kinds
-
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
-
+from tests.helpers.blocks import HALF, assert_parity, draw, name_of, same, step, trio
+from tests.helpers.fused_cases import KINDS, STRIDED, images, inference_trio, kinds
+from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 # ---- memory formats ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("incoming", ["sum", "nchw", "sliced", "transposed", "expanded"])
+INCOMING = {
+    **{name: LAYOUTS[name] for name in ("nchw", "sliced pixels", "transposed")},
+    "that of a sum": lambda dout: dout.new_ones(()).expand(dout.shape),
+    "expanded": lambda dout: dout[:, :, :1, :1].expand(dout.shape),
+}
+
+
+@pytest.mark.parametrize("incoming", INCOMING)
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, kind, incoming):
     fused = inference_trio(kind).fused.train()
     x = images(kind, (2, 7, 6)).requires_grad_()
     out = fused(x)
     dout = draw(*out.shape, seed=3)
-    dout = {
-        "sum": lambda: torch.ones((), device=DEVICE).expand(out.shape),
-        "nchw": dout.contiguous,
-        "sliced": lambda: torch.cat((dout, dout), 3)[..., : dout.shape[3]],
-        "transposed": lambda: dout.transpose(2, 3).contiguous().transpose(2, 3),
-        "expanded": lambda: dout[:, :, :1, :1].expand(out.shape),
-    }[incoming]()
+    dout = INCOMING[incoming](dout)
     leaves = (x, *fused.parameters())
     got = torch.autograd.grad(out, leaves, dout, retain_graph=True)
     dense = torch.empty_like(out, memory_format=torch.channels_last).copy_(dout)
@@ -52,19 +40,11 @@ def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, ki
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("layout", ["channels_last", "nchw", "sliced", "transposed"])
+@pytest.mark.parametrize("layout", ["channels_last", "nchw", "sliced pixels", "transposed"])
 def test_any_layout_of_the_input_gives_the_same_bits_channels_last(any_backend, layout, train, kind):
     fused = inference_trio(kind).fused.train(train)
     x = images(kind, (2, 7, 6))
-    laid = {
-        "channels_last": lambda: x,
-        "nchw": x.contiguous,
-        "sliced": lambda: torch.cat((x, x), 2)[:, :, : x.shape[2]],
-        "transposed": lambda: x.transpose(2, 3).contiguous().transpose(2, 3),
-    }[layout]()
-    state = snapshot(fused)
-    got = step(fused, laid)
-    fused.load_state_dict(state)
+    got = step(copy.deepcopy(fused), LAYOUTS[layout](x))
     same(got, step(fused, x))
     assert is_channels_last(got["out"])
     if "stem" not in kind:

@@ -5,49 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
-from torch import nn
-from torch.nn import functional as F
 
 import resnet
-from resnet import FusedResidual, Residual, resnet18, resnet_block
+from resnet import resnet18
 from resnet.kernels import conv_grad_weight, tuning
-from resnet.reference import Stem
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, one_thread  # noqa: F401
+from tests.helpers.blocks import draw
+from tests.helpers.training import logits_and_gradient, losses, pair, small_net
 
 STEPS = 20
-
-
-def small_net(block: type[nn.Module]) -> nn.Sequential:
-    """Stem, a stage with an identity shortcut and one with a 1x1 convolution, classifier."""
-    return nn.Sequential(
-        getattr(block, "stem", Stem)(1, 8),
-        resnet_block(8, 8, 1, first_block=True, block=block),
-        resnet_block(8, 16, 1, block=block),
-        nn.AdaptiveAvgPool2d((1, 1)),
-        nn.Flatten(),
-        nn.Linear(16, 4),
-    )
-
-
-def pair(build) -> tuple[nn.Module, nn.Module]:
-    """(eager, fused) with the same first weights."""
-    torch.manual_seed(3)
-    eager, fused = build(Residual), build(FusedResidual)
-    fused.load_state_dict(eager.state_dict(), strict=True)
-    return eager.to(DEVICE), fused.to(DEVICE)
-
-
-def losses(net: nn.Module, x: torch.Tensor, labels: torch.Tensor, steps: int) -> list[float]:
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    values = []
-    for _ in range(steps):
-        loss = F.cross_entropy(net(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        values.append(loss.item())
-    return values
 
 
 @pytest.mark.long
@@ -61,13 +27,6 @@ def test_losses_of_20_steps_follow_eagers(any_backend):
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
     # Tolerances for the biases before BatchNorm: their gradient is zero, in eager what rounding leaves of it.
     torch.testing.assert_close(fused.state_dict(), eager.state_dict(), rtol=1e-6, atol=1e-8)
-
-
-def logits_and_gradient(net: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """And the gradient of the first weight, behind everything else."""
-    weight = next(net.parameters())
-    logits = net(x.to(weight.dtype))
-    return logits.detach(), torch.autograd.grad(F.cross_entropy(logits, labels), weight)[0]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resnet import FusedResidual, FusedStem, Residual, resnet_block
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, one_thread, randomize, step, trio  # noqa: F401
+from tests.helpers.blocks import draw, randomize, step, trio
 from tests.helpers.pairs import pairwise
 
 ops = torch.ops.fused_residual

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet import FusedResidual, Residual, Stem, reference, resnet18, resnet_block
-from tests.helpers.blocks import name_of_block, one_thread  # noqa: F401
+from tests.helpers.blocks import name_of_block
 
 # ---- the nets --------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import resnet
 from resnet import FusedResidual, Residual, Stem
@@ -17,18 +16,9 @@ from resnet.triton_backend import block as triton_block
 from resnet.triton_backend import convolution
 from resnet.triton_backend import stem as triton_stem
 from tests.conftest import DEVICE
-from tests.helpers.blocks import (  # noqa: F401
-    DTYPES,
-    HALF,
-    assert_parity,
-    draw,
-    name_of,
-    one_thread,
-    same,
-    snapshot,
-    step,
-    trio,
-)
+from tests.helpers.blocks import DTYPES, draw, infer, name_of, trio
+from tests.helpers.fused_cases import assert_trios_parity
+from tests.helpers.kept import kept
 
 # (module, constructor's arguments, input shape): ragged tiles in every dimension
 MODULES = {
@@ -47,24 +37,15 @@ def fused_backend():
         yield
 
 
-def without_cancelled_biases(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Behind batch statistics a convolution's bias has no effect: eager's gradient is what rounding leaves of zero."""
-    return {name: v for name, v in results.items() if name not in ("d conv1.bias", "d conv2.bias", "d 0.bias")}
-
-
 @pytest.mark.core
 @per_module
 def test_training_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
-    modules, x = trio(kind, *arguments), draw(*shape)
-    assert_parity([tuple(without_cancelled_biases(step(module, x)) for module in modules.all)])
+    assert_trios_parity([trio(kind, *arguments)], shape)
 
 
 @per_module
 def test_inference_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
-    modules, x = trio(kind, *arguments, train=False), draw(*shape)
-    with torch.no_grad():
-        eager, fused, exact = modules.eager(x), modules.fused(x), modules.exact(x.double())
-    assert_parity([({"out": eager}, {"out": fused}, {"out": exact})])
+    assert_trios_parity([trio(kind, *arguments, train=False)], shape, infer)
 
 
 @pytest.fixture
@@ -139,15 +120,11 @@ def test_the_stem_stores_no_gradient_of_its_convolution(fused_backend, launches)
 
 def test_a_block_keeps_four_activations_and_vectors_for_backward(fused_backend):
     block, x = FusedResidual(16, 16).to(DEVICE), draw(2, 16, 6, 5).requires_grad_()
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        block(x)
-    parameters = {p.data_ptr() for p in block.parameters()}
-    large = {t.data_ptr() for t in saved if t.numel() >= x.numel() and t.data_ptr() not in parameters}
-    assert len(large) == 4
-    assert x.data_ptr() in large
-    others = [t for t in saved if t.data_ptr() not in parameters | large]
-    assert all(t.numel() <= 4 * 16 for t in others)
+    _, tensors = kept(block, x)
+    activations = [t for t in tensors if t.numel() == x.numel()]
+    assert len(activations) == 4
+    assert x.data_ptr() in {t.data_ptr() for t in activations}
+    assert all(t.numel() <= 4 * 16 for t in tensors if t.numel() != x.numel())
 
 
 def test_nothing_is_launched_for_gradients_that_nobody_wants(fused_backend, launches):
