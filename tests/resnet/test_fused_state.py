@@ -10,11 +10,8 @@ import torch
 from torch import nn
 
 from resnet import FusedResidual, FusedStem, Residual, Stem
-from tests.helpers.blocks import draw, one_thread, randomize, same, snapshot, step, trio  # noqa: F401
+from tests.helpers.blocks import draw, randomize, same, snapshot, step, trio
 from tests.helpers.fused_cases import BLOCKS, STRIDED, assert_trios_parity, images, inference_trio, kinds
-
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
 
 
 @pytest.mark.parametrize(
@@ -28,6 +25,7 @@ def test_eager_and_fused_state_dicts_are_alike_and_load_strictly_both_ways(kind,
         (k, v.shape, v.dtype) for k, v in fused.state_dict().items()
     ]
     assert [n for n, _ in eager.named_parameters()] == [n for n, _ in fused.named_parameters()]
+    assert isinstance(fused, kind) and [type(m) for m in fused.children()] == [type(m) for m in eager.children()]
     fused.load_state_dict(eager.state_dict(), strict=True)
     same(snapshot(fused), snapshot(eager))
     back = kind(*args)
