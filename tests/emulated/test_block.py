@@ -77,7 +77,7 @@ def test_every_other_choice_of_convolution_is_as_exact_as_eager(emulate, argumen
 
 @pytest.mark.long
 def test_an_identity_block_moves_the_activations_of_its_floor(emulate):
-    """7 passes forward and 21 backward, where eager takes 17 and 27; and no launch has bank conflicts."""
+    """It is 7 passes forward and 21 backward, where eager takes 17 and 27. No launch has bank conflicts."""
     shape, dtype = (8, 64, 24, 24), torch.float16
     activation = 2 * math.prod(shape)
     with emulate() as reports:

@@ -22,7 +22,7 @@ from tests.helpers.emulated_limits import (
 )
 from tests.helpers.parity import assert_as_exact_as_eager
 
-HALF_TILE = tuning.Config(128, 64, 32, 4, 4)
+SIXTEEN_BIT_TILE = tuning.Config(128, 64, 32, 4, 4)
 SMALL_TILE = tuning.Config(64, 16, 16, 4, 2)
 
 
@@ -45,17 +45,17 @@ class Launch:
         )
 
 
-# Rows, columns and channels that no tile divides, in every type and with every option.
+# No tile divides their rows, columns and channels. Every type and every option is there.
 RAGGED = {
     "prologue and moments": Launch(
-        (2, 40, 7, 9), 24, 3, 1, 1, torch.float16, HALF_TILE, ("prologue", "moments", "bias")
+        (2, 40, 7, 9), 24, 3, 1, 1, torch.float16, SIXTEEN_BIT_TILE, ("prologue", "moments", "bias")
     ),
     "shortcut with its moments": Launch(
-        (2, 100, 6, 7), 72, 3, 2, 1, torch.bfloat16, HALF_TILE, ("shortcut", "shortcut_moments", "moments")
+        (2, 100, 6, 7), 72, 3, 2, 1, torch.bfloat16, SIXTEEN_BIT_TILE, ("shortcut", "shortcut_moments", "moments")
     ),
     "inference with skip": Launch((1, 6, 9, 8), 20, 3, 1, 1, torch.float32, SMALL_TILE, ("frozen", "skip", "relu")),
     "TensorFloat-32": Launch((2, 20, 5, 6), 20, 3, 3, 1, torch.float32, SMALL_TILE, ("prologue", "tf32")),
-    "flattened axis": Launch((2, 3, 15, 13), 20, 7, 2, 3, torch.bfloat16, HALF_TILE, ("moments",)),
+    "flattened axis": Launch((2, 3, 15, 13), 20, 7, 2, 3, torch.bfloat16, SIXTEEN_BIT_TILE, ("moments",)),
     "one pixel, one channel": Launch((1, 1, 1, 1), 1, 1, 1, 0, torch.float16, SMALL_TILE, ("moments",)),
 }
 DOUBLE = Launch((1, 6, 5, 5), 5, 3, 2, 1, torch.float64, SMALL_TILE, ("prologue", "moments", "shortcut"))

@@ -53,7 +53,7 @@ def running_sum_kernel(x, out):
 
 @triton.jit
 def shift_in_place_kernel(x, N):
-    """x[i] = x[i + 1], which the program behind may have replaced by then."""
+    """x[i] = x[i + 1], which the next program may have replaced by then."""
     i = tl.program_id(0)
     tl.store(x + i, tl.load(x + i + 1, mask=i + 1 < N, other=0))
 
@@ -85,7 +85,7 @@ def test_a_sound_launch_passes_and_does_its_work():
     ids=["just past", "before", "far past"],
 )
 def test_a_stray_read_is_caught(shift, where):
-    """Far strays too, which on real memory may land in another tensor."""
+    """So is one far astray, which on real memory may land in another tensor."""
     x, out = torch.randn(N), torch.zeros(N)
     with pytest.raises(MemoryFault, match=f"copy_kernel, program .* reads .* outside its tensor.*{where} of x"):
         copy(x, out, shift=shift)
@@ -109,7 +109,7 @@ def test_a_dropped_mask_is_caught():
 
 
 def test_a_tensor_ends_where_its_view_does():
-    """The rest of the storage belongs to someone else, as do the elements between the strides."""
+    """The rest of the storage is another's, and so are the elements between the strides."""
     storage = torch.randn(2 * N)
     with pytest.raises(MemoryFault, match="outside its tensor"):
         copy(storage[:N], torch.zeros(N), shift=1)
@@ -161,7 +161,7 @@ def test_a_program_that_overwrites_what_another_reads_is_caught():
 
 
 def test_a_sum_that_depends_on_the_order_of_the_programs_is_caught():
-    """Atomics may write as often as they like; their sum has to be the same in every order."""
+    """Atomics may write an element many times; their sum has to be the same in every order."""
     x = torch.randn(16, 64)
     add_kernel[(16,)](x.round(), torch.zeros(64), BLOCK=64)  # exact in any order
     with pytest.raises(MemoryFault, match="total depends on the order of the programs"):

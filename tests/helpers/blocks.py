@@ -1,4 +1,4 @@
-"""Fused modules beside their eager reference: the same weights, the same draws, and all that a step leaves behind."""
+"""Fused modules beside their eager reference: the same weights, the same inputs, and all that a step gives."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from resnet import FusedResidual, FusedStem, Residual, Stem
 from tests.conftest import DEVICE, one_thread  # noqa: F401, tests/kernels takes the fixture from here
 from tests.helpers.parity import assert_as_exact_as_eager
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+HALF = SIXTEEN_BIT  # its name in tests/kernels
+DTYPES = (*SIXTEEN_BIT, torch.float32, torch.float64)
 FUSED = {Residual: FusedResidual, Stem: FusedStem}
 
 
@@ -47,7 +48,7 @@ def named(option: str) -> Callable[[object], str]:
 
 
 def randomize(module: nn.Module) -> None:
-    """BatchNorms as training leaves them, some weights negative, where fresh ones are all ones and zeros."""
+    """Draw what training moves in a BatchNorm, some weights negative: fresh, all of it is ones and zeros."""
     for bn in module.modules():
         if isinstance(bn, nn.BatchNorm2d):
             if bn.affine:
@@ -60,7 +61,7 @@ def randomize(module: nn.Module) -> None:
 
 @dataclass
 class Trio:
-    """One module three times: eager, fused, and eager in float64. Any change is made to all three."""
+    """One module three times: eager, fused, and eager in float64. `each` makes a change to all three."""
 
     eager: nn.Module
     fused: nn.Module
@@ -97,9 +98,10 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def staircase(length: int, dtype: torch.dtype) -> Tensor:
-    """(length,) values whose sum an accumulator of half precision misses: a large one, then steps below its rounding.
+    """(length,) values of `dtype` whose sum an accumulator of that type misses.
 
-    2 / eps first, where values are 2 apart, then any 32 of them together make one half.
+    The first is 2 / eps, where the type's values are 2 apart. The others are too small to move it one by one, though
+    every 64 of them add up to 1.
     """
     values = torch.full((length,), 2.0**-6, dtype=dtype, device=DEVICE)
     values[0] = 2 / torch.finfo(dtype).eps
@@ -143,9 +145,9 @@ def infer(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]) -> None:
-    """Of several draws (eager, fused, exact): each tensor of fused as exact as eager's, counters equal.
+    """Each tensor of fused is as exact as eager's and counters are equal, in an (eager, fused, exact) for each draw.
 
-    The gradient of a bias that a BatchNorm takes out again is zero: what float64 finds there is its own rounding.
+    A bias before batch statistics has a gradient of zero. What float64 finds there is rounding, and counts as zero.
     """
     eager, fused, exact = zip(*results)
     exact = [{name: v * (v.abs() > 1e-11) if name.endswith("bias") else v for name, v in e.items()} for e in exact]

@@ -28,7 +28,7 @@ def restored():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How often partial statistics were merged, from a kernel of their own or from a convolution's epilogue."""
+    """An entry for each merge of partial statistics, whether their own kernel or a convolution's epilogue made them."""
     count = []
     finalize = triton_batch_norm.batch_norm_finalize
     monkeypatch.setattr(triton_batch_norm, "batch_norm_finalize", lambda *args: (count.append(1), finalize(*args))[1])
@@ -182,7 +182,7 @@ def test_convolution_auto_on_a_gpu_picks_the_fastest_per_direction(monkeypatch, 
 
 
 def python(program: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run a program in an environment with these variables and without the interpreter but where they set it."""
+    """Run a program in an environment with these variables, and without the interpreter unless they choose it."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_RESIDUAL_BACKEND")}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(

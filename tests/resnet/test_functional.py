@@ -12,7 +12,7 @@ from resnet import reference
 from resnet.functional import batch_norm_add_relu
 from resnet.kernels.host.tiling import tiling
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, HALF, assert_parity, draw, name_of, named, same
+from tests.helpers.blocks import DTYPES, SIXTEEN_BIT, assert_parity, draw, name_of, named, same
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 STATISTICS = ("running_mean", "running_var")
@@ -24,7 +24,7 @@ class Case:
 
     shape: tuple[int, int, int, int] = (2, 6, 3, 5)
     dtype: torch.dtype = torch.float32
-    vectors: torch.dtype | None = None  # of weight, bias and running statistics, where it is not `dtype`
+    vectors: torch.dtype | None = None  # the type of weight, bias and running statistics; None for `dtype`
     training: bool = True
     shortcut: bool = True
     relu: bool = True
@@ -57,7 +57,7 @@ def tensors(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
 
 
 def run(function, case: Case, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Output, gradients and running statistics of one call. Nothing in `given` is shared with it but read."""
+    """Output, gradients and running statistics of one call. `given` stays as it is."""
     dout = given["dout"]
     args = {k: v if v is None else v.detach() for k, v in given.items() if k != "dout"}
     args.update({k: args[k].clone() for k in STATISTICS if args[k] is not None})
@@ -128,7 +128,7 @@ def test_evaluation_of_one_value_per_channel_is_as_exact_as_eager(any_backend, s
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("vectors", ["float32", "same"])
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_parameters_of_a_16_bit_input_are_of_its_type_or_float32(any_backend, dtype, vectors, training):
     case = Case((4, 16, 5, 5), dtype=dtype, vectors=torch.float32 if vectors == "float32" else None, training=training)
     result = fused(case, tensors(case))
@@ -158,7 +158,7 @@ def test_running_statistics_move_by_the_momentum(any_backend, momentum, dtype):
 
 
 def test_running_statistics_hold_the_unbiased_variance(any_backend):
-    case = Case((1, 3, 2, 1), momentum=1.0)  # of two values, where biased and unbiased differ by a factor of 2
+    case = Case((1, 3, 2, 1), momentum=1.0)  # two values, whose unbiased variance is twice the biased one
     given = tensors(case)
     result = fused(case, given)
     torch.testing.assert_close(result["running_var"], given["x"].var((0, 2, 3), unbiased=True))
@@ -192,7 +192,7 @@ def test_eps_is_added_to_the_variance(any_backend, eps, training):
 @pytest.mark.parametrize("mean", [1e3, 1e4], ids=named("mean"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 def test_the_variance_keeps_its_digits_at_a_large_mean(any_backend, dtype, mean):
-    """A mean rounded to its type is off by eps * mean / 2; sums of squares would be off by eps * mean ** 2."""
+    """Rounding a mean to its type costs eps * mean / 2. Sums of squares would cost eps * mean ** 2."""
     case = Case((4, 6, 16, 10), dtype=dtype, mean=mean, momentum=1.0)  # 640 rows: several partials
     given = tensors(case)
     var = given["x"].double().var((0, 2, 3))
@@ -203,7 +203,7 @@ def test_the_variance_keeps_its_digits_at_a_large_mean(any_backend, dtype, mean)
 @pytest.mark.parametrize("mean", [1.0, 100.0, 1e4], ids=named("mean"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
 def test_results_at_a_large_mean_are_as_exact_as_eager(any_backend, dtype, mean):
-    # Without the ReLU: at such a mean a rounding of the input moves the output across zero.
+    # There is no ReLU, since at such a mean a rounding of the input moves the output across zero.
     assert_case(Case((4, 6, 16, 10), dtype=dtype, vectors=torch.float32, mean=mean, relu=False), seeds=3)
 
 
@@ -315,7 +315,7 @@ def test_an_expanded_input_and_shortcut_give_the_bits_of_dense_ones(any_backend)
 
 
 def test_one_tensor_may_be_input_and_shortcut(any_backend):
-    """x feeds both: its gradient is the sum, and it is not written."""
+    """Its gradient is the sum of both, and it is not written."""
     case = Case()
     results = []
     for function in (batch_norm_add_relu, reference.batch_norm_add_relu):
@@ -431,7 +431,7 @@ def test_gradients_are_the_numerical_derivatives(any_backend, shortcut, relu, tr
         statistics = {k: given[k].clone() for k in STATISTICS}
         return batch_norm_add_relu(**dict(zip(names, values)), **statistics, training=training, relu=relu)
 
-    # fast_mode projects on random directions, since each evaluation is several launches in the interpreter
+    # An evaluation is several launches, so with the interpreter fast_mode takes a few random directions instead of all.
     inputs = tuple(given[k].requires_grad_() for k in names)
     assert torch.autograd.gradcheck(function, inputs, fast_mode=any_backend == "triton")
 
@@ -471,7 +471,7 @@ BAD = {
     "bias's type": ({"bias": Tensor.half}, TypeError, "bias: expected torch.float32, got torch.float16"),
     "mean's type": ({"running_mean": Tensor.long}, TypeError, "running_mean: expected torch.float32, got torch.int64"),
     "variance's type": ({"running_var": Tensor.double}, TypeError, "running_var: expected torch.float32, got"),
-    "mixed halves": (
+    "mixed 16-bit types": (
         {"x": Tensor.half, "shortcut": Tensor.half, "weight": Tensor.bfloat16},
         TypeError,
         "weight: expected torch.float16 or torch.float32, got torch.bfloat16",

@@ -39,7 +39,7 @@ STEM_SETTINGS = {
 
 
 def replaced_norms(**options):
-    """Both BatchNorms anew, with these options."""
+    """A change that replaces both BatchNorms by new ones with these options."""
 
     def change(module: nn.Module) -> None:
         training = module.training
@@ -62,7 +62,7 @@ def test_a_block_gives_eagers_values_with_any_settings_of_batch_norm(any_backend
 
 
 def test_statistics_that_are_tracked_no_longer_are_kept_and_used_in_evaluation(any_backend):
-    """`track_running_stats` set to False afterwards: training leaves the buffers, evaluation still uses them."""
+    """`track_running_stats` becomes False. Training then leaves the buffers, and evaluation still uses them."""
 
     def change(module):
         module.bn1.track_running_stats = module.bn2.track_running_stats = False

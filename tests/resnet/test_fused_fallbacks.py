@@ -162,7 +162,7 @@ BAD_INPUT = {
     "height 0": (lambda x: x[:, :, :0], ValueError, "input: expected height and width of at least 1"),
     "integers": (lambda x: x.long(), TypeError, "input: expected float16, .* got torch.int64"),
     "another type": (lambda x: x.double(), TypeError, "weight: expected .* torch.float64, got torch.float32"),
-    "half precision": (lambda x: x.half(), TypeError, "weight: expected .* torch.float16, got torch.float32"),
+    "float16": (lambda x: x.half(), TypeError, "weight: expected .* torch.float16, got torch.float32"),
     "another device": (lambda x: x.to("meta"), ValueError, "weight: expected the input's device meta, got "),
     "an array": (lambda x: x.cpu().numpy(), TypeError, "input: expected a tensor, got ndarray"),
 }  # fmt: skip

@@ -123,7 +123,7 @@ def test_inference_sees_every_way_to_change_a_weight(any_backend, change, kind, 
 
 
 def test_inference_sees_a_small_change_of_any_single_weight():
-    """Every value of one filter in turn, by a thousandth: outputs move with it, to within some roundings of theirs."""
+    """Each value of one filter changes in turn by about a thousandth, and the output follows within some roundings."""
     fused = inference_trio("identity").fused.cpu()
     x = images("identity").cpu()
     values = fused.conv1.weight.data[0]
@@ -185,7 +185,7 @@ def test_inference_sees_a_changed_eps(any_backend):
 
 
 def test_blocks_that_share_weights_keep_their_own_batch_norms(any_backend):
-    """Tied convolutions under different BatchNorms: what was folded for one is not taken for the other."""
+    """What was folded with the BatchNorms of one block is not used in the other."""
     a, b = (inference_trio("identity", seed=seed) for seed in range(2))
     for x, y in ((a.fused, b.fused), (a.eager, b.eager)):
         y.conv1, y.conv2 = x.conv1, x.conv2

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from resnet import FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
-from tests.helpers.blocks import HALF, assert_parity, draw, name_of, same, step, trio
+from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, name_of, same, step, trio
 from tests.helpers.fused_cases import KINDS, STRIDED, images, inference_trio, kinds
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
@@ -71,7 +71,7 @@ def with_weights_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def assert_autocast_casts(fused: nn.Module, eager: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
-    """Bit-equal to a module whose input and convolution weights were cast by hand, in the types that eager gives."""
+    """Results are bit-equal to those of weights and input that were cast by hand, in the types of eager's results."""
 
     def autocast(call):
         with torch.autocast(DEVICE.type, dtype):
@@ -86,7 +86,7 @@ def assert_autocast_casts(fused: nn.Module, eager: nn.Module, x: Tensor, dtype: 
 
 @kinds
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_autocast_casts_the_input_and_convolution_weights_alone(any_backend, dtype, train, kind):
     t = inference_trio(kind).each(lambda m: m.train(train))
     assert_autocast_casts(t.fused, t.eager, images(kind, (2, 6, 7)), dtype)
@@ -107,7 +107,7 @@ def test_inference_under_autocast_is_as_exact_as_eager(any_backend, kind):
 
 
 def test_autocast_casts_the_input_and_convolution_weights_alone_in_a_chain_of_blocks(any_backend):
-    """Half-precision activations between blocks, float32 parameters."""
+    """The activations between the blocks are bfloat16, the parameters stay float32."""
     first, second = trio(Residual, *STRIDED), trio(Residual, 6, 6, seed=1)
     eager, fused, _ = (nn.Sequential(a, b) for a, b in zip(first.all, second.all))
     assert_autocast_casts(fused, eager, draw(2, 4, 7, 6), torch.bfloat16)

@@ -9,7 +9,18 @@ import torch
 from torch import nn
 
 from resnet import Residual, Stem
-from tests.helpers.blocks import HALF, Trio, draw, incoming_gradient, name_of, name_of_block, same, snapshot, step, trio
+from tests.helpers.blocks import (
+    SIXTEEN_BIT,
+    Trio,
+    draw,
+    incoming_gradient,
+    name_of,
+    name_of_block,
+    same,
+    snapshot,
+    step,
+    trio,
+)
 from tests.helpers.fused_cases import (
     BLOCKS,
     IDENTITY,
@@ -38,9 +49,9 @@ def test_a_block_is_as_exact_as_eager(any_backend, dtype, mode, args):
     assert_trios_parity(trios, (4, 4, 7, 6))
 
 
-@each_pair(indirect=["any_backend"], any_backend=("torch", "triton"), dtype=HALF, mode=tuple(MODES), args=BLOCKS)
+@each_pair(indirect=["any_backend"], any_backend=("torch", "triton"), dtype=SIXTEEN_BIT, mode=tuple(MODES), args=BLOCKS)
 def test_a_block_of_a_16_bit_type_is_as_exact_as_eager(any_backend, dtype, mode, args):
-    """Of values enough: a share of about eps lies within a rounding of zero, and a ReLU lets them through by chance."""
+    """There are values enough: a share of about eps is a rounding from zero, and passes a ReLU or not by chance."""
     trios = [trio(Residual, *args, seed=seed, dtype=dtype).each(MODES[mode]) for seed in range(4)]
     assert_trios_parity(trios, (8, 4, 24, 24))
 
@@ -62,7 +73,7 @@ def test_a_block_of_odd_channels_gives_eagers_values(any_backend, args, train):
 
 
 def test_a_block_on_a_small_map_of_many_channels_is_as_exact_as_eager(any_backend):
-    """Where the CPU's convolution becomes a matrix product."""
+    """On the CPU this convolution is a matrix product."""
     assert_trios_parity([trio(Residual, 128, 128, seed=seed) for seed in range(2)], (2, 128, 3, 3))
 
 
@@ -135,7 +146,7 @@ def test_biases_before_frozen_statistics_have_eagers_gradients(any_backend, kind
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("args", [IDENTITY, STRIDED], ids=["identity", "strided"])
 def test_gradients_are_the_numerical_derivatives(any_backend, args, mode):
-    """In float64, of the input and all parameters. Fast: projected on random directions."""
+    """They are those of the input and of all parameters in float64, projected on random directions."""
     block = trio(Residual, *args, dtype=torch.float64).each(MODES[mode]).fused
     x = draw(2, 4, 3, 3).double().requires_grad_()
     names = [name for name, _ in block.named_parameters()]

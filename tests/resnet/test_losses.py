@@ -1,4 +1,4 @@
-"""Training, not single calls: losses over many steps follow eager's, through a small net and through ResNet-18."""
+"""Whole nets beside eager ones: losses of many steps of a small net, logits and gradient of ResNet-18."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STEPS = 20
 
 @pytest.mark.long
 def test_losses_of_20_steps_follow_eagers(any_backend):
-    """Rounding differs from step 1 and grows with every step: float64 keeps it far below what a wrong gradient does."""
+    """Rounding differs from the first step and grows. In float64 it stays far below the effect of a wrong gradient."""
     eager, fused = (net.double() for net in pair(small_net))
     x, labels = draw(8, 1, 16, 16, dtype=torch.float64), torch.arange(8, device=DEVICE) % 4
     expected = losses(eager, x, labels, STEPS)
@@ -31,7 +31,7 @@ def test_losses_of_20_steps_follow_eagers(any_backend):
 
 @pytest.fixture
 def whole_tiles(monkeypatch):
-    """Where kernels are interpreted, tiles as large as the matrix: the interpreter takes as long for a small one."""
+    """Interpreted kernels get tiles as large as the matrix: the interpreter takes as long for a small one."""
     if not triton.knobs.runtime.interpret:
         return
 
@@ -49,7 +49,7 @@ def whole_tiles(monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_resnet18_gives_eagers_logits_and_gradient(whole_tiles, backend):
-    """Whole, its convolutions fused too."""
+    """The convolutions are fused too."""
     eager, fused = (net.double() for net in pair(lambda block: resnet18(block=block)))
     x, labels = draw(2, 1, 40, 40, dtype=torch.float64), torch.tensor([1, 7], device=DEVICE)
     with resnet.backend(backend), resnet.convolution("triton"):

@@ -224,7 +224,7 @@ def forget_compiled():
 
 
 def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
-    """Compiled and not, two copies of a module do the same: steps in training, with frozen statistics, inference."""
+    """A compiled copy of a module does the same as a plain one: in training, with frozen statistics, in inference."""
     randomize(module)
     module.to(DEVICE)
     plain, compiled = copy.deepcopy(module), torch.compile(module, fullgraph=True, backend=compiler)

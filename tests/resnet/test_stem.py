@@ -1,4 +1,4 @@
-"""`FusedStem`: what it has that a block has not, beside the eager stem. The tests of both are in test_fused_*.py."""
+"""What `FusedStem` has and a block has not, beside the eager stem. test_fused_*.py has the tests of both."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from resnet import Stem
-from tests.helpers.blocks import HALF, draw, name_of, step, trio
+from tests.helpers.blocks import SIXTEEN_BIT, draw, name_of, step, trio
 from tests.helpers.fused_cases import assert_exact, assert_trios_parity
 from tests.helpers.parity import assert_as_exact_as_eager
 
@@ -25,7 +25,7 @@ def test_a_stems_output_gradients_and_statistics_are_as_exact_as_eager(any_backe
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_a_stem_of_a_16_bit_type_is_as_exact_as_eager(any_backend, dtype, train):
     """There are values enough: two maxima of a window a rounding apart send the gradient either way by chance."""
     assert_trios_parity([trio(Stem, 1, 4, dtype=dtype, train=train)], (8, 1, 48, 40))

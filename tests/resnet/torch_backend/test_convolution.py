@@ -19,7 +19,7 @@ SMALL = {
     "no padding": (2, 128, 128, 5, 4, 3, 1, 0),
     "5x5 kernel": (1, 128, 128, 4, 4, 5, 1, 2),
 }
-# Where only grad-weight is a product per tap.
+# Only grad-weight is a product per tap.
 GRAD_WEIGHT = {
     "many channels": (2, 256, 256, 6, 6, 3, 1, 1),
     "many channels, stride 2": (2, 256, 272, 13, 11, 3, 2, 1),
@@ -47,7 +47,7 @@ def _reference(x, weight, bias, dy, stride, padding):
 
 
 class GradsAsked(TorchDispatchMode):
-    """What is asked of PyTorch's `convolution_backward`: of x, of the weight and of the bias."""
+    """Records which gradients PyTorch's `convolution_backward` is asked for: of x, of the weight, of the bias."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +91,7 @@ def test_large_maps_few_channels_and_1x1_kernels_are_pytorchs_convolution(shape)
 
 @pytest.mark.parametrize("C", [1, 3, 4, 7], ids="{} channels".format)
 def test_the_grad_weight_of_a_strided_1x1_kernel_on_few_channels_is_not_onednns(C):
-    """Which writes past the end of a buffer on CPUs with AVX2 and no AVX-512."""
+    """oneDNN's writes past the end of a buffer on CPUs with AVX2 and without AVX-512."""
     x, weight, _, dy = _draw(2, C, 6, 6, 6, 1, 2, 0, seed=0)
     exact = _reference(*(t.double() for t in (x, weight, torch.zeros(6), dy)), 2, 0)
     with GradsAsked() as asked:

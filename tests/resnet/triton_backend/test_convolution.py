@@ -1,6 +1,7 @@
 """The modules on fused Triton convolutions, forward and backward: what they launch, keep and give.
 
-Every way, every type and whole nets are in tests/emulated, where a convolution takes a tenth of the interpreter's time.
+tests/emulated has every choice of convolution, every type and whole nets: a convolution takes a tenth of the
+interpreter's time there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 @pytest.fixture
 def fused_backend():
-    """The Triton backend as it comes: "auto" is "triton" where nothing can be timed."""
+    """The Triton backend as users have it: "auto" is "triton" where nothing can be timed."""
     with resnet.backend("triton"), resnet.convolution("triton"):
         yield
 
@@ -50,7 +51,7 @@ def test_inference_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kin
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
-    """The names of the big launches, in order: the merges of partials, of per-channel size, aside."""
+    """The names of the launches in order, without the merges of partials, which are of per-channel size."""
     names: list[str] = []
 
     def record(module, *functions):
@@ -95,7 +96,7 @@ def test_a_block_in_inference_is_two_launches(fused_backend, launches, arguments
 
 
 def test_batches_of_the_same_power_of_two_share_their_choices(fused_backend, monkeypatch):
-    """What "auto" timed for one batch holds for the next, but not with TensorFloat-32, which changes the times."""
+    """What "auto" timed for one batch size holds for those, but not with TensorFloat-32, which changes the times."""
     keys: list[list[tuple]] = []
 
     def pick(direction, key, variants, device):
