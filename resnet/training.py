@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from resnet.commands import ConfigError, check_writable, find_device, require
-from resnet.data import Batches, FashionMNIST, load
+from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
 from resnet.fused import FusedResidual
 from resnet.kernels.host.files import write_atomically
 from resnet.reference import resnet18
@@ -35,7 +35,6 @@ __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "train
 
 MODELS = ("eager", "fused", "compile")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MIN_RESIZE = 32
 
 _LOOK_SECONDS = 0.5  # between two looks at the losses; each makes a GPU's queue run empty
 _EVALUATION_BATCH = 256
@@ -73,9 +72,9 @@ class TrainConfig:
         require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
         require(0 < self.lr <= torch.finfo(torch.float32).max, "--lr", "a positive number that float32 holds", self.lr)
         require(
-            self.resize >= MIN_RESIZE,
+            self.resize >= IMAGE_SIZE,
             "--resize",
-            f"at least {MIN_RESIZE}, since the net halves height and width five times",
+            f"at least {IMAGE_SIZE}, the images' own size: they are enlarged only",
             self.resize,
         )
         require(self.dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", self.dtype)
@@ -372,7 +371,7 @@ def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -
     if one_pixel and min(n, config.batch_size) == 1:
         raise ConfigError(
             f"--resize {config.resize} needs batches of 2 images or more: one has but one value per channel in the "
-            "last stage, which BatchNorm cannot normalise; a larger --resize does not"
+            "last stage, which BatchNorm cannot normalise; --resize 33 or more does not"
         )
     single = one_pixel and n % config.batch_size == 1
     if single:

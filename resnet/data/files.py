@@ -112,8 +112,8 @@ _WHOLE_SET = (
     _IdxFile("t10k-labels-idx1-ubyte", (10000,), "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 )
 
-# Drawn so: of each part of the whole set, the first images of each class, as many of each as the size allows (the
-# first classes have one more where ten does not divide it), in the order of the whole set.
+# The sample holds the first images of each class, of the training and of the test set, in their order there: as many of
+# each class as the size allows. Where ten does not divide the size, the first classes have one more.
 _SAMPLE_FOLDER = Path(__file__).parent / "fashion_mnist_sample"
 _SAMPLE = (
     _IdxFile(
@@ -172,7 +172,8 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
         if all(file.find(place) for file in _WHOLE_SET):
             return _read_folder(place, _WHOLE_SET)
 
-    missing = f"not in {', '.join('./data' if place == Path('data') else str(place) for place in places)}"
+    *names, last = ("./data" if place == Path("data") else str(place) for place in places)
+    missing = f"not in {', '.join(names)} or {last}"
     if download and cache is not None:
         try:
             fetch(cache, os.environ.get("FASHION_MNIST_URL") or OFFICIAL_URL)
@@ -234,8 +235,8 @@ def _fetch_file(file: _IdxFile, folder: Path, url: str) -> None:
 def _open(url: str) -> http.client.HTTPResponse:
     """`urlopen` that has an answer within `_OPEN_SECONDS` or raises TimeoutError.
 
-    Its own time-out bounds neither the look-up of the name nor the number of addresses that are tried in turn; so
-    it runs in a thread that can be left behind.
+    urlopen's own time-out bounds neither the look-up of the name nor the number of addresses that are tried in turn.
+    So it runs in a thread that need not be waited for.
     """
     answer: queue.SimpleQueue = queue.SimpleQueue()
 

@@ -1,4 +1,4 @@
-"""BatchNorm + add + ReLU on PyTorch's own operators, in as few passes as they allow: what runs on the CPU."""
+"""BatchNorm, the add and ReLU on PyTorch's own operators, in as few passes as they allow: what runs on the CPU."""
 
 from __future__ import annotations
 
@@ -80,6 +80,28 @@ def forward(
     return out.relu_() if relu else out, stats
 
 
+def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
+    """Whether `eager` keeps and computes what `forward` and `backward` do, with less of Python around it.
+
+    PyTorch takes the statistics in the type of the vectors, and an empty batch changes the running ones.
+    """
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+        return False
+    return all(v is None or v.dtype == dtype for v in norm[:4])
+
+
+def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
+    """relu(batch_norm(x) [+ shortcut]) by operators that PyTorch records; the add and the ReLU are done in place.
+
+    It keeps x and out for backward. Without the ReLU, whose backward makes dense what it gives, BatchNorm's would
+    depend on the layout of the incoming gradient.
+    """
+    weight, bias, mean, var, _, training, momentum, eps = norm
+    out = torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
+    return (out if shortcut is None else out.add_(shortcut)).relu_()
+
+
 def recompute(x: Tensor, stats: Tensor) -> Tensor:
     """relu(x * scale + shift), bit-equal to what `forward` gave."""
     return _affine(x, stats[2], stats[3]).relu_()
@@ -148,7 +170,7 @@ def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tens
     """Gradients of `forward_pool`."""
     (N, C, P, Q), width = out.shape, x.shape[3]
     place = torch.arange(9, device=x.device)
-    place += place // 3 * (width - 3)  # of each tap, behind its window's first pixel
+    place += place // 3 * (width - 3)  # a tap's index, from its window's first pixel on
     index = place.index_select(0, tap.permute(0, 2, 3, 1).reshape(-1).int()).view(N, P, Q, C).permute(0, 3, 1, 2)
     index += _window_origins((P, Q), width, x.device)
     g = aten.threshold_backward(dout, out, 0)

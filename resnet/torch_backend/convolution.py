@@ -1,9 +1,8 @@
-"""The convolutions around the fused operations: PyTorch's own, but for small maps on the CPU and where it is unsafe.
+"""The convolutions around the fused operations: PyTorch's own, except for small maps on the CPU and where it is unsafe.
 
-oneDNN's direct convolution is at a loss where a map has a few pixels and many channels (3x3 pixels of 512 channels in
-ResNet-18's last stage at 96x96): 32 of its 81 products of a pixel and a tap fall on padding. There the convolution is
-one matrix product per tap, over the pixels whose tap lies within the map. Its grad-weight is at a loss for larger maps
-too.
+oneDNN's direct convolution is slow where a map has few pixels and many channels: at 3x3 pixels (ResNet-18's last stage
+at 96x96) 32 of its 81 products of a pixel and a tap meet padding. There the convolution is one matrix product per tap,
+over the pixels whose tap lies within the map. oneDNN's grad-weight is slow on larger maps too.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Up to so many pixels of an output map (the second where products lag), from so many channels on, products per tap were
-# the faster at batches of 8 to 128. Grad-weight's limits were measured at batches of 16 and 32, the second at 8 and 32.
+# Products per tap were faster up to so many pixels of an output map, from so many channels on, at batches of 8 to 128.
+# The second number of pixels holds where products lag. Grad-weight's limits were measured at batches of 16 and 32, its
+# second number at 8 and 32.
 _PIXELS, _CHANNELS = (16, 4), 128
 _GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS = (64, 9), 256
 
@@ -25,14 +25,14 @@ def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -
 
 
 def is_single_on_cpu(x: Tensor) -> bool:
-    """Whether x is float32 on the CPU, where some of PyTorch's convolutions are stepped round."""
+    """Whether x is float32 on the CPU, where this module replaces some of PyTorch's convolutions."""
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
 def products_lag() -> bool:
     """Whether PyTorch's matrix products have half the speed of its convolutions.
 
-    So it is with AVX-512 on an AMD CPU: there oneDNN uses it, MKL stays with AVX2.
+    They do with AVX-512 on an AMD CPU: oneDNN uses it there, MKL stays with AVX2.
     """
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
@@ -57,20 +57,20 @@ def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
 def overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
     """Whether PyTorch's grad-weight may write past the end of a buffer of its own.
 
-    That of a strided 1x1 convolution of fewer than 8 channels does, where oneDNN (torch 2.13) has AVX2 and no AVX-512:
-    it gathers the strided pixels in whole vectors of 8 channels. Eager PyTorch corrupts its heap there.
+    oneDNN (torch 2.13) does so for a strided 1x1 convolution of fewer than 8 channels, with AVX2 and no AVX-512: it
+    gathers the strided pixels in whole vectors of 8 channels. Eager PyTorch corrupts its heap there.
     """
     _, C, R, S = weight.shape
     return R == S == 1 and stride > 1 and C < 8 and is_single_on_cpu(x)
 
 
 def _nhwc(t: Tensor) -> Tensor:
-    """(N, C, H, W) as (N, H, W, C): pixels become rows. Of channels_last, a contiguous view."""
+    """(N, C, H, W) as (N, H, W, C): pixels become rows. A contiguous view where t is channels_last."""
     return t.permute(0, 2, 3, 1)
 
 
 def _inside(size: int, tap: int, out: int, stride: int, padding: int) -> tuple[slice, slice]:
-    """Along one axis the outputs whose tap lies within the map, and the inputs that it meets there."""
+    """Along one axis: the outputs whose tap lies within the map, and the inputs that the tap meets."""
     first = max(0, -(-(padding - tap) // stride))
     last = min(out - 1, (size - 1 + padding - tap) // stride)
     start = first * stride + tap - padding
@@ -78,7 +78,7 @@ def _inside(size: int, tap: int, out: int, stride: int, padding: int) -> tuple[s
 
 
 def _taps(x: Tensor, weight: Tensor, stride: int, padding: int) -> Iterator[tuple[tuple, tuple, tuple]]:
-    """Of each tap that meets a pixel, indices into: the (K, C, R, S) weight, the NHWC output, the NHWC input."""
+    """For each tap that meets a pixel: indices into the (K, C, R, S) weight, the NHWC output and the NHWC input."""
     R, S = weight.shape[2:]
     P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
     for r in range(R):
@@ -90,12 +90,12 @@ def _taps(x: Tensor, weight: Tensor, stride: int, padding: int) -> Iterator[tupl
 
 
 def _add_product(to: Tensor, index: tuple, pixels: Tensor, matrix: Tensor) -> None:
-    """to[index] += pixels @ matrix: one product, since rows that are gathered first make it twice as fast."""
+    """to[index] += pixels @ matrix. Gathering the rows first makes one product of it, which takes half the time."""
     to[index].add_((pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1))
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """conv(x, weight) + bias, (N, K, P, Q) channels_last, of x (N, C, H, W) channels_last and weight (K, C, R, S)."""
+    """conv(x, weight) + bias, (N, K, P, Q) channels_last, from x (N, C, H, W) channels_last and weight (K, C, R, S)."""
     if not is_small(x, weight, stride, padding):
         y = torch.conv2d(x, weight, bias, stride, padding)
         return y.contiguous(memory_format=torch.channels_last)
@@ -108,7 +108,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 
 
 def add_projected(to: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """to += conv(x, weight), the window 1x1; on the CPU a matrix product that adds its results where they belong.
+    """to += conv(x, weight) with a 1x1 window; on the CPU by a matrix product that adds to `to` itself.
 
     to (N, K, P, Q) and x (N, C, H, W) are channels_last. Returns `to`.
     """

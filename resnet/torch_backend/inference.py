@@ -1,16 +1,15 @@
 """Inference on PyTorch's operators; on the CPU with BatchNorm folded into oneDNN's convolution.
 
-The residual add and the ReLU are passes of their own, in place: fused to the convolution the add takes longer (with
-AVX2, by 2 to 9% of both), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
+The residual add and the ReLU are passes of their own, in place. Fused to oneDNN's convolution the add takes longer (by
+2 to 9% of both, with AVX2), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
 
 The stem of one channel is a matrix product of windows, for which oneDNN's convolution takes longer: a few images at a
 time, pooled while their rows are in the cache.
 
 A folded weight is kept, in oneDNN's blocked layout or as that matrix, for as long as the weight it was made from lives.
 Whether it is still true is checked at every call against the values themselves, not against version counters, which
-miss writes through `p.data`: the vectors are compared element by element, and of the weight its product with a fixed
-random vector, one read of the weight. A change too small to show there is below the rounding of the convolution
-itself.
+miss writes through `p.data`. The vectors are compared element by element; the weight is compared by its product with a
+fixed random vector, which reads it once. A change too small to show there is below the rounding of the convolution.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ from resnet.torch_backend.convolution import convolve, is_single_on_cpu, is_smal
 
 @dataclass(frozen=True)
 class _Folded:
-    kind: tuple  # eps, the layout's name, and which vectors there were
-    values: Tensor  # the fingerprint of the weight and the vectors, one behind the other
+    kind: tuple  # eps, the layout's name, and which vectors were there
+    values: Tensor  # the fingerprint of the weight, then the vectors
     weight: Tensor  # (K, C, R, S) * scale in the layout
     bias: Tensor  # (K,)
 
 
 _cache: WeakIdKeyDictionary = WeakIdKeyDictionary()  # the convolution's weight -> _Folded
-_FOLDED_ROWS = 256  # output pixels from which folding pays for its look at the weight
-_WINDOWS = 4608  # at a time: with what they become they stay in the cache
+_FOLDED_ROWS = 256  # output pixels; with fewer, reading the weight for its fingerprint takes longer than folding saves
+_WINDOWS = 4608  # that are multiplied at a time; they and their products stay in the cache
 
 
 def _can_fold(x: Tensor, stride: int) -> bool:
-    """Whether oneDNN's convolution is there for x, and there is enough of x."""
+    """Whether oneDNN convolves x, and x has pixels enough for folding to pay."""
     rows = x.shape[0] * x.shape[2] * x.shape[3] // stride**2
     return (
         is_single_on_cpu(x)
@@ -55,7 +54,7 @@ def _can_fold(x: Tensor, stride: int) -> bool:
 
 @lru_cache(maxsize=32)
 def _probe(length: int) -> Tensor:
-    """Random signs and sizes from a half to one: a small factor would hide a change of the value that it meets."""
+    """Random signs and sizes from 0.5 to 1: a small factor would hide a change of the value that it meets."""
     generator = torch.Generator().manual_seed(0)
     sizes = torch.rand(length, generator=generator).add_(1).div_(2)
     return sizes.mul_(torch.randint(0, 2, (length,), generator=generator).mul_(2).sub_(1))
@@ -69,7 +68,7 @@ def _fingerprint(weight: Tensor) -> Tensor:
 def _folded(
     weight: Tensor, norm: Norm, more: Tensor | None, layout: str, arrange: Callable[[Tensor], Tensor]
 ) -> _Folded:
-    """The folded weight as `arrange` lays it out, from the cache while nothing has changed."""
+    """The folded weight as `arrange` lays it out; from the cache as long as nothing has changed."""
     vectors = (*norm[:5], more)
     kind = (norm.eps, layout, *(v is None for v in vectors))
     values = torch.cat([_fingerprint(weight), *(v for v in vectors if v is not None)])

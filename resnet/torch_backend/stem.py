@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet.block import StemGrad, StemOutput
 from resnet.norm import Norm
+from resnet.operands import Stem, StemGrad, StemKept, StemOutput
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import convolve, convolve_backward
 
@@ -17,21 +17,9 @@ def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: in
     return StemOutput(out, y, tap, stats)
 
 
-def stem_backward(
-    dout: Tensor,
-    x: Tensor,
-    y: Tensor,
-    out: Tensor,
-    tap: Tensor,
-    stats: Tensor,
-    weight: Tensor,
-    norm: Norm,
-    stride: int,
-    padding: int,
-    needs_x: bool,
-    needs_conv: bool,
-) -> StemGrad:
+def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """Gradients of `stem_forward`."""
+    x, (out, y, tap, stats), weight, norm, stride, padding = kept
     grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm)
-    dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs_x, needs_conv)
+    dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.weight)
     return StemGrad(dx, dconv, grad.dweight, grad.dbias, grad.sum_g)

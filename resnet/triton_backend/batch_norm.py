@@ -1,4 +1,4 @@
-"""BatchNorm + add + ReLU on the Triton kernels. Same functions as `torch_backend.batch_norm`."""
+"""BatchNorm, the add and ReLU on the Triton kernels. Same functions as `torch_backend.batch_norm`."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], de
 
 
 def run_picked(direction: str, x: Tensor, weight: Tensor, fused: tuple, **variants: Callable[[], object]) -> object:
-    """The result of the variant that `pick` chooses. `fused` says what else the path does."""
+    """The result of the variant that `pick` chooses. `fused` says what else the variants do."""
     N, *image = x.shape
     key = (bucket(N), *image, tuple(weight.shape), x.dtype, tf32(x), *fused)
     return pick(direction, key, variants, x.device)()
@@ -77,7 +77,7 @@ def forward(
     stats: Tensor | None = None,
     conv3: Tensor | None = None,
 ) -> ConvOutput:
-    """y = conv(a, weight) with its moments, where wanted; a is x, or relu(x * scale + shift) with `stats`."""
+    """y = conv(a, weight), and y's moments where wanted; a is x, or relu(x * scale + shift) with `stats`."""
 
     def fused(x: Tensor, stats: Tensor | None) -> ConvOutput:
         shortcut = None if conv3 is None else Shortcut(conv3, None)
@@ -100,7 +100,7 @@ def forward(
 def grad_input_mask(
     dy: Tensor, weight: Tensor, y1: Tensor, stats: Tensor, dweight: Tensor | None, dbias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(g, sums): the gradient of a = relu(y1 * scale + shift) behind that ReLU, for a 3x3 convolution of a."""
+    """(g, sums) for a 3x3 convolution of a = relu(y1 * scale + shift): g is a's gradient where the ReLU passes it."""
 
     def fused() -> tuple[Tensor, Tensor]:
         return conv_grad_input(dy, weight, conv_shape(y1, weight, 1, 1), ReluMask(y1, stats), tf32(dy), dweight, dbias)
@@ -115,7 +115,7 @@ def grad_input_mask(
 def grad_input_add(
     dy: Tensor, weight: Tensor, x: Tensor, stride: int, dout: Tensor, out: Tensor, conv3: Tensor | None
 ) -> Tensor:
-    """dx of a block: conv1's grad-input of dy plus the shortcut's gradient, of dout * (out > 0)."""
+    """dx of a block: conv1's grad-input from dy plus the shortcut's gradient from dout * (out > 0)."""
 
     def fused() -> Tensor:
         epilogue = IdentityGrad(dout, out) if conv3 is None else ShortcutGrad(dout, out, conv3)
@@ -140,7 +140,7 @@ def grad_weight(
     stats: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dW of conv(a), a as in `_forward`; with `out`, dy counts where the ReLU that made out let it pass."""
+    """dW of conv(a), a as in `forward`. With `out`, dy counts only where the ReLU that made out passes it."""
 
     def fused(x: Tensor, stats: Tensor | None) -> Tensor:
         return conv_grad_weight(dy, x, weight.shape[2:], stride, padding, stats, out, tf32(dy))

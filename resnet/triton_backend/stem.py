@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.block import StemGrad, StemOutput
 from resnet.kernels import batch_norm_max_pool as pool
 from resnet.kernels.conv_grad_input import conv_grad_input
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
 from resnet.kernels.host.shapes import conv_shape
 from resnet.norm import Norm, empty_grads
+from resnet.operands import Stem, StemGrad, StemKept, StemOutput
 from resnet.torch_backend.convolution import convolve_backward
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import norm_stats
@@ -24,21 +24,9 @@ def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: in
     return StemOutput(out, y, tap, stats)
 
 
-def stem_backward(
-    dout: Tensor,
-    x: Tensor,
-    y: Tensor,
-    out: Tensor,
-    tap: Tensor,
-    stats: Tensor,
-    weight: Tensor,
-    norm: Norm,
-    stride: int,
-    padding: int,
-    needs_x: bool,
-    needs_conv: bool,
-) -> StemGrad:
-    """See `torch_backend.stem_backward`. dy is written only where the input's gradient is wanted."""
+def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
+    """See `torch_backend.stem_backward`. dy is written only where something reads it."""
+    x, (out, y, tap, stats), weight, norm, stride, padding = kept
     dweight, dbias = empty_grads(norm)
     sums = pool.backward_reduce(dout, y, out, tap, stats, dweight, dbias)
     used = sums if norm.training else None
@@ -52,12 +40,12 @@ def stem_backward(
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
         return convolve_backward(dy, x, weight, stride, padding, False, True)[1]
 
-    # dy is stored for grad-input, for a window that the fused product does not take, and in float64, of which the
-    # compiler refuses the fused product at some shapes.
-    stored = needs_x or max(weight.shape[2:]) > MAX_WINDOW or x.dtype == torch.float64
+    # dy is stored where grad-input needs it, where the window is too large for the fused product, and for float64: the
+    # compiler refuses the fused product of float64 at some shapes.
+    stored = needs.x or max(weight.shape[2:]) > MAX_WINDOW or x.dtype == torch.float64
     if stored:
         dy = pool.backward_apply(dout, y, out, tap, stats, used)
-    if needs_x:
+    if needs.x:
         dx = convolution.run_picked(
             "grad_input",
             dy,
@@ -66,9 +54,9 @@ def stem_backward(
             epilogue=lambda: conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=tf32),
             pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
         )
-    if needs_conv and stored:
+    if needs.weight and stored:
         dconv = convolution.grad_weight(dy, x, weight, stride, padding)
-    elif needs_conv:
+    elif needs.weight:
         dconv = convolution.run_picked("grad_weight", y, weight, (stride, "max_pool"), triton=fused, pytorch=pytorch)
     return StemGrad(dx, dconv, dweight, dbias, sums[0])
 

@@ -36,7 +36,7 @@ per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tuning, "candidates", lambda *_: (TILE,))
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (TILE,))
 
 
 def assert_parity(case: Case) -> None:
@@ -273,7 +273,7 @@ BAD = {
     "weight of another type": (
         {"weight": lambda: channels_last(*WEIGHT, dtype=torch.float16)},
         TypeError,
-        r"^weight: expected .*torch.float32 on .*; got .*torch.float16 on",
+        r"^weight: expected .*torch.float32 on .*; got .*torch.float16",
     ),
     "weight of other channels": (
         {"weight": lambda: channels_last(4, 5, 3, 3)},

@@ -35,7 +35,7 @@ POINTWISE = replace(RAGGED, R=1, S=1, padding=0)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: cases.SMALL_TILES)
 
 
 def same_bits(a: Tensor, b: Tensor) -> None:
@@ -71,7 +71,7 @@ def test_any_shape_is_as_exact_as_eager(data):
     shape = ConvShape(*pixels, *channels, kernel, kernel, stride, padding)
     if cases.is_valid(shape, epilogue):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
+            patch.setattr(tuning.choice, "candidates", lambda *_: cases.SMALL_TILES)
             cases.assert_parity(shape, epilogue, data.draw(st.sampled_from(DTYPES)))
 
 

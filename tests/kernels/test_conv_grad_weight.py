@@ -116,7 +116,7 @@ def test_every_split_and_tile_is_added_once(monkeypatch, prologue):
     """Small tiles: several of every axis of dW, several splits, and a last split of fewer steps than the others."""
     shape = ConvShape(2, 5, 7, 20, 24, 3, 3, 1, 1)
     config = Config(16, 16, 16, num_warps=1, num_stages=2)
-    monkeypatch.setattr(tuning, "candidates", lambda *_: (config,))
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (config,))
     monkeypatch.setattr(kernels, "_MIN_STEPS", 2)
     kernels.plan.cache_clear()
     launch = kernels.plan(shape, config, 4, activated=False)

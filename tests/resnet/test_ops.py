@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from resnet import FusedResidual, FusedStem, Residual, resnet_block
+from resnet.norm import Norm
+from resnet.operands import BatchNormAddReluKept, BlockKept, BlockOutput, Convolutions, StemKept, StemOutput
+from resnet.schema import pack
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, one_thread, randomize, step, trio  # noqa: F401
+from tests.helpers.blocks import draw, randomize, step, trio
 from tests.helpers.pairs import pairwise
 
 ops = torch.ops.fused_residual
@@ -45,14 +48,16 @@ def norm(C: int, seed: int, training: bool, affine: bool = True, running: bool =
     ]
 
 
-def stats_of(C: int) -> Tensor:
-    stats = draw(4, C, seed=9)
-    stats[1].abs_()
-    return stats
-
-
 def weight(K: int, C: int, size: int, seed: int, grad: bool = True) -> Tensor:
     return draw(K, C, size, size, seed=seed).div_(C * size).requires_grad_(grad)
+
+
+def backward_arguments(dout: Tensor, kept: tuple, arguments: list, all_needed: bool) -> list:
+    """The gradients of all arguments that require one are wanted, or the first one's alone."""
+    needs = [isinstance(a, Tensor) and a.requires_grad for a in arguments]
+    if not all_needed:
+        needs = [i == needs.index(True) for i in range(len(needs))]
+    return [dout, *(t.detach() if isinstance(t, Tensor) else t for t in pack(kept)), needs]
 
 
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -69,7 +74,7 @@ BOTH = (True, False)
 
 
 @each(pairwise(training=BOTH, shortcut=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, relu=BOTH))
-def test_batch_norm_add_relu(any_backend, options):
+def test_batch_norm_add_relu_passes_opcheck(any_backend, options):
     shortcut, relu = options["shortcut"], options["relu"]
     settings = {k: v for k, v in options.items() if k not in ("shortcut", "relu")}
     x, skip = (draw(2, 3, 4, 2, seed=seed).requires_grad_() for seed in range(2))
@@ -77,54 +82,37 @@ def test_batch_norm_add_relu(any_backend, options):
 
 
 @each(pairwise(training=BOTH, relu=BOTH, shortcut=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
-def test_batch_norm_add_relu_backward(any_backend, options):
-    relu, shortcut, affine, conv_bias = (options[k] for k in ("relu", "shortcut", "affine", "conv_bias"))
-    dout, x, out = (draw(2, 3, 4, 2, seed=seed) for seed in range(3))
-    vectors = [
-        vector(3, 10) if affine else None,
-        vector(3, 11) if affine else None,
-        vector(3, 12) if conv_bias else None,
-    ]
-    needs = [True, relu and shortcut, affine, affine, conv_bias] if options["all_needed"] else [True] + [False] * 4
-    opcheck(
-        ops.batch_norm_add_relu_backward,
-        [
-            dout,
-            x,
-            out.relu() if relu else None,
-            stats_of(3),
-            *vectors,
-            options["training"],
-            1e-5,
-            relu,
-            shortcut,
-            needs,
-        ],
-    )
+def test_batch_norm_add_relu_backward_passes_opcheck(any_backend, options):
+    shortcut, relu = options["shortcut"], options["relu"]
+    settings = {k: options[k] for k in ("training", "affine", "conv_bias")}
+    dout, x, skip = (draw(2, 3, 4, 2, seed=seed) for seed in range(3))
+    # Without a ReLU the shortcut's gradient is dout, which the operator may not return.
+    skip = skip.requires_grad_(relu) if shortcut else None
+    fields = norm(3, 10, **settings)
+    arguments = [x.requires_grad_(), skip, *fields, relu]
+    with torch.no_grad():
+        out, stats = ops.batch_norm_add_relu(*arguments)
+    kept = BatchNormAddReluKept(x, out if relu else None, stats, Norm(*fields), relu, shortcut)
+    opcheck(ops.batch_norm_add_relu_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
 @each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, size=((9, 7), (2, 5))))
-def test_stem(any_backend, options):
+def test_stem_passes_opcheck(any_backend, options):
     settings = {k: v for k, v in options.items() if k != "size"}
     x = draw(2, 2, *options["size"]).requires_grad_()
     opcheck(ops.stem, [x, weight(3, 2, 3, 1), 2, 1, *norm(3, 10, **settings)])
 
 
 @each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
-def test_stem_backward(any_backend, options):
-    affine, conv_bias = options["affine"], options["conv_bias"]
-    x, conv = draw(2, 2, 9, 7), weight(3, 2, 3, 1).detach()
-    settings = {"training": options["training"], "affine": affine, "conv_bias": conv_bias}
+def test_stem_backward_passes_opcheck(any_backend, options):
+    x, conv = draw(2, 2, 9, 7).requires_grad_(), weight(3, 2, 3, 1)
+    fields = norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")})
+    arguments = [x, conv, 2, 1, *fields]
     with torch.no_grad():
-        fields = norm(3, 10, **settings)
-        out, y, tap, stats = ops.stem(x, conv, 2, 1, *fields)
-    vectors = [v if v is None else v.detach() for v in (*fields[:2], fields[4])]
-    needs = [True, True, affine, affine, conv_bias] if options["all_needed"] else [False, True] + [False] * 3
-    dout = draw(*out.shape, seed=1)
-    opcheck(
-        ops.stem_backward,
-        [dout, x, y, out, tap, stats, conv, *vectors, 2, 1, options["training"], 1e-5, needs],
-    )
+        output = StemOutput(*ops.stem(*arguments))
+    kept = StemKept(x, output, conv, Norm(*fields), 2, 1)
+    dout = draw(*output.out.shape, seed=1)
+    opcheck(ops.stem_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
 def block_arguments(projected: bool, stride: int) -> list:
@@ -138,34 +126,27 @@ BLOCKS = ((False, 1), (True, 1), (True, 2))  # (a 1x1 convolution as the shortcu
 
 
 @each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH))
-def test_residual_block(any_backend, options):
+def test_residual_block_passes_opcheck(any_backend, options):
     settings = {k: options[k] for k in ("affine", "running", "conv_bias")}
     norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
     opcheck(ops.residual_block, [*block_arguments(*options["block"]), *norms[0], *norms[1]])
 
 
 @each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
-def test_residual_block_backward(any_backend, options):
-    x, *convs, stride = block_arguments(*options["block"])
+def test_residual_block_backward_passes_opcheck(any_backend, options):
+    x, *convs = block_arguments(*options["block"])
     settings = {k: options[k] for k in ("affine", "conv_bias")}
     norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
+    arguments = [x, *convs, *norms[0], *norms[1]]
     with torch.no_grad():
-        out, *kept = ops.residual_block(x, *convs, stride, *norms[0], *norms[1])
-    y1, y2, stats1, stats2 = kept
-    parameters = [*convs, *norms[0][:2], norms[0][4], *norms[1][:2], norms[1][4]]
-    parameters = [p if p is None else p.detach() for p in parameters]
-    needs = [True, *(p is not None for p in parameters)] if options["all_needed"] else [False, True] + [False] * 9
-    opcheck(
-        ops.residual_block_backward,
-        [
-            *(draw(*out.shape, seed=5), x.detach(), y1, y2, out, stats1, stats2, *parameters, stride),
-            *(options["training1"], 1e-5, options["training2"], 1e-5, needs),
-        ],
-    )
+        output = BlockOutput(*ops.residual_block(*arguments))
+    kept = BlockKept(x, output, Convolutions(*convs), Norm(*norms[0]), Norm(*norms[1]))
+    dout = draw(*output.out.shape, seed=5)
+    opcheck(ops.residual_block_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
 @each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), many_pixels=BOTH, C=(1, 2)))
-def test_stem_inference(any_backend, options):
+def test_stem_inference_passes_opcheck(any_backend, options):
     (size, stride, padding), C = options["geometry"], options["C"]
     x = draw(2, C, 30, 25) if options["many_pixels"] else draw(2, C, 4, 5)  # with many, folded into the convolution
     with torch.no_grad():
@@ -174,17 +155,18 @@ def test_stem_inference(any_backend, options):
 
 
 @each(pairwise(block=BLOCKS, affine=BOTH, conv_bias=BOTH))
-def test_residual_block_inference(any_backend, options):
+def test_residual_block_inference_passes_opcheck(any_backend, options):
     with torch.no_grad():
         norms = [norm(3, 10 * i, False, options["affine"], True, options["conv_bias"]) for i in (1, 2)]
         arguments = [a.detach() if isinstance(a, Tensor) else a for a in block_arguments(*options["block"])]
         opcheck(ops.residual_block_inference, [*arguments, *norms[0], *norms[1]])
 
 
-def test_every_registered_operator_is_checked_above():
+def test_every_registered_operator_has_an_opcheck_here():
     schemas = [schema.name for schema in torch._C._jit_get_all_schemas()]
     registered = {name.removeprefix("fused_residual::") for name in schemas if name.startswith("fused_residual::")}
-    assert registered == {name.removeprefix("test_") for name in globals() if name.removeprefix("test_") in registered}
+    tests = [name.removeprefix("test_") for name in globals() if name.endswith("_passes_opcheck")]
+    assert registered == {name.removesuffix("_passes_opcheck") for name in tests}
 
 
 # ---- versions --------------------------------------------------------------------------------------------------
@@ -217,13 +199,13 @@ MODULES = {
 
 @pytest.fixture(autouse=True)
 def forget_compiled():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
-    """Compiled and not, two copies of a module do the same: steps in training, with frozen statistics, inference."""
+    """A compiled copy of a module does the same as a plain one: in training, with frozen statistics, in inference."""
     randomize(module)
     module.to(DEVICE)
     plain, compiled = copy.deepcopy(module), torch.compile(module, fullgraph=True, backend=compiler)
@@ -232,15 +214,13 @@ def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
         module.train(mode == "train")
         expected = step(plain, x)
         got = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x).items()}
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, msg=lambda m, n=f"{mode} {name}": f"{n}: {m}")
+        torch.testing.assert_close(got, expected, msg=lambda m, mode=mode: f"{mode}: {m}")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), plain(x))
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_compiled_in_one_graph_equals_uncompiled(any_backend, module):
+def test_a_module_compiled_in_one_graph_equals_uncompiled(any_backend, module):
     assert_compiles(MODULES[module](), draw(2, 3, 7, 6), "aot_eager")
 
 
@@ -259,7 +239,7 @@ def test_a_net_compiled_by_inductor_equals_uncompiled(any_backend):
     assert_compiles(small_net(), draw(2, 1, 16, 17), "inductor")
 
 
-def test_compiled_code_takes_other_batch_sizes(any_backend):
+def test_a_compiled_block_takes_other_batch_sizes(any_backend):
     block = FusedResidual(3, 3).to(DEVICE)
     compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (2, 5, 3):
@@ -267,7 +247,7 @@ def test_compiled_code_takes_other_batch_sizes(any_backend):
         torch.testing.assert_close(compiled(x), block(x))
 
 
-def test_export_keeps_the_operators():
+def test_an_exported_block_holds_the_fused_operator():
     block = trio(Residual, 3, 6, True, 2, train=False).fused
     x = draw(2, 3, 8, 8)
     with torch.no_grad():

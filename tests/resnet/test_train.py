@@ -251,7 +251,9 @@ def test_first_weights_are_xavier_uniform_and_the_same_for_each_model(model):
 
 
 @pytest.mark.parametrize(
-    ("resize", "limit", "examples"), [(32, 17, 16), (33, 17, 17), (32, 18, 18)], ids=["left out", "larger", "two"]
+    ("resize", "limit", "examples"),
+    [(28, 17, 16), (32, 17, 16), (33, 17, 17), (28, 18, 18)],
+    ids=["28 pixels", "32 pixels", "33 pixels", "two images"],
 )
 def test_a_last_batch_of_one_image_is_left_out_only_where_it_has_one_value_per_channel(capsys, resize, limit, examples):
     result = train(small(limit_train=limit, resize=resize))
@@ -479,8 +481,8 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--lr", "nan"], "--lr: expected a positive number that float32 holds, got nan"),
         (["--lr", "1e39"], "--lr: expected a positive number that float32 holds, got 1e+39"),
         (
-            ["--resize", "31"],
-            "--resize: expected at least 32, since the net halves height and width five times, got 31",
+            ["--resize", "27"],
+            "--resize: expected at least 28, the images' own size: they are enlarged only, got 27",
         ),
         (["--dtype", "float64"], "--dtype: invalid choice: 'float64'"),
         (["--seed", "-1"], "--seed: expected a number from 0 to 2**63 - 1, got -1"),
@@ -494,7 +496,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--save", "nowhere/net.pt"], "--save: expected a path in an existing folder, got nowhere/net.pt"),
         (["--save", "."], "--save: expected a file's path, got the folder ."),
         (["--json", "nowhere/figures.json"], "--json: expected a path in an existing folder"),
-        (["--batch-size", "1", "--resize", "32"], "--resize 32 needs batches of 2 images or more"),
+        (["--batch-size", "1", "--resize", "28"], "--resize 28 needs batches of 2 images or more"),
         (["--limit-train", "1", "--resize", "32"], "--resize 32 needs batches of 2 images or more"),
         (["--optimizer", "adam"], "unrecognized arguments: --optimizer adam"),
     ],
