@@ -30,11 +30,13 @@ from heapq import heapify, heappop, heapreplace
 from pathlib import Path
 
 import torch
+import triton
 
 from benchmarks.compiled import binaries, limits
 from benchmarks.compiled.binaries import Figures
 from benchmarks.compiled.launches import RecordedLaunch, not_reached, record, unite
 from resnet import kernels
+from resnet.commands import ConfigError, Parser, check_writable, require
 from resnet.kernels import tuning
 from resnet.kernels.host.files import cache_folder
 from resnet.kernels.tuning import DEVICES, devices
@@ -202,8 +204,6 @@ class CompiledLaunch:
 
 
 def _cache_key(launch: RecordedLaunch, device: str) -> str:
-    import triton
-
     sources = [Path(module.__file__).read_text() for module in (binaries, limits, devices)]
     parts = (triton.__version__, device, launch.module, launch.function().cache_key, launch.specialisation, *sources)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -334,20 +334,50 @@ def compare(old: Sequence[dict], new: Sequence[dict]) -> Iterator[str]:
     yield f"{len(after.keys() - before.keys())} specialisations are new, {len(before.keys() - after.keys())} are gone"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.report", description=__doc__.split("\n")[0])
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m benchmarks.compiled.report", description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every specialisation, not a share that has each feature")
     parser.add_argument("--cases", default="*", help=f"pattern of the calls to record: {', '.join(CASES)}")
     parser.add_argument("--kernels", default="*", help="pattern of the kernels to compile")
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
-    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--json", type=Path, metavar="NEW", help="file to write all figures to")
     parser.add_argument("--compare", type=Path, metavar="OLD", help="file that --json wrote before: print what changed")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> tuple[list[str], list[dict] | None]:
+    """The names of the cases, and the figures to compare with. ConfigError for what cannot be used."""
+    require(not triton.knobs.runtime.interpret, "TRITON_INTERPRET", "it unset, since kernels are compiled", "it set")
+    require(options.processes >= 1, "--processes", "at least 1", options.processes)
     cases = [case for case in CASES if fnmatch(case, options.cases)]
-    if not cases:
-        parser.error(f"--cases: {options.cases!r} fits none of {', '.join(CASES)}")
-    old = json.loads(options.compare.read_text()) if options.compare else None
+    require(bool(cases), "--cases", f"a pattern that fits one of {', '.join(CASES)}", repr(options.cases))
+    if options.json is not None:
+        check_writable("--json", options.json)
+    if options.compare is None:
+        return cases, None
+    try:
+        return cases, _written(options.compare)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--compare: expected a file that --json wrote, got {options.compare}: {error}") from None
+
+
+def _written(path: Path) -> list[dict]:
+    """What --json wrote to a file; ValueError for another content."""
+    rows = json.loads(path.read_text())
+    keys = {"kernel", "device", "specialisation", "figures"}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
+        raise ValueError("not a list of figures")
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        cases, old = _prepare(options)
+    except ConfigError as error:
+        parser.error(str(error))
 
     rows, unreached = report(options.devices, cases, options.kernels, options.all, options.processes)
     print(table(rows))

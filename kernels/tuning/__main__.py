@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from . import memory
 from .memory import Choice
+
+
+class _Parser(argparse.ArgumentParser):
+    """An error is one line, without the usage before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="python -m resnet.kernels.tuning", description="The timed choices that are remembered.")
+    commands = parser.add_subparsers(dest="command", metavar="list | clear | path", required=True)
+    commands.add_parser("list", help="print what is remembered, with the median times")
+    commands.add_parser("clear", help="forget all of it")
+    commands.add_parser("path", help="print where it is")
+    return parser
 
 
 def _listing(entries: Mapping[str, Mapping[str, Choice]]) -> Iterator[str]:
@@ -19,20 +36,17 @@ def _listing(entries: Mapping[str, Mapping[str, Choice]]) -> Iterator[str]:
                 yield f"    {'*' if name == choice['name'] else ' '} {times[name] * 1e3:10.1f} us  {name}"
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    command = _parser().parse_args(arguments).command
     path = memory.process_choices.path or "no file: FUSED_RESIDUAL_CACHE is off"
     try:
-        match arguments:
-            case ["list"]:
-                entries = memory.process_choices.entries()
-                print(*_listing(entries) if entries else [f"nothing is remembered in {path}"], sep="\n")
-            case ["clear"]:
-                memory.process_choices.clear()
-            case ["path"]:
-                print(path)
-            case _:
-                print("usage: python -m resnet.kernels.tuning list | clear | path", file=sys.stderr)
-                return 2
+        if command == "list":
+            entries = memory.process_choices.entries()
+            print(*_listing(entries) if entries else [f"nothing is remembered in {path}"], sep="\n")
+        elif command == "clear":
+            memory.process_choices.clear()
+        else:
+            print(path)
     except OSError as error:
         print(f"{path}: {error}", file=sys.stderr)
         return 1
@@ -40,4 +54,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

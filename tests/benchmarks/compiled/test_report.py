@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
+import triton
 
 from benchmarks.compiled import limits, report
 from benchmarks.compiled.binaries import Figures, amdgcn_figures, llvm_accesses, ptx_accesses, sass_figures
@@ -217,3 +219,36 @@ def test_a_comparison_names_what_changed():
     assert changed.startswith("resnet.kernels.batch_norm_add_relu.apply_kernel on sm_80, x:*fp16/16")
     assert changed.endswith(": registers 40 -> 64")
     assert counts == "1 specialisations are new, 0 are gone"
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_s_help_is_no_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["--help"])
+    assert stopped.value.code == 0 and "--compare" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--cases", "none"], "--cases: expected a pattern that fits one of resnet18 float16, .*, got 'none'"),
+        (["--processes", "0"], "--processes: expected at least 1, got 0"),
+        (["--json", "nowhere/new.json"], "--json: expected a path in an existing folder, got nowhere/new.json"),
+        (
+            ["--compare", "old.json"],
+            "--compare: expected a file that --json wrote, got old.json: not a list",
+        ),
+        (["--devices", "sm_1"], "argument --devices: invalid choice: 'sm_1'"),
+    ],
+    ids=["cases", "processes", "json", "compare", "devices"],
+)
+def test_a_bad_argument_is_an_error_of_one_line(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    (tmp_path / "old.json").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        report.main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.search(says, error) and error.count("\n") == 1

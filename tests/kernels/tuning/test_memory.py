@@ -341,9 +341,19 @@ def test_a_command_that_the_file_system_refuses_fails(path, monkeypatch, capsys)
     assert str(path) in capsys.readouterr().err
 
 
-def test_an_unknown_command_is_an_error_that_lists_the_commands(capsys):
-    assert tuning_command.main(["forget"]) == tuning_command.main([]) == 2
-    assert "list | clear | path" in capsys.readouterr().err
+@pytest.mark.parametrize("arguments", [["forget"], []], ids=["unknown", "missing"])
+def test_an_unknown_or_missing_command_is_an_error_of_one_line_that_lists_the_commands(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tuning_command.main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "list | clear | path" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["list", "--help"]], ids=" ".join)
+def test_the_command_s_help_is_no_error(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tuning_command.main(arguments)
+    assert stopped.value.code == 0 and "usage: python -m resnet.kernels.tuning" in capsys.readouterr().out
 
 
 # ---- the environment ---------------------------------------------------------------------------------------------
