@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,16 @@ class Choice(TypedDict):
     milliseconds: dict[str, float]  # median time of each candidate that ran
 
 
+def hash_kernels(folder: Path) -> str:
+    """A hash of the files in `folder` and below that define kernels: what else they hold, others' times do not need."""
+    sources = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        text = path.read_bytes()
+        if re.search(rb"^@triton\.jit", text, re.MULTILINE):
+            sources.update(text)
+    return sources.hexdigest()[:12]
+
+
 @cache
 def _environment(device: torch.device) -> str:
     """What a choice in the file counts for."""
@@ -57,12 +68,7 @@ def _environment(device: torch.device) -> str:
     except ImportError:
         triton = "none"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        text = path.read_bytes()
-        if b"@triton.jit" in text:
-            sources.update(text)
-    return f"{name}, torch {torch.__version__}, triton {triton}, kernels {sources.hexdigest()[:12]}"
+    return f"{name}, torch {torch.__version__}, triton {triton}, kernels {hash_kernels(Path(__file__).parents[1])}"
 
 
 def _parse(text: str) -> dict[str, dict[str, Choice]]:

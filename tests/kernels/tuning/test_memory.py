@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from resnet.kernels.host.files import cache_folder
 from resnet.kernels.tuning import __main__ as tuning_command
 from resnet.kernels.tuning import memory as process_memory
 from resnet.kernels.tuning import timing
-from resnet.kernels.tuning.memory import Choices
+from resnet.kernels.tuning.memory import Choices, hash_kernels
 from tests.conftest import DEVICE, ROOT
 
 KEY = ("forward", 64, 64, torch.float16, ("stats", True))
@@ -220,6 +221,25 @@ def test_another_version_or_device_times_again_and_keeps_what_the_first_stored(p
     assert Choices(path).choose(KEY, Waiting(slow=0.0, fast=4.0).runs, DEVICE) == "slow"
     stored = json.loads(path.read_text())
     assert stored["another"] == section and stored[environment][repr(KEY)]["name"] == "slow"
+
+
+@pytest.mark.parametrize(
+    ("file", "holds_kernels"),
+    [
+        ("conv_forward.py", True),
+        ("device/pointwise.py", True),
+        ("tuning/model.py", False),
+        ("tuning/memory.py", False),
+        ("host/launch.py", False),
+    ],
+)
+def test_a_change_of_a_file_times_again_only_where_it_holds_kernels(tmp_path, file, holds_kernels):
+    copy = tmp_path / "kernels"
+    shutil.copytree(ROOT / "kernels", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = hash_kernels(copy)
+    with open(copy / file, "a") as changed:
+        changed.write("# a comment\n")
+    assert (hash_kernels(copy) != before) == holds_kernels
 
 
 def test_a_remembered_name_that_is_no_candidate_any_more_is_timed_again(path):
