@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resnet import FusedResidual, Residual, Stem
 from tests.helpers.blocks import draw, step, trio
-from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused
+from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused, train_and_eval
 
 # ---- changed modules --------------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ UNFUSABLE = {
 }
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("reason", UNFUSABLE)
 def test_a_block_that_cannot_be_fused_runs_as_eager_with_one_warning(any_backend, reason, train):
     change, message = UNFUSABLE[reason]
@@ -206,7 +206,7 @@ BAD_MODULES = {
 
 
 @pytest.mark.parametrize("bad", BAD_MODULES)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 def test_a_bad_parameter_is_named_before_anything_changes(any_backend, train, bad):
     change, error, message = BAD_MODULES[bad]
     block = trio(Residual, 4, 4, True, train=train).fused
