@@ -6,11 +6,15 @@ net = resnet18(num_classes=10, in_channels=1, block=FusedResidual)
 
 from resnet.backends import backend, convolution, current_backend, current_convolution
 from resnet.fused import FusedResidual, FusedStem
+from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
 from resnet.reference import Residual, Stem, resnet18, resnet_block
 
 __all__ = [
     "FusedResidual",
     "FusedStem",
+    "LazyFusedResidual",
+    "LazyFusedStem",
+    "LazyResNet18",
     "Residual",
     "Stem",
     "backend",

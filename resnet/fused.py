@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -97,9 +98,18 @@ def _weight_shape(conv: nn.Conv2d) -> tuple[int, ...]:
     return (conv.out_channels, conv.in_channels, *conv.kernel_size)
 
 
-def _to_channels_last(module: nn.Module) -> None:
+def to_channels_last(module: nn.Module) -> None:
     """Hold the convolutions' weights as K, R, S, C, so that no call has to convert them."""
     module.to(memory_format=torch.channels_last)
+
+
+def check_identity_shortcut(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int) -> None:
+    """ValueError for a shortcut that is the identity where the block's output has another shape than its input."""
+    if not use_1x1conv and (input_channels != num_channels or strides != 1):
+        raise ValueError(
+            "an identity shortcut needs num_channels == input_channels and strides == 1, got "
+            f"{input_channels} -> {num_channels} channels, strides {strides}; pass use_1x1conv=True"
+        )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -108,6 +118,12 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """The operators take their inputs as they are; a device that has no autocast (meta) has none to disable."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _records_gradient(*tensors: Tensor | None) -> bool:
@@ -124,7 +140,7 @@ class FusedStem(Stem):
 
     def __init__(self, in_channels: int, channels: int = 64):
         super().__init__(in_channels, channels)
-        _to_channels_last(self)
+        to_channels_last(self)
 
     def forward(self, X: Tensor) -> Tensor:
         conv, bn, relu, pool = self
@@ -148,7 +164,7 @@ class FusedStem(Stem):
         ensure_available(x)
         norm = _count_batch(bn, norm)
         arguments = (x, conv.weight.to(x.dtype), conv.stride[0], conv.padding[0], *norm)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             if norm.training or _records_gradient(*arguments[:2], norm.weight, norm.bias, conv.bias):
                 return _ops.stem(*arguments)[0]
             return _ops.stem_inference(*arguments)
@@ -175,13 +191,9 @@ class FusedResidual(Residual):
     stem = FusedStem
 
     def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
-        if not use_1x1conv and (input_channels != num_channels or strides != 1):
-            raise ValueError(
-                "an identity shortcut needs num_channels == input_channels and strides == 1, got "
-                f"{input_channels} -> {num_channels} channels, strides {strides}; pass use_1x1conv=True"
-            )
+        check_identity_shortcut(input_channels, num_channels, use_1x1conv, strides)
         super().__init__(input_channels, num_channels, use_1x1conv, strides)
-        _to_channels_last(self)
+        to_channels_last(self)
 
     def _reason_not_to_fuse(self) -> str | None:
         reason = (
@@ -222,7 +234,7 @@ class FusedResidual(Residual):
         weights = [conv.weight.to(x.dtype) for conv in (self.conv1, self.conv2)]
         weights.append(None if self.conv3 is None else self.conv3.weight.to(x.dtype))
         conv3_bias = None if self.conv3 is None else self.conv3.bias
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             arguments = (x, *weights, conv3_bias, self.conv1.stride[0], *norm1, *norm2)
             batch_statistics = norm1.training or norm2.training
             if batch_statistics or _records_gradient(x, *weights, conv3_bias, *norm1[:5], *norm2[:5]):
