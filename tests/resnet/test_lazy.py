@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -357,6 +358,18 @@ def test_a_loaded_module_becomes_what_a_dry_run_makes_and_draws_nothing(any_back
     assert all(is_channels_last(w) for w in conv_weights(module))
 
 
+def test_loaded_groups_count_all_their_channels(any_backend):
+    modules = [lazy("identity"), lazy("identity")]
+    for module in modules:
+        _grouped(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        modules[0](images())
+        modules[1].load_state_dict(modules[0].state_dict())
+        modules[1](images())
+    assert sizes(modules[0]) == sizes(modules[1])
+
+
 def test_a_part_of_a_state_dict_leaves_the_rest_to_the_dry_run(any_backend):
     part = {n: v for n, v in trained("1x1", book).state_dict().items() if n.startswith(("conv2", "bn1"))}
     module = lazy("1x1").eval()
@@ -465,15 +478,21 @@ def _hooked(module: nn.Module) -> None:
     module.bn1.register_forward_hook(lambda m, args, out: out * 1.5)
 
 
-def _separable(module: nn.Module) -> None:
+def _separable(name: str) -> Callable[[nn.Module], None]:
     """Of a width that only its own forward shows."""
-    module.conv1 = nn.Sequential(nn.LazyConv2d(8, 3, padding=1), nn.LazyConv2d(5, 1))
+    return lambda m: setattr(m, name, nn.Sequential(nn.LazyConv2d(8, 3, padding=1), nn.LazyConv2d(4, 1)))
+
+
+def _grouped(module: nn.Module) -> None:
+    module.conv2 = nn.LazyConv2d(4, 3, padding=1, groups=2)
 
 
 CHANGES = {
     "a hook of a child": (_hooked, "bn1 has hooks"),
     "GroupNorm": (lambda m: setattr(m, "bn1", nn.GroupNorm(2, 4)), "bn1 is a GroupNorm"),
-    "a convolution of two": (_separable, "conv1 is a Sequential"),
+    "groups": (_grouped, "conv2.groups is 2, not 1"),
+    "a first convolution of two": (_separable("conv1"), "conv1 is a Sequential"),
+    "a second convolution of two": (_separable("conv2"), "conv2 is a Sequential"),
 }
 
 
