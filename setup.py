@@ -8,7 +8,7 @@ setup(
     license_files=["LICENSE"],
     author="the fused-residual authors",
     python_requires=">=3.10",
-    packages=find_packages(include=["kernels", "kernels.*", "resnet", "resnet.*"]),
+    packages=find_packages(include=["resnet", "resnet.*"]),
     package_data={"resnet": ["**/*.gz", "**/*.npz", "**/*.txt", "**/*.md"]},
     install_requires=[
         "torch>=2.11",

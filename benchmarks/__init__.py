@@ -1,1 +1,1 @@
-"""Benchmarks: `pytest benchmarks --benchmark-only`, and interleaved pairs with `python -m benchmarks.compare`."""
+"""Benchmarks: `pytest benchmarks --benchmark-only` for all, `python -m benchmarks.compare` for pairs of a few cases."""

@@ -1,51 +1,94 @@
 """relu(batch_norm(x) + shortcut), the operators between a block's convolutions, as one fused operation and as three."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks import common
+from benchmarks.common import Implementation, Workload
 from resnet.functional import batch_norm_add_relu
 from resnet.reference import batch_norm_add_relu as eager_batch_norm_add_relu
 
 SHAPES = {"64@24x24": (64, 24), "512@3x3": (512, 3)}  # channels, height and width: ResNet-18's first and last stage
 BATCH = 4 if common.QUICK else 32
 
+of_every_shape = pytest.mark.parametrize("shape", SHAPES)
 
-@pytest.fixture(params=SHAPES)
-def operation(request, row):
-    """(name of the shape, function of (x, shortcut, training), x, shortcut, weight and bias)."""
-    channels, size = SHAPES[request.param]
-    batch = BATCH if row.device.type == "cpu" else 256
-    x, shortcut = (common.activations(row, batch, channels, size, size, seed=s, dtype=row.dtype) for s in (0, 1))
-    weight, bias = (torch.rand(channels, device=row.device, requires_grad=True) for _ in range(2))
-    mean, var = torch.zeros(channels, device=row.device), torch.ones(channels, device=row.device)
-    function = batch_norm_add_relu if row.implementation == "fused" else eager_batch_norm_add_relu
-    if row.implementation == "compile":
+
+@dataclass(frozen=True)
+class Operation:
+    """The operation of one shape, and its arguments."""
+
+    run: Callable[[Tensor, Tensor, bool], Tensor]  # of x, shortcut, training
+    x: Tensor
+    shortcut: Tensor
+    parameters: tuple[Tensor, ...]  # weight and bias
+
+    @property
+    def group(self) -> str:
+        batch, channels, height, width = self.x.shape
+        return f"batch_norm_add_relu {batch}x{channels}@{height}x{width}"
+
+
+def operation(implementation: Implementation, shape: str) -> Operation:
+    channels, size = SHAPES[shape]
+    batch = BATCH if implementation.device.type == "cpu" else 256
+    x, shortcut = (
+        common.activations(implementation, batch, channels, size, size, seed=s, dtype=implementation.dtype)
+        for s in (0, 1)
+    )
+    weight, bias = (torch.rand(channels, device=implementation.device, requires_grad=True) for _ in range(2))
+    mean, var = (fill(channels, device=implementation.device) for fill in (torch.zeros, torch.ones))
+    function = batch_norm_add_relu if implementation.kind == "fused" else eager_batch_norm_add_relu
+    if implementation.kind == "compile":
         function = common.compiled(function)
 
-    def run(x, shortcut, training):
+    def run(x: Tensor, shortcut: Tensor, training: bool) -> Tensor:
         return function(x, mean, var, weight, bias, shortcut, training)
 
-    return f"batch_norm_add_relu {batch}x{request.param}", run, x, shortcut, (weight, bias)
+    return Operation(run, x, shortcut, (weight, bias))
 
 
-def bench_training_forward(measure, row, operation):
-    name, run, x, shortcut, _ = operation
-    x.requires_grad_()
-    shortcut.requires_grad_()
-    measure(lambda: run(x, shortcut, True), row, f"{name} training forward", examples=len(x))
+@of_every_shape
+def bench_training_forward(measure, shape):
+    def build(implementation: Implementation) -> Workload:
+        op = operation(implementation, shape)
+        op.x.requires_grad_()
+        op.shortcut.requires_grad_()
+        return Workload(lambda: op.run(op.x, op.shortcut, True), f"{op.group} training forward", len(op.x))
+
+    measure(build)
 
 
-def bench_training_forward_backward(measure, row, operation):
-    name, run, x, shortcut, parameters = operation
-    shortcut.requires_grad_()
-    step = common.forward_backward(row, lambda x: run(x, shortcut, True), x, [shortcut, *parameters])
-    x.requires_grad_()
-    # What the operation adds to what its neighbours keep: without x and the shortcut, which others made.
-    saved = common.saved_bytes(lambda: run(x, shortcut, True), exclude=[x, shortcut, *parameters])
-    measure(step, row, f"{name} training forward + backward", examples=len(x), saved_bytes_without_inputs=saved)
+@of_every_shape
+def bench_training_forward_backward(measure, shape):
+    def build(implementation: Implementation) -> Workload:
+        op = operation(implementation, shape)
+        op.shortcut.requires_grad_()
+        leaves = [op.shortcut, *op.parameters]
+        step = common.forward_backward(implementation, lambda x: op.run(x, op.shortcut, True), op.x, leaves)
+        op.x.requires_grad_()
+        # What the operation adds to what its neighbours keep: without x and the shortcut, which others made.
+        saved = common.saved_bytes(lambda: op.run(op.x, op.shortcut, True), exclude=[op.x, *leaves])
+        return Workload(
+            step,
+            f"{op.group} training forward + backward",
+            len(op.x),
+            title=f"BN+add+ReLU {shape} training",
+            saved={"saved_bytes_without_inputs": saved},
+        )
+
+    measure(build)
 
 
-def bench_inference(measure, row, operation):
-    name, run, x, shortcut, _ = operation
-    measure(common.inference(row, lambda x: run(x, shortcut, False), x), row, f"{name} inference", examples=len(x))
+@of_every_shape
+def bench_inference(measure, shape):
+    def build(implementation: Implementation) -> Workload:
+        op = operation(implementation, shape)
+        run = common.inference(implementation, lambda x: op.run(x, op.shortcut, False), op.x)
+        return Workload(run, f"{op.group} inference", len(op.x), title=f"BN+add+ReLU {shape} inference")
+
+    measure(build)

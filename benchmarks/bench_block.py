@@ -1,42 +1,85 @@
 """The residual block at the shapes that ResNet-18's stages have for 96x96 images."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pytest
+from torch import Tensor, nn
 
 from benchmarks import common
+from benchmarks.common import Implementation, Workload
 
 BATCH = 4 if common.QUICK else 32
 
-
-@pytest.fixture(params=common.STAGES)
-def block(request, row):
-    """(name of the shape, the block, the callable that runs it, its input)."""
-    input_channels, channels, size, stride = common.STAGES[request.param]
-    batch = BATCH if row.device.type == "cpu" else 256
-    module, run = common.residual(row, input_channels, channels, stride)
-    return f"block {batch}x{request.param}", module, run, common.activations(row, batch, input_channels, size, size)
+of_every_shape = pytest.mark.parametrize("shape", common.STAGES)
 
 
-def bench_training_forward(measure, row, block):
-    name, module, run, x = block
-    module.train()
-    x.requires_grad_()
+@dataclass(frozen=True)
+class Block:
+    """A block of one shape, the callable that runs it, and its input."""
 
-    def step():
-        with row.autocast():
-            run(x)
+    shape: str
+    module: nn.Module
+    run: Callable[[Tensor], Tensor]
+    x: Tensor
 
-    measure(step, row, f"{name} training forward", examples=len(x))
+    @property
+    def group(self) -> str:
+        return f"block {len(self.x)}x{self.shape}"
+
+    def title(self, mode: str) -> str | None:
+        """Identity blocks have one: they are most of a net's."""
+        input_channels, channels, _, stride = common.STAGES[self.shape]
+        return f"block {self.shape} {mode}" if stride == 1 and input_channels == channels else None
 
 
-def bench_training_forward_backward(measure, row, block):
-    name, module, run, x = block
-    module.train()
-    step = common.forward_backward(row, run, x, module.parameters())
-    saved = common.block_saved_bytes(row, module, run, x)
-    measure(step, row, f"{name} training forward + backward", examples=len(x), saved_bytes_without_input=saved)
+def block(implementation: Implementation, shape: str) -> Block:
+    input_channels, channels, size, stride = common.STAGES[shape]
+    batch = BATCH if implementation.device.type == "cpu" else 256
+    module, run = common.residual(implementation, input_channels, channels, stride)
+    return Block(shape, module, run, common.activations(implementation, batch, input_channels, size, size))
 
 
-def bench_inference(measure, row, block):
-    name, module, run, x = block
-    module.eval()
-    measure(common.inference(row, run, x), row, f"{name} inference", examples=len(x))
+@of_every_shape
+def bench_training_forward(measure, shape):
+    def build(implementation: Implementation) -> Workload:
+        b = block(implementation, shape)
+        b.module.train()
+        b.x.requires_grad_()
+
+        def step() -> None:
+            with implementation.autocast():
+                b.run(b.x)
+
+        return Workload(step, f"{b.group} training forward", len(b.x))
+
+    measure(build)
+
+
+@of_every_shape
+def bench_training_forward_backward(measure, shape):
+    def build(implementation: Implementation) -> Workload:
+        b = block(implementation, shape)
+        b.module.train()
+        step = common.forward_backward(implementation, b.run, b.x, b.module.parameters())
+        saved = common.block_saved_bytes(implementation, b.module, b.run, b.x)
+        return Workload(
+            step,
+            f"{b.group} training forward + backward",
+            len(b.x),
+            title=b.title("training"),
+            saved={"saved_bytes_without_input": saved},
+        )
+
+    measure(build)
+
+
+@of_every_shape
+def bench_inference(measure, shape):
+    def build(implementation: Implementation) -> Workload:
+        b = block(implementation, shape)
+        b.module.eval()
+        run = common.inference(implementation, b.run, b.x)
+        return Workload(run, f"{b.group} inference", len(b.x), title=b.title("inference"))
+
+    measure(build)

@@ -1,17 +1,15 @@
-"""What the suites and `benchmarks.compare` share: rows, workloads, clocks, and bytes saved for backward."""
+"""What the suites and `benchmarks.compare` share: implementations, workloads, bytes saved for backward."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import math
 import os
 import platform
 import random
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 
 import torch
@@ -34,14 +32,17 @@ STAGES = {
 }
 
 
-# ---- rows: what is compared -----------------------------------------------------------------------------------
+# ---- implementations: what is compared ------------------------------------------------------------------------
+
+
+KINDS = {"eager": "eager", "compile": "torch.compile", "fused": "fused"}  # and what people call them
 
 
 @dataclass(frozen=True)
-class Row:
-    """One implementation of a workload: "eager", "compile" (torch.compile of eager) or "fused"."""
+class Implementation:
+    """One way to compute a workload: eager, torch.compile of eager, or fused."""
 
-    implementation: str
+    kind: str  # a key of KINDS
     device: torch.device
     dtype: torch.dtype = torch.float32  # other than float32: under autocast
     memory_format: torch.memory_format = torch.channels_last
@@ -49,47 +50,58 @@ class Row:
     @property
     def backend(self) -> str:
         """What runs the operations that this library fuses: "triton" or "torch"."""
-        return "triton" if self.implementation == "fused" and self.device.type == "cuda" else "torch"
+        return "triton" if self.kind == "fused" and self.device.type == "cuda" else "torch"
 
     @property
     def name(self) -> str:
-        parts = [self.implementation]
-        if self.implementation == "fused":
+        """Such as "fused-triton-bfloat16", for a pytest id."""
+        parts = [self.kind]
+        if self.kind == "fused":
             parts.append(self.backend)
         if self.memory_format == torch.contiguous_format:
             parts.append("nchw")
         if self.device.type == "cuda":
-            parts.append(str(self.dtype).removeprefix("torch."))
+            parts.append(dtype_name(self.dtype))
         return "-".join(parts)
 
+    @property
+    def label(self) -> str:
+        """Such as "torch.compile" or "eager in NCHW", for a table whose rows have one type."""
+        layout = " in NCHW" if self.memory_format == torch.contiguous_format else ""
+        return KINDS[self.kind] + layout
+
     def scope(self) -> AbstractContextManager:
-        """The context that the row is built and run in: the backend, for as long as it is open."""
-        return backend(self.backend) if self.implementation == "fused" else nullcontext()
+        """The context that it is built and run in: the backend, for as long as it is open."""
+        return backend(self.backend) if self.kind == "fused" else nullcontext()
 
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def rows(device: torch.device) -> list[Row]:
-    """The rows that are measured on `device`.
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def implementations(device: torch.device) -> list[Implementation]:
+    """The implementations that are measured on `device`.
 
     On a CPU all are float32 and channels_last, and "fused" is the torch backend's. On a GPU each of float32 and
     bfloat16 has eager in NCHW too, and "fused" is the Triton kernels'.
     """
     if device.type == "cpu":
-        return [Row(implementation, device) for implementation in ("eager", "compile", "fused")]
+        return [Implementation(kind, device) for kind in KINDS]
     result = []
     for dtype in (torch.float32, torch.bfloat16):
-        result.append(Row("eager", device, dtype, torch.contiguous_format))
-        result += [Row(implementation, device, dtype) for implementation in ("eager", "compile", "fused")]
+        result.append(Implementation("eager", device, dtype, torch.contiguous_format))
+        result += [Implementation(kind, device, dtype) for kind in KINDS]
     return result
 
 
-def unavailable(row: Row) -> str | None:
-    """Why `row` cannot be measured here, or None where it can."""
-    if row.implementation == "compile":
-        return compile_unavailable(row.device.type)
-    if row.backend == "triton" and os.environ.get("TRITON_INTERPRET", "") not in ("", "0"):
+def unavailable(implementation: Implementation) -> str | None:
+    """Why `implementation` cannot be measured here, or None where it can."""
+    if implementation.kind == "compile":
+        return compile_unavailable(implementation.device.type)
+    if implementation.backend == "triton" and os.environ.get("TRITON_INTERPRET", "") not in ("", "0"):
         return "TRITON_INTERPRET is set: the interpreter is no measurement"
     return None
 
@@ -120,71 +132,92 @@ def compiled(function: Callable) -> Callable:
 # ---- workloads ------------------------------------------------------------------------------------------------
 
 
-def residual(row: Row, input_channels: int, channels: int, stride: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """(block, the callable that runs it): the row's residual block; every row has the same weights.
+@dataclass(frozen=True)
+class Workload:
+    """What a suite times of one implementation, and what is to be noted with the times."""
+
+    run: Callable[[], None]
+    group: str  # whose members, one per implementation, are compared
+    examples: int  # per call
+    title: str | None = None  # names the group in the verdict; without one the group has no line there
+    saved: dict[str, int] = field(default_factory=dict)  # bytes saved for backward, by what is counted
+    source: str | None = None  # where the data are from
+
+
+def residual(
+    implementation: Implementation, input_channels: int, channels: int, stride: int
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """(block, the callable that runs it): the implementation's residual block; all have the same weights.
 
     The shortcut is a 1x1 convolution where the shape changes.
     """
     arguments = (input_channels, channels, stride != 1 or input_channels != channels, stride)
-    return _module(row, lambda block: block(*arguments))
+    return _module(implementation, lambda block: block(*arguments))
 
 
-def net(row: Row) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """(ResNet-18 for Fashion-MNIST, the callable that runs it): every row has the same weights."""
-    return _module(row, lambda block: resnet18(block=block))
+def net(implementation: Implementation) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """(ResNet-18 for Fashion-MNIST, the callable that runs it): all implementations have the same weights."""
+    return _module(implementation, lambda block: resnet18(block=block))
 
 
-def _module(row: Row, build: Callable[[type[nn.Module]], nn.Module]) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def _module(
+    implementation: Implementation, build: Callable[[type[nn.Module]], nn.Module]
+) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         module = build(Residual)
-    if row.implementation == "fused":
+    if implementation.kind == "fused":
         eager, module = module, build(FusedResidual)
         module.load_state_dict(eager.state_dict())
-    module = module.to(row.device, memory_format=row.memory_format)
-    return module, compiled(module) if row.implementation == "compile" else module
+    module = module.to(implementation.device, memory_format=implementation.memory_format)
+    return module, compiled(module) if implementation.kind == "compile" else module
 
 
-def activations(row: Row, *shape: int, seed: int = SEED, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a ReLU might have put out: a half of it zeros. (N, C, H, W) in the row's memory format."""
+def activations(
+    implementation: Implementation, *shape: int, seed: int = SEED, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """What a ReLU might have put out: a half of it zeros. (N, C, H, W) in the implementation's memory format."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).relu_()
-    return x.to(row.device, dtype).contiguous(memory_format=row.memory_format)
+    return x.to(implementation.device, dtype).contiguous(memory_format=implementation.memory_format)
 
 
-def images(row: Row, data: FashionMNIST, batch_size: int, count: int, resize: int) -> list[tuple[Tensor, Tensor]]:
+def images(
+    implementation: Implementation, data: FashionMNIST, batch_size: int, count: int, resize: int
+) -> list[tuple[Tensor, Tensor]]:
     """The first `count` whole batches of the shuffled training images, fewer where there are not so many.
 
-    The same for every row: images (batch_size, 1, resize, resize) in the row's memory format, labels (batch_size,).
+    Images (batch_size, 1, resize, resize) in the implementation's memory format, labels (batch_size,); the same values
+    for every implementation.
     """
     batches = Batches(
         data.train_images,
         data.train_labels,
         batch_size,
-        device="cpu",  # a few batches are wanted on the row's device, not the whole set
+        device="cpu",  # a few batches are wanted on the implementation's device, not the whole set
         resize=resize,
         shuffle=True,
         seed=SEED,
         drop_last=True,
-        memory_format=row.memory_format,
+        memory_format=implementation.memory_format,
     )
-    return [(x.to(row.device), y.to(row.device)) for _, (x, y) in zip(range(count), batches)]
+    return [(x.to(implementation.device), y.to(implementation.device)) for _, (x, y) in zip(range(count), batches)]
 
 
 def forward_backward(
-    row: Row, run: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Tensor]
+    implementation: Implementation, run: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Tensor]
 ) -> Callable[[], None]:
     """A function without arguments: forward and backward of `run(x)` in training, gradients for x and parameters.
 
-    The incoming gradient has out's shape, type and layout, and the same values for every row. No optimizer.
+    The incoming gradient has out's shape, type and layout, and the same values for every implementation. No optimizer.
     """
     x = x.detach().requires_grad_()
     leaves = [x, *parameters]
-    with row.autocast():
+    with implementation.autocast():
         out = run(x).detach()
     dout = torch.empty_like(out).copy_(torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED)))
 
     def step() -> None:
-        with row.autocast():
+        with implementation.autocast():
             out = run(x)
         torch.autograd.backward(out, dout, inputs=leaves)
         for leaf in leaves:
@@ -194,7 +227,10 @@ def forward_backward(
 
 
 def training_step(
-    row: Row, module: nn.Module, run: Callable[[Tensor], Tensor], batches: Sequence[tuple[Tensor, Tensor]]
+    implementation: Implementation,
+    module: nn.Module,
+    run: Callable[[Tensor], Tensor],
+    batches: Sequence[tuple[Tensor, Tensor]],
 ) -> Callable[[], None]:
     """A function without arguments: one training step (forward, loss, backward, SGD) on the next of `batches`."""
     module.train()
@@ -203,7 +239,7 @@ def training_step(
 
     def step() -> None:
         x, labels = next(endless)
-        with row.autocast():
+        with implementation.autocast():
             loss = F.cross_entropy(run(x), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -212,11 +248,11 @@ def training_step(
     return step
 
 
-def inference(row: Row, run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+def inference(implementation: Implementation, run: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
     """A function without arguments: `run(x)` without a graph."""
 
     def step() -> None:
-        with torch.inference_mode(), row.autocast():
+        with torch.inference_mode(), implementation.autocast():
             run(x)
 
     return step
@@ -248,63 +284,23 @@ def saved_bytes(function: Callable[[], object], *, exclude: Iterable[Tensor] = (
     return size
 
 
-def module_saved_bytes(row: Row, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> int:
+def module_saved_bytes(
+    implementation: Implementation, module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor
+) -> int:
     """`saved_bytes` of `run(x)` in training, without the module's parameters and buffers. x counts where it is kept."""
     module.train()
-    with row.autocast():
+    with implementation.autocast():
         return saved_bytes(lambda: run(x), exclude=[*module.parameters(), *module.buffers()])
 
 
-def block_saved_bytes(row: Row, block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) -> int:
+def block_saved_bytes(
+    implementation: Implementation, block: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor
+) -> int:
     """The block's own share of `module_saved_bytes`: without its input, which is the output of the block before it."""
     block.train()
     x = x.detach().requires_grad_()  # as inside a net, where the input's gradient is wanted
-    with row.autocast():
+    with implementation.autocast():
         return saved_bytes(lambda: run(x), exclude=[*block.parameters(), *block.buffers(), x])
-
-
-# ---- clocks ---------------------------------------------------------------------------------------------------
-
-
-class CudaClock:
-    """Seconds on the GPU's clock: a CUDA event behind all work queued so far. Each reading waits for that work."""
-
-    __name__ = "CudaClock"  # pytest-benchmark prints a timer's name
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-        self._last: torch.cuda.Event | None = None
-
-    def __call__(self) -> float:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        event.synchronize()
-        if self._last is not None:  # summed up here, since the float32 of one long interval would not resolve a kernel
-            self._seconds += self._last.elapsed_time(event) / 1e3
-        self._last = event
-        return self._seconds
-
-
-def clock(device: torch.device) -> Callable[[], float]:
-    """A clock for work on `device`, in seconds."""
-    return CudaClock() if device.type == "cuda" else time.perf_counter
-
-
-def timed(function: Callable[[], None], calls: int, now: Callable[[], float]) -> float:
-    """Seconds per call, over `calls` calls."""
-    start = now()
-    for _ in range(calls):
-        function()
-    return (now() - start) / calls
-
-
-def calls_lasting(seconds: float, function: Callable[[], None], now: Callable[[], float]) -> int:
-    """How many calls last about `seconds`, from 1 to 200: on a busy machine the next call may take 100 times as long.
-
-    Runs `function` three times, so that it is warm afterwards.
-    """
-    timed(function, 1, now)
-    return min(200, max(1, math.ceil(seconds / max(timed(function, 2, now), 1e-7))))
 
 
 # ---- where it was measured ------------------------------------------------------------------------------------

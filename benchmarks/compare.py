@@ -1,8 +1,7 @@
 """Interleaved pairs of fused against eager and torch.compile: `python -m benchmarks.compare --help`.
 
-Both of a pair run right after each other, each pair the other way round than the last, so that what drifts (clock
-rates, other processes) touches both alike and drops out of their ratio. Same weights, inputs and memory format
-(channels_last).
+Both of a pair run right after each other, now one first and now the other, so that what drifts (clock rates, other
+processes) touches both alike and drops out of their ratio. Same weights, inputs and memory format (channels_last).
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,9 +19,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import common
-from benchmarks.common import Row
-from resnet.data import DatasetError, FashionMNIST, load
+from benchmarks import common, turns
+from benchmarks.common import Implementation
+from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
+from resnet.commands import ConfigError, Parser, check_writable, find_device, require
+from resnet.data import IMAGE_SIZE, DatasetError, FashionMNIST, load
+from resnet.kernels.host.files import write_atomically
 
 RIVALS = ("eager", "compile")
 BLOCK_CASES = tuple(f"block{stage}-{mode}" for stage in (1, 2, 3, 4) for mode in ("train", "inference"))
@@ -32,17 +33,12 @@ DEFAULT_CASES = ("resnet18-train", "resnet18-inference", "block1-train", "block1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHANNELS = (64, 128, 256, 512)  # of the stages' identity blocks
 IMAGE_BATCHES = 4
-MIN_RESIZE = 28  # the images' own size; they are enlarged only
-SIDE_SECONDS = 0.05  # each side of a pair is called as often as lasts so long, both equally often
-
-
-class UsageError(ValueError):
-    """A setting cannot be used; the message, one line, names it and what was expected."""
+TURN_SECONDS = 0.05  # a side of a pair is called as often as lasts about so long, both equally often
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compare, and how. Raises UsageError for a value out of its range."""
+    """What to compare, and how. Raises ConfigError for a value out of its range."""
 
     pairs: int
     batch_size: int
@@ -53,12 +49,12 @@ class Settings:
     dtype: torch.dtype  # other than float32: under autocast
 
     def __post_init__(self) -> None:
-        _require(self.pairs >= 1, "--pairs", "at least 1", self.pairs)
-        _require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
-        _require(self.resize >= MIN_RESIZE, "--resize", f"at least {MIN_RESIZE} pixels", self.resize)
+        require(self.pairs >= 1, "--pairs", "at least 1", self.pairs)
+        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        require(self.resize >= IMAGE_SIZE, "--resize", f"at least {IMAGE_SIZE}, the images' own size", self.resize)
         smallest = min((self.stage_size(_stage(case)) for case in self.cases if case.endswith("-train")), default=2)
         if smallest**2 * self.batch_size == 1:
-            raise UsageError(
+            raise ConfigError(
                 f"--batch-size 1 with --resize {self.resize}: a stage has one value per channel, which BatchNorm "
                 "cannot normalise in training; expected a batch of 2, or larger images"
             )
@@ -67,8 +63,8 @@ class Settings:
         """Height and width of the activations in stage 1 to 4: the images' size halved, rounded up, 2 to 5 times."""
         return math.ceil(self.resize / 2 ** (stage + 1))
 
-    def row(self, implementation: str) -> Row:
-        return Row(implementation, self.device, self.dtype)
+    def implementation(self, kind: str) -> Implementation:
+        return Implementation(kind, self.device, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -80,50 +76,57 @@ class Result:
     calls: int  # per side of a pair
     fused_seconds: tuple[float, ...]
     rival_seconds: tuple[float, ...]
+    waited_for_cpu: float  # the part of the time in which threads waited for a CPU, from 0 to 1; the worse side's
 
     @property
-    def ratios(self) -> list[float]:
-        """Time fused / time of the rival, pair by pair: below 1, fused is the faster."""
-        return [fused / rival for fused, rival in zip(self.fused_seconds, self.rival_seconds)]
+    def comparison(self) -> Comparison:
+        return Comparison.of_rounds(
+            common.KINDS[self.rival], self.fused_seconds, self.rival_seconds, self.waited_for_cpu
+        )
 
     def to_json(self) -> dict[str, Any]:
-        ratios = self.ratios
-        median = statistics.median(ratios)
+        comparison = self.comparison
+        low, high = comparison.interval or (None, None)
         return {
             **dataclasses.asdict(self),
-            "ratio_median": median,
-            "ratio_min": min(ratios),
-            "ratio_max": max(ratios),
-            "speedup": 1 / median,
+            "ratio_median": comparison.median,
+            "ratio_min": min(comparison.ratios),
+            "ratio_max": max(comparison.ratios),
+            "ratio_low": low,
+            "ratio_high": high,
+            "speedup": 1 / comparison.median,
+            "verdict": comparison.verdict,
         }
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------
 
 
-def workload(case: str, row: Row, settings: Settings, data: FashionMNIST | None) -> Callable[[], None]:
-    """The function without arguments that `case` times for `row`; `data` is wanted for ResNet-18 only."""
+def workload(
+    case: str, implementation: Implementation, settings: Settings, data: FashionMNIST | None
+) -> Callable[[], None]:
+    """The function without arguments that `case` times for `implementation`; `data` is wanted for ResNet-18 only."""
     what, mode = case.split("-")
     if what == "resnet18":
-        module, run = common.net(row)
+        module, run = common.net(implementation)
         count = IMAGE_BATCHES if mode == "train" else 1
-        batches = common.images(row, data, settings.batch_size, count, settings.resize)
+        batches = common.images(implementation, data, settings.batch_size, count, settings.resize)
         if mode == "train":
-            return common.training_step(row, module, run, batches)
+            return common.training_step(implementation, module, run, batches)
         x = batches[0][0]
     else:
-        module, run, x = _block(row, _stage(case), settings)
+        module, run, x = _block(implementation, _stage(case), settings)
         if mode == "train":
             module.train()
-            return common.forward_backward(row, run, x, module.parameters())
+            return common.forward_backward(implementation, run, x, module.parameters())
     module.eval()
-    return common.inference(row, run, x)
+    return common.inference(implementation, run, x)
 
 
-def _block(row: Row, stage: int, settings: Settings):
+def _block(implementation: Implementation, stage: int, settings: Settings):
     channels, size = CHANNELS[stage - 1], settings.stage_size(stage)
-    module, run = common.residual(row, channels, channels, stride=1)
-    return module, run, common.activations(row, settings.batch_size, channels, size, size)
+    module, run = common.residual(implementation, channels, channels, stride=1)
+    return module, run, common.activations(implementation, settings.batch_size, channels, size, size)
 
 
 def _stage(case: str) -> int:
@@ -133,60 +136,60 @@ def _stage(case: str) -> int:
 
 def measure(case: str, rival: str, settings: Settings, data: FashionMNIST | None) -> Result:
     """Times `settings.pairs` pairs, after a warm-up that compiles, and chooses how often each side is called."""
-    rows = (settings.row("fused"), settings.row(rival))
-    now = common.clock(settings.device)
-    # Whichever side runs has its backend in force, also while it is built.
+    now = turns.clock(settings.device)
     sides = []
-    for row in rows:
-        with row.scope():
-            sides.append(workload(case, row, settings, data))
-    calls = []
-    for row, side in zip(rows, sides):
-        with row.scope():
-            calls.append(common.calls_lasting(SIDE_SECONDS, side, now))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for pair in range(settings.pairs):
-        for i in (0, 1) if pair % 2 == 0 else (1, 0):
-            with rows[i].scope():
-                seconds[i].append(common.timed(sides[i], max(calls), now))
-    return Result(case, rival, max(calls), tuple(seconds[0]), tuple(seconds[1]))
+    for implementation in (settings.implementation("fused"), settings.implementation(rival)):
+        with implementation.scope():
+            sides.append(turns.Side(workload(case, implementation, settings, data), implementation.scope))
+    calls = turns.calls_per_turn(TURN_SECONDS, [side.warm_seconds(now) for side in sides])
+    fused, other = turns.take_turns(sides, calls=calls, rounds=settings.pairs, now=now)
+    waited = max(fused.waited_share, other.waited_share)
+    return Result(case, rival, calls, tuple(fused.seconds), tuple(other.seconds), waited)
 
 
 def saved_bytes(settings: Settings, data: FashionMNIST) -> dict[str, dict[str, int]]:
-    """Bytes saved for backward: of each stage's identity block, without its input, and of the whole net."""
+    """Bytes saved for backward, for each stage's identity block, without its input, and for the whole net."""
     result: dict[str, dict[str, int]] = {}
-    for implementation in ("fused", "eager"):
-        row = settings.row(implementation)
-        with row.scope():
+    for kind in ("fused", "eager"):
+        implementation = settings.implementation(kind)
+        with implementation.scope():
             for stage in range(1, len(CHANNELS) + 1):
                 if settings.stage_size(stage) ** 2 * settings.batch_size > 1:
-                    module, run, x = _block(row, stage, settings)
-                    saved = common.block_saved_bytes(row, module, run, x)
-                    result.setdefault(f"block{stage}", {})[implementation] = saved
+                    module, run, x = _block(implementation, stage, settings)
+                    saved = common.block_saved_bytes(implementation, module, run, x)
+                    result.setdefault(f"block{stage}", {})[kind] = saved
             if settings.stage_size(len(CHANNELS)) ** 2 * settings.batch_size > 1:
-                module, run = common.net(row)
-                x, _ = common.images(row, data, settings.batch_size, 1, settings.resize)[0]
-                saved = common.module_saved_bytes(row, module, run, x)
-                result.setdefault("resnet18", {})[implementation] = saved
+                module, run = common.net(implementation)
+                x, _ = common.images(implementation, data, settings.batch_size, 1, settings.resize)[0]
+                saved = common.module_saved_bytes(implementation, module, run, x)
+                result.setdefault("resnet18", {})[kind] = saved
     return result
 
 
 # ---- reporting ------------------------------------------------------------------------------------------------
 
 
+def case_label(case: str) -> str:
+    """Such as "stage 1 block, training" for block1-train."""
+    what, mode = case.split("-")
+    what = "ResNet-18" if what == "resnet18" else f"stage {_stage(case)} block"
+    return f"{what}, {'training' if mode == 'train' else mode}"
+
+
 def results_table(results: list[Result]) -> str:
     head = (
-        f"{'case':<19} {'rival':<8} {'fused ms':>9} {'rival ms':>9}   "
-        f"{'fused/rival':>11} {'min':>6} {'max':>6}   {'speed-up':>8}"
+        f"{'case':<19} {'rival':<13} {'fused ms':>9} {'rival ms':>9}   {'fused/rival':>11} {'min':>6} {'max':>6}   "
+        f"{'verdict':<18}  {CONFIDENCE:.0%} interval"
     )
     lines = [head]
     for result in results:
         fused, rival = (1e3 * statistics.median(s) for s in (result.fused_seconds, result.rival_seconds))
-        figures = result.to_json()
-        lines.append(
-            f"{result.case:<19} {result.rival:<8} {fused:>9.2f} {rival:>9.2f}   {figures['ratio_median']:>11.3f} "
-            f"{figures['ratio_min']:>6.3f} {figures['ratio_max']:>6.3f}   {figures['speedup']:>8.3f}"
+        pairs = result.comparison
+        line = (
+            f"{result.case:<19} {pairs.rival:<13} {fused:>9.2f} {rival:>9.2f}   {pairs.median:>11.3f} "
+            f"{min(pairs.ratios):>6.3f} {max(pairs.ratios):>6.3f}   {pairs.verdict:<18}  {pairs.spread}"
         )
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
@@ -198,44 +201,11 @@ def saved_table(saved: dict[str, dict[str, int]]) -> str:
     return "\n".join(lines)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`write` to a file beside `path`, then rename: a file that was there stays until the new one is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")  # a plot's format is its suffix
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def plot(results: list[Result], title: str, path: Path) -> None:
-    """One mark per pair and a bar at the median, for each case and rival; the format is that of path's suffix."""
-    from matplotlib.figure import Figure  # not pyplot, which would look for a screen
-
-    figure = Figure(figsize=(8, 1.5 + 0.45 * len(results)), layout="constrained")
-    axes = figure.subplots()
-    for y, result in enumerate(results):
-        ratios = result.ratios
-        axes.scatter(ratios, [y] * len(ratios), s=12, alpha=0.5, color="C0" if result.rival == "eager" else "C1")
-        axes.plot([statistics.median(ratios)] * 2, [y - 0.35, y + 0.35], color="black")
-    axes.axvline(1, color="gray", linewidth=1)
-    axes.set_yticks(range(len(results)), [f"{result.case} / {result.rival}" for result in results])
-    axes.invert_yaxis()
-    axes.set_xlabel("time fused / time of the rival, pair by pair (below 1: fused is faster; bar: median)")
-    axes.set_title(title, fontsize=9)
-    figure.savefig(path, dpi=150)
-
-
 # ---- the command ----------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")  # one line, without the page of usage before it
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n", 1)[0])
+    parser = Parser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--pairs", type=int, default=15, help="pairs per case and rival (default: 15)")
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     parser.add_argument("--resize", type=int, default=96, help="pixels of the images (default: 96)")
@@ -256,49 +226,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _require(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise UsageError(f"{name}: expected {expected}, got {got}")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cpu":
-        return torch.device("cpu")
-    _require(device.type == "cuda", "--device", "auto, cpu, cuda or cuda:N", repr(name))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    _require(count > 0, "--device", "auto or cpu, since PyTorch finds no CUDA device here", name)
-    _require((device.index or 0) < count, "--device", f"one of cuda:0 to cuda:{count - 1}", name)
-    device = torch.device("cuda", device.index or 0)
-    torch.cuda.set_device(device)  # the clock's events are recorded on the current one
-    return device
-
-
-def _check_writable(name: str, path: Path) -> None:
-    _require(path.parent.is_dir(), name, "a path in an existing folder", path)
-    _require(not path.is_dir(), name, "a file's path", f"the folder {path}")
-    _require(os.access(path.parent, os.W_OK), name, "a path in a folder that may be written", path)
-
-
 def _check_plot(path: Path) -> None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-    _require(path.suffix[1:] in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
-    _check_writable("--plot", path)
+    require(path.suffix[1:] in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
+    check_writable("--plot", path)
 
 
 def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, ...]:
     reason = common.compile_unavailable(device.type) if asked is None or "compile" in asked else None
     if reason and asked is not None:
-        raise UsageError(f"--rivals compile: {reason}")
+        raise ConfigError(f"--rivals compile: {reason}")
     if reason:
         print(f"rival compile skipped: {reason}", file=sys.stderr)
         return ("eager",)
@@ -306,9 +247,11 @@ def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, 
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
-    device = _device(args.device)
+    device = find_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the clock's events are recorded on the current one
     if args.json is not None:
-        _check_writable("--json", args.json)
+        check_writable("--json", args.json)
     if args.plot is not None:
         _check_plot(args.plot)
     settings = Settings(
@@ -320,11 +263,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
         device,
         DTYPES[args.dtype],
     )
-    if reason := common.unavailable(settings.row("fused")):
-        raise UsageError(reason)
+    if reason := common.unavailable(settings.implementation("fused")):
+        raise ConfigError(reason)
     data = load(args.data)
     n = len(data.train_images)
-    _require(settings.batch_size <= n, "--batch-size", f"at most {n}, the images there are", settings.batch_size)
+    require(settings.batch_size <= n, "--batch-size", f"at most {n}, the images there are", settings.batch_size)
     return dataclasses.replace(settings, rivals=_usable_rivals(args.rivals, device)), data
 
 
@@ -333,9 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         settings, data = _prepare(args)
-    except (UsageError, DatasetError) as error:
+    except (ConfigError, DatasetError) as error:
         parser.error(str(error))
-    fused = settings.row("fused")
+    fused = settings.implementation("fused")
     environment = common.environment(settings.device)
     title = (
         f"batch {settings.batch_size}, images {settings.resize}x{settings.resize}, {args.dtype}\n"
@@ -358,6 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped: what follows is what was measured in full", file=sys.stderr)
 
     print(f"\n{results_table(results)}\n\n{saved_table(saved)}")
+    if note := busy_note(max((result.waited_for_cpu for result in results), default=0.0)):
+        print(f"\n{note}")
     if args.json is not None:
         report = {
             "environment": environment,
@@ -375,7 +320,10 @@ def main(argv: list[str] | None = None) -> int:
         write_atomically(args.json, lambda path: path.write_text(text))
         print(f"\nwritten: {args.json}")
     if args.plot is not None and results:
-        write_atomically(args.plot, lambda path: plot(results, title, path))
+        from benchmarks import plot  # here, since it needs matplotlib, which the rest does without
+
+        labelled = [(case_label(result.case), result.comparison) for result in results]
+        write_atomically(args.plot, lambda path: plot.draw(labelled, title, path))
         print(f"\nwritten: {args.plot}")
     return 130 if interrupted else 0
 

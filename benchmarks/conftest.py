@@ -1,14 +1,29 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import common, turns, verdict
+from benchmarks.common import Implementation, Workload
 from resnet.data import FashionMNIST, load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROUNDS = 2 if common.QUICK else 5
-ROUND_SECONDS = 0.02 if common.QUICK else 0.1  # a round has as many calls as last so long, at least one
+
+# The suite's defaults of pytest-benchmark's own options. A group of n rows takes turns for n * MAX_SECONDS, compiling
+# and warming up aside, and longer only where MIN_ROUNDS rounds last longer: on a CPU that is ResNet-18's training.
+MIN_ROUNDS = 2 if common.QUICK else 11
+MAX_SECONDS = 0.0 if common.QUICK else 1.0
+TURN_SECONDS = 0.0 if common.QUICK else 0.05  # a turn has as many calls as last so long, at least one
+
+
+def pytest_addoption(pluginmanager: pytest.PytestPluginManager) -> None:
+    # Before the command line is read, whose --benchmark-min-rounds and --benchmark-max-time override these.
+    options = pluginmanager.get_plugin("pytestconfig").option
+    options.benchmark_min_rounds, options.benchmark_max_time = MIN_ROUNDS, MAX_SECONDS
 
 
 def pytest_report_header() -> list[str]:
@@ -23,29 +38,17 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+@pytest.hookimpl(trylast=True)  # after the shapes, so that the rows of a group follow each other
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "row" in metafunc.fixturenames:
-        rows = common.rows(DEVICE)
-        metafunc.parametrize("row", rows, ids=[row.name for row in rows])
+    if "implementation" in metafunc.fixturenames:
+        implementations = common.implementations(DEVICE)
+        metafunc.parametrize("implementation", implementations, ids=[each.name for each in implementations])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if DEVICE.type == "cuda":
-        for item in items:
-            item.add_marker(pytest.mark.benchmark(timer=common.CudaClock()))
-
-
-@pytest.fixture(autouse=True)
-def _row_scope(request: pytest.FixtureRequest):
-    """Runs each row under its backend, and skips, with the reason, one that cannot run here."""
-    if "row" not in request.fixturenames:
-        yield
-        return
-    row = request.getfixturevalue("row")
-    if reason := common.unavailable(row):
-        pytest.skip(reason)
-    with row.scope():
-        yield
+    for item in items:
+        if "measure" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=turns.clock(DEVICE), disable_gc=True))
 
 
 @pytest.fixture(scope="session")
@@ -53,41 +56,176 @@ def data() -> FashionMNIST:
     return load()
 
 
+# ---- groups of rows that take turns ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row: what its implementation took in the rounds of its group."""
+
+    group: str
+    calls: int  # per turn
+    turns: turns.Turns
+    extra_info: dict[str, Any]
+
+    def enter(self, benchmark) -> None:
+        """Enters the turns as pytest-benchmark's own rounds, for its tables and its JSON.
+
+        The library has no public way to enter times that it did not take itself.
+        """
+        benchmark.group = self.group
+        benchmark.extra_info.update(self.extra_info)
+        stats = benchmark._make_stats(self.calls)
+        for seconds in self.turns.seconds:
+            stats.update(seconds * self.calls)
+        benchmark.extra_info["examples_per_second"] = self.extra_info["examples"] / stats.stats.median
+
+
+@pytest.fixture(scope="session")
+def _waiting() -> dict[tuple, Measured | Exception]:
+    """What was measured, by group and implementation, until its row takes it."""
+    return {}
+
+
 @pytest.fixture
-def measure(benchmark):
-    """measure(function, row, group, examples=None, **extra): times `function()` and notes what it depends on.
+def measure(request: pytest.FixtureRequest, benchmark, implementation: Implementation, _waiting):
+    """measure(build): times `build(implementation).run`, in turns with the other rows of the group.
 
-    `examples` per call adds examples_per_second, by the median round. `extra` goes into extra_info.
+    Rows of a group differ in nothing but the implementation. The first of them to run measures all that were selected;
+    each row then enters its own times, or raises its own error.
     """
+    if reason := common.unavailable(implementation):
+        pytest.skip(reason)
 
-    def run(function, row: common.Row, group: str, examples: int | None = None, **extra) -> None:
-        benchmark.group = f"{group}, {str(row.dtype).removeprefix('torch.')}"
-        benchmark.extra_info.update(common.environment(DEVICE), row=row.name, backend=row.backend, **extra)
-        calls = common.calls_lasting(ROUND_SECONDS, function, common.clock(DEVICE))
-        benchmark.pedantic(function, rounds=ROUNDS, iterations=calls, warmup_rounds=1 if DEVICE.type == "cuda" else 0)
-        if examples is not None and benchmark.stats is not None:  # None under --benchmark-disable
-            benchmark.extra_info["examples_per_second"] = examples / benchmark.stats.stats.median
+    def run(build: Callable[[Implementation], Workload]) -> None:
+        if benchmark.disabled:
+            with implementation.scope():
+                benchmark.pedantic(build(implementation).run)
+            return
+        benchmark._mode = "turns"  # else pytest-benchmark warns, after an error, that its fixture was not used
+        group = _group(request.node)
+        if (*group, implementation) not in _waiting:
+            peers = [item for item in request.session.items if _group(item) == group]
+            selected = [item.callspec.params["implementation"] for item in peers]
+            usable = [each for each in selected if not common.unavailable(each)]
+            options = request.config._benchmarksession.options
+            results = _measure_group(build, usable, options["min_rounds"], float(options["max_time"]))
+            _waiting.update({(*group, each): result for each, result in results.items()})
+        result = _waiting.pop((*group, implementation))
+        if isinstance(result, Exception):
+            raise result
+        result.enter(benchmark)
 
     return run
 
 
+def _group(item: pytest.Item) -> tuple | None:
+    """What the rows of a group have in common: everything but the implementation, of which only the type counts."""
+    params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    implementation = params.pop("implementation", None)
+    return implementation and (item.path, item.originalname, tuple(params.items()), implementation.dtype)
+
+
+def _measure_group(
+    build: Callable[[Implementation], Workload],
+    implementations: list[Implementation],
+    min_rounds: int,
+    max_seconds: float,
+) -> dict[Implementation, Measured | Exception]:
+    """Builds and measures a group; an implementation that fails has its error, and the others go on without it."""
+    now = turns.clock(DEVICE)
+    results: dict[Implementation, Measured | Exception] = {}
+    members: dict[Implementation, tuple[Workload, turns.Side, float]] = {}
+    for implementation in implementations:
+        try:
+            with implementation.scope():
+                workload = build(implementation)
+            side = turns.Side(workload.run, implementation.scope)
+            members[implementation] = workload, side, side.warm_seconds(now)
+        except Exception as error:
+            results[implementation] = error
+    while members:
+        workloads, sides, warm_seconds = zip(*members.values())
+        calls = turns.calls_per_turn(TURN_SECONDS, warm_seconds)
+        budget = max_seconds * len(sides)
+        try:
+            taken = turns.take_turns(sides, calls=calls, rounds=min_rounds, now=now, budget=budget)
+        except turns.SideFailed as failure:
+            failed = list(members)[failure.index]
+            results[failed] = failure.__cause__
+            del members[failed]
+            continue
+        for implementation, workload, own in zip(members, workloads, taken):
+            results[implementation] = _noted(implementation, workload, calls, own)
+        break
+    return results
+
+
+def _noted(implementation: Implementation, workload: Workload, calls: int, taken: turns.Turns) -> Measured:
+    extra_info = {
+        **common.environment(DEVICE),
+        "implementation": implementation.name,
+        "backend": implementation.backend,
+        "examples": workload.examples,
+        "started": taken.started,
+        "waited_for_cpu": taken.waited_share,
+        **workload.saved,
+    }
+    if workload.source is not None:
+        extra_info["data"] = workload.source
+    if workload.title is not None:
+        extra_info["title"] = workload.title
+    return Measured(f"{workload.group}, {common.dtype_name(implementation.dtype)}", calls, taken, extra_info)
+
+
+# ---- the verdict ----------------------------------------------------------------------------------------------
+
+FIRST = ("ResNet-18", "block")  # the order of the lines, by their beginnings
+
+
 @pytest.hookimpl(trylast=True)  # after the tables
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """What pytest-benchmark's tables leave out: examples per second, against eager, and bytes saved for backward."""
+    """Fused against the best of its rivals, a line per workload that has a title."""
     groups: dict[str, list] = {}
     for measured in config._benchmarksession.benchmarks:
-        if "examples_per_second" in measured.extra_info:
+        if "title" in measured.extra_info:
             groups.setdefault(measured.group, []).append(measured)
-    if not groups:
+    lines = [line for members in groups.values() if (line := _verdict_line(members)) is not None]
+    if not lines:
         return
-    terminalreporter.section("examples/sec, and bytes saved for backward")
-    for group, members in groups.items():
-        terminalreporter.write_line(group)
-        rows = {measured.extra_info["row"]: measured for measured in members}
-        eager = next((m for name, m in rows.items() if name.startswith("eager") and "nchw" not in name), None)
-        for name, measured in rows.items():
-            line = f"    {name:<22} {measured.extra_info['examples_per_second']:>12,.1f}/s"
-            if eager is not None:
-                line += f"  {measured.stats.median / eager.stats.median:>7.3f} of eager's time"
-            saved = [value for key, value in measured.extra_info.items() if key.startswith("saved_bytes")]
-            terminalreporter.write_line(line + "".join(f"  {value:>14,} B saved" for value in saved))
+    lines.sort(key=lambda line: next((i for i, what in enumerate(FIRST) if line.workload.startswith(what)), len(FIRST)))
+    terminalreporter.section("fused against the best of its rivals")
+    for text in verdict.table(lines):
+        terminalreporter.write_line(text)
+    terminalreporter.write_line("interval: of the median, over rounds, of fused's time / the rival's in the same round")
+    terminalreporter.write_line("bytes kept: for backward, by fused / by eager")
+    if note := verdict.busy_note(max(line.comparison.waited for line in lines)):
+        terminalreporter.write_line(note, yellow=True)
+
+
+def _verdict_line(members: list) -> verdict.Line | None:
+    """The line of a group's rows; None unless fused and a rival were measured."""
+    by_implementation = {measured.params["implementation"]: measured for measured in members}
+    fused = next((measured for each, measured in by_implementation.items() if each.kind == "fused"), None)
+    rivals = {each: measured for each, measured in by_implementation.items() if each.kind != "fused"}
+    if fused is None or not rivals:
+        return None
+    comparisons = [
+        verdict.Comparison.of_rounds(
+            each.label,
+            fused.stats.data,
+            measured.stats.data,
+            max(fused.extra_info["waited_for_cpu"], measured.extra_info["waited_for_cpu"]),
+        )
+        for each, measured in rivals.items()
+    ]
+    eager_saved = next((_saved(measured) for each, measured in rivals.items() if each.kind == "eager"), None)
+    kept = _saved(fused) / eager_saved if eager_saved else None
+    title = fused.extra_info["title"]
+    if DEVICE.type == "cuda":
+        title += f", {common.dtype_name(fused.params['implementation'].dtype)}"
+    return verdict.Line(title, verdict.best_rival(comparisons), kept, fused.extra_info["examples_per_second"])
+
+
+def _saved(measured) -> int | None:
+    return next((size for name, size in measured.extra_info.items() if name.startswith("saved_bytes")), None)

@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "numpy", "pytest", "pytest-benchmark", "hypothesis")
 # Small, since under compute-sanitizer a kernel takes a hundred times as long.
 SANITIZED_TESTS = tuple(
-    f"tests/test_{name}.py"
+    f"tests/kernels/test_{name}.py"
     for name in (
-        *("batch_norm_kernels", "batch_norm_max_pool_kernels", "conv_forward", "conv_grad_input"),
+        *("batch_norm", "batch_norm_max_pool", "conv_forward", "conv_grad_input"),
         *("conv_grad_weight", "conv_grad_weight_max_pool"),
     )
 )

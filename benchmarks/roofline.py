@@ -23,8 +23,8 @@ import torch
 import triton
 
 import resnet
-from kernels import tuning
 from resnet import FusedResidual
+from resnet.kernels import tuning
 
 DEVICES = {80: tuning.SM_80, 90: tuning.SM_90}
 
@@ -52,7 +52,7 @@ LAUNCHES = (
 )
 MERGES = ("finalize_kernel", "backward_finalize_kernel", "merge_splits_kernel")  # of per-channel or weight size
 SECTOR = 32  # bytes
-PRODUCTS = 16 * 8 * 16  # multiply-adds of a tensor-core instruction as the emulator counts them, in half precision
+PRODUCTS = 16 * 8 * 16  # multiply-adds of a tensor-core instruction as the emulator counts them, in float16 or bfloat16
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Counted:
         return Counted(report.name, unique, requested, sum(report.instr.values()), report.mma, wavefronts)
 
     def clocks(self, device: tuning.Target) -> dict[str, float]:
-        """Of the whole device, by what could bound the launch."""
+        """Clocks that the whole device takes, by what could bound the launch."""
         return {
             "memory": self.unique * device.clock / device.bandwidth,
             "L2": self.requested / (device.processors * tuning.L2),
@@ -99,7 +99,7 @@ def step(shape: tuple[int, int, int, int], dtype: torch.dtype) -> int:
 
 
 def counted(reports: Sequence[Any], weight: int) -> list[Counted]:
-    """The launches of LAUNCHES, of the emulator's reports of a `step`."""
+    """What the launches of LAUNCHES did, from the emulator's reports of a `step`."""
     return [Counted.of(report, weight) for report in reports if report.name not in MERGES]
 
 
@@ -113,7 +113,7 @@ def emulated(arch: int, shape: tuple[int, int, int, int], dtype: torch.dtype) ->
 
 
 def table(by_arch: dict[int, list[Counted]], activation: int) -> Iterator[str]:
-    """Markdown; of each launch the larger of the architectures' bytes, and what bounds it beside its memory's time."""
+    """Markdown, a line a launch: the larger of the architectures' bytes, and what bounds it, over its memory's time."""
     devices = [f"sm_{arch}" for arch in by_arch]
     yield f"| launch | unique | requested | instructions per product, {' / '.join(devices)} | {' | '.join(devices)} |"
     yield "| --- " * (4 + len(devices)) + "|"

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.geometry import check_nhwc
-from kernels.pointwise import relu_passes
+from .device.pointwise import relu_passes
+from .host.launch import check_nhwc
 
 
 @triton.jit

@@ -19,20 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.batch_norm import (
-    Tiling,
-    accumulator,
-    center_grad,
-    check_like,
-    check_vectors,
-    load_center,
-    merge_sums,
-    nhwc_shape,
-    tiling,
-)
-from kernels.geometry import SIZES
-from kernels.pointwise import affine, relu, relu_passes
-from kernels.reductions import column_sums
+from .batch_norm_backward_reduce import merge_sums
+from .device.batch_norm import center_grad, load_center
+from .device.max_pool import gather_grad, load_windows, locate
+from .device.pointwise import affine, relu
+from .device.reductions import column_sums
+from .host.launch import SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape
+from .host.tiling import Tiling, tiling
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
@@ -80,48 +73,6 @@ def pool_kernel(
     offsets = n * P * Q * C + pixels[:, None] * C + cols[None, :]
     tl.store(out + offsets, relu(best), mask=mask)
     tl.store(tap + offsets, best_tap.to(tl.uint8), mask=mask)
-
-
-@triton.jit
-def load_windows(dout, out, tap, n, windows, cols, P, Q, C: tl.constexpr):
-    """p and q of image n's windows; the taps and the gradients behind the ReLU of (p, q) and its three next ones.
-
-    These are (p, q + 1), (p + 1, q) and (p + 1, q + 1).
-    """
-    p = windows // Q
-    q = windows % Q
-    dout += n * P * Q * C
-    out += n * P * Q * C
-    tap += n * P * Q * C
-    taps, grads = (), ()
-    for i in tl.static_range(2):
-        for j in tl.static_range(2):
-            mask = ((p + i < P) & (q + j < Q))[:, None] & (cols < C)[None, :]
-            offsets = ((p + i) * Q + q + j)[:, None] * C + cols[None, :]
-            passes = relu_passes(tl.load(out + offsets, mask=mask, other=0.0))
-            grads += (tl.where(passes, tl.load(dout + offsets, mask=mask, other=0.0), 0.0),)
-            taps += (tl.load(tap + offsets, mask=mask, other=255),)
-    return p, q, taps, grads
-
-
-@triton.jit
-def locate(n, p, q, a: tl.constexpr, b: tl.constexpr, cols, H, W, C: tl.constexpr):
-    """Of the pixels (2p + a, 2q + b) of image n: offsets of their channels `cols`, and which of these exist."""
-    h = 2 * p + a
-    w = 2 * q + b
-    mask = ((h < H) & (w < W))[:, None] & (cols < C)[None, :]
-    return n * H * W * C + (h * W + w)[:, None] * C + cols[None, :], mask
-
-
-@triton.jit
-def gather_grad(taps, grads, a: tl.constexpr, b: tl.constexpr, ACC: tl.constexpr):
-    """g of the pixels (2p + a, 2q + b), a and b 0 or 1: the sum over the windows whose tap is the pixel."""
-    g = tl.zeros(grads[0].shape, ACC)
-    for i in tl.static_range(a + 1):
-        for j in tl.static_range(b + 1):
-            here = taps[2 * i + j] == (a + 1 - 2 * i) * 3 + b + 1 - 2 * j
-            g += tl.where(here, grads[2 * i + j], 0.0).to(ACC)
-    return g
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -230,18 +181,17 @@ def out_size(size: int) -> int:
 
 def _check_pooled(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Tensor) -> None:
     N, C, H, W = y.shape
-    dtype, device = y.dtype, y.device
     shape = N, C, out_size(H), out_size(W)
-    check_like((shape, dtype, device), "dout", dout)
-    check_like((shape, dtype, device), "out", out)
-    check_like((shape, torch.uint8, device), "tap", tap)
-    check_vectors((shape, dtype, device), "stats", stats, 4)
+    check_nhwc("dout", dout, y, shape)
+    check_nhwc("out", out, y, shape)
+    check_nhwc("tap", tap, y, shape, torch.uint8)
+    check_vectors("stats", stats, (4, C), y)
 
 
 def apply_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     """(out, tap): (N, C, P, Q) channels_last of y's type and of uint8, from y (N, C, H, W) and stats (4, C)."""
     nhwc_shape(y)
-    check_vectors((y.shape, y.dtype, y.device), "stats", stats, 4)
+    check_vectors("stats", stats, (4, y.shape[1]), y)
     N, C, H, W = y.shape
     P, Q = out_size(H), out_size(W)
     out = y.new_empty((N, C, P, Q)).to(memory_format=torch.channels_last)
@@ -310,7 +260,7 @@ def backward_apply(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Ten
     M, C = nhwc_shape(y)
     _check_pooled(dout, y, out, tap, stats)
     if sums is not None:
-        check_vectors((y.shape, y.dtype, y.device), "sums", sums, 2)
+        check_vectors("sums", sums, (2, y.shape[1]), y)
     (N, _, H, W), (P, Q) = y.shape, out.shape[2:]
     t = _tiling(P * Q, y)
     tiles = triton.cdiv(P * Q, t.BLOCK_M)

@@ -24,13 +24,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.batch_norm import FLAGS, Moments, accumulator, load_affine, load_running
-from kernels.geometry import SIZES, check_like, check_nhwc, check_span, check_vector, conv_shape, product_precision
-from kernels.implicit_gemm import dot, split_pixels, valid_taps
-from kernels.pointwise import affine, relu
-from kernels.prologue import batch_norm_relu
-from kernels.reductions import column_sums, lanes_along_columns
+from . import tuning
+from .batch_norm_statistics import Moments
+from .device.batch_norm import load_affine, load_running
+from .device.implicit_gemm import dot, split_pixels, valid_taps
+from .device.pointwise import affine, relu
+from .device.prologue import batch_norm_relu
+from .device.reductions import column_sums, lanes_along_columns
+from .host.launch import (
+    FLAGS,
+    SIZES,
+    accumulator,
+    check_nhwc,
+    check_span,
+    check_vector,
+    check_vectors,
+    product_precision,
+)
+from .host.shapes import conv_shape
 
 WIDE = tl.constexpr(64)  # columns of a tile from which its moments are worth a layout of their own
 
@@ -310,7 +321,7 @@ def conv_forward(
         x: (N, C, H, W) channels_last, float16, bfloat16, float32 or float64.
         weight: (K, C, R, S) channels_last, of x's type.
         stride, padding: the same along H and W; padding is with zeros, after the prologue.
-        stats: (4, C) of `batch_norm.statistics`: a = relu(x * scale + shift) in place of x.
+        stats: (4, C) of `batch_norm_finalize`: a = relu(x * scale + shift) in place of x.
         bias: (K,), added to y.
         frozen: y becomes batch_norm(y) with running statistics.
         skip: (N, K, P, Q) channels_last, added after `frozen` and `bias`.
@@ -326,7 +337,7 @@ def conv_forward(
     shape = conv_shape(x, weight, stride, padding)
     dtype, ACC = accumulator(x)
     if stats is not None:
-        check_like("stats", stats, (4, shape.C), dtype, x.device)
+        check_vectors("stats", stats, (4, shape.C), x)
     check_vector("bias", bias, shape.K, x)
     for name, vector in zip(Frozen._fields[:-1], frozen or ()):
         check_vector(name, vector, shape.K, x)

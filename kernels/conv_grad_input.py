@@ -28,13 +28,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, merge_sums, nhwc_shape
-from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, check_vector, product_precision
-from kernels.implicit_gemm import dot, split_pixels
-from kernels.pointwise import recomputed_relu_passes, relu_passes
-from kernels.reductions import column_sums
-from kernels.tuning import Config
+from . import tuning
+from .batch_norm_backward_reduce import merge_sums
+from .device.implicit_gemm import dot, split_pixels
+from .device.pointwise import recomputed_relu_passes, relu_passes
+from .device.reductions import column_sums
+from .host.launch import (
+    FLAGS,
+    SIZES,
+    accumulator,
+    check_nhwc,
+    check_span,
+    check_vector,
+    check_vectors,
+    nhwc_shape,
+    product_precision,
+)
+from .host.shapes import ConvShape
+from .tuning import Config
 
 
 @triton.jit
@@ -327,7 +338,7 @@ def _check(
     check_nhwc("weight", weight, dy, (shape.K, shape.C, shape.R, shape.S))
     if isinstance(epilogue, ReluMask):
         check_nhwc("y1", epilogue.y1, dy, x)
-        check_like("stats", epilogue.stats, (4, shape.C), accumulator(dy)[0], dy.device)
+        check_vectors("stats", epilogue.stats, (4, shape.C), dy)
         check_vector("dweight", dweight, shape.C, dy)
         check_vector("dbias", dbias, shape.C, dy)
     elif dweight is not None or dbias is not None:

@@ -26,14 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, nhwc_shape
-from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, product_precision
-from kernels.implicit_gemm import dot
-from kernels.pointwise import relu_passes
-from kernels.prologue import affine_relu, keep
-from kernels.reductions import column_sums
-from kernels.tuning import Config
+from . import tuning
+from .device.implicit_gemm import dot
+from .device.pointwise import relu_passes
+from .device.prologue import affine_relu, keep
+from .device.reductions import column_sums
+from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape, product_precision
+from .host.shapes import ConvShape
+from .tuning import Config
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
 
@@ -345,7 +345,7 @@ def conv_grad_weight(
 ) -> Tensor:
     """dW (K, C, R, S) channels_last of x's type, from dy (N, K, P, Q) and x (N, C, H, W), both channels_last.
 
-    With `stats` (4, C), as `batch_norm.statistics` gives them, the convolution's input was relu(x * scale + shift).
+    With `stats` (4, C), as `batch_norm_finalize` gives them, the convolution's input was relu(x * scale + shift).
     With `out` (N, K, P, Q) the gradient of the convolution's output is dy where the ReLU that made `out` passes it.
     float32 is multiplied in full, with `tf32` on tensor cores. The gradient of a bias is not taken here: wherever one
     is live, the backward of the BatchNorm or ReLU behind it has summed dy already.
@@ -452,7 +452,7 @@ def _check(
             f"{padding}, got {tuple(dy.shape)}"
         )
     if stats is not None:
-        check_like("stats", stats, (4, C), accumulator(x)[0], x.device)
+        check_vectors("stats", stats, (4, C), x)
     if out is not None:
         check_nhwc("out", out, x, expected)
     if 4 * max(H * W * C, shape.P * shape.Q * shape.K) > _MAX_SPAN or shape.K * R * S * C > _MAX_SPAN:

@@ -20,12 +20,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.batch_norm import FLAGS, accumulator, center_grad, load_center, nhwc_shape
-from kernels.batch_norm_max_pool import gather_grad, load_windows, locate, out_size
-from kernels.conv_grad_weight import empty_weight, merge_splits
-from kernels.geometry import SIZES, ConvShape, check_like, check_nhwc, check_span, product_precision
-from kernels.implicit_gemm import axis_taps, dot
+from . import tuning
+from .batch_norm_max_pool import out_size
+from .conv_grad_weight import empty_weight, merge_splits
+from .device.batch_norm import center_grad, load_center
+from .device.implicit_gemm import axis_taps, dot
+from .device.max_pool import gather_grad, load_windows, locate
+from .host.launch import (
+    FLAGS,
+    SIZES,
+    accumulator,
+    check_nhwc,
+    check_span,
+    check_vectors,
+    nhwc_shape,
+    product_precision,
+)
+from .host.shapes import ConvShape
 
 MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
 
@@ -155,14 +166,12 @@ def conv_grad_weight_max_pool(
     pooled = (shape.N, shape.K, out_size(shape.P), out_size(shape.Q))
     check_nhwc("dout", dout, x, pooled)
     check_nhwc("out", out, x, pooled)
-    check_nhwc("tap", tap, None, pooled)
-    if tap.dtype != torch.uint8 or tap.device != x.device:
-        raise TypeError(f"tap: expected torch.uint8 on {x.device}, got {tap.dtype} on {tap.device}")
+    check_nhwc("tap", tap, x, pooled, torch.uint8)
     dtype, ACC = accumulator(x)
     precision = product_precision(x, tf32)
-    check_like("stats", stats, (4, shape.K), dtype, x.device)
+    check_vectors("stats", stats, (4, shape.K), x)
     if sums is not None:
-        check_like("sums", sums, (2, shape.K), dtype, x.device)
+        check_vectors("sums", sums, (2, shape.K), x)
     check_span(shape.H * shape.W * shape.C + shape.P * shape.Q * shape.K, 1, 1, 1)
     dw = empty_weight(x, shape)
     if x.numel() == 0:

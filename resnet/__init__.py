@@ -4,10 +4,10 @@ from resnet import FusedResidual, resnet18
 net = resnet18(num_classes=10, in_channels=1, block=FusedResidual)
 """
 
-from resnet.backends import backend, convolution, current_backend, current_convolution
 from resnet.fused import FusedResidual, FusedStem
 from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
 from resnet.reference import Residual, Stem, resnet18, resnet_block
+from resnet.settings import backend, convolution, current_backend, current_convolution
 
 __all__ = [
     "FusedResidual",

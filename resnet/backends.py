@@ -1,168 +1,27 @@
-"""Which code runs the fused operations: the Triton kernels or plain PyTorch, and the convolutions among them.
-
-The only place that decides.
-"""
+"""Which code runs the fused operations, the Triton kernels or plain PyTorch: the only place that decides."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from kernels import choices
 from resnet import torch_backend
-
-T = TypeVar("T")
-
-VARIANTS = ("triton", "epilogue", "pytorch")  # each falls back on the next one where it does not exist
-
-
-def _triton() -> ModuleType:
-    """`triton_backend`, imported at first use: where there is no Triton the rest works without it."""
-    try:
-        from resnet import triton_backend
-    except ImportError as error:
-        raise RuntimeError(
-            f"backend 'triton' needs the package triton, which cannot be imported here ({error}); it is made for "
-            "Linux; backends 'auto' on the CPU and 'torch' do without"
-        ) from error
-    return triton_backend
-
-
-def _check_launchable() -> None:
-    """RuntimeError unless Triton can launch: a driver for a GPU is active, or the kernels are interpreted."""
-    _triton()
-    import triton
-    from triton.runtime.interpreter import InterpretedFunction
-
-    from kernels import batch_norm
-
-    if isinstance(batch_norm.apply_kernel, InterpretedFunction):
-        return
-    try:
-        triton.runtime.driver.active.get_current_target()
-    except RuntimeError as error:
-        raise RuntimeError(
-            "backend 'triton' needs a GPU that Triton supports, and none was found; to run the kernels on the CPU "
-            "in Triton's interpreter (slow), set TRITON_INTERPRET=1 in the environment before Python starts; for "
-            "speed on the CPU use backend 'auto' or 'torch'"
-        ) from error
-
-
-class _Choice:
-    """A setter, and a context manager that restores the old choice. Its start value comes from the environment.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-
-    names: ClassVar[tuple[str, ...]]
-    current: ClassVar[str]
-
-    def __init_subclass__(cls, names: tuple[str, ...], variable: str):
-        cls.names = names
-        cls.current = cls._checked(os.environ.get(variable, "auto"), variable)
-
-    @classmethod
-    def _checked(cls, name: str, source: str) -> str:
-        if name not in cls.names:
-            raise ValueError(f"{source}: expected one of {', '.join(map(repr, cls.names))}, got {name!r}")
-        return name
-
-    def __init__(self, name: str):
-        cls = type(self)
-        cls._checked(name, cls.__name__)
-        self._previous, cls.current = cls.current, name
-
-    def __enter__(self) -> _Choice:
-        return self
-
-    def __exit__(self, *_) -> None:
-        type(self).current = self._previous
-
-
-class backend(_Choice, names=("auto", "triton", "torch"), variable="FUSED_RESIDUAL_BACKEND"):
-    """Choose what runs the fused operations: a setter, and a context manager that restores the old choice.
-
-    `"auto"` (the default, or what `FUSED_RESIDUAL_BACKEND` says at import): Triton for tensors on a GPU, PyTorch for
-    tensors on the CPU. `"triton"`: the Triton kernels wherever the tensors are. `"torch"`: PyTorch's operators.
-
-        resnet.backend("torch")            # from now on
-        with resnet.backend("triton"):     # in this block
-            ...
-
-    Raises:
-        ValueError: an unknown name.
-        RuntimeError: `"triton"` where there is neither a GPU nor Triton's interpreter.
-    """
-
-    def __init__(self, name: str):
-        if name == "triton":
-            _check_launchable()
-        super().__init__(name)
-
-
-class convolution(_Choice, names=("auto", *VARIANTS), variable="FUSED_RESIDUAL_CONV"):
-    """Choose what runs the convolutions of the fused operations on the Triton backend; a setter and a context manager.
-
-    `"pytorch"`: PyTorch's convolution (cuDNN), and BatchNorm's kernels before and after it. `"epilogue"`: a Triton
-    convolution that also does what follows it (BatchNorm's statistics or sums, ReLU, the add); what precedes it is a
-    pass of its own. `"triton"`: what precedes it too is done by the convolution, as it loads its input. `"auto"` (the
-    default, or what `FUSED_RESIDUAL_CONV` says at import): the first call of each shape, type, device and direction
-    times all three, and the fastest is remembered (`kernels.choices`); on the CPU nothing is timed, and "auto" is
-    "triton".
-
-        resnet.convolution("pytorch")          # from now on
-        with resnet.convolution("triton"):     # in this block
-            ...
-
-    Where a convolution has nothing before it, "triton" is "epilogue"; where the Triton kernels do not cover it
-    (groups, dilation), all of them are "pytorch".
-
-    Raises:
-        ValueError: an unknown name.
-    """
-
-
-def current_convolution() -> str:
-    """The choice in force: "auto", "triton", "epilogue" or "pytorch"."""
-    return convolution.current
-
-
-def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], device: torch.device) -> Callable[[], T]:
-    """The one of a convolution's variants that `convolution` asks for, not yet called.
-
-    Args:
-        direction: "forward", "grad_input" or "grad_weight", whose times are compared.
-        key: everything else that the times depend on (shape, type, what is fused), the device aside.
-        variants: by name, whole paths to the same result, in the order "triton", "epilogue", "pytorch", the first two
-            only where they exist. With "auto" they are timed, so a call must change nothing that another one reads:
-            running statistics are updated outside.
-    """
-    if convolution.current != "auto":
-        asked = VARIANTS.index(convolution.current)
-        return next(variants[name] for name in VARIANTS[asked:] if name in variants)
-    if len(variants) == 1 or device.type == "cpu":
-        return next(iter(variants.values()))
-    return variants[choices.choose((direction, *key), variants, device)]
-
-
-def current_backend() -> str:
-    """The choice in force: "auto", "triton" or "torch"."""
-    return backend.current
+from resnet.settings import check_importable, check_launchable, current_backend
 
 
 def implementation(x: Tensor) -> ModuleType:
     """`triton_backend` or `torch_backend`, for tensors on x's device."""
-    if backend.current == "torch" or (backend.current == "auto" and x.device.type == "cpu"):
+    if current_backend() == "torch" or (current_backend() == "auto" and x.device.type == "cpu"):
         return torch_backend
     if x.device.type == "cpu":
-        _check_launchable()
-    return _triton()
+        check_launchable()
+    else:
+        check_importable()
+    from resnet import triton_backend  # at first use: it imports Triton
+
+    return triton_backend
 
 
 def ensure_available(x: Tensor) -> None:

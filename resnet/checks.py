@@ -8,18 +8,24 @@ from torch import Tensor
 from resnet.norm import Norm, statistics_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_VECTORS = ("weight", "bias", "running_mean", "running_var", "conv_bias")  # the first fields of a Norm
 
 
-def check_activation(x: Tensor, channels: int, name: str = "input") -> None:
-    """ValueError unless x is (N, channels, H, W) with H, W >= 1; TypeError for a type that no kernel takes."""
+def check_activation(x: Tensor, channels: int | None, name: str = "input") -> None:
+    """ValueError unless x is (N, channels, H, W) with H, W >= 1; TypeError for a type that no kernel takes.
+
+    None accepts any number of channels.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.dim() != 4:
-        raise ValueError(f"{name}: expected 4 axes (N, C, H, W), got {x.dim()}: shape {tuple(x.shape)}")
-    if x.shape[1] != channels:
-        raise ValueError(f"{name}: expected {channels} channels, got {x.shape[1]}: shape {tuple(x.shape)}")
-    if x.shape[2] < 1 or x.shape[3] < 1:
-        raise ValueError(f"{name}: expected height and width of at least 1, got shape {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"{name}: expected 4 axes (N, C, H, W), got {x.dim()}: shape {tuple(shape)}")
+    _, C, H, W = shape
+    if channels is not None and channels != C:
+        raise ValueError(f"{name}: expected {channels} channels, got {C}: shape {tuple(shape)}")
+    if H < 1 or W < 1:
+        raise ValueError(f"{name}: expected height and width of at least 1, got shape {tuple(shape)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
 
@@ -53,11 +59,11 @@ def check_conv_weight(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], c
 
 def check_vector(name: str, t: Tensor, x: Tensor, channels: int) -> None:
     """ValueError or TypeError unless t is (channels,), on x's device, of x's type or that of the statistics."""
-    accepted = (x.dtype, statistics_dtype(x.dtype))
-    if tuple(t.shape) != (channels,):
+    if t.shape != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), got {tuple(t.shape)}")
-    if t.dtype not in accepted:
-        raise TypeError(f"{name}: expected {' or '.join(map(str, dict.fromkeys(accepted)))}, got {t.dtype}")
+    if t.dtype != x.dtype and t.dtype != statistics_dtype(x.dtype):
+        accepted = dict.fromkeys((x.dtype, statistics_dtype(x.dtype)))
+        raise TypeError(f"{name}: expected {' or '.join(map(str, accepted))}, got {t.dtype}")
     _check_device(name, t, x)
 
 
@@ -67,8 +73,7 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -
         raise ValueError(f"{name}: expected running_mean and running_var both or neither")
     if not norm.training and norm.running_mean is None:
         raise ValueError(f"{name}: expected running_mean and running_var, since training is False, got None")
-    for field in ("weight", "bias", "running_mean", "running_var", "conv_bias"):
-        t = getattr(norm, field)
+    for field, t in zip(_VECTORS, norm):
         if t is not None:
             check_vector(f"{name}.{field}", t, x, channels)
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet import ops  # noqa: F401  (registers the operators)
+from resnet import (
+    backends,
+    ops,  # noqa: F401  (registers the operators)
+    torch_backend,
+)
 from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
 from resnet.norm import Norm
+from resnet.operands import BatchNormAddRelu
+from resnet.schema import pack
+from resnet.torch_backend.batch_norm import eager, is_eager_as_good
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -38,7 +45,7 @@ def batch_norm_add_relu(
     """relu(batch_norm(x) + shortcut) in one pass over the activations, and one for the statistics.
 
     Semantics of `torch.nn.functional.batch_norm`, followed by the add and `torch.relu`; statistics and per-channel
-    maths are float32 (float64 for float64). Differentiable once, in x, weight, bias and shortcut.
+    maths are float32 (float64 for float64). Differentiable in x, weight, bias and shortcut; once, where a kernel runs.
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32 or float64; any layout, channels_last is not converted.
@@ -55,9 +62,9 @@ def batch_norm_add_relu(
 
     Raises:
         ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
-        RuntimeError: on double backward.
+        RuntimeError: on double backward through a kernel.
     """
-    check_activation(x, x.shape[1] if isinstance(x, Tensor) and x.dim() > 1 else 0)
+    check_activation(x, None)
     norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
     check_norm(norm, x, x.shape[1])
     check_values_per_channel(norm, tuple(x.shape))
@@ -65,16 +72,8 @@ def batch_norm_add_relu(
         check_activation(shortcut, x.shape[1], "shortcut")
         check_shortcut(shortcut, x)
         shortcut = channels_last(shortcut)
-    return torch.ops.fused_residual.batch_norm_add_relu(
-        channels_last(x),
-        shortcut,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.conv_bias,
-        norm.training,
-        norm.momentum,
-        norm.eps,
-        relu,
-    )[0]
+    x = channels_last(x)
+    if relu and backends.implementation(x) is torch_backend and is_eager_as_good(x, norm):
+        return eager(x, norm, shortcut)
+    arguments = BatchNormAddRelu(x, shortcut, norm, relu)
+    return torch.ops.fused_residual.batch_norm_add_relu(*pack(arguments))[0]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from resnet import operands
 from resnet.backends import ensure_available
 from resnet.checks import check_activation, check_conv_weight, check_norm, check_values_per_channel, check_vector
 from resnet.functional import channels_last
 from resnet.norm import Norm
+from resnet.operands import Convolutions
 from resnet.reference import Residual, Stem
+from resnet.schema import pack
 
 _ops = torch.ops.fused_residual
 _warned: set[str] = set()
@@ -120,22 +124,31 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def _records_gradient(arguments: list) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
 def _without_autocast(x: Tensor) -> AbstractContextManager:
     """The operators take their inputs as they are; a device that has no autocast (meta) has none to disable."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
-def _records_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def _call(recorded: Callable, inference: Callable, arguments: tuple, batch_statistics: bool) -> Tensor:
+    """The operator for inference where the statistics are frozen and no gradient is recorded, else the other."""
+    flat = pack(arguments)
+    with _without_autocast(arguments.x):
+        if batch_statistics or _records_gradient(flat):
+            return recorded(*flat)[0]
+        return inference(*flat)
 
 
 class FusedStem(Stem):
     """`Stem` with BatchNorm, ReLU and max-pool in one pass; same children, so the same `state_dict`.
 
-    The ReLU comes behind the pool, on a quarter of the pixels: relu(pool(z)) is pool(relu(z)), gradients included.
-    Where a window's maximum is positive its place is the same, and where it is not, nothing passes the ReLU; NaN stays
-    NaN. Kept for backward: the input, the convolution's output, the output and a byte for each of its elements.
+    The ReLU comes after the pool, on a quarter of the pixels: relu(pool(z)) is pool(relu(z)), gradients included.
+    Where a window's maximum is positive, its place is the same; where it is not, nothing passes the ReLU. NaN stays
+    NaN. Backward needs the input, the convolution's output, the output, and a byte for each of its elements.
     """
 
     def __init__(self, in_channels: int, channels: int = 64):
@@ -163,19 +176,16 @@ class FusedStem(Stem):
         check_values_per_channel(norm, (x.shape[0], conv.out_channels, *size), "1")
         ensure_available(x)
         norm = _count_batch(bn, norm)
-        arguments = (x, conv.weight.to(x.dtype), conv.stride[0], conv.padding[0], *norm)
-        with _without_autocast(x):
-            if norm.training or _records_gradient(*arguments[:2], norm.weight, norm.bias, conv.bias):
-                return _ops.stem(*arguments)[0]
-            return _ops.stem_inference(*arguments)
+        arguments = operands.Stem(x, conv.weight.to(x.dtype), conv.stride[0], conv.padding[0], norm)
+        return _call(_ops.stem, _ops.stem_inference, arguments, norm.training)
 
 
 class FusedResidual(Residual):
     """The residual block on fused operators: BatchNorm, the residual add and ReLU move each activation once.
 
     Drop-in for `Residual` (d2l.ai): same constructor, parameters, buffers and `state_dict`. Activations are
-    channels_last inside; an input in another layout is converted, outputs and gradients are channels_last. Kept for
-    backward: the input, the two convolutions' outputs, the output, and per-channel vectors.
+    channels_last inside; an input in another layout is converted, outputs and gradients are channels_last. Backward
+    needs the input, the two convolutions' outputs, the output, and per-channel vectors.
 
     A submodule that was replaced, hooked or parametrised makes the block run PyTorch's operators instead, with one
     warning that names it.
@@ -231,12 +241,12 @@ class FusedResidual(Residual):
         self._check(x, (norm1, norm2), cast=dtype is not None)
         ensure_available(x)
         norm1, norm2 = _count_batch(self.bn1, norm1), _count_batch(self.bn2, norm2)
-        weights = [conv.weight.to(x.dtype) for conv in (self.conv1, self.conv2)]
-        weights.append(None if self.conv3 is None else self.conv3.weight.to(x.dtype))
-        conv3_bias = None if self.conv3 is None else self.conv3.bias
-        with _without_autocast(x):
-            arguments = (x, *weights, conv3_bias, self.conv1.stride[0], *norm1, *norm2)
-            batch_statistics = norm1.training or norm2.training
-            if batch_statistics or _records_gradient(x, *weights, conv3_bias, *norm1[:5], *norm2[:5]):
-                return _ops.residual_block(*arguments)[0]
-            return _ops.residual_block_inference(*arguments)
+        convs = Convolutions(
+            self.conv1.weight.to(x.dtype),
+            self.conv2.weight.to(x.dtype),
+            None if self.conv3 is None else self.conv3.weight.to(x.dtype),
+            None if self.conv3 is None else self.conv3.bias,
+            self.conv1.stride[0],
+        )
+        arguments = operands.Block(x, convs, norm1, norm2)
+        return _call(_ops.residual_block, _ops.residual_block_inference, arguments, norm1.training or norm2.training)

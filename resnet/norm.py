@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resnet.schema import Updated
+
 
 class Norm(NamedTuple):
     """A BatchNorm over C channels, with the semantics of `torch.nn.functional.batch_norm`.
@@ -17,8 +19,8 @@ class Norm(NamedTuple):
 
     weight: Tensor | None  # (C,)
     bias: Tensor | None  # (C,)
-    running_mean: Tensor | None  # (C,), updated in place when training
-    running_var: Tensor | None  # (C,), updated in place when training
+    running_mean: Updated  # (C,), when training
+    running_var: Updated  # (C,), when training
     conv_bias: Tensor | None  # (C,)
     training: bool  # normalise by batch statistics
     momentum: float
@@ -29,8 +31,8 @@ class NormGrad(NamedTuple):
     dx: Tensor  # (N, C, H, W)
     dweight: Tensor | None  # (C,)
     dbias: Tensor | None  # (C,)
-    sum_g: Tensor  # (C,), in the type of the statistics: the gradient of anything that was added per channel
-    g: Tensor | None  # (N, C, H, W): dout behind the ReLU, the gradient of the shortcut; None where it is dout itself
+    sum_g: Tensor  # (C,), in the type of the statistics: the gradient of whatever was added per channel
+    g: Tensor | None  # (N, C, H, W): dout where the ReLU passes it, for the shortcut; None where that is dout itself
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

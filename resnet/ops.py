@@ -7,7 +7,11 @@ operator as one node. Activations here are channels_last and checked; `resnet.fu
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
     fused_residual::residual_block             the block in training, or in evaluation where gradients are wanted
     fused_residual::residual_block_inference   the block with frozen statistics and without gradients
-    fused_residual::stem_inference             the stem, likewise
+    fused_residual::stem_inference             the stem with frozen statistics and without gradients
+
+The named tuples of `operands` describe each operator; schemas, what is wanted and what is returned follow from them.
+The first three have a backward operator each, which takes the output's gradient, what was kept, and a flag for each
+argument of the forward operator; it gives the gradients of those that are flagged.
 
 Operators that take running statistics update them in place, which `torch.library.custom_op` does not allow together
 with an autograd formula. They are therefore defined on a `Library`, with the formula on the Autograd key.
@@ -16,56 +20,136 @@ with an autograd formula. They are therefore defined on a `Library`, with the fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
 from resnet import backends
-from resnet.block import Convolutions, Needs, Saved
-from resnet.convolution import out_size
 from resnet.norm import Norm, statistics_dtype
+from resnet.operands import (
+    BatchNormAddRelu,
+    BatchNormAddReluKept,
+    BatchNormAddReluOutput,
+    Block,
+    BlockKept,
+    BlockOutput,
+    Convolutions,
+    Stem,
+    StemKept,
+    StemOutput,
+)
+from resnet.schema import leaves, pack, parameters, unpack
 
 _NAMESPACE = "fused_residual"
 _LIBRARY = Library(_NAMESPACE, "DEF")
 _ops = getattr(torch.ops, _NAMESPACE)
 
-
-# A Norm in a schema
-_NORM = (
-    "Tensor? weight{i}, Tensor? bias{i}, Tensor({a}!)? running_mean{i}, Tensor({b}!)? running_var{i}, "
-    "Tensor? conv_bias{i}, bool training{i}, float momentum{i}, float eps{i}"
-)
-_FROZEN = _NORM.replace("({a}!)", "").replace("({b}!)", "")
-_NORM1, _NORM2 = _NORM.format(i=1, a="a", b="b"), _NORM.format(i=2, a="c", b="d")
-_NORM_FIELDS = len(Norm._fields)
+# ---- registration ------------------------------------------------------------------------------------------------
 
 
-def _define(schema: str, fake: Callable, formula: type[torch.autograd.Function] | None = None) -> Callable:
-    """Decorator: register an implementation under `schema`; `formula.apply(keyset, *args)` is its autograd."""
+def _register(schema: str, implementation: Callable, fake: Callable) -> str:
+    """Define the operator; its name."""
     name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return name
 
-    def decorate(implementation: Callable) -> Callable:
-        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-        register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
-        if formula is not None:
-            op = getattr(_ops, name).default
 
-            def autograd(keyset: torch._C.DispatchKeySet, *args):
-                if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-                    return formula.apply(keyset, *args)
-                return _below_autograd(op, keyset, args)
+def _differentiate(name: str, formula: type[torch.autograd.Function]) -> None:
+    """`formula.apply(keyset, *args)` is the operator where a gradient is recorded."""
+    op = getattr(_ops, name).default
 
-            _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
-        return implementation
+    def autograd(keyset: torch._C.DispatchKeySet, *args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return formula.apply(keyset, *args)
+        return _below_autograd(op, keyset, args)
 
-    return decorate
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
 
 
 def _below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, args: Sequence):
     with torch._C._AutoDispatchBelowAutograd():
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+@dataclass(frozen=True)
+class _Differentiable:
+    """An operator and its backward operator, by the classes of `operands` and functions of their instances."""
+
+    name: str
+    arguments: type[tuple]
+    output: type[tuple]  # the first field is the result, the others are kept for backward
+    kept: type[tuple]
+    fake: Callable  # of arguments: an output of uninitialised memory
+    forward: Callable  # of arguments: the output
+    keep: Callable  # of arguments and output: what is kept
+    like: Callable  # of what is kept: arguments of the shapes of their gradients
+    backward: Callable  # of dout, what is kept, and which gradients are wanted: the gradients, in the arguments' places
+    passed_on: Callable = lambda kept: ()  # of what is kept: names of the arguments whose gradient is dout itself
+
+    def register(self) -> None:
+        results = ", ".join(f"{leaf.type} {leaf.name}" for leaf in leaves(self.output))
+        _register(f"{self.name}({parameters(self.arguments)}) -> ({results})", self._forward, self._fake)
+        schema = f"{self.name}_backward(Tensor dout, {parameters(self.kept, updates=False)}, bool[] needs) -> Tensor[]"
+        backward = _register(schema, self._backward, self._backward_fake)
+        _differentiate(self.name, self._formula())
+        _differentiate(backward, _once(backward))
+
+    def _fake(self, *flat) -> tuple:
+        return tuple(self.fake(unpack(self.arguments, flat)))
+
+    def _forward(self, *flat) -> tuple:
+        if flat[0].numel() == 0:
+            return tuple(t.zero_() for t in self._fake(*flat))
+        return tuple(self.forward(unpack(self.arguments, flat)))
+
+    def _backward_fake(self, dout: Tensor, *rest) -> list[Tensor]:
+        *kept, needs = rest
+        like = pack(self.like(unpack(self.kept, kept)))
+        return [_like(t) for t, need in zip(like, needs, strict=True) if need]
+
+    def _backward(self, dout: Tensor, *rest) -> list[Tensor]:
+        if dout.numel() == 0:
+            return [t.zero_() for t in self._backward_fake(dout, *rest)]
+        *flat, needs = rest
+        grads = self.backward(dout, unpack(self.kept, flat), unpack(self.arguments, needs))
+        return [grad for grad, need in zip(pack(grads), needs, strict=True) if need]
+
+    def _formula(self) -> type[torch.autograd.Function]:
+        description = self
+        names = [leaf.name for leaf in leaves(self.arguments)]
+
+        class Formula(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, keyset, *flat):
+                outputs = _below_autograd(getattr(_ops, description.name).default, keyset, flat)
+                arguments, output = unpack(description.arguments, flat), unpack(description.output, outputs)
+                kept = pack(description.keep(arguments, output))
+                ctx.settings = [None if isinstance(value, Tensor) else value for value in kept]
+                ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in kept))
+                ctx.mark_non_differentiable(*outputs[1:])
+                ctx.set_materialize_grads(False)
+                return tuple(outputs)
+
+            @staticmethod
+            def backward(ctx, dout, *_):
+                if dout is None:
+                    return (None,) * len(ctx.needs_input_grad)
+                kept = [s if t is None else t for t, s in zip(ctx.saved_tensors, ctx.settings, strict=True)]
+                passed_on = description.passed_on(unpack(description.kept, kept))
+                wanted = ctx.needs_input_grad[1:]
+                needs = [need and name not in passed_on for name, need in zip(names, wanted, strict=True)]
+                grads = iter(getattr(_ops, f"{description.name}_backward")(_dense(dout), *kept, needs))
+                computed = [next(grads) if need else None for need in needs]
+                return None, *(
+                    dout if need and name in passed_on else grad
+                    for name, need, grad in zip(names, wanted, computed, strict=True)
+                )
+
+        return Formula
 
 
 def _once(name: str) -> type[torch.autograd.Function]:
@@ -86,17 +170,29 @@ def _once(name: str) -> type[torch.autograd.Function]:
     return NoDoubleBackward
 
 
+# ---- what the operators share ------------------------------------------------------------------------------------
+
+
 def _like(t: Tensor) -> Tensor:
     """An empty gradient or activation for t: channels_last where it has four axes."""
     return torch.empty_like(t, memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
 
 
-def _stats_like(x: Tensor, channels: int) -> Tensor:
+def _empty_map(x: Tensor, channels: int, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
+    return x.new_empty((x.shape[0], channels, height, width)).to(memory_format=torch.channels_last)
+
+
+def _empty_stats(x: Tensor, channels: int) -> Tensor:
     return x.new_empty((4, channels), dtype=statistics_dtype(x.dtype))
 
 
 def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
+
+
+def _out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -> int | torch.SymInt:
+    """Pixels along one axis of a convolution's or a pool's output."""
+    return (size + 2 * padding - kernel) // stride + 1
 
 
 def _mark_updated(norm: Norm) -> None:
@@ -107,345 +203,156 @@ def _mark_updated(norm: Norm) -> None:
                 torch.autograd.graph.increment_version(running)
 
 
-def _conv_bias_grad(norm: Norm, stats: Tensor, sum_g: Tensor) -> Tensor:
-    """Zero under batch statistics, where the bias cancels; sum dx = scale * sum g under frozen ones."""
-    if norm.training:
-        return torch.zeros_like(norm.conv_bias)
-    return (stats[2] * sum_g).to(norm.conv_bias.dtype)
+def _without_running(norm: Norm) -> Norm:
+    """The norm as backward needs it: the statistics that were used are kept beside it."""
+    return norm._replace(running_mean=None, running_var=None)
+
+
+def _norm_grads(
+    norm: Norm, dweight: Tensor | None, dbias: Tensor | None, stats: Tensor, sum_g: Tensor, needs: Norm
+) -> Norm:
+    """The gradients in a norm's places.
+
+    The convolution's bias cancels under batch statistics, so its gradient is zero. Under frozen ones its gradient is
+    sum dx = scale * sum g.
+    """
+    dconv_bias = None
+    if needs.conv_bias:
+        zero_or_sum = torch.zeros_like(sum_g) if norm.training else stats[2] * sum_g
+        dconv_bias = zero_or_sum.to(norm.conv_bias.dtype)
+    return Norm(dweight, dbias, None, None, dconv_bias, None, None, None)
 
 
 # ---- relu(batch_norm(x) + shortcut) ------------------------------------------------------------------------------
 
 
-def _batch_norm_add_relu_fake(x, shortcut, weight, bias, running_mean, running_var, *_):
-    return _like(x), _stats_like(x, x.shape[1])
-
-
-class _BatchNormAddReluGrad(torch.autograd.Function):
-    """Saves x, out, stats and the parameters: nothing else of the size of an activation."""
-
-    @staticmethod
-    def forward(ctx, keyset, x, shortcut, weight, bias, running_mean, running_var, conv_bias, *settings):
-        args = (x, shortcut, weight, bias, running_mean, running_var, conv_bias, *settings)
-        out, stats = _below_autograd(_ops.batch_norm_add_relu.default, keyset, args)
-        ctx.training, _, ctx.eps, ctx.relu = settings
-        ctx.shortcut = shortcut is not None
-        ctx.save_for_backward(x, out if ctx.relu else None, stats, weight, bias, conv_bias)
-        ctx.mark_non_differentiable(stats)
-        ctx.set_materialize_grads(False)
-        return out, stats
-
-    @staticmethod
-    def backward(ctx, dout, _):
-        if dout is None:
-            return (None,) * 12
-        x, out, stats, weight, bias, conv_bias = ctx.saved_tensors
-        needs_x, needs_shortcut = ctx.needs_input_grad[1:3]
-        needs = [needs_x, needs_shortcut and ctx.relu, *ctx.needs_input_grad[3:5], ctx.needs_input_grad[7]]
-        grads = iter(
-            _ops.batch_norm_add_relu_backward(
-                _dense(dout),
-                x,
-                out,
-                stats,
-                weight,
-                bias,
-                conv_bias,
-                ctx.training,
-                ctx.eps,
-                ctx.relu,
-                ctx.shortcut,
-                needs,
-            )
-        )
-        dx, dshortcut, dweight, dbias, dconv_bias = (next(grads) if need else None for need in needs)
-        if needs_shortcut and not ctx.relu:
-            dshortcut = dout
-        return (None, dx, dshortcut, dweight, dbias, None, None, dconv_bias, *(None,) * 4)
-
-
-@_define(
-    "batch_norm_add_relu(Tensor x, Tensor? shortcut, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? conv_bias, bool training, float momentum, float eps, bool relu) "
-    "-> (Tensor out, Tensor stats)",
-    _batch_norm_add_relu_fake,
-    _BatchNormAddReluGrad,
-)
-def _batch_norm_add_relu(
-    x, shortcut, weight, bias, running_mean, running_var, conv_bias, training, momentum, eps, relu
-):
-    if x.numel() == 0:
-        return _like(x), _stats_like(x, x.shape[1]).zero_()
-    norm = Norm(weight, bias, running_mean, running_var, conv_bias, training, momentum, eps)
-    out, stats = backends.implementation(x).batch_norm(x, norm, shortcut, relu=relu)
+def _batch_norm_add_relu(arguments: BatchNormAddRelu) -> BatchNormAddReluOutput:
+    x, shortcut, norm, relu = arguments
+    out, stats = backends.implementation(x).batch_norm_add_relu(x, norm, shortcut, relu=relu)
     _mark_updated(norm)
-    return out, stats
+    return BatchNormAddReluOutput(out, stats)
 
 
-def _needed(needs: Sequence[bool], candidates: Sequence) -> list:
-    return [c for c, need in zip(candidates, needs, strict=True) if need]
+def _batch_norm_add_relu_backward(
+    dout: Tensor, kept: BatchNormAddReluKept, needs: BatchNormAddRelu
+) -> BatchNormAddRelu:
+    x, out, stats, norm, relu, added = kept
+    grad = backends.implementation(x).batch_norm_add_relu_backward(dout, x, out, stats, norm, relu, added)
+    norm_grads = _norm_grads(norm, grad.dweight, grad.dbias, stats, grad.sum_g, needs.norm)
+    return BatchNormAddRelu(grad.dx, grad.g, norm_grads, None)
 
 
-def _batch_norm_add_relu_backward_fake(
-    dout, x, out, stats, weight, bias, conv_bias, training, eps, relu, shortcut, needs
-):
-    return [_like(t) for t in _needed(needs, (x, x, weight, bias, conv_bias))]
-
-
-@_define(
-    "batch_norm_add_relu_backward(Tensor dout, Tensor x, Tensor? out, Tensor stats, Tensor? weight, Tensor? bias, "
-    "Tensor? conv_bias, bool training, float eps, bool relu, bool shortcut, bool[] needs) -> Tensor[]",
-    _batch_norm_add_relu_backward_fake,
-    _once("batch_norm_add_relu_backward"),
-)
-def _batch_norm_add_relu_backward(dout, x, out, stats, weight, bias, conv_bias, training, eps, relu, shortcut, needs):
-    if x.numel() == 0:
-        return [_like(t).zero_() for t in _needed(needs, (x, x, weight, bias, conv_bias))]
-    norm = Norm(weight, bias, None, None, conv_bias, training, 0.0, eps)
-    grad = backends.implementation(x).batch_norm_backward(dout, x, out, stats, norm, relu, shortcut)
-    dconv_bias = _conv_bias_grad(norm, stats, grad.sum_g) if needs[4] else None
-    return _needed(needs, (grad.dx, grad.g, grad.dweight, grad.dbias, dconv_bias))
-
+_Differentiable(
+    "batch_norm_add_relu",
+    BatchNormAddRelu,
+    BatchNormAddReluOutput,
+    BatchNormAddReluKept,
+    fake=lambda a: BatchNormAddReluOutput(_like(a.x), _empty_stats(a.x, a.x.shape[1])),
+    forward=_batch_norm_add_relu,
+    keep=lambda a, o: BatchNormAddReluKept(
+        a.x, o.out if a.relu else None, o.stats, _without_running(a.norm), a.relu, a.shortcut is not None
+    ),
+    like=lambda kept: BatchNormAddRelu(kept.x, kept.x, kept.norm, None),
+    backward=_batch_norm_add_relu_backward,
+    passed_on=lambda kept: () if kept.relu else ("shortcut",),
+).register()
 
 # ---- the stem: max_pool(relu(batch_norm(conv(x)))) ----------------------------------------------------------------
 
 
-def _stem_fake(x, weight, stride, padding, *_):
-    N, K = x.shape[0], weight.shape[0]
-    P, Q = (out_size(x.shape[i], weight.shape[i], stride, padding) for i in (2, 3))
-    y = x.new_empty((N, K, P, Q)).to(memory_format=torch.channels_last)
-    out = x.new_empty((N, K, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1))).to(memory_format=torch.channels_last)
-    return out, y, torch.empty_like(out, dtype=torch.uint8), _stats_like(x, K)
+def _stem_fake(arguments: Stem) -> StemOutput:
+    x, weight, stride, padding, _ = arguments
+    K = weight.shape[0]
+    P, Q = (_out_size(x.shape[i], weight.shape[i], stride, padding) for i in (2, 3))
+    out = _empty_map(x, K, _out_size(P, 3, 2, 1), _out_size(Q, 3, 2, 1))
+    return StemOutput(out, _empty_map(x, K, P, Q), torch.empty_like(out, dtype=torch.uint8), _empty_stats(x, K))
 
 
-class _StemGrad(torch.autograd.Function):
-    """Saves x, y, and of a quarter of y's size out and a byte per element; stats and the parameters."""
-
-    @staticmethod
-    def forward(ctx, keyset, *args):
-        out, y, tap, stats = _below_autograd(_ops.stem.default, keyset, args)
-        x, weight, ctx.stride, ctx.padding, *norm = args
-        norm = Norm(*norm)
-        ctx.settings = norm.training, norm.eps
-        ctx.save_for_backward(x, y, out, tap, stats, weight, norm.weight, norm.bias, norm.conv_bias)
-        ctx.mark_non_differentiable(y, tap, stats)
-        ctx.set_materialize_grads(False)
-        return out, y, tap, stats
-
-    @staticmethod
-    def backward(ctx, dout, *_):
-        if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
-        needs = [ctx.needs_input_grad[i] for i in (1, 2, 5, 6, 9)]
-        grads = iter(
-            _ops.stem_backward(_dense(dout), *ctx.saved_tensors, ctx.stride, ctx.padding, *ctx.settings, needs)
-        )
-        dx, dconv, dweight, dbias, dconv_bias = (next(grads) if need else None for need in needs)
-        return (None, dx, dconv, None, None, dweight, dbias, None, None, dconv_bias, None, None, None)
-
-
-@_define(
-    f"stem(Tensor x, Tensor conv_weight, int stride, int padding, {_NORM1}) "
-    "-> (Tensor out, Tensor y, Tensor tap, Tensor stats)",
-    _stem_fake,
-    _StemGrad,
-)
-def _stem(x, weight, stride, padding, *norm):
-    if x.numel() == 0:
-        return tuple(t.zero_() for t in _stem_fake(x, weight, stride, padding))
-    norm = Norm(*norm)
-    out, y, tap, stats = backends.implementation(x).stem(x, weight, norm, stride, padding)
+def _stem(arguments: Stem) -> StemOutput:
+    x, weight, stride, padding, norm = arguments
+    out, y, tap, stats = backends.implementation(x).stem_forward(x, weight, norm, stride, padding)
     _mark_updated(norm)
-    return _dense(out), y, _dense(tap), stats
+    return StemOutput(_dense(out), y, _dense(tap), stats)
 
 
-def _stem_backward_fake(dout, x, y, out, tap, stats, *rest):
-    *parameters, _, _, _, _, needs = rest
-    return [_like(t) for t in _needed(needs, (x, *parameters))]
+def _stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> Stem:
+    grad = backends.implementation(kept.x).stem_backward(dout, kept, needs)
+    norm_grads = _norm_grads(kept.norm, grad.weight, grad.bias, kept.output.stats, grad.sum_g, needs.norm)
+    return Stem(grad.x, grad.conv, None, None, norm_grads)
 
 
-@_define(
-    "stem_backward(Tensor dout, Tensor x, Tensor y, Tensor out, Tensor tap, Tensor stats, Tensor conv_weight, "
-    "Tensor? weight, Tensor? bias, Tensor? conv_bias, int stride, int padding, bool training, float eps, "
-    "bool[] needs) -> Tensor[]",
-    _stem_backward_fake,
-    _once("stem_backward"),
-)
-def _stem_backward(
-    dout, x, y, out, tap, stats, conv_weight, weight, bias, conv_bias, stride, padding, training, eps, needs
-):
-    if x.numel() == 0:
-        return [_like(t).zero_() for t in _needed(needs, (x, conv_weight, weight, bias, conv_bias))]
-    norm = Norm(weight, bias, None, None, conv_bias, training, 0.0, eps)
-    grad = backends.implementation(x).stem_backward(
-        dout, x, y, out, tap, stats, conv_weight, norm, stride, padding, *needs[:2]
-    )
-    dconv_bias = _conv_bias_grad(norm, stats, grad.sum_g) if needs[4] else None
-    return _needed(needs, (grad.x, grad.conv, grad.weight, grad.bias, dconv_bias))
-
+_Differentiable(
+    "stem",
+    Stem,
+    StemOutput,
+    StemKept,
+    fake=_stem_fake,
+    forward=_stem,
+    keep=lambda a, output: StemKept(a.x, output, a.weight, _without_running(a.norm), a.stride, a.padding),
+    like=lambda kept: Stem(kept.x, kept.weight, None, None, kept.norm),
+    backward=_stem_backward,
+).register()
 
 # ---- the residual block ------------------------------------------------------------------------------------------
 
 
-def _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *_):
-    channels = conv1_weight.shape[0]
-    shape = (x.shape[0], channels, *(out_size(size, 3, stride, 1) for size in x.shape[2:]))
-    out, y1, y2 = (x.new_empty(shape).to(memory_format=torch.channels_last) for _ in range(3))
-    return out, y1, y2, _stats_like(x, channels), _stats_like(x, channels)
+def _block_fake(arguments: Block) -> BlockOutput:
+    x, convs, _, _ = arguments
+    K = convs.conv1.shape[0]
+    size = [_out_size(s, 3, convs.stride, 1) for s in x.shape[2:]]
+    out, y1, y2 = (_empty_map(x, K, *size) for _ in range(3))
+    return BlockOutput(out, y1, y2, _empty_stats(x, K), _empty_stats(x, K))
 
 
-class _ResidualBlockGrad(torch.autograd.Function):
-    """Saves x, y1, y2, out, the per-channel stats and the parameters; a1 = relu(bn1(y1)) is computed again."""
-
-    @staticmethod
-    def forward(ctx, keyset, *args):
-        out, y1, y2, stats1, stats2 = _below_autograd(_ops.residual_block.default, keyset, args)
-        x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, ctx.stride, *norms = args
-        norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
-        ctx.settings = (norm1.training, norm1.eps, norm2.training, norm2.eps)
-        ctx.save_for_backward(
-            x,
-            y1,
-            y2,
-            out,
-            stats1,
-            stats2,
-            conv1_weight,
-            conv2_weight,
-            conv3_weight,
-            conv3_bias,
-            norm1.weight,
-            norm1.bias,
-            norm1.conv_bias,
-            norm2.weight,
-            norm2.bias,
-            norm2.conv_bias,
-        )
-        ctx.mark_non_differentiable(y1, y2, stats1, stats2)
-        ctx.set_materialize_grads(False)
-        return out, y1, y2, stats1, stats2
-
-    @staticmethod
-    def backward(ctx, dout, *_):
-        if dout is None:
-            return (None,) * len(ctx.needs_input_grad)
-        # x, the convolutions' parameters; of each norm weight, bias and conv_bias: the order of the backward operator
-        needs = [ctx.needs_input_grad[i] for i in (1, 2, 3, 4, 5, 7, 8, 11, 15, 16, 19)]
-        grads = iter(_ops.residual_block_backward(_dense(dout), *ctx.saved_tensors, ctx.stride, *ctx.settings, needs))
-        dx, dconv1, dconv2, dconv3, dconv3_bias, *dnorms = (next(grads) if need else None for need in needs)
-        dweight1, dbias1, dconv1_bias, dweight2, dbias2, dconv2_bias = dnorms
-        return (
-            *(None, dx, dconv1, dconv2, dconv3, dconv3_bias, None),
-            *(dweight1, dbias1, None, None, dconv1_bias, None, None, None),
-            *(dweight2, dbias2, None, None, dconv2_bias, None, None, None),
-        )
+def _block(arguments: Block) -> BlockOutput:
+    output = backends.implementation(arguments.x).block_forward(*arguments)
+    _mark_updated(arguments.norm1)
+    _mark_updated(arguments.norm2)
+    return output
 
 
-@_define(
-    "residual_block(Tensor x, Tensor conv1_weight, Tensor conv2_weight, Tensor? conv3_weight, Tensor? conv3_bias, "
-    f"int stride, {_NORM1}, {_NORM2}) -> (Tensor out, Tensor y1, Tensor y2, Tensor stats1, Tensor stats2)",
-    _residual_block_fake,
-    _ResidualBlockGrad,
-)
-def _residual_block(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *norms):
-    if x.numel() == 0:
-        empty = _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
-        return tuple(t.zero_() for t in empty)
-    norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
-    convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
-    _, y1, y2, out, stats1, stats2 = backends.implementation(x).residual_block(x, convs, norm1, norm2)
-    _mark_updated(norm1)
-    _mark_updated(norm2)
-    return out, y1, y2, stats1, stats2
-
-
-def _residual_block_backward_fake(dout, x, y1, y2, out, stats1, stats2, *rest):
-    *parameters, _, _, _, _, _, needs = rest
-    return [_like(t) for t in _needed(needs, (x, *parameters))]
-
-
-@_define(
-    "residual_block_backward(Tensor dout, Tensor x, Tensor y1, Tensor y2, Tensor out, Tensor stats1, Tensor stats2, "
-    "Tensor conv1_weight, Tensor conv2_weight, Tensor? conv3_weight, Tensor? conv3_bias, "
-    "Tensor? weight1, Tensor? bias1, Tensor? conv_bias1, Tensor? weight2, Tensor? bias2, Tensor? conv_bias2, "
-    "int stride, bool training1, float eps1, bool training2, float eps2, bool[] needs) -> Tensor[]",
-    _residual_block_backward_fake,
-    _once("residual_block_backward"),
-)
-def _residual_block_backward(
-    dout,
-    x,
-    y1,
-    y2,
-    out,
-    stats1,
-    stats2,
-    conv1_weight,
-    conv2_weight,
-    conv3_weight,
-    conv3_bias,
-    weight1,
-    bias1,
-    conv_bias1,
-    weight2,
-    bias2,
-    conv_bias2,
-    stride,
-    training1,
-    eps1,
-    training2,
-    eps2,
-    needs,
-):
-    if x.numel() == 0:
-        parameters = (conv1_weight, conv2_weight, conv3_weight, conv3_bias)
-        norms = (weight1, bias1, conv_bias1, weight2, bias2, conv_bias2)
-        return [_like(t).zero_() for t in _needed(needs, (x, *parameters, *norms))]
-    needs = Needs(*needs)
-    norm1 = Norm(weight1, bias1, None, None, conv_bias1, training1, 0.0, eps1)
-    norm2 = Norm(weight2, bias2, None, None, conv_bias2, training2, 0.0, eps2)
-    convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
-    saved = Saved(x, y1, y2, out, stats1, stats2)
-    grad = backends.implementation(x).residual_block_backward(dout, saved, convs, norm1, norm2, needs)
-    return _needed(
-        needs,
-        (
-            grad.x,
-            grad.conv1,
-            grad.conv2,
-            grad.conv3,
-            grad.sum_g2.to(conv3_bias.dtype, copy=True) if needs.conv3_bias else None,
-            grad.weight1,
-            grad.bias1,
-            _conv_bias_grad(norm1, stats1, grad.sum_g1) if needs.conv_bias1 else None,
-            grad.weight2,
-            grad.bias2,
-            _conv_bias_grad(norm2, stats2, grad.sum_g2) if needs.conv_bias2 else None,
-        ),
+def _block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> Block:
+    _, output, convs, norm1, norm2 = kept
+    grad = backends.implementation(kept.x).block_backward(dout, kept, needs)
+    dconv3_bias = grad.sum_g2.to(convs.conv3_bias.dtype, copy=True) if needs.convs.conv3_bias else None
+    return Block(
+        grad.x,
+        Convolutions(grad.conv1, grad.conv2, grad.conv3, dconv3_bias, None),
+        _norm_grads(norm1, grad.weight1, grad.bias1, output.stats1, grad.sum_g1, needs.norm1),
+        _norm_grads(norm2, grad.weight2, grad.bias2, output.stats2, grad.sum_g2, needs.norm2),
     )
 
+
+_Differentiable(
+    "residual_block",
+    Block,
+    BlockOutput,
+    BlockKept,
+    fake=_block_fake,
+    forward=_block,
+    keep=lambda a, output: BlockKept(a.x, output, a.convs, _without_running(a.norm1), _without_running(a.norm2)),
+    like=lambda kept: Block(kept.x, kept.convs, kept.norm1, kept.norm2),
+    backward=_block_backward,
+).register()
 
 # ---- frozen, without gradients: inference -------------------------------------------------------------------------
 
 
-@_define(
-    f"stem_inference(Tensor x, Tensor weight, int stride, int padding, {_FROZEN.format(i=1)}) -> Tensor",
-    lambda *args: _stem_fake(*args)[0],
-)
-def _stem_inference(x, weight, stride, padding, *norm):
-    if x.numel() == 0:
-        return _stem_fake(x, weight, stride, padding)[0]
-    return _dense(backends.implementation(x).stem_inference(x, weight, Norm(*norm), stride, padding))
+def _register_inference(name: str, arguments: type[tuple], fake: Callable, implementation: Callable) -> None:
+    def run(*flat) -> Tensor:
+        unpacked = unpack(arguments, flat)
+        return fake(unpacked).out if unpacked.x.numel() == 0 else _dense(implementation(unpacked))
+
+    schema = f"{name}({parameters(arguments, updates=False)}) -> Tensor"
+    _register(schema, run, lambda *flat: fake(unpack(arguments, flat)).out)
 
 
-@_define(
-    "residual_block_inference(Tensor x, Tensor conv1_weight, Tensor conv2_weight, Tensor? conv3_weight, "
-    f"Tensor? conv3_bias, int stride, {_FROZEN.format(i=1)}, {_FROZEN.format(i=2)}) -> Tensor",
-    lambda *args: _residual_block_fake(*args)[0],
+def _stem_inference(arguments: Stem) -> Tensor:
+    x, weight, stride, padding, norm = arguments
+    return backends.implementation(x).stem_inference(x, weight, norm, stride, padding)
+
+
+_register_inference("stem_inference", Stem, _stem_fake, _stem_inference)
+_register_inference(
+    "residual_block_inference", Block, _block_fake, lambda a: backends.implementation(a.x).block_inference(*a)
 )
-def _residual_block_inference(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride, *norms):
-    if x.numel() == 0:
-        return _residual_block_fake(x, conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)[0]
-    norm1, norm2 = Norm(*norms[:_NORM_FIELDS]), Norm(*norms[_NORM_FIELDS:])
-    convs = Convolutions(conv1_weight, conv2_weight, conv3_weight, conv3_bias, stride)
-    return backends.implementation(x).residual_block_inference(x, convs, norm1, norm2)

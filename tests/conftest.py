@@ -5,6 +5,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
@@ -18,14 +19,15 @@ if (
 
 import pytest
 
-from tests.interpreter import interpreted  # noqa: F401
-from tests.sanitizer import sanitizer  # noqa: F401
+from tests.helpers.interpreter import interpreted  # noqa: F401
+from tests.helpers.sanitizer import sanitizer  # noqa: F401
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
+ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -33,8 +35,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def any_backend(request):
     """Run the test on PyTorch's operators and on the Triton kernels (compiled on a GPU, interpreted elsewhere).
 
-    The convolutions are PyTorch's in both, since they take the interpreter seconds; test_fused_convolutions.py is
-    about the fused ones.
+    The convolutions are PyTorch's in both, since the Triton ones take the interpreter seconds: these have
+    tests/resnet/triton_backend/test_convolution.py.
     """
     import resnet
 
@@ -44,7 +46,7 @@ def any_backend(request):
 
 @pytest.fixture
 def products_keep_up(monkeypatch):
-    """Which convolutions are products does not depend on this CPU: see `resnet.convolution.products_lag`."""
+    """Which convolutions are products does not depend on this CPU: see `torch_backend.convolution.products_lag`."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
@@ -52,10 +54,10 @@ def products_keep_up(monkeypatch):
 def safe_eager():
     """Eager modules take the pixels that a 1x1 convolution of few channels strides over, and convolve with stride 1.
 
-    oneDNN's strided one writes past the end of a buffer in backward (see `resnet.convolution`), which would end this
-    process some tests later.
+    oneDNN's strided one writes past the end of a buffer in backward (see `torch_backend.convolution.overruns`), which
+    would end this process some tests later.
     """
-    from resnet.convolution import overruns
+    from resnet.torch_backend.convolution import overruns
 
     plain = torch.nn.functional.conv2d
 

@@ -14,8 +14,8 @@ import torch
 from triton import knobs
 from triton.runtime.interpreter import InterpretedFunction
 
-from kernels import batch_norm as kernels
-from tests.blocks import unwritten_memory_is_nan  # noqa: F401
+from resnet.kernels.batch_norm_add_relu import apply_kernel
+from tests.helpers.blocks import unwritten_memory_is_nan  # noqa: F401
 
 # Results of each kernel: they count as uninitialised until the launch itself has written them. `dx` is not among them,
 # since it may be `dout`.
@@ -42,7 +42,7 @@ def _no_machine_code(backend=None, stages=None, *_):
 def _reason_to_skip() -> str | None:
     if importlib.util.find_spec("ptxsim") is None:
         return "the optional module ptxsim, which emulates compiled kernels, is not installed"
-    if isinstance(kernels.apply_kernel, InterpretedFunction):
+    if isinstance(apply_kernel, InterpretedFunction):
         return "the kernels are interpreted in this process (TRITON_INTERPRET); run pytest tests/emulated on its own"
     if torch.cuda.is_available():
         return "a GPU is here, on which the other tests run compiled; the emulator takes CPU tensors"

@@ -1,4 +1,4 @@
-"""Each kernel of `kernels/batch_norm.py` as compiled code: parity, and what it asks of the memory and the registers."""
+"""Each kernel of BatchNorm's passes as compiled code: parity, and what it asks of the memory and the registers."""
 
 from __future__ import annotations
 
@@ -11,20 +11,26 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import batch_norm as kernels
 from resnet import reference
+from resnet.kernels.batch_norm_add_relu import apply_kernel, batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import backward_apply_kernel, batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import backward_reduce_kernel, batch_norm_backward_reduce, merge_sums
+from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
+from resnet.kernels.batch_norm_statistics import statistics_kernel
+from resnet.kernels.host.launch import FLAGS
+from resnet.kernels.host.tiling import MAX_PARTIALS, tiling
 from resnet.norm import statistics_dtype
-from tests.batch_norm_launches import EPS, LAUNCHES, Case
-from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import (
+from tests.helpers.batch_norm_launches import EPS, LAUNCHES, Case, batch_stats
+from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.emulated_limits import (
     ACCESS_BYTES,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.pairs import each_pair_compiled
-from tests.parity import assert_as_exact_as_eager
+from tests.helpers.pairs import each_pair_compiled
+from tests.helpers.parity import assert_as_exact_as_eager
 
 FLOATS = (*HALF, torch.float32)
 
@@ -94,7 +100,7 @@ def test_bytes_moved_are_at_the_floor_without_bank_conflicts(emulate, name, dtyp
 @each_pair_compiled(name=tuple(LAUNCHES), C=MULTIPLES_OF_8, dtype=(torch.float16, torch.float32))
 def test_whole_sectors_are_moved_by_wide_accesses(emulate, name, C, dtype):
     """Of two launches that differ in the rows of one tile only: what differs is the activations' traffic."""
-    cut = kernels.tiling(1024, C)
+    cut = tiling(1024, C)
     lanes = 32 * C / (-(-C // cut.BLOCK_C) * cut.BLOCK_C)  # of a warp; the others' columns lie beyond C
     before = 3 * cut.rows
     few, many = (launch(emulate, name, (1, C, 1, M), dtype)[0] for M in (before + 1, before + cut.BLOCK_M // 2 - 1))
@@ -128,17 +134,17 @@ def chain(
     running = draw(C, seed=seed + 6, dtype=acc), draw(C, seed=seed + 7, dtype=acc).abs()
     mine, eagers, exacts = ([v.to(d, copy=True) for v in running] for d in (acc, acc, torch.float64))
 
-    stats = kernels.statistics(x, weight, bias, *mine, 0.1, EPS, conv_bias)
-    frozen = kernels.freeze(*running, weight, bias, EPS, conv_bias, acc)
-    out, skipped = kernels.apply(x, stats), kernels.apply(x, stats, shortcut, shortcut_shift=bias)
-    scaled = kernels.apply(x, stats, shortcut, weight, bias, relu=False)
+    stats = batch_stats(x, weight, bias, *mine, 0.1, EPS, conv_bias)
+    frozen = batch_norm_freeze(*running, weight, bias, EPS, conv_bias, acc)
+    out, skipped = batch_norm_add_relu(x, stats), batch_norm_add_relu(x, stats, shortcut, shortcut_shift=bias)
+    scaled = batch_norm_add_relu(x, stats, shortcut, weight, bias, relu=False)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    sums = kernels.backward_reduce(dout, x, skipped, stats, True, dweight, dbias)
+    sums = batch_norm_backward_reduce(dout, x, skipped, stats, True, dweight, dbias)
     dshortcut = torch.empty_like(x)
-    dx = kernels.backward_apply(dout, x, skipped, stats, sums, dshortcut=dshortcut)
-    dx_frozen = kernels.backward_apply(dout, x, skipped, stats, None)
-    recomputed = [kernels.backward_reduce(dout, x, None, stats), kernels.backward_reduce(dout, x, out, stats)]
-    recomputed += [kernels.backward_apply(dout, x, mask, stats, sums) for mask in (None, out)]
+    dx = batch_norm_backward_apply(dout, x, skipped, stats, sums, dshortcut=dshortcut)
+    dx_frozen = batch_norm_backward_apply(dout, x, skipped, stats, None)
+    recomputed = [batch_norm_backward_reduce(dout, x, None, stats), batch_norm_backward_reduce(dout, x, out, stats)]
+    recomputed += [batch_norm_backward_apply(dout, x, mask, stats, sums) for mask in (None, out)]
 
     g = torch.where(skipped <= 0, 0, dout)
     torch.testing.assert_close(dshortcut, g, rtol=0, atol=0)
@@ -203,10 +209,10 @@ def test_relu_keeps_nan_and_a_nan_output_passes_its_gradient(emulate, dtype, sto
     x[0, :, 1, 2] = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)
     stats, dout, dshortcut = torch.ones(4, 3), torch.ones_like(x), torch.empty_like(x)
     with emulate():
-        out = kernels.apply(x, stats)
+        out = batch_norm_add_relu(x, stats)
         mask = out if stored else None
-        sums = kernels.backward_reduce(dout, x, mask, stats)
-        dx = kernels.backward_apply(dout, x, mask, stats, None, dshortcut=dshortcut)
+        sums = batch_norm_backward_reduce(dout, x, mask, stats)
+        dx = batch_norm_backward_apply(dout, x, mask, stats, None, dshortcut=dshortcut)
     torch.testing.assert_close(out, torch.relu(x + 1), rtol=0, atol=0, equal_nan=True)
     assert dshortcut[0, :, 1, 2].tolist() == dx[0, :, 1, 2].tolist() == [1, 1, 0]
     assert sums[0].tolist() == (~(out <= 0)).sum((0, 2, 3)).tolist()
@@ -218,7 +224,7 @@ def test_running_statistics_in_half_precision_are_rounded_once(emulate, dtype):
     running = [draw(6, seed=1, dtype=dtype), draw(6, seed=2, dtype=dtype).abs()]
     exact = [v.double() for v in running]
     with emulate():
-        kernels.statistics(x, None, None, *running, 0.1, EPS)
+        batch_stats(x, None, None, *running, 0.1, EPS)
     F.batch_norm(x.double(), *exact, None, None, True, 0.1, EPS)
     for fused, expected in zip(running, exact):
         # half an ulp, and of the float32 before it an error that can only tip a value over to its other neighbour
@@ -230,20 +236,20 @@ def test_running_statistics_in_half_precision_are_rounded_once(emulate, dtype):
 def test_the_gradient_may_be_replaced_by_the_result(emulate, dtype):
     case = Case.of((3, 64, 10, 20), dtype)
     with emulate():
-        expected = kernels.backward_apply(case.dout, case.x, case.out, case.stats, case.sums)
-        kernels.backward_apply(case.dout, case.x, case.out, case.stats, case.sums, dx=case.dout)
+        expected = batch_norm_backward_apply(case.dout, case.x, case.out, case.stats, case.sums)
+        batch_norm_backward_apply(case.dout, case.x, case.out, case.stats, case.sums, dx=case.dout)
     torch.testing.assert_close(case.dout, expected, rtol=0, atol=0)
 
 
 def test_more_partials_than_one_merge_reads_are_merged_in_two(emulate):
-    rows, T, C = 4, kernels._MAX_PARTIALS + 88, 6
+    rows, T, C = 4, MAX_PARTIALS + 88, 6
     x = draw(T * rows, C)
     tiles = x.view(T, rows, C)
     partial = torch.stack([tiles.mean(1), tiles.var(1, unbiased=False) * rows])
     sums = draw(2, T, C, seed=1)
     with emulate() as launches:
-        stats = kernels.finalize(partial, rows, T * rows, None, None, None, None, 0.1, EPS)
-        merged = kernels.merge_sums(sums, None, None)
+        stats = batch_norm_finalize(partial, rows, T * rows, None, None, None, None, 0.1, EPS)
+        merged = merge_sums(sums, None, None)
     names = [report.name for report in launches]
     assert names == ["merge_kernel", "finalize_kernel", "backward_finalize_kernel", "backward_finalize_kernel"]
     values = x.double()
@@ -268,7 +274,7 @@ class Displaced:
 
 
 C, BLOCK_M = 64, 32
-TILE = {"C": C, "ACC": tl.float32, "BLOCK_M": BLOCK_M, "BLOCK_C": C, "num_warps": 4, **kernels.FLAGS}
+TILE = {"C": C, "ACC": tl.float32, "BLOCK_M": BLOCK_M, "BLOCK_C": C, "num_warps": 4, **FLAGS}
 ROWS = 20  # of the last program
 ROWS_BEFORE = 2**27  # 2^33 elements
 TILES = ROWS_BEFORE // BLOCK_M // 2  # of each of the two reducing programs before
@@ -293,7 +299,7 @@ def test_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
     x, shortcut, out = far["x"], far["dout"], far["out"]
     before = out.clone()
     with last_program(emulate):
-        kernels.apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
+        apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
             *(displaced(x), far["stats"], displaced(shortcut), None, None, displaced(out), ROWS_BEFORE + ROWS),
             RELU=True,
             **TILE,
@@ -307,7 +313,7 @@ def test_backward_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
     dout, x, out, stats = far.values()
     dx, dshortcut = torch.empty_like(x), torch.empty_like(x)
     with last_program(emulate):
-        kernels.backward_apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
+        backward_apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
             *(displaced(dout), displaced(x), displaced(out), stats, torch.zeros(2, C), displaced(dx)),
             *(displaced(dshortcut), ROWS_BEFORE + ROWS),
             RELU=True,
@@ -325,9 +331,9 @@ def test_a_reduction_reaches_beyond_2_to_the_31_elements(emulate, far, kernel):
     partial = torch.empty(3 if kernel == "statistics" else 2, 3, C)
     with last_program(emulate):
         if kernel == "statistics":
-            kernels.statistics_kernel[(3, 1)](displaced(x), partial, ROWS_BEFORE + ROWS, 3, TILES, **TILE)
+            statistics_kernel[(3, 1)](displaced(x), partial, ROWS_BEFORE + ROWS, 3, TILES, **TILE)
         else:
-            kernels.backward_reduce_kernel[(3, 1)](
+            backward_reduce_kernel[(3, 1)](
                 *(displaced(dout), displaced(x), displaced(out), stats, partial, ROWS_BEFORE + ROWS, 3, TILES),
                 RELU=True,
                 **TILE,

@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from kernels import batch_norm_max_pool as kernels
 from resnet import reference
+from resnet.kernels import batch_norm_max_pool as kernels
 from resnet.norm import statistics_dtype
-from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import (
+from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_ELEMENT,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.pairs import each_pair_compiled
-from tests.parity import assert_as_exact_as_eager
+from tests.helpers.pairs import each_pair_compiled
+from tests.helpers.parity import assert_as_exact_as_eager
 
 FLOATS = (*HALF, torch.float32)
 # Passes over y, reads and writes, with out-sized ones as a quarter; tap, a byte per element, counts by its size.

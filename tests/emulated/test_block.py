@@ -11,7 +11,7 @@ import torch
 import resnet
 from benchmarks import roofline
 from resnet import Residual, resnet18
-from tests.blocks import (  # noqa: F401
+from tests.helpers.blocks import (  # noqa: F401
     DTYPES,
     Trio,
     assert_parity,
@@ -22,15 +22,15 @@ from tests.blocks import (  # noqa: F401
     step,
     trio,
 )
-from tests.emulated.limits import (
+from tests.helpers.emulated_limits import (
     LAUNCH_OVER_FLOOR,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.pairs import each_pair_compiled
-from tests.parity import assert_as_exact_as_eager, rms
-from tests.test_training import logits_and_gradient, losses, pair, small_net
+from tests.helpers.pairs import each_pair_compiled
+from tests.helpers.parity import assert_as_exact_as_eager, rms
+from tests.resnet.test_losses import logits_and_gradient, losses, pair, small_net
 
 # (constructor's arguments, input shape)
 BLOCKS = {

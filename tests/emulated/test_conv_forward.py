@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from kernels import conv_forward as kernels
-from kernels import tuning
-from tests.blocks import one_thread  # noqa: F401
-from tests.convolutions import Case
-from tests.emulated.limits import (
+from resnet.kernels import conv_forward as kernels
+from resnet.kernels import tuning
+from tests.helpers.blocks import one_thread  # noqa: F401
+from tests.helpers.convolutions import Case
+from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.parity import assert_as_exact_as_eager
+from tests.helpers.parity import assert_as_exact_as_eager
 
 HALF_TILE = tuning.Config(128, 64, 32, 4, 4)
 SMALL_TILE = tuning.Config(64, 16, 16, 4, 2)
@@ -63,7 +63,7 @@ DOUBLE = Launch((1, 6, 5, 5), 5, 3, 2, 1, torch.float64, SMALL_TILE, ("prologue"
 
 
 def run(emulate, monkeypatch, launch: Launch):
-    monkeypatch.setattr(tuning, "candidates", lambda *_: (launch.tile,))
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (launch.tile,))
     case = launch.case()
     with emulate() as reports:
         out = case.run()

@@ -6,21 +6,21 @@ import pytest
 import torch
 import triton.language as tl
 
-from kernels import conv_grad_input, tuning
-from kernels.batch_norm import FLAGS
-from kernels.geometry import ConvShape
-from kernels.tuning import Config
-from tests import grad_input_cases as cases
-from tests.blocks import HALF, draw, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import (
+from resnet.kernels import conv_grad_input, tuning
+from resnet.kernels.host.launch import FLAGS
+from resnet.kernels.host.shapes import ConvShape
+from resnet.kernels.tuning import Config
+from tests.emulated.test_batch_norm import Displaced
+from tests.helpers import grad_input_cases as cases
+from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.emulated.test_batch_norm import Displaced
-from tests.grad_input_cases import EPILOGUES, Case, grad_input
+from tests.helpers.grad_input_cases import EPILOGUES, Case, grad_input
 
 per_epilogue = pytest.mark.parametrize("epilogue", EPILOGUES)
 
@@ -44,7 +44,7 @@ def launch(emulate, case: Case):
 @per_epilogue
 def test_a_launch_is_at_the_floor_of_traffic_and_within_the_budget_of_instructions(emulate, monkeypatch, epilogue):
     tile = Config(128, 64, 32, 4, 4) if epilogue == "shortcut" else Config(128, 64, 64, 4, 3)
-    monkeypatch.setattr(tuning, "candidates", lambda *_: (tile,))
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (tile,))
     report = launch(emulate, Case.of(STAGE, epilogue, torch.float16))
     activation = 2 * STAGE.N * STAGE.H * STAGE.W * STAGE.C
     weights = 2 * STAGE.C * STAGE.K * (9 + epilogue.startswith("shortcut"))
@@ -86,7 +86,7 @@ PARITY = {
 @pytest.mark.core
 @pytest.mark.parametrize("shape, epilogue, dtype", PARITY.values(), ids=PARITY)
 def test_results_are_as_exact_as_eager_and_the_same_bits_twice(emulate, monkeypatch, shape, epilogue, dtype):
-    monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: cases.SMALL_TILES)
     with emulate():
         cases.assert_parity(shape, epilogue, dtype)
         case = Case.of(shape, epilogue, dtype)
@@ -95,7 +95,7 @@ def test_results_are_as_exact_as_eager_and_the_same_bits_twice(emulate, monkeypa
 
 
 def test_tf32_is_used_where_it_is_allowed(emulate, monkeypatch):
-    monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: cases.SMALL_TILES)
     case = Case.of(ConvShape(1, 5, 4, 20, 40, 3, 3, 1, 1), "none", torch.float32)
     with emulate() as launches:
         (dx,) = case.fused(tf32=True)
@@ -108,7 +108,7 @@ def test_tf32_is_used_where_it_is_allowed(emulate, monkeypatch):
 
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
 def test_nan_passes_the_recomputed_relu_and_beyond_the_last_row_nothing_is_summed(emulate, monkeypatch, dtype):
-    monkeypatch.setattr(tuning, "candidates", lambda *_: cases.SMALL_TILES)
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: cases.SMALL_TILES)
     case = Case.of(ConvShape(2, 5, 4, 20, 17, 1, 1, 1, 0), "mask", dtype)
     y1, stats = case.epilogue
     stats.fill_(1)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import conv_grad_weight as kernels
-from kernels import tuning
-from kernels.geometry import ConvShape
-from tests.blocks import name_of, one_thread  # noqa: F401
-from tests.emulated.limits import (
+from resnet.kernels import conv_grad_weight as kernels
+from resnet.kernels import tuning
+from resnet.kernels.host.shapes import ConvShape
+from tests.helpers.blocks import name_of, one_thread  # noqa: F401
+from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.parity import assert_as_exact_as_eager
-from tests.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
+from tests.helpers.parity import assert_as_exact_as_eager
+from tests.kernels.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
 
 KERNEL = "conv_grad_weight_kernel"
 # 3x3 at stage 1 and 2, and what a shortcut's 1x1 takes: the operands' bulk paths, in whole tiles.
@@ -77,7 +77,7 @@ def long_splits(monkeypatch):
 @pytest.mark.parametrize("prologue", ("plain", "activated"))
 def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, request, long_splits, name, prologue):
     shape = STAGES[name]
-    monkeypatch.setattr(tuning, "candidates", lambda *_: (TILE,))
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (TILE,))
     if prologue == "activated" and shape.stride == 2:
         pytest.skip("a block's stride-2 convolution reads its input as it is")
     _, _, report = launch(emulate, shape, torch.float16, prologue, select=lambda *_: [0])

@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import batch_norm_max_pool as pool
-from kernels import conv_grad_weight_max_pool as kernels
-from kernels.geometry import ConvShape
-from tests.blocks import HALF, name_of, one_thread  # noqa: F401
-from tests.emulated.limits import (
+from resnet.kernels import batch_norm_max_pool as pool
+from resnet.kernels import conv_grad_weight_max_pool as kernels
+from resnet.kernels.host.shapes import ConvShape
+from tests.helpers.blocks import HALF, name_of, one_thread  # noqa: F401
+from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
-from tests.parity import assert_as_exact_as_eager
-from tests.test_conv_grad_weight_max_pool import SHAPES, Case
+from tests.helpers.parity import assert_as_exact_as_eager
+from tests.kernels.test_conv_grad_weight_max_pool import SHAPES, Case
 
 KERNEL = "conv_grad_weight_max_pool_kernel"
 

@@ -7,8 +7,8 @@ import torch
 
 import resnet
 from resnet import Stem
-from tests.blocks import assert_parity, draw, name_of, one_thread, step, trio  # noqa: F401
-from tests.pairs import each_pair_compiled
+from tests.helpers.blocks import assert_parity, draw, name_of, one_thread, step, trio  # noqa: F401
+from tests.helpers.pairs import each_pair_compiled
 
 
 @each_pair_compiled(dtype=(torch.float32, torch.float64), train={"training": True, "frozen statistics": False})

@@ -3,7 +3,7 @@
 import pytest
 from triton import knobs
 
-from kernels import report
+from benchmarks.compiled import report
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,8 +3,8 @@
 import torch
 
 import resnet
-from kernels.launches import record
-from kernels.limits import DEVICES
+from benchmarks.compiled.launches import record
+from benchmarks.compiled.limits import DEVICES
 from resnet import FusedResidual, FusedStem
 
 

@@ -1,8 +1,8 @@
-"""Every kernel of the package, as real calls specialise it, compiled for four devices: see `kernels.limits`."""
+"""Every kernel, as real calls specialise it, compiled for four devices: see `benchmarks.compiled.limits`."""
 
 import pytest
 
-from kernels.limits import DEVICES
+from benchmarks.compiled.limits import DEVICES
 
 PROMISES = {
     "error": "it compiles",

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kernels import binaries, launches, limits
-from kernels.limits import DEVICES
+from benchmarks.compiled import binaries, launches, limits
+from benchmarks.compiled.limits import DEVICES
 from tests import gate
 from tests.gate.planted_kernels import copy_kernel, dot_kernel
 

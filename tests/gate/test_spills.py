@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kernels import batch_norm_max_pool as pool
-from kernels import binaries, launches
-from kernels.limits import DEVICES
-from tests.batch_norm_launches import LAUNCHES, Case
+from benchmarks.compiled import binaries, launches
+from benchmarks.compiled.limits import DEVICES
+from resnet.kernels import batch_norm_max_pool as pool
+from tests.helpers.batch_norm_launches import LAUNCHES, Case
 
 per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])
 per_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -22,8 +22,8 @@ from resnet import (
     Residual,
     resnet18,
 )
-from tests.blocks import draw, name_of, one_thread, same, snapshot, step  # noqa: F401
 from tests.conftest import DEVICE
+from tests.helpers.blocks import draw, name_of, one_thread, same, snapshot, step  # noqa: F401
 
 # ---- d2l.ai 1.0, chapter 8.6 -----------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ def test_the_first_forward_makes_a_fused_module_of_it(any_backend, kind):
     assert type(module) is KINDS[kind][2]
     assert not any(m._forward_pre_hooks or m._load_state_dict_pre_hooks for m in module.modules())
     for out in (first, module(images())):
-        assert out.grad_fn.name() in ("_ResidualBlockGradBackward", "_StemGradBackward")
+        assert isinstance(out.grad_fn, torch.autograd.function.BackwardCFunction), "PyTorch's operators ran"
 
 
 @kinds

@@ -1,0 +1,369 @@
+"""What every kernel asks of a GPU, without a GPU: registers, spills, shared memory, access widths, tensor cores.
+
+    python -m benchmarks.compiled.report          a share of all specialisations that has every kernel, argument
+                                                  specialisation and tile in it
+    python -m benchmarks.compiled.report --all    all of them
+    python -m benchmarks.compiled.report --all --cases 'resnet18 float16'
+    python -m benchmarks.compiled.report --json new.json --compare old.json
+
+Real calls of the library are recorded on each device (see `launches`), compiled in parallel and judged by `limits`.
+Exit status 1: a limit is broken, or a kernel of the package was not reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from heapq import heapify, heappop, heapreplace
+from pathlib import Path
+
+import torch
+
+from benchmarks.compiled import binaries, limits
+from benchmarks.compiled.binaries import Figures
+from benchmarks.compiled.launches import Launch, not_reached, record, unite
+from benchmarks.compiled.limits import DEVICES
+from resnet import kernels
+from resnet.kernels import tuning
+from resnet.kernels.host.files import cache_folder
+
+# ---- real calls --------------------------------------------------------------------------------------------------
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (*HALF, torch.float32, torch.float64)
+CHANNELS = (1, 3, 6, 64, 100)
+
+
+@contextmanager
+def _products_skipped() -> Iterator[None]:
+    """PyTorch's convolutions and matrix products on the CPU give uninitialised memory: only launches matter here."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
+        size = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(x.shape[2:], weight.shape[2:], stride, padding)]
+        return torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, memory_format=torch.channels_last)
+
+    def convolution_backward(dy, x, weight, bias_sizes, *settings):
+        like = lambda t: torch.empty_like(t, memory_format=torch.channels_last)  # noqa: E731
+        needs = settings[-1]
+        bias = dy.new_empty(weight.shape[0]) if needs[2] else None
+        return like(x) if needs[0] else None, like(weight) if needs[1] else None, bias
+
+    library.impl("convolution", convolution, "CPU")
+    library.impl("convolution_backward", convolution_backward, "CPU")
+    with warnings.catch_warnings():  # that a kernel is overridden: it is meant to be
+        warnings.simplefilter("ignore")
+        library.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU", allow_override=True)
+        library.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def _step(module: torch.nn.Module, *shape: int, dtype: torch.dtype, needs_x: bool = True) -> None:
+    """Forward and backward in training and with frozen statistics, then inference."""
+    x = torch.empty(shape, dtype=dtype, requires_grad=needs_x)
+    for training in (True, False):
+        module.train(training)(x).sum().backward()
+    with torch.no_grad():
+        module(x)
+
+
+def _resnet18(dtype: torch.dtype, autocast: bool) -> None:
+    from resnet import FusedResidual, resnet18
+
+    stored = torch.float32 if autocast else dtype
+    with torch.autocast("cpu", dtype) if autocast else nullcontext():
+        _step(resnet18(10, 1, block=FusedResidual).to(stored), 256, 1, 96, 96, dtype=stored, needs_x=False)
+
+
+def _odd_shapes(dtype: torch.dtype) -> None:
+    import resnet
+    from resnet import FusedResidual, FusedStem
+    from resnet.functional import batch_norm_add_relu
+
+    for C in CHANNELS:
+        for size in ((8, C, 24, 24), (2, C, 7, 5)):
+            _step(FusedResidual(C, C).to(dtype), *size, dtype=dtype)
+            _step(FusedResidual(C, 2 * C, True, 2).to(dtype), *size, dtype=dtype)
+            for needs_x in (True, False):
+                _step(FusedStem(C, C).to(dtype), *size, dtype=dtype, needs_x=needs_x)
+            for relu in (True, False):
+                x, shortcut = (torch.empty(size, dtype=dtype, requires_grad=True) for _ in range(2))
+                batch_norm_add_relu(x, None, None, training=True, relu=relu).sum().backward()
+                batch_norm_add_relu(x, None, None, shortcut=shortcut, training=True, relu=relu).sum().backward()
+    for variant in ("epilogue", "pytorch"):
+        with resnet.convolution(variant):
+            for block in (FusedResidual(64, 64), FusedResidual(64, 128, True, 2)):
+                _step(block.to(dtype), 8, 64, 24, 24, dtype=dtype)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    **{f"resnet18 {str(d)[6:]}": lambda d=d: _resnet18(d, False) for d in DTYPES},
+    **{f"resnet18 autocast {str(d)[6:]}": lambda d=d: _resnet18(d, True) for d in HALF},
+    **{f"odd shapes {str(d)[6:]}": lambda d=d: _odd_shapes(d) for d in DTYPES},
+}
+
+
+# What `tuning` takes each of the devices for: it decides which tiles of its table are candidates there.
+MODELS = {"sm_80": tuning.SM_80, "sm_90": tuning.SM_90, "sm_100": tuning.SM_100, "gfx942": tuning.GFX942}
+
+
+def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
+    """The specialisations that real calls would compile on a device of `limits.DEVICES`."""
+    import resnet
+
+    found: list[Launch] = []
+    torch.set_num_threads(1)
+    recording = record(DEVICES[device].target, DEVICES[device].properties)
+    every = tuning.every_candidate(MODELS[device])
+    with recording as launches, every, _products_skipped(), resnet.backend("triton"):
+        for case in cases:
+            launches.clear()
+            CASES[case]()
+            for launch in launches:
+                launch.cases.append(case)
+            found = unite(found + launches)
+    return found
+
+
+def _held(launch: Launch) -> int:
+    """What a program has to hold beside its tile, roughly: tensors, and masks of ragged rows and channels."""
+    ragged = sum(not t.aligned for t in launch.tensors.values())
+    return len(launch.tensors) + ragged + ("WHOLE=False" in launch.features)
+
+
+def share(launches: Mapping[str, Sequence[Launch]]) -> list[tuple[Launch, str]]:
+    """Some of each device's launches. Of each kernel every feature, and every tile per element size, is in one of them
+    on one of the devices at least, and every element size on each device; so is every tile of a GEMM, which is more
+    than its parts: the accumulators are its rows times its columns. Of launches that have as much of this the one that
+    holds most is taken: it is the first to run out of registers."""
+    by_kernel = defaultdict(list)
+    for device, mine in launches.items():
+        for launch in mine:
+            size = f"{launch.itemsize} bytes"
+            tile = f"{launch.tile} of {size}"
+            covers = {*launch.features, tile, f"{size} on {device}"}
+            if "BLOCK_K" in launch.signature:
+                covers.add(f"{tile} on {device}")
+            by_kernel[launch.module, launch.kernel].append((launch, device, covers))
+    chosen, draw = [], random.Random(0)
+    for some in by_kernel.values():
+        wanted = set().union(*(covers for *_, covers in some))
+        queue = [(-len(covers), (-_held(launch), draw.random()), at) for at, (launch, _, covers) in enumerate(some)]
+        heapify(queue)
+        while wanted:  # the one that covers most; what stands in the queue is what it covered when last looked at
+            most, rank, at = queue[0]
+            launch, device, covers = some[at]
+            if len(covers & wanted) < -most:
+                heapreplace(queue, (-len(covers & wanted), rank, at))
+            else:
+                heappop(queue)
+                chosen.append((launch, device))
+                wanted -= covers
+    return chosen
+
+
+# ---- compiled, in parallel and once ------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    device: str
+    launch: Launch
+    figures: Figures
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        return list(limits.problems(DEVICES[self.device], self.launch, self.figures))
+
+    @property
+    def name(self) -> str:
+        return f"{self.launch.kernel} on {self.device}: {self.launch.specialisation}"
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "kernel": f"{self.launch.module}.{self.launch.kernel}",
+            "device": self.device,
+            "specialisation": self.launch.specialisation,
+            "cases": self.launch.cases,
+            "figures": asdict(self.figures),
+            "problems": self.problems,
+        }
+
+
+def _cache_key(launch: Launch, device: str) -> str:
+    import triton
+
+    sources = [Path(module.__file__).read_text() for module in (binaries, limits)]
+    parts = (triton.__version__, device, launch.module, launch.function().cache_key, launch.specialisation, *sources)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def compiled(jobs: Sequence[tuple[Launch, str]], processes: int = 2, batch: int = 16) -> list[Row]:
+    """A row for each (launch, device); figures that an earlier run wrote down are not worked out again."""
+    cache = cache_folder()
+    folder = cache and cache / "report"
+    paths = [folder and folder / f"{_cache_key(launch, device)}.json" for launch, device in jobs]
+    figures: list[Figures | None] = [
+        Figures(**json.loads(path.read_text())) if path and path.exists() else None for path in paths
+    ]
+    missing = [i for i, known in enumerate(figures) if known is None]
+    if missing:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            batches = [missing[i : i + batch] for i in range(0, len(missing), batch)]
+            running = {pool.submit(binaries.read, [jobs[i] for i in some]): some for some in batches}
+            for future in as_completed(running):
+                for i, result in zip(running[future], future.result(), strict=True):
+                    figures[i] = result
+                    if paths[i] and not result.error:
+                        paths[i].write_text(json.dumps(asdict(result)))
+    return [Row(device, launch, f) for (launch, device), f in zip(jobs, figures, strict=True)]
+
+
+def report(
+    devices: Sequence[str] = tuple(DEVICES),
+    cases: Sequence[str] = tuple(CASES),
+    pattern: str = "*",
+    everything: bool = False,
+    processes: int = 2,
+) -> tuple[list[Row], list[str]]:
+    """(rows of the kernels that fit the pattern, `@triton.jit` functions of the package that no call reached)."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        launches = dict(zip(devices, pool.map(recorded, devices, [cases] * len(devices))))
+    wanted = {d: [launch for launch in mine if fnmatch(launch.kernel, pattern)] for d, mine in launches.items()}
+    jobs = [(launch, d) for d, mine in wanted.items() for launch in mine] if everything else share(wanted)
+    return compiled(jobs, processes), not_reached(kernels, [launch for mine in launches.values() for launch in mine])
+
+
+# ---- shown -------------------------------------------------------------------------------------------------------
+
+
+def _cells(rows: Sequence[Row], devices: Sequence[str], value: Callable[[list[Row]], object]) -> str:
+    """A figure on each device, once where it is the same on all."""
+    values = [str(value([row for row in rows if row.device == device])) for device in devices]
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
+
+
+def _narrowest(rows: Sequence[Row]) -> object:
+    widths = [
+        min(found[name])
+        for row in rows
+        for name in limits.bulk_tensors(row.launch, DEVICES[row.device])
+        for found in (row.figures.loads, row.figures.stores)
+        if name in found
+    ]
+    return min(widths, default="-")
+
+
+# Columns of the table of instructions: which classes of `binaries` a share is of.
+SHARES = {
+    "tensor": ("tensor",),
+    "global": ("global", "atomic", "local"),
+    "shared": ("shared", "barrier"),
+    "float": ("float", "convert"),
+    "integer": ("integer", "branch"),
+}
+
+
+def _mix(rows: Sequence[Row]) -> str:
+    """Percentages of SHARES in the specialisation that has most instructions."""
+    if not rows:
+        return "-"
+    longest = max((row.figures for row in rows), key=lambda figures: figures.instructions)
+    counts = [sum(longest.mix.get(name, 0) for name in classes) for classes in SHARES.values()]
+    return "/".join(f"{100 * count / max(1, longest.instructions):.0f}" for count in counts)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line per kernel, the worst of its specialisations on each device; then its mix of instructions."""
+    devices = [device for device in DEVICES if any(row.device == device for row in rows)]
+    columns: dict[str, Callable[[list[Row]], object]] = {
+        "compiled": len,
+        "registers": lambda some: max((row.figures.registers for row in some), default="-"),
+        "spills": lambda some: max((row.figures.spills for row in some), default="-"),
+        "shared, bytes": lambda some: max((row.figures.shared for row in some), default="-"),
+        "occupancy, %": lambda some: min((round(100 * row.figures.occupancy) for row in some), default="-"),
+        "narrowest bulk access, bytes": _narrowest,
+        "tensor cores": lambda some: ", ".join(sorted({_name(op) for row in some for op in row.figures.tensor})) or "-",
+        "barriers": lambda some: max((row.figures.barriers for row in some), default="-"),
+        "instructions": lambda some: max((row.figures.instructions for row in some), default="-"),
+    }
+    by_kernel = defaultdict(list)
+    for row in rows:
+        by_kernel[row.launch.kernel].append(row)
+    lines = [f"Each figure: {' / '.join(devices)}, the worst of the compiled specialisations.", ""]
+    lines += [f"| kernel | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for kernel, some in by_kernel.items():
+        lines.append(f"| {kernel} | {' | '.join(_cells(some, devices, value) for value in columns.values())} |")
+    lines += ["", f"Instructions, % {' / '.join(SHARES)}, of the specialisation that has most:", ""]
+    lines += [f"| kernel | {' | '.join(devices)} |", "| --- " * (len(devices) + 1) + "|"]
+    for kernel, some in by_kernel.items():
+        cells = [_mix([row for row in some if row.device == device]) for device in devices]
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _name(opcode: str) -> str:
+    """Of AMD's matrix instructions one name for all shapes and types."""
+    return "MFMA" if opcode.startswith("v_") else opcode
+
+
+def compare(old: Sequence[dict], new: Sequence[dict]) -> Iterator[str]:
+    """What changed between two reports, a line per specialisation that is in both; how many are in one only."""
+    key = lambda row: (row["kernel"], row["device"], row["specialisation"])  # noqa: E731
+    before, after = {key(row): row["figures"] for row in old}, {key(row): row["figures"] for row in new}
+    for shared in before.keys() & after.keys():
+        a, b = before[shared], after[shared]
+        changed = [f"{name} {a[name]} -> {b[name]}" for name in b if a.get(name) != b[name]]
+        if changed:
+            yield f"{shared[0]} on {shared[1]}, {shared[2]}: {'; '.join(changed)}"
+    yield f"{len(after.keys() - before.keys())} specialisations are new, {len(before.keys() - after.keys())} are gone"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--all", action="store_true", help="every specialisation, not a share that has each feature")
+    parser.add_argument("--cases", default="*", help=f"pattern of the calls to record: {', '.join(CASES)}")
+    parser.add_argument("--kernels", default="*", help="pattern of the kernels to compile")
+    parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
+    parser.add_argument("--json", type=Path, help="file to write all figures to")
+    parser.add_argument("--compare", type=Path, metavar="OLD", help="file that --json wrote before: print what changed")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    cases = [case for case in CASES if fnmatch(case, options.cases)]
+    if not cases:
+        parser.error(f"--cases: {options.cases!r} fits none of {', '.join(CASES)}")
+    old = json.loads(options.compare.read_text()) if options.compare else None
+
+    rows, unreached = report(options.devices, cases, options.kernels, options.all, options.processes)
+    print(table(rows))
+    new = [row.as_json() for row in rows]
+    if options.json:
+        options.json.write_text(json.dumps(new, indent=1, default=str))
+    if old is not None:
+        print("", *compare(old, new), sep="\n")
+    failed = [f"{row.name}: {kind}: {text}" for row in rows for kind, text in row.problems]
+    if len(cases) == len(CASES):
+        failed += [f"{name}: no recorded call reaches it" for name in unreached]
+    print("", *failed, f"{len(rows)} compiled, {len(failed)} problems", sep="\n")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

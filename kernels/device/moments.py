@@ -1,0 +1,81 @@
+"""Moments of rows (mean, M2) and their merge by Chan's formula, in a fixed order and without cancellation."""
+
+import triton
+import triton.language as tl
+
+from .reductions import column_sums
+
+
+@triton.jit
+def two_sum(a, b):
+    """a + b rounded, and what the rounding left: together a + b exactly (Knuth)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
+@triton.jit
+def merge_lanes(pivot, offset, m2, count, total_count):
+    """Chan's formula along axis 0, of lanes with mean pivot + offset, M2 and count: (mean, rest, M2), (BLOCK_C,) each.
+
+    mean + rest is the mean in twice the precision, and only differences of means are squared: however large the mean
+    against the spread, its rounding is no part of M2. Of a mean below the spread, rest would be no more than the
+    rounding of its own sum: it is 0.
+    """
+    high, low = two_sum(pivot, offset)
+    near = column_sums(high * count) / total_count
+    delta = (high - near[None, :]) + low
+    rest = column_sums(delta * count) / total_count
+    m2 = column_sums(tl.fma(delta * delta, count, m2))
+    large = near * near * total_count > m2  # not of a NaN, which maximum would drop
+    m2 = tl.where(large, tl.maximum(tl.fma(-rest * rest, total_count, m2), 0.0), m2)
+    mean, rest = two_sum(near, tl.where(large, rest, 0.0))
+    return mean, rest, m2
+
+
+@triton.jit
+def finite_or_zero(x):
+    """x, but 0 in place of NaN and Inf: of an infinite mean nothing is subtracted, so it stays infinite as eager's."""
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def merge_partials(
+    partial,  # (2 or 3, T, C): see batch_norm_finalize.py
+    first,
+    last,
+    M,
+    T,
+    ROWS,
+    cols,
+    PLANES: tl.constexpr,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(mean, rest, M2, count) of the partials first to last - 1, as `statistics_kernel` has it of rows."""
+    tiles = first + tl.arange(0, BLOCK_T)
+    live = cols < C
+    pivot = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    mean = tl.zeros([BLOCK_T, BLOCK_C], ACC)  # less pivot
+    m2 = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    count = tl.zeros([BLOCK_T, 1], ACC)
+    for t in range(first, last, BLOCK_T):
+        here = tiles < last
+        mask = here[:, None] & live[None, :]
+        offsets = tiles[:, None] * C + cols[None, :]
+        value = tl.load(partial + offsets, mask=mask, other=0.0)
+        pivot = tl.where(t == first, finite_or_zero(value), pivot)
+        value -= pivot
+        if PLANES == 3:
+            value += finite_or_zero(tl.load(partial + 2 * T * C + offsets, mask=mask, other=0.0))
+        n = tl.where(here, tl.minimum(M - tiles.to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
+        count += n
+        delta = tl.where(mask, value - mean, 0.0)
+        mean = tl.fma(delta, n / tl.maximum(count, 1.0), mean)
+        m2 += tl.fma(delta * n, value - mean, tl.load(partial + T * C + offsets, mask=mask, other=0.0))
+        tiles += BLOCK_T
+    total = tl.sum(count, 0)
+    mean, rest, m2 = merge_lanes(pivot, mean, m2, count, total)
+    return mean, rest, m2, total

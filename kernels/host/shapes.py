@@ -1,0 +1,62 @@
+"""Shapes of a convolution and its implicit GEMMs, checked once for the kernels that run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .launch import check_nhwc, nhwc_shape
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """y (N, P, Q, K) = conv(x (N, H, W, C), weight (K, R, S, C)), the same stride and padding along H and W."""
+
+    N: int
+    H: int
+    W: int
+    C: int
+    K: int
+    R: int
+    S: int
+    stride: int
+    padding: int
+
+    @property
+    def P(self) -> int:
+        return (self.H + 2 * self.padding - self.R) // self.stride + 1
+
+    @property
+    def Q(self) -> int:
+        return (self.W + 2 * self.padding - self.S) // self.stride + 1
+
+    @property
+    def M(self) -> int:
+        """Output pixels: rows of the forward's implicit GEMM."""
+        return self.N * self.P * self.Q
+
+    @property
+    def few_channels(self) -> bool:
+        """Fewer than the smallest tile of a tensor core: the reduction or the columns are (r, s, c) as one axis."""
+        return self.C < 16
+
+    def constants(self) -> dict[str, int]:
+        """What every convolution kernel is specialised for."""
+        return {"C": self.C, "K": self.K, "R": self.R, "S": self.S, "STRIDE": self.stride, "PADDING": self.padding}
+
+
+def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> ConvShape:
+    """Of x (N, C, H, W) and weight (K, C, R, S), both dense channels_last; ValueError or TypeError otherwise."""
+    nhwc_shape(x)
+    check_nhwc("weight", weight, x)
+    (N, C, H, W), (K, _, R, S) = x.shape, weight.shape
+    if weight.shape[1] != C:
+        raise ValueError(f"weight: expected {C} input channels as x has, got shape {tuple(weight.shape)}")
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+        if value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}")
+    shape = ConvShape(N, H, W, C, K, R, S, stride, padding)
+    if shape.P < 1 or shape.Q < 1:
+        raise ValueError(f"x: {H}x{W} pixels are fewer than a {R}x{S} kernel with padding {padding} needs")
+    return shape

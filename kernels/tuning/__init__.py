@@ -1,0 +1,34 @@
+"""Which tile a GEMM is launched with: a table, a model that ranks it, and a choice timed once and remembered.
+
+The command:
+
+    python -m resnet.kernels.tuning list      what is remembered, with the median times
+    python -m resnet.kernels.tuning clear     forget all of it
+    python -m resnet.kernels.tuning path      where it is
+"""
+
+from .choice import best, every_candidate, gemm_config
+from .devices import ANY, GFX942, SM_80, SM_90, SM_100, Target
+from .model import L2, Gemm, bucket, candidates, gemm
+from .table import MAX_ACCUMULATORS, MOST_ROWS, TABLE, Config
+
+__all__ = [
+    "ANY",
+    "GFX942",
+    "L2",
+    "MAX_ACCUMULATORS",
+    "MOST_ROWS",
+    "SM_80",
+    "SM_90",
+    "SM_100",
+    "TABLE",
+    "Config",
+    "Gemm",
+    "Target",
+    "best",
+    "bucket",
+    "candidates",
+    "every_candidate",
+    "gemm",
+    "gemm_config",
+]

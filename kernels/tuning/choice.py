@@ -1,0 +1,65 @@
+"""The choice of a GEMM's tile at its first launch, and what is recorded in place of a choice.
+
+    config = tuning.gemm_config("forward", shape, x, launch, precision="ieee", prologue=True)
+
+The first launch of a key times up to 8 candidates, later ones look the answer up (`memory`). A key holds the
+operation, the channels and the window, the type, every switch that the kernel is compiled with, and the number of
+pixels rounded up to a power of two, so that another batch size is seldom another key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..host.shapes import ConvShape
+from . import memory
+from .devices import ANY, Target, target_of
+from .model import candidates, gemm
+from .table import Config, parse_config
+
+_every: Target | None = None
+
+
+@contextmanager
+def every_candidate(target: Target = ANY) -> Iterator[None]:
+    """Inside, each launch first runs once with every candidate that a device like `target` would time.
+
+    For whoever records launches, to compile and count all that can be chosen.
+    """
+    global _every
+    previous, _every = _every, target
+    try:
+        yield
+    finally:
+        _every = previous
+
+
+def gemm_config(
+    operation: str, shape: ConvShape, x: Tensor, run: Callable[[Config], object], **switches: object
+) -> Config:
+    """The configuration to launch with; see `gemm` for the arguments.
+
+    Args:
+        x: an operand: type and device.
+        run: launches once with a configuration, changing nothing that it reads.
+    """
+    key = gemm(operation, shape, x.dtype, **switches)
+    if _every is None:
+        name = memory.remembered(key, x.device)
+        if name is not None:
+            return parse_config(name)
+    return best(key, candidates(key, _every or target_of(x.device)), run, x.device)
+
+
+def best(key: tuple, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device) -> Config:
+    """The fastest of `candidates` on the device, as `memory` remembers or times it; on the CPU the first."""
+    if _every is not None:
+        for config in candidates:
+            run(config)
+        return candidates[0]
+    return parse_config(memory.choose(key, {str(config): partial(run, config) for config in candidates}, device))

@@ -1,0 +1,266 @@
+"""Timed choices between ways to run the same thing, remembered: in memory, and in a per-user file for the next process.
+
+    name = memory.choose(key, {"one way": run_one_way, "another": run_another}, device)
+
+The first call of a key on a GPU times the candidates; every later one is a dict lookup. A candidate is called several
+times, so it must not change what it reads. Environment variables, read at import:
+
+    FUSED_RESIDUAL_CACHE    folder of the file, in place of $XDG_CACHE_HOME/fused-residual (by default
+                            ~/.cache/fused-residual); "off": choices are kept in memory only
+    FUSED_RESIDUAL_TUNING   "on", the default; "off": nothing is timed and no file is read, the first candidate that
+                            runs is taken
+
+In the file a choice counts for one device name, one version of triton and of torch, and one state of the files that
+hold kernels: another device or an update times again. Processes may share the file; the first to finish timing a key
+decides for those that come later, so that the ranks of a job agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+
+from ..host.files import cache_folder, write_atomically
+from . import timing
+from .timing import Clock, Run
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes that write at once may cost one of them its choices
+    fcntl = None
+
+_ENVIRONMENTS = 16  # kept in the file: devices times versions, the last written ones
+
+
+class Choice(TypedDict):
+    """What the file holds of a key."""
+
+    name: str
+    milliseconds: dict[str, float]  # median time of each candidate that ran
+
+
+@cache
+def _environment(device: torch.device) -> str:
+    """What a choice in the file counts for."""
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "none"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        text = path.read_bytes()
+        if b"@triton.jit" in text:
+            sources.update(text)
+    return f"{name}, torch {torch.__version__}, triton {triton}, kernels {sources.hexdigest()[:12]}"
+
+
+def _parse(text: str) -> dict[str, dict[str, Choice]]:
+    """The file's content by environment and key; ValueError unless it is what `Choices` writes."""
+    stored = json.loads(text)
+
+    def is_choice(choice: object) -> bool:
+        return (
+            isinstance(choice, dict)
+            and choice.keys() == {"name", "milliseconds"}
+            and isinstance(choice["name"], str)
+            and isinstance(choice["milliseconds"], dict)
+            and all(isinstance(time, float | int) for time in choice["milliseconds"].values())
+        )
+
+    if not isinstance(stored, dict) or not all(
+        isinstance(section, dict) and all(map(is_choice, section.values())) for section in stored.values()
+    ):
+        raise ValueError("not a table of choices")
+    return stored
+
+
+class Choices:
+    """Remembered choices: in memory, and in the file at `path` unless that is None.
+
+    A file that cannot be read as such is renamed, with a warning; where it cannot be written, one warning is given and
+    the memory goes on without it.
+    """
+
+    def __init__(self, path: Path | None, timed: bool = True):
+        self.path = path
+        self._timed = timed
+        self._names: dict[tuple[torch.device, tuple], str] = {}
+        self._file: dict[str, dict[str, Choice]] | None = None
+        self._lock = threading.RLock()  # a candidate may have choices of its own
+
+    def remembered(self, key: tuple, device: torch.device) -> str | None:
+        """What this process chose, or None; no file is touched."""
+        return self._names.get((device, key))
+
+    def choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device) -> str:
+        """The name of the fastest of `candidates` on `device`, or of the first one where nothing can be timed.
+
+        Nothing is timed on the CPU, while a CUDA graph is captured (the first call outside of one times it), and with
+        timing switched off. A candidate that cannot run on the device is left out.
+
+        Args:
+            key: hashable, of everything that the times depend on, the device aside; its repr is the key in the file.
+
+        Raises:
+            RuntimeError: no candidate can run on the device; torch.OutOfMemoryError where memory is why.
+        """
+        name = self._names.get((device, key))
+        return self._choose(key, candidates, device) if name is None else name
+
+    def _choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device) -> str:
+        with self._lock:
+            name = self._names.get((device, key))  # another thread may have been here
+            clock = timing.CLOCKS.get(device.type)
+            if name is None and clock is None:
+                return next(iter(candidates))
+            if name is None and self._timed:
+                name = self._from_file(key, candidates, device)
+            if name is None:
+                if timing.capturing(device):
+                    return next(iter(candidates))
+                name = self._first_time(key, candidates, device, clock)
+            self._names[device, key] = name
+            return name
+
+    def _first_time(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, clock: Clock) -> str:
+        runnable, errors = {}, []
+        for name, run in candidates.items():
+            error = timing.fails(run)
+            if error is not None:
+                errors.append(error)
+            elif not self._timed or len(candidates) == 1:
+                return name
+            else:
+                runnable[name] = run
+        if not runnable:
+            if isinstance(errors[-1], torch.OutOfMemoryError):
+                raise errors[-1]
+            raise RuntimeError(
+                f"{key}: none of {len(candidates)} candidates can run on {_environment(device)}; the last one, "
+                f"{list(candidates)[-1]!r}, failed with: {errors[-1]}"
+            ) from errors[-1]
+        try:
+            times = timing.medians(runnable, clock, device)
+        except torch.OutOfMemoryError:  # of what the clock needs, or of a candidate beside it
+            return next(iter(runnable))
+        fastest = min(times, key=times.__getitem__)
+        if any(isinstance(error, torch.OutOfMemoryError) for error in errors):
+            return fastest  # for now: there may be more memory in the next process
+        return self._store(key, Choice(name=fastest, milliseconds=times), candidates, device)
+
+    # ---- the file ----
+
+    def entries(self) -> dict[str, dict[str, Choice]]:
+        """What the file holds, by environment and key. OSError where it cannot be read."""
+        if self.path is None or not self.path.exists():
+            return {}
+        with _locked(self.path.parent):
+            return self._read()
+
+    def clear(self) -> None:
+        """Forget everything, in memory and in the file. OSError where that cannot be removed."""
+        with self._lock:
+            self._names.clear()
+            self._file = None
+            if self.path is not None:
+                self.path.unlink(missing_ok=True)
+
+    def _from_file(self, key: tuple, candidates: Mapping[str, Run], device: torch.device) -> str | None:
+        if self._file is None:
+            with self._writable():
+                self._file = self.entries()
+        choice = (self._file or {}).get(_environment(device), {}).get(repr(key))
+        return choice["name"] if choice is not None and choice["name"] in candidates else None
+
+    def _store(self, key: tuple, choice: Choice, candidates: Mapping[str, Run], device: torch.device) -> str:
+        """Add a choice to the file, unless another process was there before; the name that counts."""
+        with self._writable():
+            if self.path is None:
+                return choice["name"]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.parent):
+                stored = self._read()
+                environment = _environment(device)
+                section = stored.pop(environment, {})
+                earlier = section.get(repr(key))
+                if earlier is None or earlier["name"] not in candidates:
+                    section[repr(key)] = choice
+                stored[environment] = section
+                for old in list(stored)[:-_ENVIRONMENTS]:
+                    del stored[old]
+                text = json.dumps(stored, indent=1)
+                write_atomically(self.path, lambda part: part.write_text(text, encoding="utf-8"))
+                self._file = stored
+                choice = section[repr(key)]
+        return choice["name"]
+
+    def _read(self) -> dict[str, dict[str, Choice]]:
+        try:
+            return _parse(self.path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:  # of JSON, UTF-8, or content
+            aside = self.path.with_suffix(".corrupt")
+            os.replace(self.path, aside)
+            warnings.warn(
+                f"the remembered choices in {self.path} could not be read ({error}); the file is now {aside}, and what "
+                "is needed is timed again",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return {}
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        """Where the file system refuses, say so and go on in memory."""
+        try:
+            yield
+        except OSError as error:
+            warnings.warn(
+                f"timed choices cannot be kept in {self.path} ({error}): they are timed again in every process; set "
+                'FUSED_RESIDUAL_CACHE to a folder that can be written, or to "off"',
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self.path = None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that want the same out; without effect where the file system has no locks."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+# ---- this process's memory ---------------------------------------------------------------------------------------
+
+
+def _is_timed(environment: Mapping[str, str]) -> bool:
+    value = environment.get("FUSED_RESIDUAL_TUNING", "on")
+    if value not in ("on", "off"):
+        raise ValueError(f"FUSED_RESIDUAL_TUNING: expected 'on' or 'off', got {value!r}")
+    return value == "on"
+
+
+_folder = cache_folder()
+process_choices = Choices(_folder and _folder / "choices.json", _is_timed(os.environ))
+choose, remembered = process_choices.choose, process_choices.remembered

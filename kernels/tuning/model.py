@@ -1,0 +1,243 @@
+"""The model that ranks a GEMM's tiles for a launch: a lower bound of its time, in clocks of a processor (SM, CU).
+
+    time = max(bytes / bandwidth, programs of a processor * steps * clocks of a step) + latency of its waves
+    step = max(products / tensor rate, instructions / 4, shared memory's bytes / 128, L2's bytes / 40)
+
+Configurations that need more shared memory or registers than there are, or are wider than the matrix, are left out.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from ..host.shapes import ConvShape
+from .devices import ANY, Target
+from .table import MAX_ACCUMULATORS, TABLE, Config
+
+
+def bucket(count: int) -> int:
+    """The count rounded up to a power of two, for a key in which another batch size is seldom another key."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+# ---- the launch --------------------------------------------------------------------------------------------------
+
+
+class Gemm(NamedTuple):
+    """What a launch's best tile depends on: the key of its choice."""
+
+    operation: str  # of TABLE
+    pixels: int  # rows of the forward and of grad-input, reduction of grad-weight; a power of two
+    C: int
+    K: int
+    R: int
+    S: int
+    stride: int
+    padding: int
+    dtype: torch.dtype
+    switches: tuple[tuple[str, object], ...]  # of the kernel's compilation, by name
+
+    def switch(self, name: str, default: object = None) -> object:
+        return dict(self.switches).get(name, default)
+
+    @property
+    def kind(self) -> str:
+        """Of product: a key of TABLE's tables."""
+        if self.dtype == torch.float32:
+            return "tf32" if self.switch("precision") == "tf32" else "single"
+        return "double" if self.dtype == torch.float64 else "half"
+
+    @property
+    def reduces_pixels(self) -> bool:
+        return self.operation.startswith("grad_weight")
+
+    @property
+    def dy_moves(self) -> bool:
+        """Of grad-weight: x stands still from tap to tap, so that its prologue is computed once."""
+        return bool(self.switch("prologue")) and self.stride == 1 and not self.switch("flat")
+
+    @property
+    def problem(self) -> tuple[int, int, int, int]:
+        """(rows, columns, taps, reduction): rows x columns of sums over taps x reduction; of grad-weight, taps of them.
+
+        The rows of grad-weight are the channels of the operand that does not move from tap to tap.
+        """
+        rows, columns, taps, reduction = self.pixels, self.K, self.R * self.S, self.C
+        if self.reduces_pixels:
+            rows, columns, reduction = self.K, self.C, self.pixels
+            if self.switch("flat"):
+                return rows, columns * taps, 1, reduction
+            if self.dy_moves:
+                rows, columns = columns, rows
+        elif self.operation == "grad_input":
+            columns, reduction = self.C, self.K
+            taps = max(1, taps // self.stride**2)  # of a pixel, on average
+        return (rows, columns, 1, taps * reduction) if self.switch("flat") else (rows, columns, taps, reduction)
+
+
+def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: object) -> Gemm:
+    """The key of a launch. Of the switches the model reads `precision` ("tf32", "ieee"), `flat` and `prologue`.
+
+    Args:
+        operation: of TABLE.
+        switches: everything else that the kernel is compiled for, always in the same order.
+    """
+    pixels = shape.N * shape.H * shape.W if operation == "grad_input" else shape.M
+    window = shape.R, shape.S, shape.stride, shape.padding
+    return Gemm(operation, bucket(pixels), shape.C, shape.K, *window, dtype, tuple(switches.items()))
+
+
+# ---- the bound ---------------------------------------------------------------------------------------------------
+
+_SIZES = {"half": 2, "tf32": 4, "single": 4, "double": 8}
+_TIMED = 8  # candidates per key
+_REGISTERS = 255  # of a thread
+_THREADS = 2048  # of a processor
+L2 = 40  # bytes per clock that a processor gets of the L2 cache
+_LATENCY = 800  # clocks from a load to its data, of L2 and memory between them
+_START = 3 * _LATENCY  # clocks of a program before its first product and after its last
+
+
+def shared_bytes(config: Config, gemm: Gemm, target: Target) -> int:
+    """Of the pipeline's tiles, with one that a prologue recomputes; the epilogue's take their place."""
+    size = _SIZES[gemm.kind]
+    rows = config.BLOCK_M + config.BLOCK_N
+    if gemm.operation == "grad_weight":
+        moving = config.BLOCK_N * _taps_at_once(config, gemm)
+        rows = config.BLOCK_M + moving
+        if gemm.switch("out"):  # the mask lies beside dy
+            rows += moving if gemm.dy_moves else config.BLOCK_M
+    stages = config.num_stages if target.asynchronous else max(config.num_stages - 1, 1)
+    recomputed = config.BLOCK_M if gemm.reduces_pixels and gemm.switch("prologue") else 0
+    return max((stages * rows + recomputed) * config.BLOCK_K * size, config.BLOCK_M * config.BLOCK_N * size)
+
+
+def _taps_at_once(config: Config, gemm: Gemm) -> int:
+    """Of grad-weight: accumulators of a program that share the operand which stands still."""
+    accumulators = config.BLOCK_M * config.BLOCK_N * max(_SIZES[gemm.kind], 4) / 4 / (32 * config.num_warps)
+    return gemm.S if not gemm.switch("flat") and accumulators * gemm.S <= MAX_ACCUMULATORS else 1
+
+
+def _registers(config: Config, gemm: Gemm) -> float:
+    """Of a thread, fitted to compiled kernels: accumulators twice where the epilogue rounds and sums them."""
+    size, threads = _SIZES[gemm.kind], 32 * config.num_warps
+    accumulators = config.BLOCK_M * config.BLOCK_N * max(size, 4) / 4 / threads
+    if gemm.reduces_pixels:
+        accumulators *= 0.625 * _taps_at_once(config, gemm)
+    chunks = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size / 16 / threads
+    operand = config.BLOCK_M * config.BLOCK_K * size / 4 / threads if gemm.switch("prologue") else 0
+    return 40 + 2 * accumulators + 3 * chunks + operand
+
+
+def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
+    """(modelled time, bytes asked of L2): the second decides where the first is equal."""
+    rows, columns, taps, reduction = gemm.problem
+    M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
+    size, warps = _SIZES[gemm.kind], config.num_warps
+    asynchronous = target.asynchronous and M >= 64 and warps % 4 == 0 and gemm.kind in ("half", "tf32")
+
+    tiles = -(-rows // M) * -(-columns // N)
+    steps = taps * -(-reduction // K)
+    splits = at_once = 1
+    if gemm.reduces_pixels:  # the reduction is split until the device is full
+        at_once = _taps_at_once(config, gemm)
+        tiles *= -(-taps // at_once)
+        steps //= taps
+        splits = max(1, min(steps // 4, 2 * target.processors // tiles))
+        steps = -(-steps // splits)
+    programs = tiles * splits
+
+    products = M * N * K * at_once
+    loaded = (M + N * at_once) * K * size
+    if gemm.kind == "single":
+        tensor, instructions = 0, products / 32
+    else:
+        rate = target.products / {"half": 1, "tf32": 2, "double": 16}[gemm.kind]
+        tensor = products / (rate if asynchronous or not target.asynchronous else rate / 2)
+        instructions = 0 if asynchronous else products / {"half": 2048, "tf32": 1024, "double": 256}[gemm.kind]
+    across = min(warps, max(1, N // 32))  # warps along N, the rest along M
+    fragments = 0 if asynchronous else (M * across + N * at_once * (warps // across or 1)) * K * size
+    instructions += fragments / 512 + 16 * loaded / 512 + 20 * warps  # by ldmatrix, cp.async with its address, loop
+    if gemm.switch("prologue"):
+        instructions += 7 * M * K / 32
+    shared = (loaded + (loaded if asynchronous else fragments)) / 128
+
+    resident = max(
+        1,
+        min(
+            (target.shared_memory + 1024) // (shared_bytes(config, gemm, target) + 1024),
+            int(target.registers / (32 * warps * min(_registers(config, gemm), _REGISTERS))),
+            _THREADS // (32 * warps),
+        ),
+    )
+    step = max(tensor, instructions / 4, shared, loaded / L2)
+    per_processor = -(-programs // target.processors)
+    waves = -(-per_processor // resident)
+    # A wave of few programs waits for its loads: each has num_stages - 1 steps under way.
+    together = min(per_processor, resident)
+    step = max(step, _LATENCY / max(config.num_stages - 1, 1) / together)
+    clocks = per_processor * steps * step + waves * _START
+    moved = (rows * columns + rows * reduction + columns * reduction * taps) * size
+    if gemm.reduces_pixels:
+        moved = (gemm.K + gemm.C) * reduction * size + 2 * splits * rows * columns * taps * 4
+    return max(clocks / target.clock / 1e9, moved / target.bandwidth / 1e9), programs * steps * loaded
+
+
+def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
+    """Whether it runs without spilling, and is not twice as wide as the matrix or more."""
+    rows, columns, _, reduction = gemm.problem
+    narrow = all(
+        block == 16 or block < 2 * length
+        for block, length in ((config.BLOCK_M, rows), (config.BLOCK_N, columns), (config.BLOCK_K, reduction))
+    )
+    shared = shared_bytes(config, gemm, target)
+    registers = _registers(config, gemm) <= _REGISTERS and _epilogue_fits(config, gemm)
+    return narrow and shared <= target.shared_memory and registers and _prologue_fits(config, gemm, target)
+
+
+def _prologue_fits(config: Config, gemm: Gemm, target: Target) -> bool:
+    """Whether the forward's prologue does not spill where a thread computes a row of its tile.
+
+    Of channels that are the same in each step it holds scale and shift through the loop, beside a row in float32:
+    bfloat16, unlike float16, has no arithmetic of pairs to keep it shorter.
+    """
+    held = gemm.operation == "forward" and gemm.switch("prologue") and gemm.C <= config.BLOCK_K
+    row = config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps)
+    return not (target.tensor_memory and held and gemm.dtype == torch.bfloat16) or row < 64
+
+
+def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
+    """Whether what is fused fits: a kernel spills where it meets more values per thread than these.
+
+    Grad-input: 64 accumulators beside the tiles that its epilogue loads, and 16 of dout that the shortcut's mask brings
+    into registers. The forward: a shortcut's second product beside the masks of ragged channels. Grad-weight:
+    accumulators, what moves from tap to tap, and what its prologue recomputes. The stem's in float32: masks of ragged
+    channels beside a large tile.
+    """
+    epilogue = gemm.switch("epilogue", "NoneType")
+    threads = 32 * config.num_warps
+    accumulators, operand = config.BLOCK_M * config.BLOCK_N // threads, config.BLOCK_M * config.BLOCK_K // threads
+    rows, columns, *_ = gemm.problem
+    if gemm.operation == "forward":
+        whole = gemm.C % config.BLOCK_K == 0 == columns % config.BLOCK_N  # of channels, which need no masks then
+        return not gemm.switch("shortcut") or whole or accumulators + operand <= 80
+    if gemm.operation == "grad_weight":
+        whole = rows % config.BLOCK_M == 0 == columns % config.BLOCK_N
+        taps = _taps_at_once(config, gemm)
+        values = taps * (accumulators + config.BLOCK_N * config.BLOCK_K // threads)
+        return values + (operand if gemm.switch("prologue") else 0) <= (170 if whole else 150)
+    if gemm.operation == "grad_weight_max_pool":
+        return gemm.kind != "single" or accumulators < 16 or rows % config.BLOCK_M == 0
+    masked = epilogue == "ShortcutGrad" and gemm.switch("masked")
+    return epilogue == "NoneType" or (accumulators <= 64 and (not masked or operand <= 16))
+
+
+@cache
+def candidates(gemm: Gemm, target: Target = ANY) -> tuple[Config, ...]:
+    """At most 8 configurations that can run on the device, the best one by the model first."""
+    table = TABLE[gemm.operation][gemm.kind]
+    fitting = [config for config in table if _fits(config, gemm, target)] or [table[-1]]
+    return tuple(sorted(fitting, key=lambda config: _seconds(config, gemm, target))[:_TIMED])

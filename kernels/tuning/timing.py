@@ -1,0 +1,71 @@
+"""How candidates are timed on a device, and which of their errors only leave one out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Run = Callable[[], object]
+Clock = Callable[[Sequence[Run], torch.device], list[float]]
+_ROUNDS = 5, 25  # fewest and most repetitions of each candidate
+_BUDGET = 200.0  # milliseconds of one key's timing, within those
+
+
+def cuda_milliseconds(runs: Sequence[Run], device: torch.device) -> list[float]:
+    """One run of each, in turn, between two events: the device's time, each from a cold L2.
+
+    The flush before a run also covers the host's time to launch it.
+    """
+    with torch.cuda.device(device):
+        flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
+        for run, (start, end) in zip(runs, events, strict=True):
+            flush.zero_()
+            start.record()
+            run()
+            end.record()
+        events[-1][1].synchronize()
+        return [start.elapsed_time(end) for start, end in events]
+
+
+CLOCKS: dict[str, Clock] = {"cuda": cuda_milliseconds}  # by device type; on a device without a clock nothing is timed
+
+
+def fails(run: Run) -> Exception | None:
+    """The error of a candidate that this device cannot run: compilation, shared memory, memory. Others are raised."""
+    try:
+        run()
+    except torch.OutOfMemoryError as error:
+        return error
+    except Exception as error:
+        if _is_triton_error(error):
+            return error
+        raise
+    return None
+
+
+def _is_triton_error(error: Exception) -> bool:
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return False
+    return isinstance(error, TritonError) or "PassManager::run failed" in str(error)
+
+
+def medians(candidates: Mapping[str, Run], clock: Clock, device: torch.device) -> dict[str, float]:
+    """Milliseconds by name. The candidates take turns, so that a clock rate that drifts does not favour one."""
+    runs = list(candidates.values())
+    rounds = [clock(runs, device)]  # warm: each has run once before
+    few, many = _ROUNDS
+    for _ in range(max(few, min(many, int(_BUDGET / max(sum(rounds[0]), 1e-3)))) - 1):
+        rounds.append(clock(runs, device))
+    return {name: statistics.median(times) for name, times in zip(candidates, zip(*rounds, strict=True), strict=True)}
+
+
+def capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,107 @@
+"""Images kept on the training device as uint8, and served in resized batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Batches:
+    """Batches of a set of images that lives, as uint8, on a device; each iteration over it is one epoch.
+
+    Yields (images, labels): images (B, 1, resize, resize) of `dtype` in `memory_format`, with values from 0 to 1 (the
+    byte / 255 and nothing else, as the textbook's `ToTensor` gives it), resized bilinearly; labels int64 (B,). Both on
+    `device`, where all of the work is done.
+
+    With `shuffle`, the order is a function of (seed, epoch) alone, whatever the device. `epoch` counts the iterations
+    begun; it may be set.
+
+    Args:
+        images: uint8 (N, 28, 28), or any other square size.
+        labels: integers (N,).
+        batch_size: B; the last batch is smaller where it does not divide N, unless `drop_last` leaves it out.
+        resize: height and width of the yielded images, in pixels; at least that of `images`, since bilinear
+            interpolation without a filter is sound for enlarging only.
+
+    Raises:
+        ValueError: an argument is not as said above; raised before anything is moved.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        *,
+        device: torch.device | str,
+        resize: int = 96,
+        dtype: torch.dtype = torch.float32,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        memory_format: torch.memory_format = torch.channels_last,
+    ):
+        if images.dtype != torch.uint8 or images.dim() != 3 or images.shape[1] != images.shape[2]:
+            raise ValueError(f"images: expected uint8 (N, S, S), got {images.dtype} {tuple(images.shape)}")
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise ValueError(
+                f"labels: expected integers ({len(images)},), one per image, got {labels.dtype} {tuple(labels.shape)}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        if resize < images.shape[1]:
+            raise ValueError(f"resize: expected at least the images' own size {images.shape[1]}, got {resize}")
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
+        if seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {seed}")
+        if memory_format not in (torch.channels_last, torch.contiguous_format):
+            raise ValueError(f"memory_format: expected channels_last or contiguous_format, got {memory_format}")
+        self.images = images.to(device)
+        self.labels = labels.to(device, torch.int64)
+        self.batch_size = batch_size
+        self.resize = resize
+        self.dtype = dtype
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.memory_format = memory_format
+        self.epoch = 0
+
+    @property
+    def examples(self) -> int:
+        """Images in one epoch: all of them, less what `drop_last` leaves out."""
+        n = len(self.images)
+        return n - n % self.batch_size if self.drop_last else n
+
+    def __len__(self) -> int:
+        return math.ceil(self.examples / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._order(self.epoch)
+        self.epoch += 1
+        return (self._batch(index) for index in order[: self.examples].split(self.batch_size) if len(index))
+
+    def _order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(len(self.images), device=self.images.device)
+        # Hashed, so that (seed, epoch + 1) is not (seed + 1, epoch); on the CPU, so that no device has its own order.
+        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(state[0]))
+        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.images[index].unsqueeze(1).float().div_(255)
+        if self.resize != x.shape[-1]:
+            x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
+        x = x.to(self.dtype)
+        if self.memory_format == torch.channels_last:
+            # With one channel both formats are one order of bytes; the strides tell operators which is meant, and
+            # `contiguous` would leave them, so they are set by moving the axis.
+            x = x.squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2)
+        return x, self.labels[index]

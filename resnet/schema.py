@@ -1,0 +1,77 @@
+"""Operators described by named tuples: one description gives the schema, the flat arguments and the way back.
+
+An operator of `torch.library` takes a flat list of tensors and numbers. Here a named tuple, whose fields may be named
+tuples themselves, says what they are; a field that is added there is added everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from string import ascii_lowercase
+from typing import Annotated, NamedTuple, TypeVar, get_type_hints
+
+from torch import Tensor
+
+T = TypeVar("T", bound=tuple)
+
+Updated = Annotated[Tensor | None, "updated in place"]
+
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", Updated: "Tensor?", int: "int", bool: "bool", float: "float"}
+
+
+class Leaf(NamedTuple):
+    """One argument of an operator."""
+
+    name: str  # of the field, after the names of those that it lies in
+    type: str  # in a schema
+    updated: bool
+
+
+@cache
+def leaves(kind: type[tuple]) -> tuple[Leaf, ...]:
+    """The flat arguments of a named tuple's class, in order."""
+    found: list[Leaf] = []
+    for field, hint in get_type_hints(kind, include_extras=True).items():
+        if hint in _TYPES:
+            found.append(Leaf(field, _TYPES[hint], hint == Updated))
+        else:
+            found += [leaf._replace(name=f"{field}_{leaf.name}") for leaf in leaves(hint)]
+    return tuple(found)
+
+
+def parameters(kind: type[tuple], updates: bool = True) -> str:
+    """The arguments in a schema, such as "Tensor x, Tensor(a!)? mean"; without `updates` none is written to."""
+    letters = iter(ascii_lowercase)
+    written = []
+    for name, type_, updated in leaves(kind):
+        if updated and updates:
+            type_ = type_.replace("Tensor", f"Tensor({next(letters)}!)")
+        written.append(f"{type_} {name}")
+    return ", ".join(written)
+
+
+def pack(value: tuple) -> list:
+    """The leaves of a named tuple, as `leaves` orders them."""
+    flat: list = []
+    for item in value:
+        if isinstance(item, tuple):
+            flat += pack(item)
+        else:
+            flat.append(item)
+    return flat
+
+
+def unpack(kind: type[T], flat: Sequence) -> T:
+    """The named tuple whose leaves are `flat`: the inverse of `pack`."""
+    return _unpack(kind, iter(flat))
+
+
+def _unpack(kind: type[T], flat: Iterator) -> T:
+    return kind._make(next(flat) if inner is None else _unpack(inner, flat) for inner in _inner(kind))
+
+
+@cache
+def _inner(kind: type[tuple]) -> tuple[type[tuple] | None, ...]:
+    """The class of each field that is a named tuple, None for the others."""
+    return tuple(None if hint in _TYPES else hint for hint in get_type_hints(kind, include_extras=True).values())

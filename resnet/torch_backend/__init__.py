@@ -1,0 +1,18 @@
+"""The fused operations on PyTorch's own operators, in as few passes as they allow: what runs on the CPU."""
+
+from resnet.torch_backend.batch_norm import backward as batch_norm_add_relu_backward
+from resnet.torch_backend.batch_norm import forward as batch_norm_add_relu
+from resnet.torch_backend.block import block_backward, block_forward, block_inference
+from resnet.torch_backend.inference import stem_inference
+from resnet.torch_backend.stem import stem_backward, stem_forward
+
+__all__ = [
+    "batch_norm_add_relu",
+    "batch_norm_add_relu_backward",
+    "block_forward",
+    "block_backward",
+    "block_inference",
+    "stem_forward",
+    "stem_backward",
+    "stem_inference",
+]

@@ -1,0 +1,152 @@
+"""The convolutions around the fused operations: PyTorch's own, except for small maps on the CPU and where it is unsafe.
+
+oneDNN's direct convolution is slow where a map has few pixels and many channels: at 3x3 pixels (ResNet-18's last stage
+at 96x96) 32 of its 81 products of a pixel and a tap meet padding. There the convolution is one matrix product per tap,
+over the pixels whose tap lies within the map. oneDNN's grad-weight is slow on larger maps too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Products per tap were faster up to so many pixels of an output map, from so many channels on, at batches of 8 to 128.
+# The second number of pixels holds where products lag. Grad-weight's limits were measured at batches of 16 and 32, its
+# second number at 8 and 32.
+_PIXELS, _CHANNELS = (16, 4), 128
+_GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS = (64, 9), 256
+
+
+def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -> int | torch.SymInt:
+    """Pixels along one axis of a convolution's output."""
+    return (size + 2 * padding - kernel) // stride + 1
+
+
+def is_single_on_cpu(x: Tensor) -> bool:
+    """Whether x is float32 on the CPU, where this module replaces some of PyTorch's convolutions."""
+    return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def products_lag() -> bool:
+    """Whether PyTorch's matrix products have half the speed of its convolutions.
+
+    They do with AVX-512 on an AMD CPU: oneDNN uses it there, MKL stays with AVX2.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have none
+    return "AMD" in capabilities.get("cpu_name", "")
+
+
+def _is_at_most(pixels: tuple[int, int], channels: int, x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether x is float32 on the CPU, its output maps have so few pixels, and there are so many channels."""
+    if not is_single_on_cpu(x):
+        return False
+    K, C, R, S = weight.shape
+    P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
+    return min(C, K) >= channels and R * S > 1 and pixels[products_lag()] >= P * Q
+
+
+def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether products per tap are faster than oneDNN's convolution, forward and for grad-input."""
+    return _is_at_most(_PIXELS, _CHANNELS, x, weight, stride, padding)
+
+
+def overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
+    """Whether PyTorch's grad-weight may write past the end of a buffer of its own.
+
+    oneDNN (torch 2.13) does so for a strided 1x1 convolution of fewer than 8 channels, with AVX2 and no AVX-512: it
+    gathers the strided pixels in whole vectors of 8 channels. Eager PyTorch corrupts its heap there.
+    """
+    _, C, R, S = weight.shape
+    return R == S == 1 and stride > 1 and C < 8 and is_single_on_cpu(x)
+
+
+def _nhwc(t: Tensor) -> Tensor:
+    """(N, C, H, W) as (N, H, W, C): pixels become rows. A contiguous view where t is channels_last."""
+    return t.permute(0, 2, 3, 1)
+
+
+def _inside(size: int, tap: int, out: int, stride: int, padding: int) -> tuple[slice, slice]:
+    """Along one axis: the outputs whose tap lies within the map, and the inputs that the tap meets."""
+    first = max(0, -(-(padding - tap) // stride))
+    last = min(out - 1, (size - 1 + padding - tap) // stride)
+    start = first * stride + tap - padding
+    return slice(first, max(first, last + 1)), slice(start, start + max(0, last - first) * stride + 1, stride)
+
+
+def _taps(x: Tensor, weight: Tensor, stride: int, padding: int) -> Iterator[tuple[tuple, tuple, tuple]]:
+    """For each tap that meets a pixel: indices into the (K, C, R, S) weight, the NHWC output and the NHWC input."""
+    R, S = weight.shape[2:]
+    P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
+    for r in range(R):
+        rows_out, rows = _inside(x.shape[2], r, P, stride, padding)
+        for s in range(S):
+            columns_out, columns = _inside(x.shape[3], s, Q, stride, padding)
+            if rows_out.stop > rows_out.start and columns_out.stop > columns_out.start:
+                yield (..., r, s), (slice(None), rows_out, columns_out), (slice(None), rows, columns)
+
+
+def _add_product(to: Tensor, index: tuple, pixels: Tensor, matrix: Tensor) -> None:
+    """to[index] += pixels @ matrix. Gathering the rows first makes one product of it, which takes half the time."""
+    to[index].add_((pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1))
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """conv(x, weight) + bias, (N, K, P, Q) channels_last, from x (N, C, H, W) channels_last and weight (K, C, R, S)."""
+    if not is_small(x, weight, stride, padding):
+        y = torch.conv2d(x, weight, bias, stride, padding)
+        return y.contiguous(memory_format=torch.channels_last)
+    (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
+    P, Q = out_size(H, R, stride, padding), out_size(W, S, stride, padding)
+    y = x.new_zeros(N, P, Q, K) if bias is None else bias.expand(N, P, Q, K).contiguous()
+    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+        _add_product(y, outputs, _nhwc(x)[inputs], weight[tap].t())
+    return y.permute(0, 3, 1, 2)
+
+
+def add_projected(to: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """to += conv(x, weight) with a 1x1 window; on the CPU by a matrix product that adds to `to` itself.
+
+    to (N, K, P, Q) and x (N, C, H, W) are channels_last. Returns `to`.
+    """
+    if not is_single_on_cpu(x):
+        return to.add_(convolve(x, weight, None, stride, 0))
+    pixels = _nhwc(x)[:, ::stride, ::stride].flatten(0, 2)
+    _nhwc(to).view(-1, to.shape[1]).addmm_(pixels, weight.flatten(1).t())
+    return to
+
+
+def convolve_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dx, dweight) of `convolve`, channels_last, None where not needed; dy (N, K, P, Q) is channels_last."""
+    small = is_small(x, weight, stride, padding)
+    per_tap = small or _is_at_most(_GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS, x, weight, stride, padding)
+    own_weight = needs_weight and (per_tap or overruns(x, weight, stride))
+    own_x = needs_x and small
+    wanted = [needs_x and not own_x, needs_weight and not own_weight, False]  # with none PyTorch computes nothing
+    dx, dweight, _ = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
+    )
+    if own_x:
+        dx = _grad_input(dy, x, weight, stride, padding)
+    if own_weight:
+        dweight = _grad_weight(dy, x, weight, stride, padding)
+    return tuple(g.contiguous(memory_format=torch.channels_last) if g is not None else None for g in (dx, dweight))
+
+
+def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    dx = _nhwc(torch.zeros_like(x, memory_format=torch.channels_last))
+    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+        _add_product(dx, inputs, _nhwc(dy)[outputs], weight[tap])
+    return dx.permute(0, 3, 1, 2)
+
+
+def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    dweight = torch.zeros_like(weight, memory_format=torch.channels_last)
+    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+        dweight[tap] = _nhwc(dy)[outputs].flatten(0, 2).t() @ _nhwc(x)[inputs].flatten(0, 2)
+    return dweight

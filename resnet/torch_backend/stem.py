@@ -1,0 +1,25 @@
+"""The stem on PyTorch's own operators: convolution, BatchNorm, ReLU and max-pool."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from resnet.norm import Norm
+from resnet.operands import Stem, StemGrad, StemKept, StemOutput
+from resnet.torch_backend import batch_norm
+from resnet.torch_backend.convolution import convolve, convolve_backward
+
+
+def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> StemOutput:
+    """The stem and what its backward needs. Running statistics are updated in place."""
+    y = convolve(x, weight, None, stride, padding)
+    out, tap, stats = batch_norm.forward_pool(y, norm)
+    return StemOutput(out, y, tap, stats)
+
+
+def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
+    """Gradients of `stem_forward`."""
+    x, (out, y, tap, stats), weight, norm, stride, padding = kept
+    grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm)
+    dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.weight)
+    return StemGrad(dx, dconv, grad.dweight, grad.dbias, grad.sum_g)

@@ -1,0 +1,426 @@
+"""Trains ResNet-18 on Fashion-MNIST as the textbook does, and times it.
+
+The recipe is d2l.ai's `train_ch6`: plain SGD, Xavier-uniform weights, cross entropy, images enlarged to 96 x 96. Loss
+and training accuracy are means over the last epoch, taken as it ran; the rate counts training steps only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from resnet.commands import ConfigError, check_writable, find_device, require
+from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
+from resnet.fused import FusedResidual
+from resnet.kernels.host.files import write_atomically
+from resnet.reference import resnet18
+
+__all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "train"]
+
+MODELS = ("eager", "fused", "compile")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_LOOK_SECONDS = 0.5  # between two looks at the losses; each makes a GPU's queue run empty
+_EVALUATION_BATCH = 256
+
+
+class NonFiniteError(ArithmeticError):
+    """The loss or the weights became infinite or NaN; the message names the epoch and the step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """What to train, on what, and how; the command's options under the same names.
+
+    Raises ConfigError for a value out of its range. What depends on the machine and the data (device, folder, limits)
+    is checked by `train`, before it does anything.
+    """
+
+    model: str = "fused"  # eager, fused, or compile: torch.compile of the eager model
+    epochs: int = 10
+    batch_size: int = 256
+    lr: float = 0.05
+    resize: int = 96  # pixels
+    device: str = "auto"  # cpu, cuda, cuda:N; auto: cuda where there is one
+    dtype: str = "float32"  # other than float32: autocast to it
+    seed: int = 0
+    data: str | None = None  # folder; None: see resnet.data.load
+    limit_train: int | None = None  # only so many images, the first ones; None: all
+    limit_test: int | None = None
+    save: str | None = None  # checkpoint, written after every epoch
+    json: str | None = None  # figures of the run
+
+    def __post_init__(self) -> None:
+        require(self.model in MODELS, "--model", f"one of {', '.join(MODELS)}", self.model)
+        require(self.epochs >= 1, "--epochs", "at least 1", self.epochs)
+        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        require(0 < self.lr <= torch.finfo(torch.float32).max, "--lr", "a positive number that float32 holds", self.lr)
+        require(
+            self.resize >= IMAGE_SIZE,
+            "--resize",
+            f"at least {IMAGE_SIZE}, the images' own size: they are enlarged only",
+            self.resize,
+        )
+        require(self.dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        require(0 <= self.seed < 2**63, "--seed", "a number from 0 to 2**63 - 1", self.seed)
+        for name, limit in (("--limit-train", self.limit_train), ("--limit-test", self.limit_test)):
+            require(limit is None or limit >= 1, name, "at least 1", limit)
+        for name, path in (("--save", self.save), ("--json", self.json)):
+            if path is not None:
+                check_writable(name, Path(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """One whole epoch: mean loss and accuracies as fractions, and what its training steps took."""
+
+    loss: float
+    train_acc: float
+    test_acc: float
+    examples: int
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """Figures of a run. The properties are those of the last whole epoch, or NaN where there is none."""
+
+    config: TrainConfig
+    device: str  # such as cuda:0
+    device_name: str
+    data: str  # where the images came from
+    warm_up_seconds: float  # compilation and choice of algorithms, before the clock started
+    epochs: tuple[Epoch, ...]
+    interrupted: bool  # by Ctrl-C
+    checkpoint: str | None  # where the weights are
+
+    @property
+    def loss(self) -> float:
+        return self.epochs[-1].loss if self.epochs else math.nan
+
+    @property
+    def train_acc(self) -> float:
+        return self.epochs[-1].train_acc if self.epochs else math.nan
+
+    @property
+    def test_acc(self) -> float:
+        return self.epochs[-1].test_acc if self.epochs else math.nan
+
+    @property
+    def examples_per_sec(self) -> float:
+        """Examples of all whole epochs by the time that their training steps took."""
+        if not self.epochs:
+            return math.nan
+        return sum(e.examples for e in self.epochs) / sum(e.seconds for e in self.epochs)
+
+    def summary(self) -> str:
+        """Two lines, in the textbook's form."""
+        return (
+            f"loss {self.loss:.3f}, train acc {self.train_acc:.3f}, test acc {self.test_acc:.3f}\n"
+            f"{self.examples_per_sec:.1f} examples/sec on {self.device}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with versions, as JSON's types. NaN, which JSON has not, becomes None."""
+        figures = {name: getattr(self, name) for name in ("loss", "train_acc", "test_acc", "examples_per_sec")}
+        return {
+            **{name: None if math.isnan(value) else value for name, value in figures.items()},
+            **dataclasses.asdict(self),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        }
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Trains ResNet-18 as `config` says, with a progress bar per epoch on stderr.
+
+    The same seed gives the same first weights and order of images for every model and device.
+
+    The checkpoint is a dictionary for `torch.load`: `model` (a state_dict for `resnet18` of either block),
+    `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one) and `args`. It is replaced after every
+    epoch, never by one with non-finite weights. Ctrl-C ends the run after the step at hand and writes it, under a name
+    of its own in the current folder where `config.save` has none; a second Ctrl-C raises KeyboardInterrupt at once.
+
+    Raises:
+        ConfigError: the device is absent, a limit exceeds the set, or a batch of one image cannot be normalised.
+        DatasetError: see `resnet.data.load`.
+        NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
+    """
+    device = find_device(config.device)
+    dataset = load(config.data)
+    batches, evaluation = _batches(config, dataset, device)
+    if device.type == "cpu" and config.dtype == "float16":
+        print("float16 on a CPU is emulated and may be a hundred times slower; bfloat16 is not.", file=sys.stderr)
+
+    with _deferred_interrupt() as interrupt:
+        run = _Run(config, device, batches, evaluation, interrupt)
+        warm_up_seconds = run.warm_up()
+        epochs: list[Epoch] = []
+        checkpoint = None
+        while len(epochs) < config.epochs and not interrupt.is_set() and (epoch := run.epoch()) is not None:
+            epochs.append(epoch)
+            if config.save is not None:
+                checkpoint = run.save(Path(config.save))
+        interrupted = len(epochs) < config.epochs
+        if interrupted and run.trained:
+            checkpoint = run.save(_unused_path(config.model) if config.save is None else Path(config.save))
+    return TrainResult(
+        config=config,
+        device=str(device),
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        data=dataset.source,
+        warm_up_seconds=warm_up_seconds,
+        epochs=tuple(epochs),
+        interrupted=interrupted,
+        checkpoint=checkpoint,
+    )
+
+
+class _Run:
+    """The net, its optimizer and the data of one run."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        device: torch.device,
+        batches: Batches,
+        evaluation: Batches,
+        interrupt: threading.Event,
+    ):
+        self.config = config
+        self.device = device
+        self.batches = batches
+        self.evaluation = evaluation
+        self.interrupt = interrupt
+        self.epochs = 0  # trained in full
+        self.step = 0  # steps of the next one
+        self.net = _net(config.model, config.seed).to(device, memory_format=torch.channels_last)
+        # Two shapes of batches at most: one graph for each is quicker than one for all.
+        self.forward = torch.compile(self.net, dynamic=False) if config.model == "compile" else self.net
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=config.lr)
+        # float16 alone needs its loss scaled: the others have float32's range of exponents.
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+
+    @property
+    def trained(self) -> bool:
+        """Whether there is anything to save: first weights should not replace somebody's checkpoint."""
+        return self.epochs + self.step > 0
+
+    def warm_up(self) -> float:
+        """Compiles and lets libraries choose their algorithms, outside the clock; seconds taken.
+
+        One step per shape of batch; the weights and statistics are afterwards what they were.
+        """
+        if self.device.type == "cpu" and self.config.model != "compile":
+            return 0.0  # nothing to choose or compile, and a step takes long
+        print("warming up: compilation and choice of algorithms, not counted in examples/sec", file=sys.stderr)
+        start = self._clock()
+        before = {name: value.clone() for name, value in self.net.state_dict().items()}
+        self.net.train()
+        n, size = self.batches.examples, self.batches.batch_size
+        for length in sorted({min(n, size), n % size or size}):
+            images, labels = self.batches.images[:length], self.batches.labels[:length]
+            for batch in Batches(images, labels, length, device=self.device, resize=self.config.resize):
+                loss, _ = self._loss(self.forward, *batch)
+                self.scaler.scale(loss).backward()
+        self.optimizer.zero_grad()
+        self.net.load_state_dict(before)
+        return self._clock() - start
+
+    def epoch(self) -> Epoch | None:
+        """Trains for one epoch and evaluates; None where Ctrl-C came before the end of either."""
+        steps = len(self.batches)
+        losses = torch.zeros(steps, device=self.device)
+        sizes = torch.zeros(steps, device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.net.train()
+        seen = checked = 0
+        with tqdm(
+            total=self.batches.examples,
+            desc=f"epoch {self.epochs + 1}/{self.config.epochs}",
+            unit="img",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+        ) as bar:
+            start = looked = self._clock()
+            for x, labels in self.batches:
+                loss, logits = self._loss(self.forward, x, labels)
+                self.optimizer.zero_grad()
+                self.scaler.scale(loss).backward()
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+                losses[self.step] = loss.detach()
+                sizes[self.step] = len(labels)
+                correct += (logits.argmax(1) == labels).sum()
+                self.step += 1
+                seen += len(labels)
+                bar.update(len(labels))
+                stop = self.interrupt.is_set()
+                if self.step == steps or stop or time.perf_counter() - looked >= _LOOK_SECONDS:
+                    _check_losses(losses[checked : self.step], self.epochs + 1, checked + 1)
+                    checked = self.step
+                    seconds = (looked := self._clock()) - start
+                    mean = ((losses * sizes).sum() / seen).item()
+                    accuracy = correct.item() / seen
+                    figures = f"loss {mean:.3f}, train acc {accuracy:.3f}, {seen / seconds:.1f} examples/sec"
+                    bar.set_postfix_str(figures)
+                if stop and self.step < steps:
+                    return None
+            self._check_weights()
+            self.epochs, self.step = self.epochs + 1, 0
+            test_acc = self._accuracy()
+            if test_acc is None:
+                return None
+            bar.set_postfix_str(f"{figures}, test acc {test_acc:.3f}")
+        return Epoch(loss=mean, train_acc=accuracy, test_acc=test_acc, examples=seen, seconds=seconds)
+
+    def save(self, path: Path) -> str:
+        """Writes the checkpoint, whole or not at all; its path."""
+        self._check_weights()
+        checkpoint = {
+            "model": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epochs,
+            "step": self.step,
+            "args": dataclasses.asdict(self.config),
+        }
+        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+        return str(path)
+
+    def _loss(self, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean loss, logits)."""
+        dtype = DTYPES[self.config.dtype]
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            logits = forward(x)
+            return F.cross_entropy(logits, labels), logits
+
+    def _accuracy(self) -> float | None:
+        """The fraction of the test images that are named right; None where Ctrl-C came in between."""
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.net.eval()
+        with torch.no_grad():
+            for x, labels in self.evaluation:
+                if self.interrupt.is_set():
+                    return None
+                # Not the compiled net: another two graphs would take longer to make than they save.
+                correct += (self._loss(self.net, x, labels)[1].argmax(1) == labels).sum()
+        return correct.item() / self.evaluation.examples
+
+    def _check_weights(self) -> None:
+        """The loss is of the weights before a step: it does not show what the last step made of them."""
+        values = [v for v in self.net.state_dict().values() if v.is_floating_point()]
+        if not torch.stack([v.isfinite().all() for v in values]).all():
+            epoch, step = (self.epochs + 1, self.step) if self.step else (self.epochs, len(self.batches))
+            raise NonFiniteError(f"non-finite weights after epoch {epoch}, step {step}; {_ADVICE}")
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+_ADVICE = "a smaller --lr may help"
+
+
+def _check_losses(losses: Tensor, epoch: int, first_step: int) -> None:
+    bad = losses.isfinite().logical_not_().nonzero()
+    if len(bad):
+        step = bad[0].item()
+        raise NonFiniteError(f"non-finite loss ({losses[step]}) at epoch {epoch}, step {first_step + step}; {_ADVICE}")
+
+
+def _net(model: str, seed: int) -> nn.Sequential:
+    """ResNet-18 with the textbook's first weights, the same for each model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = resnet18()
+        for module in net.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+        if model != "fused":
+            return net
+        fused = resnet18(block=FusedResidual)
+        fused.load_state_dict(net.state_dict())
+        return fused
+
+
+def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -> tuple[Batches, Batches]:
+    """The training and the test set on the device. Raises ConfigError for a limit or a batch that cannot be."""
+    for name, limit, images in (
+        ("--limit-train", config.limit_train, dataset.train_images),
+        ("--limit-test", config.limit_test, dataset.test_images),
+    ):
+        require(limit is None or limit <= len(images), name, f"at most {len(images)} with {dataset.source}", limit)
+    n = config.limit_train or len(dataset.train_images)
+    # A last stage of one pixel has one value per channel in a batch of one image, which BatchNorm cannot normalise.
+    one_pixel = math.ceil(config.resize / 32) == 1
+    if one_pixel and min(n, config.batch_size) == 1:
+        raise ConfigError(
+            f"--resize {config.resize} needs batches of 2 images or more: one has but one value per channel in the "
+            "last stage, which BatchNorm cannot normalise; --resize 33 or more does not"
+        )
+    single = one_pixel and n % config.batch_size == 1
+    if single:
+        print(
+            f"One image is left out of each epoch: BatchNorm cannot train on it alone at --resize {config.resize}.",
+            file=sys.stderr,
+        )
+    batches = Batches(
+        dataset.train_images[:n],
+        dataset.train_labels[:n],
+        config.batch_size,
+        device=device,
+        resize=config.resize,
+        shuffle=True,
+        seed=config.seed,
+        drop_last=single,
+    )
+    evaluation = Batches(
+        dataset.test_images[: config.limit_test],
+        dataset.test_labels[: config.limit_test],
+        _EVALUATION_BATCH,
+        device=device,
+        resize=config.resize,
+    )
+    return batches, evaluation
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, in place of an exception amid a step; the second raises as usual."""
+    interrupt = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
+        yield interrupt
+        return
+    usual = signal.getsignal(signal.SIGINT)
+
+    def note(signum: int, frame: object) -> None:
+        interrupt.set()
+        signal.signal(signal.SIGINT, usual)
+        tqdm.write("stopping after this step; Ctrl-C again to stop at once, without a checkpoint", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def _unused_path(model: str) -> Path:
+    """A checkpoint's path that exists not yet, in the current folder or, where that is closed, the temporary one."""
+    folder = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.gettempdir())
+    return folder / f"resnet18-{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.pt"

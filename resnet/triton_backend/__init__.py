@@ -1,0 +1,17 @@
+"""The fused operations on the Triton kernels. Same functions as `torch_backend`."""
+
+from resnet.triton_backend.batch_norm import backward as batch_norm_add_relu_backward
+from resnet.triton_backend.batch_norm import forward as batch_norm_add_relu
+from resnet.triton_backend.block import block_backward, block_forward, block_inference
+from resnet.triton_backend.stem import stem_backward, stem_forward, stem_inference
+
+__all__ = [
+    "batch_norm_add_relu",
+    "batch_norm_add_relu_backward",
+    "block_forward",
+    "block_backward",
+    "block_inference",
+    "stem_forward",
+    "stem_backward",
+    "stem_inference",
+]

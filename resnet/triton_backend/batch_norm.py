@@ -1,0 +1,79 @@
+"""BatchNorm, the add and ReLU on the Triton kernels. Same functions as `torch_backend.batch_norm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
+from resnet.kernels.batch_norm_statistics import Moments, batch_norm_statistics
+from resnet.norm import Norm, NormGrad, empty_grads, statistics_dtype
+
+
+def forward(
+    x: Tensor,
+    norm: Norm,
+    shortcut: Tensor | None = None,
+    shortcut_shift: Tensor | None = None,
+    relu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """(out, stats): see `torch_backend.batch_norm.forward`."""
+    stats = _stats(x, norm)
+    return batch_norm_add_relu(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu), stats
+
+
+def _stats(x: Tensor, norm: Norm) -> Tensor:
+    return batch_stats(batch_norm_statistics(x), norm) if norm.training else frozen_stats(norm, x.dtype)
+
+
+def batch_stats(moments: Moments, norm: Norm) -> Tensor:
+    """stats (4, C) from the batch's moments; updates the running statistics in place."""
+    return batch_norm_finalize(
+        *moments,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.momentum,
+        norm.eps,
+        norm.conv_bias,
+    )
+
+
+def frozen_stats(norm: Norm, dtype: torch.dtype) -> Tensor:
+    """stats (4, C) from the running statistics, for activations of `dtype`."""
+    return batch_norm_freeze(
+        norm.running_mean,
+        norm.running_var,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        norm.conv_bias,
+        statistics_dtype(dtype),
+    )
+
+
+def norm_stats(y: Tensor, moments: Moments | None, norm: Norm) -> Tensor:
+    """stats (4, K) of y's norm; with batch statistics the running ones are updated."""
+    return frozen_stats(norm, y.dtype) if moments is None else batch_stats(moments, norm)
+
+
+def backward(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    norm: Norm,
+    relu: bool = True,
+    shortcut: bool = False,
+) -> NormGrad:
+    """Gradients of `forward`, as `torch_backend.batch_norm.backward`. Without a shortcut x gives out's sign."""
+    mask = out if shortcut else None
+    dweight, dbias = empty_grads(norm)
+    sums = batch_norm_backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
+    g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
+    dx = batch_norm_backward_apply(dout, x, mask, stats, sums if norm.training else None, relu, g)
+    return NormGrad(dx, dweight, dbias, sums[0], g)

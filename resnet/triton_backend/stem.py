@@ -1,0 +1,67 @@
+"""The stem on the Triton kernels: its convolution, then BatchNorm, ReLU and max-pool in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet.kernels import batch_norm_max_pool as pool
+from resnet.kernels.conv_grad_input import conv_grad_input
+from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
+from resnet.kernels.host.shapes import conv_shape
+from resnet.norm import Norm, empty_grads
+from resnet.operands import Stem, StemGrad, StemKept, StemOutput
+from resnet.torch_backend.convolution import convolve_backward
+from resnet.triton_backend import convolution
+from resnet.triton_backend.batch_norm import norm_stats
+
+
+def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> StemOutput:
+    """See `torch_backend.stem_forward`."""
+    y, moments, _, _ = convolution.forward(x, weight, stride, padding, norm.training)
+    stats = norm_stats(y, moments, norm)
+    out, tap = pool.apply_pool(y, stats)
+    return StemOutput(out, y, tap, stats)
+
+
+def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
+    """See `torch_backend.stem_backward`. dy is written only where something reads it."""
+    x, (out, y, tap, stats), weight, norm, stride, padding = kept
+    dweight, dbias = empty_grads(norm)
+    sums = pool.backward_reduce(dout, y, out, tap, stats, dweight, dbias)
+    used = sums if norm.training else None
+    tf32 = convolution.tf32(x)
+    dx = dconv = None
+
+    def fused() -> Tensor:
+        return conv_grad_weight_max_pool(dout, out, tap, y, stats, used, x, weight.shape[2:], stride, padding, tf32)
+
+    def pytorch() -> Tensor:
+        dy = pool.backward_apply(dout, y, out, tap, stats, used)
+        return convolve_backward(dy, x, weight, stride, padding, False, True)[1]
+
+    # dy is stored where grad-input needs it, where the window is too large for the fused product, and for float64: the
+    # compiler refuses the fused product of float64 at some shapes.
+    stored = needs.x or max(weight.shape[2:]) > MAX_WINDOW or x.dtype == torch.float64
+    if stored:
+        dy = pool.backward_apply(dout, y, out, tap, stats, used)
+    if needs.x:
+        dx = convolution.run_picked(
+            "grad_input",
+            dy,
+            weight,
+            (stride,),
+            epilogue=lambda: conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=tf32),
+            pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
+        )
+    if needs.weight and stored:
+        dconv = convolution.grad_weight(dy, x, weight, stride, padding)
+    elif needs.weight:
+        dconv = convolution.run_picked("grad_weight", y, weight, (stride, "max_pool"), triton=fused, pytorch=pytorch)
+    return StemGrad(dx, dconv, dweight, dbias, sums[0])
+
+
+def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
+    """See `torch_backend.stem_inference`. One launch, and PyTorch's pool."""
+    y = convolution.inference(x, weight, norm, stride, padding)[0]
+    return torch.max_pool2d(y, 3, 2, 1).relu_()

@@ -1,0 +1,277 @@
+"""The suite catches known faults: each is planted in a copy of the sources, in which the named tests then fail.
+
+To add a fault is to add a row: the file, the text to replace, what by, the tests that have to catch it, and what they
+say. That they pass on the untouched sources is what the rest of the suite shows.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+BATCH_NORM = "tests/kernels/test_batch_norm.py::"
+FORWARD = "tests/kernels/test_conv_forward.py::"
+GRAD_INPUT = "tests/kernels/test_conv_grad_input.py::"
+GRAD_WEIGHT = "tests/kernels/test_conv_grad_weight.py::"
+EMULATED = "tests/emulated/"
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the faults are looked for in interpreted kernels")
+
+
+@dataclass(frozen=True)
+class Fault:
+    file: str
+    old: str  # every occurrence of it is replaced
+    new: str
+    test: str
+    says: str  # in the report of the failure, as a regular expression
+    only: str = ""  # of the test's parameters, pytest's -k
+
+
+FAULTS = {
+    "a store without its mask": Fault(
+        "kernels/batch_norm_add_relu.py",
+        "tl.store(out + offsets, z, mask=mask)",
+        "tl.store(out + offsets, z)",
+        BATCH_NORM + "test_every_form_of_the_shortcut_is_as_exact_as_eager",
+        "MemoryFault: apply_kernel, program .* writes .* outside its tensor",
+        "float32",
+    ),
+    "a load without its mask": Fault(
+        "kernels/batch_norm_add_relu.py",
+        "z = affine(tl.load(x + offsets, mask=mask)",
+        "z = affine(tl.load(x + offsets)",
+        BATCH_NORM + "test_every_form_of_the_shortcut_is_as_exact_as_eager",
+        "MemoryFault: apply_kernel, program .* reads .* outside its tensor",
+        "float32",
+    ),
+    "a wrong stride": Fault(
+        "kernels/batch_norm_add_relu.py",
+        "offsets = rows[:, None] * C + cols[None, :]",
+        "offsets = rows[:, None] * BLOCK_C + cols[None, :]",
+        BATCH_NORM + "test_every_form_of_the_shortcut_is_as_exact_as_eager",
+        "MemoryFault: apply_kernel, program .* outside its tensor",
+        "float32",
+    ),
+    "the ragged last tile of a reduction left out": Fault(
+        "kernels/batch_norm_backward_reduce.py",
+        "range(tl.cdiv(valid, BLOCK_M))",
+        "range(valid // BLOCK_M)",
+        BATCH_NORM + "test_backward_reduce_without_relu_is_as_exact_as_eager",
+        "AssertionError: .*against float64, eager's",
+        "float32",
+    ),
+    "a column tile left out": Fault(
+        "kernels/batch_norm_add_relu.py",
+        "triton.cdiv(C, t.BLOCK_C)",
+        "C // t.BLOCK_C",
+        BATCH_NORM + "test_apply_is_as_exact_as_eager",
+        "MemoryFault: apply_kernel, .* elements stay unwritten",
+        "two and column",
+    ),
+    "a float16 accumulator": Fault(
+        "kernels/batch_norm_backward_reduce.py",
+        "sum_g += g\n",
+        "sum_g = (sum_g + g).to(tl.float16).to(ACC)\n",
+        BATCH_NORM + "test_backward_reduce_without_relu_is_as_exact_as_eager",
+        "AssertionError: .*against float64, eager's",
+        "float16",
+    ),
+    "rows beyond the end counted into the variance": Fault(
+        "kernels/batch_norm_statistics.py",
+        "tl.where(mask, value - mean, 0.0)",
+        "value - mean",
+        BATCH_NORM + "test_statistics_and_running_statistics_are_as_exact_as_eager",
+        "AssertionError: .*against float64, eager's",
+        "ragged",
+    ),
+    "a ReLU mask that stops NaN": Fault(
+        "kernels/device/pointwise.py",
+        "return is_not_positive(z) == 0",
+        "return z > 0",
+        BATCH_NORM + "test_a_nan_output_passes_its_gradient_and_minus_infinity_stops_it",
+        "assert",
+        "float32",
+    ),
+    "a 32-bit row offset": Fault(
+        "kernels/batch_norm_add_relu.py",
+        "row0 = tl.program_id(0).to(tl.int64) * BLOCK_M",
+        "row0 = tl.program_id(0) * BLOCK_M",
+        "tests/kernels/test_large_offsets.py",
+        "MemoryFault: apply_kernel, program .* outside its tensor",
+        "large_tensor and not reduce and apply and not pool and not backward",
+    ),
+    "a pooling window one pixel to the right": Fault(
+        "kernels/batch_norm_max_pool.py",
+        "w = 2 * q - 1 + s",
+        "w = 2 * q + s",
+        "tests/kernels/test_batch_norm_max_pool.py::test_out_and_tap_equal_pytorchs_ties_included",
+        "assert",
+        "float32",
+    ),
+    "statistics of the first tile only": Fault(
+        "kernels/batch_norm_statistics.py",
+        "        x += BLOCK_M * C\n",
+        "",
+        BATCH_NORM + "test_statistics_and_running_statistics_are_as_exact_as_eager",
+        "AssertionError: .*against float64, eager's",
+        "several",
+    ),
+    "padding before the prologue": Fault(
+        "kernels/device/prologue.py",
+        'bound = tl.where(inside, float("inf"), 0.0)',
+        'bound = tl.where(inside, float("inf"), float("inf"))',
+        FORWARD + "test_padding_is_zero_after_the_prologue",
+        "assert",
+    ),
+    "a convolution's output without its mask": Fault(
+        "kernels/conv_forward.py",
+        "tl.store(y + out, value, mask=mask)",
+        "tl.store(y + out, value)",
+        FORWARD + "test_the_same_bits_twice",
+        "MemoryFault: conv_forward_kernel, program .* writes",
+    ),
+    "a convolution's input without its mask": Fault(
+        "kernels/conv_forward.py",
+        "(tap // S * W + tap % S) * C + c0), mask=mask, other=0.0)",
+        "(tap // S * W + tap % S) * C + c0))",
+        FORWARD + "test_the_same_bits_twice",
+        "MemoryFault: conv_forward_kernel, program .* reads .* outside its tensor",
+    ),
+    "a convolution of the wrong stride": Fault(
+        "kernels/conv_forward.py",
+        "h0 = p * STRIDE - PADDING",
+        "h0 = p - PADDING",
+        FORWARD + "test_as_exact_as_eager_with_any_two_options",
+        "AssertionError: .*against float64, eager's",
+    ),
+    "the last channels of a reduction left out": Fault(
+        "kernels/conv_forward.py",
+        "CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K",
+        "CHANNEL_STEPS: tl.constexpr = C // BLOCK_K",
+        FORWARD + "test_as_exact_as_eager_with_any_two_options",
+        "AssertionError: .*against float64, eager's",
+        "100",
+    ),
+    "a float16 accumulator of products": Fault(
+        "kernels/device/implicit_gemm.py",
+        "return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)",
+        "return (acc + tl.dot(a, b, input_precision=PRECISION)).to(tl.float16).to(acc.dtype)",
+        FORWARD + "test_a_long_reduction_is_accumulated_in_float32",
+        "assert",
+    ),
+    "a branch's gradient added without its mask": Fault(
+        "kernels/conv_grad_input.py",
+        "acc += tl.where(relu_passes(z), g, tl.zeros_like(g)).to(ACC)",
+        "acc += g.to(ACC)",
+        GRAD_INPUT + "test_a_parity_class_without_taps_still_gets_its_epilogue",
+        "AssertionError: Tensor-likes are not equal",
+        "residual",
+    ),
+    "a parity class that takes its neighbour's taps": Fault(
+        "kernels/conv_grad_input.py",
+        "r0 = (ph + PADDING) % STRIDE",
+        "r0 = ph % STRIDE",
+        GRAD_INPUT + "test_a_kernel_need_not_be_square",
+        "AssertionError: Tensor-likes are not close",
+    ),
+    "sums of half of the rows": Fault(
+        "kernels/device/reductions.py",
+        "x = a + b",
+        "x = a",
+        GRAD_INPUT + "test_sums_are_of_the_gradient_as_stored_and_reach_the_parameters",
+        "AssertionError: Tensor-likes are not close",
+    ),
+    "the ragged last step of a split left out": Fault(
+        "kernels/conv_grad_weight.py",
+        "range(tl.cdiv(left, BLOCK_K))",
+        "range(left // BLOCK_K)",
+        GRAD_WEIGHT + "test_every_split_and_tile_is_added_once",
+        "AssertionError: .*against float64, eager's",
+    ),
+    "padding before a recomputed activation": Fault(
+        "kernels/conv_grad_weight.py",
+        "value = keep(affine_relu(value, scale, shift), inside)",
+        "value = affine_relu(value, scale, shift)",
+        GRAD_WEIGHT + "test_padding_is_zero_after_the_activation",
+        "AssertionError: Tensor-likes are not close",
+    ),
+    "a ReLU that is a plain maximum": Fault(
+        "kernels/device/pointwise.py",
+        "return tl.where(is_not_positive(z), 0.0, z)",
+        "return tl.maximum(z, 0.0)",
+        EMULATED + "test_batch_norm.py::test_relu_keeps_nan_and_a_nan_output_passes_its_gradient",
+        "AssertionError",
+    ),
+}
+
+
+def copy_of_the_sources(to: Path) -> Path:
+    for name in ("kernels", "resnet", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "fashion_mnist_sample")
+        shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", to)
+    return to
+
+
+# What a process of its own does with `sources`, `environment` and `arguments`. It imports nothing of the tests, which
+# would be those beside this file.
+_PYTEST = """
+import os, sys
+os.chdir(sources)
+for name in ("TRITON_INTERPRET", "PYTEST_XDIST_WORKER"):  # tests/conftest.py chooses
+    os.environ.pop(name, None)
+os.environ.update(environment)
+output = os.open("output", os.O_WRONLY | os.O_CREAT)
+os.dup2(output, 1)
+os.dup2(output, 2)
+sys.path.insert(0, sources)
+sys.argv = ["pytest", *arguments]
+import pytest
+os._exit(pytest.main(arguments))
+"""
+# Half of such a process is imports: they are made once, for all that interpret. `torch._inductor` is what
+# `torch.use_deterministic_algorithms` imports, and imports Triton.
+_INTERPRETED = multiprocessing.get_context("forkserver")
+_INTERPRETED.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch", "torch._inductor"])
+_COMPILED = multiprocessing.get_context("spawn")
+
+
+def run(sources: Path, test: str, only: str) -> tuple[int, str]:
+    """Exit status and output of the tests on these sources, in a process of their own, up to the first failure."""
+    arguments = ["-x", "-q", "--tb=short", "-p", "no:cacheprovider", test, *(["-k", only] if only else [])]
+    environment = {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(sources / "cache")}
+    names = {"sources": str(sources), "environment": environment, "arguments": arguments}
+    process = (_COMPILED if test.startswith(EMULATED) else _INTERPRETED).Process(target=exec, args=(_PYTEST, names))
+    process.start()
+    process.join(300)
+    if process.is_alive():
+        process.kill()
+    return process.exitcode, (sources / "output").read_text()
+
+
+def skip_where_it_cannot_be_seen(fault: Fault) -> None:
+    if fault.test.startswith(EMULATED) and importlib.util.find_spec("ptxsim") is None:
+        pytest.skip("seen in compiled code only, and the optional module ptxsim, which executes it, is not installed")
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(tmp_path, name):
+    fault = FAULTS[name]
+    skip_where_it_cannot_be_seen(fault)
+    sources = copy_of_the_sources(tmp_path)
+    text = (sources / fault.file).read_text()
+    assert fault.old in text, f"{fault.file} has no {fault.old!r} any more: bring the row up to date"
+    (sources / fault.file).write_text(text.replace(fault.old, fault.new))
+    status, output = run(sources, fault.test, fault.only)
+    assert status == 1, f"not caught:\n{output}"
+    assert re.search(fault.says, output), output

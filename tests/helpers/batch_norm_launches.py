@@ -1,0 +1,64 @@
+"""Every way in which BatchNorm's passes move activations, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_finalize import batch_norm_finalize
+from resnet.kernels.batch_norm_statistics import batch_norm_statistics
+from resnet.norm import statistics_dtype
+from tests.helpers.blocks import draw
+
+EPS = 1e-5
+
+
+def batch_stats(x: Tensor, *norm: object) -> Tensor:
+    """stats (4, C) of x's batch; the rest as `batch_norm_finalize` takes it."""
+    return batch_norm_finalize(*batch_norm_statistics(x), *norm)
+
+
+@dataclass
+class Case:
+    """Tensors for one launch of anything. `out` is no output of `stats`: any mask will do."""
+
+    x: Tensor
+    shortcut: Tensor
+    dout: Tensor
+    out: Tensor
+    stats: Tensor
+    sums: Tensor
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
+        C, acc = shape[1], statistics_dtype(dtype)
+        x, shortcut, dout, out = (draw(*shape, seed=seed, dtype=dtype) for seed in range(4))
+        return Case(x, shortcut, dout, out, draw(4, C, seed=4, dtype=acc), draw(2, C, seed=5, dtype=acc))
+
+
+LAUNCHES: dict[str, Callable[[Case], object]] = {
+    "statistics": lambda c: batch_stats(c.x, None, None, None, None, 0.1, EPS),
+    "apply": lambda c: batch_norm_add_relu(c.x, c.stats),
+    "apply, add": lambda c: batch_norm_add_relu(c.x, c.stats, c.shortcut),
+    "reduce, mask from out": lambda c: batch_norm_backward_reduce(c.dout, c.x, c.out, c.stats),
+    "reduce, mask from x": lambda c: batch_norm_backward_reduce(c.dout, c.x, None, c.stats),
+    "reduce, no relu": lambda c: batch_norm_backward_reduce(c.dout, c.x, None, c.stats, relu=False),
+    "apply', mask from out": lambda c: batch_norm_backward_apply(c.dout, c.x, c.out, c.stats, c.sums),
+    "apply', mask from out, shortcut's gradient": lambda c: batch_norm_backward_apply(
+        c.dout, c.x, c.out, c.stats, c.sums, dshortcut=torch.empty_like(c.x)
+    ),
+    "apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, c.sums),
+    "apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, c.sums, relu=False),
+    "frozen apply', mask from out": lambda c: batch_norm_backward_apply(c.dout, c.x, c.out, c.stats, None),
+    "frozen apply', mask from out, shortcut's gradient": lambda c: batch_norm_backward_apply(
+        c.dout, c.x, c.out, c.stats, None, dshortcut=torch.empty_like(c.x)
+    ),
+    "frozen apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, None),
+    "frozen apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, None, relu=False),
+}

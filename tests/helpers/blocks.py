@@ -1,0 +1,153 @@
+"""Fused modules beside their eager reference: the same weights, the same draws, and all that a step leaves behind."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet import FusedResidual, FusedStem, Residual, Stem
+from tests.conftest import DEVICE
+from tests.helpers.parity import assert_as_exact_as_eager
+
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FUSED = {Residual: FusedResidual, Stem: FusedStem}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For tensors so small a second thread gains nothing, and waits long where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """What is allocated starts as NaN, so that an element that no program wrote fails every comparison."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def name_of(value: object) -> str:
+    """A test's id for a type or a set of arguments."""
+    return str(value).removeprefix("torch.").replace(" ", "")
+
+
+def randomize(module: nn.Module) -> None:
+    """BatchNorms as training leaves them, some weights negative, where fresh ones are all ones and zeros."""
+    for bn in module.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            if bn.affine:
+                nn.init.uniform_(bn.weight, -1.5, 1.5)
+                nn.init.uniform_(bn.bias, -0.5, 0.5)
+            if bn.running_mean is not None:
+                bn.running_mean.normal_(0, 0.3)
+                bn.running_var.uniform_(0.3, 2.0)
+
+
+@dataclass
+class Trio:
+    """One module three times: eager, fused, and eager in float64. Any change is made to all three."""
+
+    eager: nn.Module
+    fused: nn.Module
+    exact: nn.Module
+
+    @property
+    def all(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        return self.eager, self.fused, self.exact
+
+    def each(self, change: Callable[[nn.Module], object]) -> Trio:
+        for module in self.all:
+            change(module)
+        return self
+
+
+def trio(
+    kind: type[nn.Module], *args, seed: int = 0, dtype: torch.dtype = torch.float32, train: bool = True, **kwargs
+) -> Trio:
+    """`kind(*args)` with the weights of `seed`, all three on DEVICE with the same values of type `dtype`."""
+    torch.manual_seed(seed)
+    eager = kind(*args, **kwargs)
+    randomize(eager)
+    eager = eager.to(DEVICE, dtype).train(train)
+    fused = FUSED[kind](*args, **kwargs).to(DEVICE, dtype).train(train)
+    fused.load_state_dict(eager.state_dict(), strict=True)
+    return Trio(eager, fused, copy.deepcopy(eager).double())
+
+
+def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Normal values of `dtype` on DEVICE, channels_last."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def staircase(length: int, dtype: torch.dtype) -> Tensor:
+    """(length,) values whose sum an accumulator of half precision misses: a large one, then steps below its rounding.
+
+    2 / eps first, where values are 2 apart, then any 32 of them together make one half.
+    """
+    values = torch.full((length,), 2.0**-6, dtype=dtype, device=DEVICE)
+    values[0] = 2 / torch.finfo(dtype).eps
+    return values
+
+
+def weights_dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def as_is(call: Callable[[], Tensor]) -> Tensor:
+    return call()
+
+
+def step(module: nn.Module, x: Tensor, context: Callable[[Callable[[], Tensor]], Tensor] = as_is) -> dict[str, Tensor]:
+    """The output, the gradients of the input and of every parameter that wants one, and the buffers, by name.
+
+    x is brought to the weights' type, which loses nothing for an exact copy. The incoming gradient is drawn.
+    """
+    x = x.detach().to(weights_dtype(module)).requires_grad_()
+    out = context(lambda: module(x))
+    wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    dout = draw(*out.shape, seed=7, dtype=torch.bfloat16).to(out.dtype)  # a value that every type holds
+    dx, *grads = torch.autograd.grad(out, (x, *wanted.values()), dout)
+    return {
+        "out": out.detach(),
+        "dx": dx,
+        **{f"d {name}": grad for name, grad in zip(wanted, grads)},
+        **{name: buffer.clone() for name, buffer in module.named_buffers()},
+    }
+
+
+def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]) -> None:
+    """Of several draws (eager, fused, exact): each tensor of fused as exact as eager's, counters equal.
+
+    The gradient of a bias that a BatchNorm takes out again is zero: what float64 finds there is its own rounding.
+    """
+    eager, fused, exact = zip(*results)
+    exact = [{name: v * (v.abs() > 1e-11) if name.endswith("bias") else v for name, v in e.items()} for e in exact]
+    assert fused[0].keys() == eager[0].keys()
+    for name in fused[0]:
+        if fused[0][name].is_floating_point():
+            assert_as_exact_as_eager(name, *([draws[name] for draws in side] for side in (fused, eager, exact)))
+        else:
+            assert all(torch.equal(f[name], e[name]) for f, e in zip(fused, eager)), name
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bit-equal, NaN being equal to NaN."""
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}

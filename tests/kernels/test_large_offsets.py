@@ -1,0 +1,107 @@
+"""Tensors beyond 2^31 elements take 64-bit offsets: the launches' own addresses, without the memory.
+
+The tensors are on the device `meta`, the kernels interpreted under the sanitizer. Of each launch the last program runs:
+what it accesses of every large tensor lies beyond element 2^31, and is the tensor's end unless the program is a long
+reduction. An offset that wraps at 32 bits leaves the tensor or falls short of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from resnet.kernels import batch_norm_max_pool
+from resnet.kernels.add_masked_grad import add_masked_grad
+from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
+from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
+from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.conv_forward import Shortcut, conv_forward
+from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_weight import conv_grad_weight
+from resnet.kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
+from resnet.kernels.host.shapes import ConvShape
+from tests.helpers.batch_norm_launches import batch_stats
+from tests.helpers.sanitizer import READS, WRITES, Grid, Program, watching
+
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU kernels are compiled, not interpreted"),
+]
+
+LARGE = 2**31
+# Loads and stores of a launch that are looked at: all of a tile's, the first steps of a long reduction
+_ACCESSES = 120
+
+
+def activation(N: int, C: int, H: int, W: int) -> Tensor:
+    return torch.empty((N, C, H, W), dtype=torch.float16, device="meta", memory_format=torch.channels_last)
+
+
+def vectors(rows: int, C: int) -> Tensor:
+    return torch.empty((rows, C), device="meta")
+
+
+C = 64
+X = activation(LARGE // C + 20_000_003, C, 1, 1)
+STATS, SUMS = vectors(4, C), vectors(2, C)
+# pooled to a quarter of its pixels, which is large too
+Y = activation(4 * LARGE // C // 1024 + 20_003, C, 32, 32)
+POOLED = activation(Y.shape[0], C, 16, 16)
+TAP = torch.empty_like(POOLED, dtype=torch.uint8)
+# convolutions
+IMAGES = activation(LARGE // C // 1024 + 20_003, C, 32, 32)
+WEIGHT = activation(C, C, 3, 3)
+POINTWISE = activation(C, C, 1, 1)
+CONV = ConvShape(IMAGES.shape[0], 32, 32, C, C, 3, 3, 1, 1)
+PIXELS = activation(Y.shape[0], 1, 64, 64)  # of which Y is the stem's 7x7 convolution with stride 2
+
+# One line a launcher: whatever it launches is checked.
+LAUNCHERS: dict[str, Callable[[], object]] = {
+    "statistics": lambda: batch_stats(X, None, None, None, None, 0.1, 1e-5),
+    "apply": lambda: batch_norm_add_relu(X, STATS, X),
+    "backward reduce": lambda: batch_norm_backward_reduce(X, X, X, STATS),
+    "backward apply": lambda: batch_norm_backward_apply(X, X, X, STATS, SUMS, dshortcut=torch.empty_like(X)),
+    "pool": lambda: batch_norm_max_pool.apply_pool(Y, STATS),
+    "pool, backward reduce": lambda: batch_norm_max_pool.backward_reduce(POOLED, Y, POOLED, TAP, STATS),
+    "pool, backward apply": lambda: batch_norm_max_pool.backward_apply(POOLED, Y, POOLED, TAP, STATS, SUMS),
+    "convolution": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, stats=STATS, skip=IMAGES, moments=True),
+    "convolution with shortcut": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, shortcut=Shortcut(POINTWISE, None)),
+    "grad-input behind a ReLU": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ReluMask(IMAGES, STATS)),
+    "grad-input beside an identity": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, Residual(IMAGES, IMAGES)),
+    "grad-input beside a 1x1": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ShortcutGrad(IMAGES, IMAGES, POINTWISE)),
+    "grad-weight": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1),
+    "grad-weight of an activation": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1, STATS, IMAGES),
+    "grad-weight of the stem": lambda: conv_grad_weight_max_pool(
+        POOLED, POOLED, TAP, Y, STATS, SUMS, PIXELS, (7, 7), 2, 3
+    ),
+    "masked gradient added": lambda: add_masked_grad(X, X, X),
+}
+
+
+def last(grid: Grid) -> list[Program]:
+    return [(grid[0] - 1, grid[1] - 1, grid[2] - 1)]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_last_program_accesses_the_end_of_every_large_tensor(name):
+    with watching(last, _ACCESSES) as launches:
+        LAUNCHERS[name]()
+    checked = 0
+    for launch in launches:
+        for argument in launch.arguments:
+            numel = argument.tensor.numel()
+            for verb in (READS, WRITES) if numel > LARGE else ():
+                elements = launch.accessed(argument.name, verb)
+                if elements.size:
+                    checked += 1
+                    assert elements[0] >= LARGE and elements[-1] < numel, (launch.kernel, argument.name)
+                    if launch.left:  # not a reduction cut short
+                        assert elements[-1] == numel - 1, (launch.kernel, argument.name)
+                if verb == WRITES:  # whole rows, without a gap
+                    expected = np.arange(numel - elements.size, numel)
+                    assert np.array_equal(elements, expected), (launch.kernel, argument.name)
+    assert checked, f"{name} accessed no tensor of more than 2^31 elements"

@@ -1,0 +1,373 @@
+"""`kernels.tuning.memory`: what is timed, what is remembered, and what a file that is wrong, shared or missing does.
+
+The candidates differ by what they wait; a GPU is timed by its own events, the CPU here by the wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet.kernels.host.files import cache_folder
+from resnet.kernels.tuning import __main__ as tuning_command
+from resnet.kernels.tuning import memory as process_memory
+from resnet.kernels.tuning import timing
+from resnet.kernels.tuning.memory import Choices
+from tests.conftest import DEVICE, ROOT
+
+KEY = ("forward", 64, 64, torch.float16, ("stats", True))
+
+
+def wall_clock(runs, device) -> list[float]:
+    times = []
+    for run in runs:
+        start = time.perf_counter()
+        run()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+@pytest.fixture(autouse=True)
+def timed_on_the_cpu_too(monkeypatch):
+    monkeypatch.setitem(timing.CLOCKS, "cpu", wall_clock)
+    monkeypatch.setattr(timing, "_BUDGET", 10.0)
+
+
+class Waiting:
+    """Candidates that take a while each, and count how often they ran."""
+
+    def __init__(self, **milliseconds: float):
+        self.count = dict.fromkeys(milliseconds, 0)
+        self.runs = {name: lambda n=name, t=time: self._run(n, t) for name, time in milliseconds.items()}
+
+    def _run(self, name: str, milliseconds: float) -> None:
+        self.count[name] += 1
+        if DEVICE.type == "cuda":
+            torch.cuda._sleep(int(milliseconds * 1e6))
+        else:
+            time.sleep(milliseconds / 1e3)
+
+
+def slow_and_fast() -> Waiting:
+    return Waiting(slow=4.0, fast=0.0)
+
+
+def failing(error: Exception):
+    def run():
+        raise error
+
+    return run
+
+
+def out_of_resources() -> Exception:
+    from triton.runtime.errors import OutOfResources
+
+    return OutOfResources(200_000, 101_376, "shared memory")
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "cache" / "choices.json"
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_is_chosen_whatever_the_order(path):
+    assert Choices(path).choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
+    assert Choices(None).choose(KEY, Waiting(fast=0.0, slow=4.0).runs, DEVICE) == "fast"
+
+
+def test_each_candidate_runs_several_times_and_later_calls_run_none(path):
+    memory, waiting = Choices(path), slow_and_fast()
+    memory.choose(KEY, waiting.runs, DEVICE)
+    before = dict(waiting.count)
+    assert min(before.values()) > 5 and len(set(before.values())) == 1
+    assert memory.choose(KEY, waiting.runs, DEVICE) == "fast"
+    assert waiting.count == before
+
+
+def test_keys_are_apart(path):
+    memory = Choices(path)
+    memory.choose((*KEY, 1), slow_and_fast().runs, DEVICE)
+    assert memory.choose((*KEY, 2), Waiting(slow=0.0, fast=4.0).runs, DEVICE) == "slow"
+
+
+def test_a_choice_of_this_process_is_looked_up_without_the_file(path):
+    memory = Choices(path)
+    memory.choose(KEY, slow_and_fast().runs, DEVICE)
+    path.unlink()
+    path.parent.rmdir()
+    memory.path = None  # a use of it would fail
+    assert memory.remembered(KEY, DEVICE) == memory.choose(KEY, {}, DEVICE) == "fast"
+
+
+def test_nothing_is_remembered_of_a_key_that_was_not_asked_for(path):
+    assert Choices(path).remembered(KEY, DEVICE) is None
+
+
+def test_on_a_device_without_a_clock_the_first_is_taken_and_none_runs(path, monkeypatch):
+    monkeypatch.delitem(timing.CLOCKS, "cpu")
+    waiting = slow_and_fast()
+    assert Choices(path).choose(KEY, waiting.runs, torch.device("cpu")) == "slow"
+    assert not any(waiting.count.values()) and not path.exists()
+
+
+def test_threads_that_ask_at_once_time_once(path):
+    memory, waiting, names = Choices(path), slow_and_fast(), []
+    ask = lambda: names.append(memory.choose(KEY, waiting.runs, DEVICE))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = slow_and_fast()
+    Choices(None).choose(KEY, alone.runs, DEVICE)
+    assert names == ["fast"] * 4
+    assert waiting.count["slow"] < 2 * alone.count["slow"]
+
+
+def test_a_candidate_may_choose_itself(path):
+    memory = Choices(path)
+
+    def outer():
+        memory.choose("inner", slow_and_fast().runs, DEVICE)
+
+    memory.choose(KEY, {"outer": outer, "slow": Waiting(slow=4.0).runs["slow"]}, DEVICE)
+    assert memory.remembered("inner", DEVICE) == "fast"
+
+
+# ---- candidates that cannot run ----------------------------------------------------------------------------------
+
+
+def test_a_candidate_without_the_shared_memory_is_left_out(path):
+    runs = {"large": failing(out_of_resources()), **Waiting(small=0.0).runs}
+    assert Choices(path).choose(KEY, runs, DEVICE) == "small"
+
+
+def test_a_candidate_that_does_not_compile_is_left_out(path):
+    from triton.compiler.errors import CompilationError
+
+    error = CompilationError("def kernel(): ...", None, "unsupported")
+    runs = {"unsupported": failing(error), **slow_and_fast().runs}
+    assert Choices(path).choose(KEY, runs, DEVICE) == "fast"
+
+
+def test_with_none_left_the_error_names_key_and_device(path):
+    runs = {"large": failing(out_of_resources()), "larger": failing(out_of_resources())}
+    with pytest.raises(RuntimeError, match="none of 2 candidates can run") as error:
+        Choices(path).choose(KEY, runs, DEVICE)
+    message = str(error.value)
+    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu"
+    assert str(KEY) in message and device in message and "101376" in message
+
+
+def test_without_memory_for_any_it_is_an_out_of_memory_error(path):
+    with pytest.raises(torch.OutOfMemoryError):
+        Choices(path).choose(KEY, {"one": failing(torch.OutOfMemoryError("full"))}, DEVICE)
+
+
+def test_a_choice_made_for_want_of_memory_is_for_this_process_only(path):
+    runs = {"large": failing(torch.OutOfMemoryError("full")), **slow_and_fast().runs}
+    assert Choices(path).choose(KEY, runs, DEVICE) == "fast"
+    assert not path.exists()
+
+
+def test_any_other_error_is_raised(path):
+    with pytest.raises(ZeroDivisionError):
+        Choices(path).choose(KEY, {"wrong": failing(ZeroDivisionError()), **slow_and_fast().runs}, DEVICE)
+
+
+# ---- switched off ------------------------------------------------------------------------------------------------
+
+
+def test_switched_off_the_first_that_runs_is_taken_and_no_file_is_read_or_written(path):
+    Choices(path).choose(KEY, slow_and_fast().runs, DEVICE)
+    before = path.read_bytes()
+    waiting = slow_and_fast()
+    runs = {"large": failing(out_of_resources()), **waiting.runs}
+    assert Choices(path, timed=False).choose(KEY, runs, DEVICE) == "slow"
+    assert waiting.count == {"slow": 1, "fast": 0}
+    assert path.read_bytes() == before
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+
+def test_the_next_process_times_nothing(path):
+    Choices(path).choose(KEY, slow_and_fast().runs, DEVICE)
+    waiting = slow_and_fast()
+    assert Choices(path).choose(KEY, waiting.runs, DEVICE) == "fast"
+    assert not any(waiting.count.values())
+
+
+def test_another_version_or_device_times_again_and_keeps_what_the_first_stored(path):
+    Choices(path).choose(KEY, slow_and_fast().runs, DEVICE)
+    [(environment, section)] = json.loads(path.read_text()).items()
+    assert torch.__version__ in environment
+    path.write_text(json.dumps({"another": section}))
+    assert Choices(path).choose(KEY, Waiting(slow=0.0, fast=4.0).runs, DEVICE) == "slow"
+    stored = json.loads(path.read_text())
+    assert stored["another"] == section and stored[environment][repr(KEY)]["name"] == "slow"
+
+
+def test_a_remembered_name_that_is_no_candidate_any_more_is_timed_again(path):
+    Choices(path).choose(KEY, Waiting(gone=0.0, slow=4.0).runs, DEVICE)
+    assert Choices(path).choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
+    assert Choices(path).choose(KEY, {"fast": print}, DEVICE) == "fast"
+
+
+def test_of_two_that_time_the_same_key_the_first_to_finish_decides(path):
+    late = Choices(path)
+    late.choose("something else", slow_and_fast().runs, DEVICE)  # has read the file
+    Choices(path).choose(KEY, slow_and_fast().runs, DEVICE)
+    assert late.choose(KEY, Waiting(slow=0.0, fast=4.0).runs, DEVICE) == "fast"
+
+
+CONTENTS = {
+    "not JSON": "{",
+    "empty": "",
+    "a list": "[]",
+    "of another form": '{"cpu": {"key": "fast"}}',
+    "not text": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())
+def test_a_corrupted_file_is_set_aside_with_a_warning_and_rebuilt(path, content):
+    content = content if isinstance(content, bytes) else content.encode()
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.warns(RuntimeWarning, match="could not be read") as caught:
+        assert Choices(path).choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
+    aside = path.with_suffix(".corrupt")
+    assert len(caught) == 1 and str(path) in str(caught[0].message) and str(aside) in str(caught[0].message)
+    assert aside.read_bytes() == content
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Choices(path).choose(KEY, {"slow": print, "fast": print}, DEVICE) == "fast"
+
+
+def test_where_the_folder_cannot_be_made_it_warns_once_and_goes_on_in_memory(tmp_path):
+    (tmp_path / "file").touch()
+    memory = Choices(tmp_path / "file" / "choices.json")
+    with pytest.warns(RuntimeWarning, match="FUSED_RESIDUAL_CACHE") as caught:
+        assert memory.choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
+        assert memory.choose((*KEY, 2), slow_and_fast().runs, DEVICE) == "fast"
+    assert len(caught) == 1
+    assert memory.remembered(KEY, DEVICE) == "fast"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_where_the_folder_cannot_be_written_likewise(path):
+    path.parent.mkdir()
+    path.parent.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.warns(RuntimeWarning, match="FUSED_RESIDUAL_CACHE"):
+        assert Choices(path).choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
+
+
+def test_nothing_is_left_beside_the_file(path):
+    Choices(path).choose(KEY, slow_and_fast().runs, DEVICE)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_clear_forgets_in_memory_and_in_the_file(path):
+    memory = Choices(path)
+    memory.choose(KEY, slow_and_fast().runs, DEVICE)
+    memory.clear()
+    assert memory.remembered(KEY, DEVICE) is None and not path.exists() and memory.entries() == {}
+
+
+# ---- processes ---------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, name: str) -> None:
+    memory = Choices(path)
+    for i in range(30):
+        memory.choose((name, i), {"a": int, "b": int}, torch.device("cpu"))
+
+
+def test_processes_that_write_at_once_lose_nothing(path):
+    names = "one", "two", "three"
+    writers = [multiprocessing.get_context("fork").Process(target=write, args=(path, name)) for name in names]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=60)
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    [section] = json.loads(path.read_text()).values()
+    assert section.keys() == {repr((name, i)) for name in names for i in range(30)}
+
+
+def test_the_command_lists_what_the_file_in_the_environment_s_folder_holds(tmp_path):
+    Choices(tmp_path / "choices.json").choose(KEY, slow_and_fast().runs, DEVICE)
+    run = subprocess.run(
+        [sys.executable, "-m", "resnet.kernels.tuning", "list"],
+        env=os.environ | {"FUSED_RESIDUAL_CACHE": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = run.stdout.splitlines()
+    assert run.returncode == 0, run.stderr
+    assert torch.__version__ in lines[0] and lines[1].strip() == repr(KEY)
+    assert lines[2].split()[0] == "*" and lines[2].endswith("us  fast") and lines[3].endswith("us  slow")
+
+
+def test_the_command_clears_and_says_where(path, monkeypatch, capsys):
+    monkeypatch.setattr(process_memory, "process_choices", Choices(path))
+    process_memory.process_choices.choose(KEY, slow_and_fast().runs, DEVICE)
+    assert [tuning_command.main([command]) for command in ("path", "clear", "list")] == [0, 0, 0]
+    assert not path.exists()
+    assert capsys.readouterr().out.splitlines() == [str(path), f"nothing is remembered in {path}"]
+
+
+def test_a_command_that_the_file_system_refuses_fails(path, monkeypatch, capsys):
+    monkeypatch.setattr(process_memory, "process_choices", Choices(path))
+    path.mkdir(parents=True)  # where a file should be
+    assert tuning_command.main(["list"]) == tuning_command.main(["clear"]) == 1
+    assert str(path) in capsys.readouterr().err
+
+
+def test_an_unknown_command_is_an_error_that_lists_the_commands(capsys):
+    assert tuning_command.main(["forget"]) == tuning_command.main([]) == 2
+    assert "list | clear | path" in capsys.readouterr().err
+
+
+# ---- the environment ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"FUSED_RESIDUAL_CACHE": "/a/folder"}, "/a/folder"),
+        ({"FUSED_RESIDUAL_CACHE": "off"}, None),
+        ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/fused-residual"),
+        ({"XDG_CACHE_HOME": "relative"}, os.path.expanduser("~/.cache/fused-residual")),
+        ({}, os.path.expanduser("~/.cache/fused-residual")),
+    ],
+)
+def test_the_environment_says_where_files_are_kept(variables, expected):
+    assert cache_folder(variables) == (expected and Path(expected))
+
+
+def test_the_environment_switches_timing_off():
+    assert process_memory._is_timed({}) and process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "on"})
+    assert not process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "off"})
+
+
+def test_a_bad_switch_is_an_error_that_names_the_variable():
+    with pytest.raises(ValueError, match=r"^FUSED_RESIDUAL_TUNING: expected 'on' or 'off', got 'no'$"):
+        process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "no"})

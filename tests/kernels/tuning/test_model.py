@@ -1,0 +1,248 @@
+"""`resnet.kernels.tuning`: what the table holds, what is pruned of it, what makes a key, and who gets to run it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from resnet.kernels import tuning
+from resnet.kernels.host.shapes import ConvShape
+from resnet.kernels.tuning import (
+    ANY,
+    GFX942,
+    SM_80,
+    SM_90,
+    SM_100,
+    TABLE,
+    Config,
+    candidates,
+    devices,
+    gemm,
+    memory,
+    timing,
+)
+from resnet.kernels.tuning.model import shared_bytes
+from resnet.kernels.tuning.table import parse_config
+
+HALF = torch.float16
+TARGETS = {"any": ANY, "sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "gfx942": GFX942}
+STAGES = [  # of ResNet-18 at 96x96
+    ConvShape(256, 24, 24, 64, 64, 3, 3, 1, 1),
+    ConvShape(256, 24, 24, 64, 128, 3, 3, 2, 1),
+    ConvShape(256, 12, 12, 128, 128, 3, 3, 1, 1),
+    ConvShape(256, 6, 6, 256, 256, 3, 3, 1, 1),
+    ConvShape(256, 3, 3, 512, 512, 3, 3, 1, 1),
+]
+SMALL = [
+    ConvShape(2, 5, 5, 3, 6, 3, 3, 1, 1),
+    ConvShape(1, 1, 1, 1, 1, 1, 1, 1, 0),
+    ConvShape(0, 4, 4, 3, 6, 3, 3, 2, 1),
+]
+PRECISIONS = [
+    (HALF, "ieee"),
+    (torch.bfloat16, "ieee"),
+    (torch.float32, "ieee"),
+    (torch.float32, "tf32"),
+    (torch.float64, "ieee"),
+]
+
+
+def every_key():
+    for operation, shape, (dtype, precision), prologue in itertools.product(
+        TABLE, STAGES + SMALL, PRECISIONS, (False, True)
+    ):
+        yield gemm(operation, shape, dtype, precision=precision, flat=shape.C < 16, prologue=prologue)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+
+def test_every_block_is_one_that_a_product_takes():
+    for config in itertools.chain(*(table for kinds in TABLE.values() for table in kinds.values())):
+        for block in (config.BLOCK_M, config.BLOCK_N, config.BLOCK_K):
+            assert block >= 16 and block & (block - 1) == 0, config
+        assert config.num_warps in (1, 2, 4, 8) and config.num_stages >= 1, config
+
+
+def test_no_configuration_is_there_twice():
+    for operation, kinds in TABLE.items():
+        for kind, table in kinds.items():
+            assert len(set(table)) == len(table), (operation, kind)
+
+
+# ---- what is pruned ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
+def test_each_key_has_one_to_eight_candidates_that_the_device_can_run(target):
+    for key in every_key():
+        found = candidates(key, target)
+        assert 1 <= len(found) <= 8 and len(set(found)) == len(found), key
+        assert set(found) <= set(TABLE[key.operation][key.kind])
+        for config in found:
+            assert shared_bytes(config, key, target) <= target.shared_memory, (key, config)
+
+
+def test_a_device_with_less_shared_memory_gets_smaller_tiles():
+    key = gemm("forward", STAGES[2], HALF, precision="ieee")
+    small = dataclasses.replace(SM_90, shared_memory=32 * 1024)
+    assert Config(128, 128, 64, 8, 3) in candidates(key, SM_90)
+    for config in candidates(key, small):
+        assert (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * 2 * config.num_stages <= 32 * 1024
+
+
+def test_a_tile_is_less_than_twice_as_wide_as_the_matrix():
+    for key in every_key():
+        if len(TABLE[key.operation][key.kind]) == 1:
+            continue  # one fixed tile
+        rows, columns, _, reduction = key.problem
+        for config in candidates(key):
+            assert config.BLOCK_M == 16 or 2 * rows > config.BLOCK_M, (key, config)
+            assert config.BLOCK_N == 16 or 2 * columns > config.BLOCK_N, (key, config)
+            assert config.BLOCK_K == 16 or 2 * reduction > config.BLOCK_K, (key, config)
+
+
+def test_a_tile_that_would_spill_is_not_tried(monkeypatch):
+    spilling = Config(128, 128, 32, 4, 3)  # 128 accumulators per thread and as many in the epilogue
+    monkeypatch.setitem(TABLE["forward"], "half", (*TABLE["forward"]["half"], spilling))
+    assert spilling not in candidates(gemm("forward", STAGES[2], HALF, precision="tf32", new_table=True))
+
+
+def test_a_row_of_bfloat16_beside_its_scale_and_shift_is_not_tried_where_a_thread_computes_it_whole():
+    tile = Config(128, 64, 64, 4, 3)
+    key = lambda dtype, **switches: gemm("forward", STAGES[0], dtype, **switches)  # noqa: E731
+    assert tile not in candidates(key(torch.bfloat16, prologue=True), SM_100)
+    assert tile in candidates(key(torch.bfloat16, prologue=True), SM_90)
+    assert tile in candidates(key(torch.bfloat16, prologue=False), SM_100)
+    assert tile in candidates(key(HALF, prologue=True), SM_100)
+
+
+# ---- the devices ---------------------------------------------------------------------------------------------------
+
+H100 = {
+    "max_shared_mem": 232448,
+    "multiprocessor_count": 132,
+    "sm_clock_rate": 1755000,
+    "mem_clock_rate": 2619000,
+    "mem_bus_width": 5120,
+}
+
+
+def target_of(monkeypatch, properties: dict[str, int], capability: tuple[int, int]) -> tuning.Target:
+    """What the model makes of an NVIDIA GPU that is not here, by what Triton's driver and PyTorch say of it."""
+    from triton.runtime import driver
+
+    stand_in = SimpleNamespace(utils=SimpleNamespace(get_device_properties=lambda index: properties))
+    monkeypatch.setattr(driver, "_active", stand_in)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    return devices.target_of.__wrapped__(torch.device("cuda", 0))
+
+
+def test_a_device_is_what_its_driver_says(monkeypatch):
+    assert dataclasses.replace(target_of(monkeypatch, H100, (9, 0)), bandwidth=SM_90.bandwidth) == SM_90
+    assert target_of(monkeypatch, H100, (9, 0)).bandwidth == pytest.approx(SM_90.bandwidth, rel=0.01)
+    assert target_of(monkeypatch, H100, (10, 0)).tensor_memory
+    assert not target_of(monkeypatch, H100, (12, 0)).asynchronous
+
+
+def test_a_device_that_tells_no_clock_has_candidates_all_the_same(monkeypatch):
+    target = target_of(monkeypatch, H100 | {"sm_clock_rate": 0, "mem_clock_rate": 0}, (12, 1))
+    assert candidates(gemm("forward", STAGES[0], HALF), target)
+
+
+# ---- the order -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [SM_80, SM_90], ids=["sm_80", "sm_90"])
+def test_with_many_pixels_the_first_tile_covers_all_columns_up_to_128(target):
+    assert candidates(gemm("forward", STAGES[0], HALF), target)[0].BLOCK_N == 64
+    assert candidates(gemm("forward", STAGES[2], HALF), target)[0].BLOCK_N == 128
+
+
+def test_with_few_pixels_the_first_tile_leaves_more_programs():
+    area = lambda config: config.BLOCK_M * config.BLOCK_N  # noqa: E731
+    few = ConvShape(4, 3, 3, 512, 512, 3, 3, 1, 1)
+    first_of_few, first_of_many = (candidates(gemm("forward", shape, HALF), SM_80)[0] for shape in (few, STAGES[3]))
+    assert area(first_of_few) < area(first_of_many)
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------
+
+SHAPE = ConvShape(256, 24, 24, 64, 64, 3, 3, 1, 1)
+
+
+@pytest.mark.parametrize("operation", TABLE)
+def test_batches_of_the_same_power_of_two_of_pixels_share_a_key(operation):
+    key = lambda N: gemm(operation, dataclasses.replace(SHAPE, N=N), HALF, relu=True)  # noqa: E731
+    assert key(120) == key(128) == key(200) == key(224)  # 2^17 = 131072 is 227 maps of 24x24, 2^16 is 113
+    assert len({key(113), key(224), key(256)}) == 3
+
+
+@pytest.mark.parametrize("operation", TABLE)
+def test_the_candidates_of_such_batches_are_the_same_object(operation):
+    sizes = [dataclasses.replace(SHAPE, N=N) for N in (120, 224)]
+    assert candidates(gemm(operation, sizes[0], HALF)) is candidates(gemm(operation, sizes[1], HALF))
+
+
+@pytest.mark.parametrize("field", ["C", "K", "R", "S", "stride", "padding"])
+@pytest.mark.parametrize("operation", TABLE)
+def test_channels_and_window_are_exact(operation, field):
+    other = dataclasses.replace(SHAPE, **{field: getattr(SHAPE, field) + 1})
+    assert gemm(operation, other, HALF) != gemm(operation, SHAPE, HALF)
+
+
+def test_type_operation_and_every_switch_are_part_of_the_key():
+    key = gemm("forward", SHAPE, HALF, relu=True, moments=False)
+    assert key == gemm("forward", SHAPE, HALF, relu=True, moments=False)
+    others = [
+        gemm("grad_input", SHAPE, HALF, relu=True, moments=False),
+        gemm("forward", SHAPE, torch.bfloat16, relu=True, moments=False),
+        gemm("forward", SHAPE, HALF, relu=False, moments=False),
+        gemm("forward", SHAPE, HALF, relu=True, moments=True),
+        gemm("forward", SHAPE, HALF, relu=True),
+    ]
+    assert len({key, *others}) == 6
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------------
+
+CPU = torch.zeros(1)
+
+
+def test_on_the_cpu_the_model_s_first_is_taken_and_none_runs():
+    def run(config):
+        raise AssertionError("ran")
+
+    config = tuning.gemm_config("forward", SHAPE, CPU, run, precision="ieee")
+    assert config == candidates(gemm("forward", SHAPE, CPU.dtype, precision="ieee"))[0]
+    assert tuning.gemm_config("forward", SHAPE, CPU, run, precision="ieee") == config
+
+
+def test_the_fastest_is_taken_where_there_is_a_clock(monkeypatch):
+    monkeypatch.setattr(memory, "choose", memory.Choices(None).choose)
+    monkeypatch.setitem(timing.CLOCKS, "cpu", lambda runs, device: [float(run() or 1) for run in runs])
+    table = (Config(64, 64, 32, 4, 3), Config(32, 32, 32, 4, 3), Config(16, 16, 16, 4, 3))
+    assert tuning.best(("key",), table, lambda config: abs(config.BLOCK_M - 32) + 0.5, CPU.device) == table[1]
+
+
+def test_a_recorder_runs_every_candidate_of_its_target():
+    ran = []
+    for target in (SM_90, GFX942):
+        ran.clear()
+        with tuning.every_candidate(target):
+            config = tuning.gemm_config("forward", SHAPE, CPU, ran.append, precision="tf32")
+        expected = candidates(gemm("forward", SHAPE, CPU.dtype, precision="tf32"), target)
+        assert tuple(ran) == expected and config == expected[0]
+    ran.clear()
+    tuning.gemm_config("forward", SHAPE, CPU, ran.append, precision="tf32")
+    assert not ran
+
+
+def test_a_configuration_is_found_again_by_its_name():
+    for config in itertools.chain(*(table for kinds in TABLE.values() for table in kinds.values())):
+        assert parse_config(str(config)) == config

@@ -1,0 +1,252 @@
+"""`resnet.backend`: a setter and a context manager, its start value, and what it says where Triton cannot launch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import resnet
+from resnet import FusedResidual, backend, convolution, current_backend, current_convolution
+from resnet.kernels.tuning import memory
+from resnet.triton_backend import batch_norm as triton_batch_norm
+from resnet.triton_backend.convolution import pick
+from tests.conftest import DEVICE, ROOT
+from tests.helpers.blocks import draw, one_thread, same, step, trio  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = current_backend(), current_convolution()
+    yield
+    backend(before[0])
+    convolution(before[1])
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """How often partial statistics were merged, from a kernel of their own or from a convolution's epilogue."""
+    count = []
+    finalize = triton_batch_norm.batch_norm_finalize
+    monkeypatch.setattr(triton_batch_norm, "batch_norm_finalize", lambda *args: (count.append(1), finalize(*args))[1])
+    return count
+
+
+# ---- the choice ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "torch"])
+def test_it_sets_the_choice_from_then_on(name):
+    backend(name)
+    assert current_backend() == name
+
+
+def test_it_is_a_context_manager_that_restores_the_old_choice():
+    backend("torch")
+    with backend("triton"):
+        assert current_backend() == "triton"
+        with backend("auto"):
+            assert current_backend() == "auto"
+        assert current_backend() == "triton"
+    assert current_backend() == "torch"
+
+
+def test_an_exception_restores_it_too():
+    backend("auto")
+    with pytest.raises(KeyError), backend("triton"), backend("torch"):
+        raise KeyError
+    assert current_backend() == "auto"
+
+
+def test_a_setter_inside_a_context_lasts_as_long_as_the_context():
+    backend("auto")
+    with backend("triton"):
+        backend("torch")
+        assert current_backend() == "torch"
+    assert current_backend() == "auto"
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", "", None, 3])
+def test_an_unknown_name_is_an_error_that_lists_the_names_and_leaves_the_choice(name):
+    backend("torch")
+    with pytest.raises(ValueError, match=r"backend: expected one of 'auto', 'triton', 'torch', got ") as error:
+        backend(name)
+    assert str(error.value).endswith(repr(name))
+    assert current_backend() == "torch"
+
+
+# ---- what it chooses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "launched"), [("triton", 2), ("torch", 0), ("auto", 2 if DEVICE.type == "cuda" else 0)]
+)
+def test_a_block_launches_triton_only_where_it_was_chosen(launches, name, launched):
+    block = FusedResidual(3, 3).to(DEVICE)
+    with backend(name):
+        block(draw(2, 3, 4, 4))
+    assert len(launches) == launched
+
+
+def test_auto_takes_pytorch_for_tensors_on_the_cpu(launches):
+    with backend("auto"):
+        FusedResidual(3, 3)(torch.rand(2, 3, 4, 4))
+    assert not launches
+
+
+@pytest.mark.parametrize("first", ["triton", "torch"])
+@pytest.mark.parametrize("args", [(4, 4), (4, 6, True, 2)])
+def test_backward_may_run_on_the_other_backend(first, args):
+    second = {"triton": "torch", "torch": "triton"}[first]
+    blocks = trio(resnet.Residual, *args, dtype=torch.float64)
+    x = draw(2, 4, 5, 5)
+
+    def forward(call):
+        with backend(first):
+            return call()
+
+    with backend(second):
+        got = step(blocks.fused, x, forward)
+    for name, value in step(blocks.exact, x).items():
+        torch.testing.assert_close(got[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ---- the convolutions ------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+VARIANTS = {name: (lambda n=name: n) for name in ("triton", "epilogue", "pytorch")}
+
+
+def picked(*names: str, key: tuple = (), device: torch.device = CPU) -> str:
+    return pick("forward", key, {name: VARIANTS[name] for name in names}, device)()
+
+
+@pytest.mark.parametrize("name", ["auto", "triton", "epilogue", "pytorch"])
+def test_convolution_sets_its_own_choice_and_restores_it_as_a_context_manager(name):
+    convolution("pytorch")
+    before = current_backend()
+    with convolution(name):
+        assert current_convolution() == name
+    assert current_convolution() == "pytorch" and current_backend() == before
+    convolution(name)
+    assert current_convolution() == name
+
+
+@pytest.mark.parametrize("name", ["torch", "cudnn", "", None])
+def test_an_unknown_convolution_is_an_error_that_lists_the_names(name):
+    convolution("epilogue")
+    message = f"convolution: expected one of 'auto', 'triton', 'epilogue', 'pytorch', got {name!r}"
+    with pytest.raises(ValueError) as error:
+        convolution(name)
+    assert str(error.value) == message
+    assert current_convolution() == "epilogue"
+
+
+@pytest.mark.parametrize("name", ["triton", "epilogue", "pytorch"])
+def test_the_variant_that_was_asked_for_is_picked(name):
+    with convolution(name):
+        assert picked("triton", "epilogue", "pytorch") == name
+
+
+def test_where_a_variant_does_not_exist_the_next_one_is_picked():
+    with convolution("triton"):
+        assert picked("epilogue", "pytorch") == "epilogue"
+        assert picked("pytorch") == "pytorch"
+    with convolution("epilogue"):
+        assert picked("triton", "pytorch") == "pytorch"
+
+
+def test_auto_on_the_cpu_is_triton_and_calls_nothing():
+    def run():
+        raise AssertionError("called")
+
+    with convolution("auto"):
+        assert pick("forward", (), {"triton": run, "pytorch": run}, CPU) is run
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="times on a GPU")
+def test_auto_on_a_gpu_picks_the_fastest_per_direction(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "choose", memory.Choices(tmp_path / "choices.json").choose)
+    wait = lambda clocks: lambda: torch.cuda._sleep(clocks)  # noqa: E731
+    with convolution("auto"):
+        for direction, fastest in (("forward", "epilogue"), ("grad_input", "pytorch")):
+            variants = {name: wait(10_000 if name == fastest else 1_000_000) for name in VARIANTS}
+            assert pick(direction, ("key",), variants, DEVICE) is variants[fastest]
+
+
+# ---- where Python starts ---------------------------------------------------------------------------------------
+
+
+def python(program: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a program in an environment with these variables and without the interpreter but where they set it."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_RESIDUAL_BACKEND")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-c", program], env=env | variables, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("name", ["auto", "torch", "triton"])
+def test_the_environment_sets_the_start_value(name):
+    run = python("import resnet; print(resnet.current_backend())", FUSED_RESIDUAL_BACKEND=name, TRITON_INTERPRET="1")
+    assert run.stdout == f"{name}\n", run.stderr
+
+
+def test_auto_is_the_start_value_without_it():
+    run = python("import resnet; print(resnet.current_backend())")
+    assert run.stdout == "auto\n", run.stderr
+
+
+def test_the_environment_sets_the_convolutions_start_value():
+    run = python("import resnet; print(resnet.current_convolution())", FUSED_RESIDUAL_CONV="epilogue")
+    assert run.stdout == "epilogue\n", run.stderr
+
+
+def test_a_bad_start_value_is_an_error_that_names_the_variable():
+    run = python("import resnet", FUSED_RESIDUAL_BACKEND="cudnn")
+    assert run.returncode == 1
+    last = run.stderr.splitlines()[-1]
+    assert last == "ValueError: FUSED_RESIDUAL_BACKEND: expected one of 'auto', 'triton', 'torch', got 'cudnn'"
+
+
+WITHOUT_GPU = """
+import torch, resnet
+
+def fails(call):
+    try:
+        call()
+    except RuntimeError as error:
+        assert "needs a GPU" in str(error) and "TRITON_INTERPRET=1" in str(error), error
+    else:
+        raise AssertionError("no error")
+
+{}
+print("as it should")
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, where Triton can launch")
+def test_triton_without_gpu_and_interpreter_says_what_to_set_and_leaves_the_choice():
+    program = """
+resnet.backend("torch")
+fails(lambda: resnet.backend("triton"))
+assert resnet.current_backend() == "torch"
+resnet.FusedResidual(3, 3)(torch.rand(2, 3, 4, 4)).sum().backward()
+"""
+    run = python(WITHOUT_GPU.format(program))
+    assert run.stdout == "as it should\n", run.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU, where Triton can launch")
+def test_triton_as_the_start_value_without_gpu_and_interpreter_says_it_at_the_first_call():
+    program = """
+block = resnet.FusedResidual(3, 3)
+before = {k: v.clone() for k, v in block.state_dict().items()}
+fails(lambda: block(torch.rand(2, 3, 4, 4)))
+assert all(torch.equal(v, before[k]) for k, v in block.state_dict().items()), "changed before the error"
+"""
+    run = python(WITHOUT_GPU.format(program), FUSED_RESIDUAL_BACKEND="triton")
+    assert run.stdout == "as it should\n", run.stderr

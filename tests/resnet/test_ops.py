@@ -1,0 +1,264 @@
+"""The registered operators: `torch.library.opcheck` of each with every pair of options, and `torch.compile`."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet import FusedResidual, FusedStem, Residual, resnet_block
+from resnet.norm import Norm
+from resnet.operands import BatchNormAddReluKept, BlockKept, BlockOutput, Convolutions, StemKept, StemOutput
+from resnet.schema import pack
+from tests.conftest import DEVICE
+from tests.helpers.blocks import draw, one_thread, randomize, step, trio  # noqa: F401
+from tests.helpers.pairs import pairwise
+
+ops = torch.ops.fused_residual
+
+
+def name_of_options(options: dict) -> str:
+    return ",".join(k if v is True else f"{k}={v}" for k, v in options.items() if v is not False) or "none"
+
+
+def each(cases: list[dict]):
+    return pytest.mark.parametrize("options", cases, ids=name_of_options)
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------
+
+
+def vector(C: int, seed: int, grad: bool = False) -> Tensor:
+    return draw(C, seed=seed).requires_grad_(grad)
+
+
+def norm(C: int, seed: int, training: bool, affine: bool = True, running: bool = True, conv_bias: bool = False) -> list:
+    """The fields of a `resnet.norm.Norm`, in a schema's order."""
+    return [
+        vector(C, seed, grad=True) if affine else None,
+        vector(C, seed + 1, grad=True) if affine else None,
+        vector(C, seed + 2) if running or not training else None,
+        vector(C, seed + 3).abs() + 0.5 if running or not training else None,
+        vector(C, seed + 4, grad=True) if conv_bias else None,
+        training,
+        0.1,
+        1e-5,
+    ]
+
+
+def stats_of(C: int) -> Tensor:
+    stats = draw(4, C, seed=9)
+    stats[1].abs_()
+    return stats
+
+
+def weight(K: int, C: int, size: int, seed: int, grad: bool = True) -> Tensor:
+    return draw(K, C, size, size, seed=seed).div_(C * size).requires_grad_(grad)
+
+
+def backward_arguments(dout: Tensor, kept: tuple, arguments: list, all_needed: bool) -> list:
+    """The gradients of all arguments that require one are wanted, or the first one's alone."""
+    needs = [isinstance(a, Tensor) and a.requires_grad for a in arguments]
+    if not all_needed:
+        needs = [i == needs.index(True) for i in range(len(needs))]
+    return [dout, *(t.detach() if isinstance(t, Tensor) else t for t in pack(kept)), needs]
+
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def opcheck(op, args: list) -> None:
+    result = torch.library.opcheck(op.default, tuple(args), test_utils=OPCHECKS)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+# ---- opcheck ---------------------------------------------------------------------------------------------------
+
+BOTH = (True, False)
+
+
+@each(pairwise(training=BOTH, shortcut=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, relu=BOTH))
+def test_batch_norm_add_relu(any_backend, options):
+    shortcut, relu = options["shortcut"], options["relu"]
+    settings = {k: v for k, v in options.items() if k not in ("shortcut", "relu")}
+    x, skip = (draw(2, 3, 4, 2, seed=seed).requires_grad_() for seed in range(2))
+    opcheck(ops.batch_norm_add_relu, [x, skip if shortcut else None, *norm(3, 10, **settings), relu])
+
+
+@each(pairwise(training=BOTH, relu=BOTH, shortcut=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
+def test_batch_norm_add_relu_backward(any_backend, options):
+    shortcut, relu = options["shortcut"], options["relu"]
+    settings = {k: options[k] for k in ("training", "affine", "conv_bias")}
+    dout, x, skip = (draw(2, 3, 4, 2, seed=seed) for seed in range(3))
+    # Without a ReLU the shortcut's gradient is dout, which the operator may not return.
+    skip = skip.requires_grad_(relu) if shortcut else None
+    fields = norm(3, 10, **settings)
+    arguments = [x.requires_grad_(), skip, *fields, relu]
+    with torch.no_grad():
+        out, stats = ops.batch_norm_add_relu(*arguments)
+    kept = BatchNormAddReluKept(x, out if relu else None, stats, Norm(*fields), relu, shortcut)
+    opcheck(ops.batch_norm_add_relu_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
+
+
+@each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, size=((9, 7), (2, 5))))
+def test_stem(any_backend, options):
+    settings = {k: v for k, v in options.items() if k != "size"}
+    x = draw(2, 2, *options["size"]).requires_grad_()
+    opcheck(ops.stem, [x, weight(3, 2, 3, 1), 2, 1, *norm(3, 10, **settings)])
+
+
+@each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
+def test_stem_backward(any_backend, options):
+    x, conv = draw(2, 2, 9, 7).requires_grad_(), weight(3, 2, 3, 1)
+    fields = norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")})
+    arguments = [x, conv, 2, 1, *fields]
+    with torch.no_grad():
+        output = StemOutput(*ops.stem(*arguments))
+    kept = StemKept(x, output, conv, Norm(*fields), 2, 1)
+    dout = draw(*output.out.shape, seed=1)
+    opcheck(ops.stem_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
+
+
+def block_arguments(projected: bool, stride: int) -> list:
+    C, K = (2, 3) if projected else (3, 3)
+    x = draw(2, C, 4, 3).requires_grad_()
+    shortcut = [weight(K, C, 1, 3), vector(K, 4, grad=True)] if projected else [None, None]
+    return [x, weight(K, C, 3, 1), weight(K, K, 3, 2), *shortcut, stride]
+
+
+BLOCKS = ((False, 1), (True, 1), (True, 2))  # (a 1x1 convolution as the shortcut, stride)
+
+
+@each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH))
+def test_residual_block(any_backend, options):
+    settings = {k: options[k] for k in ("affine", "running", "conv_bias")}
+    norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
+    opcheck(ops.residual_block, [*block_arguments(*options["block"]), *norms[0], *norms[1]])
+
+
+@each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
+def test_residual_block_backward(any_backend, options):
+    x, *convs = block_arguments(*options["block"])
+    settings = {k: options[k] for k in ("affine", "conv_bias")}
+    norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
+    arguments = [x, *convs, *norms[0], *norms[1]]
+    with torch.no_grad():
+        output = BlockOutput(*ops.residual_block(*arguments))
+    kept = BlockKept(x, output, Convolutions(*convs), Norm(*norms[0]), Norm(*norms[1]))
+    dout = draw(*output.out.shape, seed=5)
+    opcheck(ops.residual_block_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
+
+
+@each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), many_pixels=BOTH, C=(1, 2)))
+def test_stem_inference(any_backend, options):
+    (size, stride, padding), C = options["geometry"], options["C"]
+    x = draw(2, C, 30, 25) if options["many_pixels"] else draw(2, C, 4, 5)  # with many, folded into the convolution
+    with torch.no_grad():
+        fields = norm(3, 10, False, options["affine"], True, options["conv_bias"])
+        opcheck(ops.stem_inference, [x, weight(3, C, size, 1, grad=False), stride, padding, *fields])
+
+
+@each(pairwise(block=BLOCKS, affine=BOTH, conv_bias=BOTH))
+def test_residual_block_inference(any_backend, options):
+    with torch.no_grad():
+        norms = [norm(3, 10 * i, False, options["affine"], True, options["conv_bias"]) for i in (1, 2)]
+        arguments = [a.detach() if isinstance(a, Tensor) else a for a in block_arguments(*options["block"])]
+        opcheck(ops.residual_block_inference, [*arguments, *norms[0], *norms[1]])
+
+
+def test_every_registered_operator_is_checked_above():
+    schemas = [schema.name for schema in torch._C._jit_get_all_schemas()]
+    registered = {name.removeprefix("fused_residual::") for name in schemas if name.startswith("fused_residual::")}
+    assert registered == {name.removeprefix("test_") for name in globals() if name.removeprefix("test_") in registered}
+
+
+# ---- versions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", [FusedResidual(3, 3), FusedStem(3, 4)], ids=["block", "stem"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_an_update_of_running_statistics_counts_as_a_write(any_backend, module, grad):
+    module = copy.deepcopy(module).to(DEVICE)
+    running = [b for name, b in module.named_buffers() if "running" in name]
+    x = draw(2, 3, 6, 6)
+    versions = [b._version for b in running]
+    with torch.set_grad_enabled(grad):
+        module(x)
+    assert all(b._version > v for b, v in zip(running, versions))
+    versions = [b._version for b in running]
+    with torch.set_grad_enabled(grad):
+        module.eval()(x)
+    assert [b._version for b in running] == versions
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------
+
+MODULES = {
+    "identity block": lambda: FusedResidual(3, 3),
+    "1x1 block": lambda: FusedResidual(3, 6, use_1x1conv=True, strides=2),
+    "stem": lambda: FusedStem(3, 4),
+}
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
+    """Compiled and not, two copies of a module do the same: steps in training, with frozen statistics, inference."""
+    randomize(module)
+    module.to(DEVICE)
+    plain, compiled = copy.deepcopy(module), torch.compile(module, fullgraph=True, backend=compiler)
+    for mode in ("train", "train", "eval"):
+        plain.train(mode == "train")
+        module.train(mode == "train")
+        expected = step(plain, x)
+        got = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x).items()}
+        assert got.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name], value, msg=lambda m, n=f"{mode} {name}": f"{n}: {m}")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), plain(x))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_compiled_in_one_graph_equals_uncompiled(any_backend, module):
+    assert_compiles(MODULES[module](), draw(2, 3, 7, 6), "aot_eager")
+
+
+def small_net() -> nn.Sequential:
+    return nn.Sequential(
+        FusedStem(1, 4),
+        resnet_block(4, 4, 1, first_block=True, block=FusedResidual),
+        resnet_block(4, 6, 1, block=FusedResidual),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    )
+
+
+def test_a_net_compiled_by_inductor_equals_uncompiled(any_backend):
+    assert_compiles(small_net(), draw(2, 1, 16, 17), "inductor")
+
+
+def test_compiled_code_takes_other_batch_sizes(any_backend):
+    block = FusedResidual(3, 3).to(DEVICE)
+    compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (2, 5, 3):
+        x = draw(n, 3, 4, 5, seed=n)
+        torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_export_keeps_the_operators():
+    block = trio(Residual, 3, 6, True, 2, train=False).fused
+    x = draw(2, 3, 8, 8)
+    with torch.no_grad():
+        exported = torch.export.export(block, (x,))
+        graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+        assert ops.residual_block_inference.default in [node.target for graph in graphs for node in graph.nodes]
+        torch.testing.assert_close(exported.module()(x), block(x))

@@ -1,0 +1,544 @@
+"""resnet.train: the command's output, its files, Ctrl-C and its errors, on a few images of Fashion-MNIST."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet import FusedResidual, Residual, resnet18, training
+from resnet.commands import ConfigError, find_device
+from resnet.data import DatasetError, load
+from resnet.train import main
+from resnet.training import NonFiniteError, TrainConfig, train
+from tests.conftest import ROOT
+
+SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
+# To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
+# variance of a few values; and steps that matter little, since float16's loss scaler leaves out the first one.
+GENTLE = {"batch_size": 4, "limit_train": 8, "limit_test": 2, "resize": 64, "lr": 1e-4}
+
+LOSS_LINE = r"loss (\d+\.\d{3}), train acc ([01]\.\d{3}), test acc ([01]\.\d{3})"
+RATE_LINE = r"(\d+\.\d) examples/sec on (cpu|cuda:\d+)"
+
+
+load_once = functools.cache(load)  # half a second, for half a hundred runs
+
+
+@pytest.fixture(autouse=True)
+def small_runs(monkeypatch, tmp_path):
+    """The whole set where the machine has it, or else the sample; files of a run go into an empty folder.
+
+    One thread: for images so small a second one gains nothing, and waits long where the machine is busy.
+    """
+    monkeypatch.setenv("FASHION_MNIST_URL", "http://127.0.0.1:9/")
+    monkeypatch.setattr(training, "load", load_once)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def small(model: str = "eager", **changes) -> TrainConfig:
+    return TrainConfig(model=model, **{**SMALL, **changes})
+
+
+def options(config: TrainConfig) -> list[str]:
+    """The command line that means `config`."""
+    values = dataclasses.asdict(config).items()
+    return [word for k, v in values if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def command(config: TrainConfig, stderr=subprocess.PIPE, **kwargs) -> subprocess.Popen:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "resnet.train", *options(config)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        **kwargs,
+    )
+
+
+def weights_of(path: str | Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+
+def test_the_command_ends_with_the_two_lines_and_shows_a_bar(tmp_path):
+    process = command(small(epochs=2, json=str(tmp_path / "figures.json"), save=str(tmp_path / "net.pt")))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    lines = out.splitlines()
+    assert len(lines) == 2
+    loss = re.fullmatch(LOSS_LINE, lines[0])
+    rate = re.fullmatch(RATE_LINE, lines[1])
+    assert loss, lines
+    assert rate, lines
+    for epoch in ("epoch 1/2", "epoch 2/2"):
+        assert re.search(
+            epoch + r": 100%\|.*\| 16/16 .*loss \d+\.\d+, train acc \d\.\d+, \d+\.\d examples/sec, test acc \d", err
+        )
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [f"{figures[k]:.3f}" for k in ("loss", "train_acc", "test_acc")] == list(loss.groups())
+    assert f"{figures['examples_per_sec']:.1f}" == rate[1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "net.pt"], "nothing temporary is left"
+
+
+def test_json_holds_settings_epochs_device_source_and_versions(tmp_path, capsys):
+    config = small(epochs=2, seed=3, json=str(tmp_path / "figures.json"))
+    assert main(options(config)) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["config"] == dataclasses.asdict(config)
+    assert figures["device"] == "cpu"
+    assert figures["data"] == load_once(None).source
+    assert figures["versions"]["torch"] == torch.__version__
+    assert not figures["interrupted"]
+    assert figures["checkpoint"] is None
+    first, last = figures["epochs"]
+    assert first["examples"] == last["examples"] == 16
+    assert {k: last[k] for k in ("loss", "train_acc", "test_acc")} == {
+        k: figures[k] for k in ("loss", "train_acc", "test_acc")
+    }
+    assert figures["examples_per_sec"] == pytest.approx(32 / (first["seconds"] + last["seconds"]))
+
+
+def test_the_published_form_is_printed_for_the_published_figures():
+    epoch = training.Epoch(loss=0.0141, train_acc=0.9962, test_acc=0.8949, examples=46802, seconds=10.0)
+    result = training.TrainResult(
+        config=TrainConfig(),
+        device="cuda:0",
+        device_name="",
+        data="",
+        warm_up_seconds=0.0,
+        epochs=(epoch,),
+        interrupted=False,
+        checkpoint=None,
+    )
+    assert result.summary() == "loss 0.014, train acc 0.996, test acc 0.895\n4680.2 examples/sec on cuda:0"
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["eager", "fused"])
+def test_training_lowers_the_loss(model):
+    result = train(small(model, epochs=4, batch_size=16, limit_train=64, lr=0.003))
+    assert result.loss < 0.5 * result.epochs[0].loss
+    assert result.train_acc > 0.6
+
+
+def test_fused_follows_eager():
+    """With steps so small that rounding does not grow from one to the next, as it may with larger ones."""
+    settings = {"batch_size": 16, "limit_train": 64, "resize": 33}
+    still, eager, fused = (
+        train(small(model, lr=lr, **settings)).loss for model, lr in (("eager", 1e-9), ("eager", 1e-5), ("fused", 1e-5))
+    )
+    assert fused == pytest.approx(eager, rel=1e-4)
+    assert still != pytest.approx(eager, rel=5e-4)
+
+
+def test_compile_follows_eager():
+    settings = {"batch_size": 16, "limit_train": 32, "resize": 33, "lr": 0.003}
+    eager, compiled = (train(small(model, **settings)) for model in ("eager", "compile"))
+    assert compiled.loss == pytest.approx(eager.loss, rel=1e-3)
+    assert eager.warm_up_seconds == 0 < compiled.warm_up_seconds
+
+
+def test_everything_is_compiled_before_the_clock_starts_and_leaves_no_trace(tmp_path, monkeypatch):
+    """With two shapes of batches. Traced only, not built: that takes seconds and computes exactly what eager does."""
+    epoch = training._Run.epoch
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(training._Run, "epoch", torch.compiler.set_stance("fail_on_recompile")(epoch))
+    settings = {"epochs": 2, "limit_train": 12, "resize": 33}
+    eager, compiled = (
+        train(small(model, save=str(tmp_path / f"{model}.pt"), **settings)) for model in ("eager", "compile")
+    )
+    assert [e.loss for e in compiled.epochs] == [e.loss for e in eager.epochs]
+    expected = weights_of(eager.checkpoint)
+    for name, value in weights_of(compiled.checkpoint).items():  # BatchNorm's statistics among them
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        ("bfloat16", {"resize": 33, "limit_train": 16, "lr": 1e-3}),
+        ("bfloat16", {"resize": 33, "limit_train": 16, "lr": 1e-3, "model": "fused"}),
+        ("float16", GENTLE),
+    ],
+    ids=["eager bfloat16", "fused bfloat16", "eager float16"],
+)
+def test_half_precision_follows_float32_and_the_weights_stay_float32(tmp_path, dtype, settings):
+    config = small(dtype=dtype, save=str(tmp_path / "net.pt"), **settings)
+    result = train(config)
+    reference = train(dataclasses.replace(config, dtype="float32", save=None))
+    assert result.loss != reference.loss
+    assert result.loss == pytest.approx(reference.loss, rel=0.05)
+    assert {v.dtype for v in weights_of(config.save).values() if v.is_floating_point()} == {torch.float32}
+
+
+def test_a_step_that_the_loss_scaler_skips_is_no_error(tmp_path, monkeypatch):
+    scaler = torch.amp.GradScaler
+    # So large a scale that float16 gradients overflow, which the scaler answers by a skipped step.
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**60))
+    config = small(dtype="float16", batch_size=2, limit_train=2, limit_test=2, save=str(tmp_path / "net.pt"))
+    train(config)
+    first = dict(training._net("eager", config.seed).named_parameters())
+    trained = weights_of(config.save)
+    assert all(torch.equal(trained[name], value) for name, value in first.items())
+
+
+def test_a_seed_gives_the_same_figures_again_and_another_seed_others():
+    a, b, other = (train(small(seed=seed)) for seed in (1, 1, 2))
+    assert (a.loss, a.train_acc, a.test_acc) == (b.loss, b.train_acc, b.test_acc)
+    assert other.loss != a.loss
+
+
+def test_training_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    train(small())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_looking_at_the_losses_more_often_changes_nothing(monkeypatch):
+    losses = []
+    for seconds in (0.0, 1e9):
+        monkeypatch.setattr(training, "_LOOK_SECONDS", seconds)
+        losses.append(train(small(limit_train=20)).loss)
+    assert losses[0] == losses[1]
+
+
+def test_the_loss_is_the_mean_over_images_and_not_over_batches():
+    """At a learning rate too small to change anything, so that an epoch's loss can be had at once."""
+    config = small(limit_train=10, batch_size=8, lr=1e-30)
+    data = load_once(None)
+    net = training._net("eager", config.seed).to(memory_format=torch.channels_last)
+    total = 0.0
+    for x, labels in training.Batches(
+        data.train_images[:10], data.train_labels[:10], 8, device="cpu", resize=32, shuffle=True, seed=config.seed
+    ):
+        total += torch.nn.functional.cross_entropy(net(x), labels, reduction="sum").item()
+    assert train(config).loss == pytest.approx(total / 10, rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["eager", "fused"])
+def test_first_weights_are_xavier_uniform_and_the_same_for_each_model(model):
+    net = training._net(model, seed=0)
+    for name, weight in net.named_parameters():
+        if weight.dim() > 1:
+            fan_out, fan_in = weight.shape[0] * weight[0, 0].numel(), weight[0].numel()
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            assert 0.9 * bound < weight.abs().max() <= bound, name
+    eager = training._net("eager", seed=0).state_dict()
+    assert all(torch.equal(eager[name], value) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("resize", "limit", "examples"),
+    [(28, 17, 16), (32, 17, 16), (33, 17, 17), (28, 18, 18)],
+    ids=["28 pixels", "32 pixels", "33 pixels", "two images"],
+)
+def test_a_last_batch_of_one_image_is_left_out_only_where_it_has_one_value_per_channel(capsys, resize, limit, examples):
+    result = train(small(limit_train=limit, resize=resize))
+    assert result.epochs[0].examples == examples
+    assert ("One image is left out" in capsys.readouterr().err) == (examples < limit)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("model", training.MODELS)
+@pytest.mark.parametrize("dtype", training.DTYPES)
+def test_cuda_trains_as_the_cpu_does(model, dtype):
+    cpu = train(small(**GENTLE))
+    cuda = train(small(model, dtype=dtype, device="cuda", **GENTLE))
+    assert cuda.device == f"cuda:{torch.cuda.current_device()}"
+    assert cuda.loss == pytest.approx(cpu.loss, rel=0.01 if dtype == "float32" else 0.05)
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["eager", "fused"])
+def test_a_checkpoint_loads_into_either_block_and_gives_the_same_accuracy(tmp_path, model):
+    config = small(model, save=str(tmp_path / "net.pt"), limit_train=64, limit_test=100)
+    result = train(config)
+    assert result.checkpoint == config.save
+    checkpoint = torch.load(config.save, weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (1, 0)
+    assert checkpoint["args"] == dataclasses.asdict(config)
+    data = load_once(None)
+    for block in (Residual, FusedResidual):
+        net = resnet18(block=block)
+        net.load_state_dict(checkpoint["model"], strict=True)
+        torch.optim.SGD(net.parameters(), lr=1.0).load_state_dict(checkpoint["optimizer"])
+        net.eval()
+        ((x, labels),) = training.Batches(
+            data.test_images[:100], data.test_labels[:100], 100, device="cpu", resize=config.resize
+        )
+        with torch.no_grad():
+            accuracy = (net(x).argmax(1) == labels).float().mean().item()
+        assert accuracy == pytest.approx(result.test_acc, abs=0.011), "but for one tie at most"
+
+
+def test_a_checkpoint_is_written_after_every_epoch(tmp_path, monkeypatch):
+    written = []
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda what, path: (written.append(what["epoch"]), save(what, path)))
+    train(small(epochs=3, save=str(tmp_path / "net.pt")))
+    assert written == [1, 2, 3]
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"the old checkpoint")
+
+    def fail(what, temporary):
+        Path(temporary).write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        train(small(save=str(path)))
+    assert path.read_bytes() == b"the old checkpoint"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------
+
+
+def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["--save", "no --save"])
+def test_ctrl_c_leaves_a_usable_checkpoint_and_says_where(tmp_path, named):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    log = tmp_path / "stderr"
+    endless = small(epochs=100_000, save=str(folder / "net.pt") if named else None)
+    with log.open("w") as stderr:
+        process = command(endless, cwd=folder, stderr=stderr)
+    try:
+        wait_for("epoch 2/", log, process)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, log.read_text()
+    assert out == "", "the closing lines are those of a run that came to its end"
+    (path,) = folder.iterdir()
+    assert path.name == "net.pt" or not named
+    assert f"checkpoint in {path}" in log.read_text()
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["epoch"] >= 1
+    assert checkpoint["args"] == dataclasses.asdict(endless)
+    for block in (Residual, FusedResidual):
+        resnet18(block=block).load_state_dict(checkpoint["model"], strict=True)
+
+
+def interrupt_before(monkeypatch, method: str) -> None:
+    """Ctrl-C at the moment that a run's method is called for the first time."""
+    original = getattr(training._Run, method)
+
+    def interrupted(*args):
+        monkeypatch.setattr(training._Run, method, original)
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(training._Run, method, interrupted)
+
+
+@pytest.mark.parametrize(
+    ("method", "epoch", "step"),
+    [("_loss", 0, 1), ("_accuracy", 1, 0), ("save", 1, 0)],
+    ids=["in a step", "in the evaluation", "while the checkpoint is written"],
+)
+def test_ctrl_c_stops_between_two_steps_and_the_checkpoint_says_where(tmp_path, monkeypatch, method, epoch, step):
+    interrupt_before(monkeypatch, method)
+    config = small(epochs=3, save=str(tmp_path / "net.pt"))
+    result = train(config)
+    assert result.interrupted
+    checkpoint = torch.load(result.checkpoint, weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (epoch, step)
+
+
+def test_ctrl_c_leaves_the_figures_of_the_whole_epochs(tmp_path, monkeypatch):
+    interrupt_before(monkeypatch, "save")
+    path = tmp_path / "figures.json"
+    assert main(options(small(epochs=3, save=str(tmp_path / "net.pt"), json=str(path)))) == 130
+    figures = json.loads(path.read_text())
+    assert figures["interrupted"]
+    assert len(figures["epochs"]) == 1
+
+
+def test_ctrl_c_before_the_first_step_leaves_an_old_checkpoint(tmp_path, monkeypatch, capsys):
+    interrupt_before(monkeypatch, "warm_up")
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"the old checkpoint")
+    assert main(options(small(save=str(path)))) == 130
+    assert path.read_bytes() == b"the old checkpoint"
+    assert "nothing to save" in capsys.readouterr().err
+
+
+def test_ctrl_c_after_all_work_is_done_does_not_spoil_it(tmp_path, monkeypatch):
+    interrupt_before(monkeypatch, "save")
+    assert main(options(small(save=str(tmp_path / "net.pt")))) == 0
+
+
+@pytest.fixture
+def heard_ctrl_c():
+    """SIGINT as a terminal's foreground has it; a job in the background starts with it ignored."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+def test_a_second_ctrl_c_stops_at_once(heard_ctrl_c):
+    usual = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), training._deferred_interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.is_set()
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == usual
+
+
+def test_ctrl_c_while_the_data_are_read_is_exit_status_130(heard_ctrl_c, monkeypatch):
+    monkeypatch.setattr(training, "load", lambda folder: signal.raise_signal(signal.SIGINT))
+    assert main(options(small())) == 130
+
+
+def test_training_works_outside_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(train(small())))
+    thread.start()
+    thread.join()
+    assert len(results) == 1
+
+
+# ---- losses that are not finite --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["looking at every step", "looking at the end"])
+def test_a_non_finite_loss_names_the_first_such_step_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys, seconds):
+    monkeypatch.setattr(training, "_LOOK_SECONDS", seconds)
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"the old checkpoint")
+    # One step at this rate leaves finite weights, whose activations overflow in the second.
+    config = small(lr=1e25, limit_train=40, save=str(path), json=str(tmp_path / "figures.json"))
+    assert main(options(config)) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1].startswith("python -m resnet.train: error: non-finite loss (nan) at epoch 1, step 2;")
+    assert path.read_bytes() == b"the old checkpoint"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_step_named_is_that_of_its_epoch():
+    losses = torch.tensor([1.0, 2.0, float("inf"), float("nan")])
+    with pytest.raises(NonFiniteError, match=r"non-finite loss \(inf\) at epoch 3, step 13;"):
+        training._check_losses(losses, epoch=3, first_step=11)
+
+
+def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
+    path = tmp_path / "net.pt"
+    with pytest.raises(NonFiniteError, match="non-finite weights after epoch 1, step 1;"):
+        train(small(lr=3e38, limit_train=8, save=str(path)))
+    assert not path.exists()
+
+
+# ---- settings that cannot be used ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "resnet"], "--model: invalid choice: 'resnet'"),
+        (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
+        (["--epochs", "two"], "--epochs: invalid int value: 'two'"),
+        (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
+        (["--batch-size", "-4"], "--batch-size: expected at least 1, got -4"),
+        (["--lr", "0"], "--lr: expected a positive number that float32 holds, got 0.0"),
+        (["--lr", "nan"], "--lr: expected a positive number that float32 holds, got nan"),
+        (["--lr", "1e39"], "--lr: expected a positive number that float32 holds, got 1e+39"),
+        (
+            ["--resize", "27"],
+            "--resize: expected at least 28, the images' own size: they are enlarged only, got 27",
+        ),
+        (["--dtype", "float64"], "--dtype: invalid choice: 'float64'"),
+        (["--seed", "-1"], "--seed: expected a number from 0 to 2**63 - 1, got -1"),
+        (["--device", "gpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["--device", "meta"], "--device: expected auto, cpu, cuda or cuda:N, got meta"),
+        (["--device", "cuda:99"], "--device: expected "),
+        (["--limit-train", "0"], "--limit-train: expected at least 1, got 0"),
+        (["--limit-train", "60001"], "--limit-train: expected at most "),
+        (["--limit-test", "10001"], "--limit-test: expected at most "),
+        (["--data", "nowhere"], "nowhere: no such folder; expected one with train-images-idx3-ubyte"),
+        (["--save", "nowhere/net.pt"], "--save: expected a path in an existing folder, got nowhere/net.pt"),
+        (["--save", "."], "--save: expected a file's path, got the folder ."),
+        (["--json", "nowhere/figures.json"], "--json: expected a path in an existing folder"),
+        (["--batch-size", "1", "--resize", "28"], "--resize 28 needs batches of 2 images or more"),
+        (["--limit-train", "1", "--resize", "32"], "--resize 32 needs batches of 2 images or more"),
+        (["--optimizer", "adam"], "unrecognized arguments: --optimizer adam"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_used_is_one_line_and_exit_status_2_before_any_work(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(training, "_Run", None)  # nothing may get so far
+    with pytest.raises(SystemExit) as exit:
+        main(["--device", "cpu", "--model", "eager", *arguments])
+    assert exit.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    # Where the sample stands in for the set, one line more says so.
+    *notes, line = err.splitlines()
+    assert all("embedded sample" in note for note in notes)
+    assert line.startswith("python -m resnet.train: error: ")
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+def test_cuda_where_there_is_none_is_an_error_that_says_so():
+    with pytest.raises(ConfigError, match="--device: expected auto or cpu, since PyTorch finds no CUDA device here"):
+        train(small(device="cuda"))
+
+
+def test_a_corrupted_data_file_is_one_line_that_names_it(tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"):
+        (folder / name).write_bytes(b"\0\0\x08\x03")
+    (folder / "t10k-labels-idx1-ubyte.gz").write_bytes(b"")
+    with pytest.raises(DatasetError):
+        train(small(data=str(folder)))
+    with pytest.raises(SystemExit) as exit:
+        main(options(small(data=str(folder))))
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{folder / 'train-images-idx3-ubyte'}: wrong size, expected 47040016 bytes, found only 4" in line
+
+
+def test_auto_is_the_gpu_where_there_is_one():
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

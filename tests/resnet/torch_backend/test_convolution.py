@@ -1,0 +1,133 @@
+"""The matrix products for small maps are the same convolution as PyTorch's, forward and backward."""
+
+import pytest
+import torch
+from torch.nn.functional import conv2d
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from resnet.torch_backend.convolution import convolve, convolve_backward, is_small
+from tests.helpers.parity import assert_as_exact_as_eager
+
+pytestmark = pytest.mark.usefixtures("products_keep_up")
+
+# N, C, K, H, W, R, stride, padding
+SMALL = {
+    "last stage": (3, 128, 128, 3, 3, 3, 1, 1),
+    "into the last stage": (2, 128, 160, 6, 6, 3, 2, 1),
+    "odd and stride 2": (2, 128, 128, 7, 5, 3, 2, 1),
+    "one pixel": (4, 128, 128, 1, 1, 3, 1, 1),
+    "no padding": (2, 128, 128, 5, 4, 3, 1, 0),
+    "5x5 kernel": (1, 128, 128, 4, 4, 5, 1, 2),
+}
+# Where only grad-weight is a product per tap.
+GRAD_WEIGHT = {
+    "many channels": (2, 256, 256, 6, 6, 3, 1, 1),
+    "many channels, stride 2": (2, 256, 272, 13, 11, 3, 2, 1),
+}
+OTHER = {
+    "many pixels": (2, 128, 128, 6, 6, 3, 1, 1),
+    "few channels": (2, 64, 64, 3, 3, 3, 1, 1),
+    "1x1 kernel": (2, 128, 128, 4, 4, 1, 2, 0),
+}
+
+
+def _draw(N, C, K, H, W, R, stride, padding, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(N, C, H, W, generator=generator).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(K, C, R, R, generator=generator).contiguous(memory_format=torch.channels_last) / (C * R)
+    dy = torch.randn(conv2d(x, weight, None, stride, padding).shape, generator=generator)
+    return x, weight, torch.randn(K, generator=generator), dy.contiguous(memory_format=torch.channels_last)
+
+
+def _reference(x, weight, bias, dy, stride, padding):
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = conv2d(x, weight, bias, stride, padding)
+    y.backward(dy)
+    return y.detach(), x.grad, weight.grad
+
+
+class GradsAsked(TorchDispatchMode):
+    """What is asked of PyTorch's `convolution_backward`: of x, of the weight and of the bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten.convolution_backward.default:
+            self.masks.append(args[-1])
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [*SMALL.values(), *GRAD_WEIGHT.values()], ids=[*SMALL, *GRAD_WEIGHT])
+def test_products_per_tap_are_as_exact_as_pytorch(shape):
+    *_, stride, padding = shape
+    small = shape in SMALL.values()
+    results = []
+    for seed in range(3):
+        x, weight, bias, dy = _draw(*shape, seed=seed)
+        assert is_small(x, weight, stride, padding) == small
+        y = convolve(x, weight, bias, stride, padding)
+        with GradsAsked() as asked:
+            fused = (y, *convolve_backward(dy, x, weight, stride, padding, True, True))
+        assert asked.masks == [[not small, False, False]]
+        exact = _reference(*(t.double() for t in (x, weight, bias, dy)), stride, padding)
+        results.append((fused, _reference(x, weight, bias, dy, stride, padding), exact))
+    for i, name in enumerate(("y", "dx", "dweight")):
+        assert_as_exact_as_eager(name, *([draw[j][i] for draw in results] for j in range(3)))
+        assert all(draw[0][i].is_contiguous(memory_format=torch.channels_last) for draw in results), name
+
+
+@pytest.mark.parametrize("shape", OTHER.values(), ids=OTHER)
+def test_other_maps_are_pytorchs_own(shape):
+    *_, stride, padding = shape
+    x, weight, bias, dy = _draw(*shape, seed=0)
+    assert not is_small(x, weight, stride, padding)
+    y, dx, dweight = _reference(x, weight, bias, dy, stride, padding)
+    assert torch.equal(convolve(x, weight, bias, stride, padding), y)
+    got = convolve_backward(dy, x, weight, stride, padding, True, True)
+    assert torch.allclose(got[0], dx, atol=1e-6) and torch.allclose(got[1], dweight, atol=1e-5)
+
+
+@pytest.mark.parametrize("C", [1, 3, 4, 7])
+def test_a_strided_1x1_grad_weight_of_few_channels_is_not_onednns(C):
+    """Which writes past the end of a buffer on CPUs with AVX2 and no AVX-512."""
+    x, weight, _, dy = _draw(2, C, 6, 6, 6, 1, 2, 0, seed=0)
+    exact = _reference(*(t.double() for t in (x, weight, torch.zeros(6), dy)), 2, 0)
+    with GradsAsked() as asked:
+        got = convolve_backward(dy, x, weight, 2, 0, True, True)
+    assert asked.masks == [[True, False, False]]
+    for grad, expected in zip(got, exact[1:]):
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_what_is_needed_is_computed():
+    x, weight, _, dy = _draw(*SMALL["last stage"], seed=0)
+    assert convolve_backward(dy, x, weight, 1, 1, False, True)[0] is None
+    assert convolve_backward(dy, x, weight, 1, 1, True, False)[1] is None
+
+
+def test_nchw_weight_is_read_right():
+    x, weight, bias, _ = _draw(*SMALL["last stage"], seed=0)
+    assert torch.equal(convolve(x, weight.contiguous(), bias, 1, 1), convolve(x, weight, bias, 1, 1))
+
+
+def test_other_types_are_not_small():
+    x, weight, *_ = _draw(*SMALL["last stage"], seed=0)
+    assert not is_small(x.double(), weight.double(), 1, 1)
+
+
+@pytest.mark.parametrize(("cpu", "lag"), [("AMD EPYC 9355", True), ("Intel(R) Xeon(R) Platinum 8488C", False)])
+def test_where_products_lag_the_smallest_maps_are_left_to_them(monkeypatch, cpu, lag):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    draw = lambda channels, size: _draw(64, channels, channels, size, size, 3, 1, 1, seed=0)[:2]  # noqa: E731
+    assert is_small(*draw(128, 2), 1, 1)
+    assert is_small(*draw(128, 3), 1, 1) == (not lag)
+    for size, own in ((3, True), (6, not lag)):
+        x, weight, _, dy = _draw(2, 256, 256, size, size, 3, 1, 1, seed=0)
+        with GradsAsked() as asked:
+            convolve_backward(dy, x, weight, 1, 1, False, True)
+        assert asked.masks == [[False, not own, False]]
