@@ -35,8 +35,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def any_backend(request):
     """Run the test on PyTorch's operators and on the Triton kernels (compiled on a GPU, interpreted elsewhere).
 
-    The convolutions are PyTorch's in both, since the Triton ones take the interpreter seconds: these have
-    tests/resnet/triton_backend/test_convolution.py.
+    The convolutions are PyTorch's in both, since the interpreter takes seconds for a Triton one.
+    tests/resnet/triton_backend/test_convolution.py runs those.
     """
     import resnet
 
@@ -46,13 +46,13 @@ def any_backend(request):
 
 @pytest.fixture
 def products_keep_up(monkeypatch):
-    """Which convolutions are products does not depend on this CPU: see `torch_backend.convolution.products_lag`."""
+    """Convolutions become products as on a CPU with fast ones: see `torch_backend.convolution.products_lag`."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def safe_eager():
-    """Eager modules take the pixels that a 1x1 convolution of few channels strides over, and convolve with stride 1.
+    """Eager's strided 1x1 convolutions of few channels pick their pixels first and convolve these with stride 1.
 
     oneDNN's strided one writes past the end of a buffer in backward (see `torch_backend.convolution.overruns`), which
     would end this process some tests later.
@@ -75,3 +75,12 @@ def safe_eager():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tests' tensors are so small that a second thread gains nothing, and on a busy machine it waits long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """The kernels as compiled code, executed on the CPU by the optional module `ptxsim`, an emulator of Triton's PTX.
 
-Tests take the fixture `emulate`, which skips them where that cannot be done.
+Tests take the fixture `emulate`, which skips them where the kernels cannot be emulated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from resnet.kernels.batch_norm_add_relu import apply_kernel
 from tests.helpers.blocks import unwritten_memory_is_nan  # noqa: F401
 
-# Results of each kernel: they count as uninitialised until the launch itself has written them. `dx` is not among them,
+# The results of each kernel count as uninitialised until the launch itself has written them. `dx` is not among them,
 # since it may be `dout`.
 _RESULTS = {
     "statistics_kernel": ("partial",),
@@ -33,9 +33,9 @@ _RESULTS = {
 
 
 def _no_machine_code(backend=None, stages=None, *_):
-    """Triton's hook into its stages: PTX is what the emulator executes, so ptxas, a sixth of the time, is left out."""
+    """Triton's hook into its stages: it leaves out ptxas, a sixth of the time, since the emulator executes PTX."""
     if stages is None:
-        return "PTX only", "PTX only"  # part of the key of Triton's cache, in which a program would find no code
+        return "PTX only", "PTX only"  # in the key of Triton's cache, where no other program shall find such a kernel
     stages["cubin"] = lambda ptx, metadata: b""
 
 
@@ -51,13 +51,12 @@ def _reason_to_skip() -> str | None:
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
 def emulate(request, monkeypatch) -> Callable[..., AbstractContextManager[list]]:
-    """`with emulate() as launches:` runs launches as code compiled for the device; one report each.
+    """`with emulate() as launches:` runs launches as code compiled for the device and collects a report of each.
 
-    `dtype` says of what type a convolution is, if one is launched.
+    With `dtype` float64 the test is skipped where the emulator has no product of that type. Keywords are those of
+    `ptxsim.capture`, such as `select`, the programs of a launch that run.
 
-    Keywords are `ptxsim.capture`'s, such as `select`, the programs to run of a launch.
-
-    On leaving, no launch may have reported a race, a stray, misaligned or uninitialised access, or anything else.
+    On leaving, no report may hold a race, a stray, misaligned or uninitialised access, or any other error or warning.
     """
     reason = _reason_to_skip()
     if reason is not None:

@@ -1,4 +1,4 @@
-"""Each kernel of BatchNorm's passes as compiled code: parity, and what it asks of the memory and the registers."""
+"""Each kernel of BatchNorm's passes as compiled code: parity, and what it asks of memory and registers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from resnet.kernels.host.launch import FLAGS
 from resnet.kernels.host.tiling import MAX_PARTIALS, tiling
 from resnet.norm import statistics_dtype
 from tests.helpers.batch_norm_launches import EPS, LAUNCHES, Case, batch_stats
-from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import SIXTEEN_BIT, draw, name_of
+from tests.helpers.displaced import Displaced
 from tests.helpers.emulated_limits import (
     ACCESS_BYTES,
     SECTOR_EFFICIENCY,
@@ -32,7 +33,7 @@ from tests.helpers.emulated_limits import (
 from tests.helpers.pairs import each_pair_compiled
 from tests.helpers.parity import assert_as_exact_as_eager
 
-FLOATS = (*HALF, torch.float32)
+FLOATS = (*SIXTEEN_BIT, torch.float32)
 
 
 # ---- the limits ----------------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ FLOATS = (*HALF, torch.float32)
 
 @dataclass(frozen=True)
 class Floor:
-    """Activations that a launch has to read and to write when every byte is moved once, and the kernel it launches."""
+    """A launch's kernel, and how many activations it reads and writes when every byte is moved once."""
 
     kernel: str
     reads: int
@@ -99,9 +100,9 @@ def test_bytes_moved_are_at_the_floor_without_bank_conflicts(emulate, name, dtyp
 
 @each_pair_compiled(name=tuple(LAUNCHES), C=MULTIPLES_OF_8, dtype=(torch.float16, torch.float32))
 def test_whole_sectors_are_moved_by_wide_accesses(emulate, name, C, dtype):
-    """Of two launches that differ in the rows of one tile only: what differs is the activations' traffic."""
+    """Two launches differ in the rows of one tile only, so what differs between them is activations' traffic."""
     cut = tiling(1024, C)
-    lanes = 32 * C / (-(-C // cut.BLOCK_C) * cut.BLOCK_C)  # of a warp; the others' columns lie beyond C
+    lanes = 32 * C / (-(-C // cut.BLOCK_C) * cut.BLOCK_C)  # in a warp; the columns of the others lie beyond C
     before = 3 * cut.rows
     few, many = (launch(emulate, name, (1, C, 1, M), dtype)[0] for M in (before + 1, before + cut.BLOCK_M // 2 - 1))
     assert few.ptx == many.ptx and few.grid == many.grid
@@ -127,7 +128,7 @@ SHAPES = {
 def chain(
     shape: tuple[int, ...], dtype: torch.dtype, results: list[Tensor] | None = None, seed: int = 0
 ) -> dict[str, tuple]:
-    """Every launcher once: name -> (fused, eager, exact), each judged by the inputs that the kernel had."""
+    """(fused, eager, exact) by name, with every launcher called once. Eager and exact take the inputs of the kernel."""
     acc, C = statistics_dtype(dtype), shape[1]
     x, shortcut, dout = (draw(*shape, seed=seed + i, dtype=dtype) for i in range(3))
     weight, bias, conv_bias = (draw(C, seed=seed + i, dtype=acc) for i in (3, 4, 5))
@@ -195,7 +196,7 @@ def test_results_are_as_exact_as_eager_and_the_same_bits_twice(emulate, dtype, s
 
 
 def test_float64_is_float64_throughout(emulate):
-    """Momentum and eps included, which a launch passes by value: float32's 0.1 is wrong by 1.5e-9."""
+    """So are momentum and eps, which a launch passes by value: float32's 0.1 is wrong by 1.5e-9."""
     with emulate():
         judged = chain((2, 6, 7, 5), torch.float64)
     for name, (fused, eager, exact) in judged.items():
@@ -218,8 +219,8 @@ def test_relu_keeps_nan_and_a_nan_output_passes_its_gradient(emulate, dtype, sto
     assert sums[0].tolist() == (~(out <= 0)).sum((0, 2, 3)).tolist()
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_running_statistics_in_half_precision_are_rounded_once(emulate, dtype):
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
+def test_running_statistics_of_a_16_bit_type_are_rounded_once(emulate, dtype):
     x = draw(3, 6, 7, 5, dtype=dtype)
     running = [draw(6, seed=1, dtype=dtype), draw(6, seed=2, dtype=dtype).abs()]
     exact = [v.double() for v in running]
@@ -227,13 +228,13 @@ def test_running_statistics_in_half_precision_are_rounded_once(emulate, dtype):
         batch_stats(x, None, None, *running, 0.1, EPS)
     F.batch_norm(x.double(), *exact, None, None, True, 0.1, EPS)
     for fused, expected in zip(running, exact):
-        # half an ulp, and of the float32 before it an error that can only tip a value over to its other neighbour
+        # Half an ulp, and the error of float32 before it, which can tip a value over to its other neighbour.
         bound = (0.5 + 2**-6) * torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).tiny
         assert ((fused.double() - expected).abs() <= bound).all()
 
 
 @per_dtype
-def test_the_gradient_may_be_replaced_by_the_result(emulate, dtype):
+def test_a_result_that_replaces_the_incoming_gradient_has_the_same_bits(emulate, dtype):
     case = Case.of((3, 64, 10, 20), dtype)
     with emulate():
         expected = batch_norm_backward_apply(case.dout, case.x, case.out, case.stats, case.sums)
@@ -261,28 +262,16 @@ def test_more_partials_than_one_merge_reads_are_merged_in_two(emulate):
 # ---- beyond 2^31 elements --------------------------------------------------------------------------------------------
 
 
-class Displaced:
-    """A tensor that stands where its last rows do in a far larger one: only offsets of 64 bits find them there."""
-
-    def __init__(self, tensor: Tensor, elements: int):
-        self._tensor, self._elements = tensor, elements
-        self.dtype, self.device, self.shape, self.stride = tensor.dtype, tensor.device, tensor.shape, tensor.stride
-        self.numel, self.element_size, self.untyped_storage = tensor.numel, tensor.element_size, tensor.untyped_storage
-
-    def data_ptr(self) -> int:
-        return self._tensor.data_ptr() - self._elements * self._tensor.element_size()
-
-
 C, BLOCK_M = 64, 32
 TILE = {"C": C, "ACC": tl.float32, "BLOCK_M": BLOCK_M, "BLOCK_C": C, "num_warps": 4, **FLAGS}
-ROWS = 20  # of the last program
+ROWS = 20  # the last program's
 ROWS_BEFORE = 2**27  # 2^33 elements
-TILES = ROWS_BEFORE // BLOCK_M // 2  # of each of the two reducing programs before
+TILES = ROWS_BEFORE // BLOCK_M // 2  # for each of two reducing programs before the last
 
 
 @pytest.fixture
 def far() -> dict[str, Tensor]:
-    """The last rows of dout, x and out, a spare tile below them, and the stats of their channels."""
+    """The last rows of dout, x and out in a whole tile, and the stats of their channels."""
     rows = {name: draw(BLOCK_M, C, seed=seed, dtype=torch.float16) for seed, name in enumerate(("dout", "x", "out"))}
     return {**rows, "stats": draw(4, C, seed=3)}
 
@@ -344,6 +333,6 @@ def test_a_reduction_reaches_beyond_2_to_the_31_elements(emulate, far, kernel):
         expected = values.mean(0), values.var(0, unbiased=False) * ROWS
     else:
         expected = g.sum(0), (g * (values - stats[0]) * stats[1]).sum(0)
-    # as far as float32 goes in twenty summands of size 1 to 10
+    # The tolerance is float32's for twenty summands of size 1 to 10.
     torch.testing.assert_close(partial[:2, 2].double(), torch.stack(expected), rtol=1e-5, atol=1e-4)
     assert partial[:, :2].isnan().all()

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from resnet import reference
 from resnet.kernels import batch_norm_max_pool as kernels
 from resnet.norm import statistics_dtype
-from tests.helpers.blocks import HALF, draw, name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import SIXTEEN_BIT, draw, name_of
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_ELEMENT,
     SECTOR_EFFICIENCY,
@@ -20,8 +20,8 @@ from tests.helpers.emulated_limits import (
 from tests.helpers.pairs import each_pair_compiled
 from tests.helpers.parity import assert_as_exact_as_eager
 
-FLOATS = (*HALF, torch.float32)
-# Passes over y, reads and writes, with out-sized ones as a quarter; tap, a byte per element, counts by its size.
+FLOATS = (*SIXTEEN_BIT, torch.float32)
+# (reads, writes) in passes over y. One over `out` is a quarter; `tap`, a byte per element, counts separately.
 FLOORS = {"pool_kernel": (1, 0.25), "pool_backward_reduce_kernel": (1.5, 0), "pool_backward_apply_kernel": (1.5, 1)}
 TRAFFIC_SHAPE = (8, 64, 24, 24)
 per_dtype = pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
@@ -54,7 +54,7 @@ def expected(y, stats, dout, out, tap):
 
 
 @each_pair_compiled(dtype=FLOATS, shape=((2, 64, 12, 12), (2, 3, 7, 5), (1, 100, 5, 9), (2, 1, 6, 6)))
-def test_parity(emulate, shape, dtype):
+def test_pooled_output_sums_and_gradient_are_as_exact_as_eager(emulate, shape, dtype):
     (y, stats, dout), (out, tap, sums, dy), _ = run(emulate, shape, dtype)
     high = stats.double()
     z = reference.batch_norm_apply(y, stats[2], stats[3], relu=False).to(dtype)
@@ -78,7 +78,7 @@ def test_bytes_moved_are_at_the_floor(emulate, dtype):
 
 @each_pair_compiled(dtype=FLOATS, C=(32, 64, 96, 128))
 def test_sectors_are_used_in_full(emulate, C, dtype):
-    """Where a pixel fills whole sectors of 32 bytes, of tap too; windows two pixels apart share no others."""
+    """At these C a pixel fills whole sectors of 32 bytes, in `tap` too, so windows two pixels apart share none."""
     *_, reports = run(emulate, (2, C, 12, 12), dtype)
     for name, report in reports.items():
         assert report.gld_efficiency >= SECTOR_EFFICIENCY, f"{name}: {report}"
@@ -86,8 +86,8 @@ def test_sectors_are_used_in_full(emulate, C, dtype):
             assert report.gst_efficiency >= SECTOR_EFFICIENCY, f"{name}: {report}"
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_instructions_and_shared_memory(emulate, dtype):
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
+def test_shared_memory_has_no_bank_conflicts_and_instructions_stay_within_the_limit(emulate, dtype):
     (y, *_), _, reports = run(emulate, (4, 64, 48, 48), dtype)
     for name, report in reports.items():
         assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL, name

@@ -11,26 +11,17 @@ import torch
 import resnet
 from benchmarks import roofline
 from resnet import Residual, resnet18
-from tests.helpers.blocks import (  # noqa: F401
-    DTYPES,
-    Trio,
-    assert_parity,
-    draw,
-    one_thread,
-    same,
-    snapshot,
-    step,
-    trio,
-)
+from tests.helpers.blocks import DTYPES, assert_parity, draw, infer, same, snapshot, step, trio
 from tests.helpers.emulated_limits import (
     LAUNCH_OVER_FLOOR,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
 )
+from tests.helpers.emulated_modules import compare
 from tests.helpers.pairs import each_pair_compiled
 from tests.helpers.parity import assert_as_exact_as_eager, rms
-from tests.resnet.test_losses import logits_and_gradient, losses, pair, small_net
+from tests.helpers.training import logits_and_gradient, losses, pair, small_net
 
 # (constructor's arguments, input shape)
 BLOCKS = {
@@ -40,50 +31,32 @@ BLOCKS = {
 per_block = pytest.mark.parametrize("arguments, shape", BLOCKS.values(), ids=BLOCKS)
 
 
-def compare(emulate, blocks: Trio, shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[dict, ...]:
-    """(eager, fused, exact): what `step` gives for each; the fused block's launches are emulated."""
-    x = draw(*shape, seed=seed, dtype=dtype)
-    with emulate(dtype), resnet.backend("triton"):
-        fused = step(blocks.fused, x)
-    eager, exact = step(blocks.eager, x), step(blocks.exact, x)
-    if blocks.fused.training:
-        # behind batch statistics a bias has no effect: eager's gradient is what rounding leaves of zero
-        for bias in ("d conv1.bias", "d conv2.bias"):
-            assert not fused.pop(bias).any()
-            del eager[bias], exact[bias]
-    return eager, fused, exact
-
-
 @pytest.mark.core
 @each_pair_compiled(dtype=DTYPES, block=BLOCKS, train={"training": True, "frozen statistics": False})
-def test_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
+def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
     arguments, shape = block
     draws = []
     for seed in range(3):
         blocks = trio(Residual, *arguments, seed=seed, dtype=dtype, train=train)
-        draws.append(compare(emulate, blocks, shape, dtype, seed))
+        results, _ = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype))
+        draws.append(results)
     assert_parity(draws)
 
 
 @each_pair_compiled(dtype=DTYPES, block=BLOCKS)
-def test_inference_is_as_exact_as_eager(emulate, dtype, block):
+def test_a_block_in_inference_is_as_exact_as_eager_in_two_launches(emulate, dtype, block):
     arguments, shape = block
     draws = []
     for seed in range(3):
-        blocks, x = (
-            trio(Residual, *arguments, seed=seed, dtype=dtype, train=False),
-            draw(*shape, seed=seed, dtype=dtype),
-        )
-        with torch.no_grad(), emulate(dtype) as launches, resnet.backend("triton"):
-            fused = blocks.fused(x)
-        assert [report.name for report in launches] == ["conv_forward_kernel"] * 2
-        with torch.no_grad():
-            draws.append(({"out": blocks.eager(x)}, {"out": fused}, {"out": blocks.exact(x.double())}))
+        blocks = trio(Residual, *arguments, seed=seed, dtype=dtype, train=False)
+        results, launches = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype), infer)
+        assert launches == ["conv_forward_kernel"] * 2
+        draws.append(results)
     assert_parity(draws)
 
 
 @per_block
-def test_a_second_run_gives_the_same_bits(emulate, arguments, shape):
+def test_a_second_step_of_a_block_gives_the_same_bits(emulate, arguments, shape):
     block, x = trio(Residual, *arguments, dtype=torch.float16).fused, draw(*shape, dtype=torch.float16)
     state = snapshot(block)
     runs = []
@@ -96,15 +69,15 @@ def test_a_second_run_gives_the_same_bits(emulate, arguments, shape):
 
 @pytest.mark.parametrize("variant", ["epilogue", "pytorch"])
 @per_block
-def test_the_other_ways_are_as_exact_as_eager(emulate, arguments, shape, variant):
+def test_every_other_choice_of_convolution_is_as_exact_as_eager(emulate, arguments, shape, variant):
     with resnet.convolution(variant):
-        blocks = trio(Residual, *arguments, dtype=torch.float32)
-        assert_parity([compare(emulate, blocks, shape, torch.float32)])
+        results, _ = compare(emulate, trio(Residual, *arguments), draw(*shape))
+    assert_parity([results])
 
 
 @pytest.mark.long
 def test_an_identity_block_moves_the_activations_of_its_floor(emulate):
-    """7 passes forward and 21 backward, where eager takes 17 and 27; and no launch has bank conflicts."""
+    """It is 7 passes forward and 21 backward, where eager takes 17 and 27. No launch has bank conflicts."""
     shape, dtype = (8, 64, 24, 24), torch.float16
     activation = 2 * math.prod(shape)
     with emulate() as reports:
@@ -134,7 +107,7 @@ def test_losses_of_20_steps_follow_eagers(emulate):
 
 @pytest.mark.long
 @pytest.mark.parametrize("emulate", [80], ids=["sm_80"], indirect=True)
-def test_resnet18_trains_whole(emulate):
+def test_a_float16_step_of_resnet18_is_as_exact_as_eager(emulate):
     results = []
     x, labels = draw(2, 1, 32, 32, dtype=torch.float16), torch.tensor([1, 7])
     eager, fused = (net.half() for net in pair(lambda block: resnet18(block=block)))

@@ -12,7 +12,6 @@ import torch
 
 from resnet.kernels import conv_forward as kernels
 from resnet.kernels import tuning
-from tests.helpers.blocks import one_thread  # noqa: F401
 from tests.helpers.convolutions import Case
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
@@ -23,7 +22,7 @@ from tests.helpers.emulated_limits import (
 )
 from tests.helpers.parity import assert_as_exact_as_eager
 
-HALF_TILE = tuning.Config(128, 64, 32, 4, 4)
+SIXTEEN_BIT_TILE = tuning.Config(128, 64, 32, 4, 4)
 SMALL_TILE = tuning.Config(64, 16, 16, 4, 2)
 
 
@@ -46,17 +45,17 @@ class Launch:
         )
 
 
-# Rows, columns and channels that no tile divides, in every type and with every option.
+# No tile divides their rows, columns and channels. Every type and every option is there.
 RAGGED = {
     "prologue and moments": Launch(
-        (2, 40, 7, 9), 24, 3, 1, 1, torch.float16, HALF_TILE, ("prologue", "moments", "bias")
+        (2, 40, 7, 9), 24, 3, 1, 1, torch.float16, SIXTEEN_BIT_TILE, ("prologue", "moments", "bias")
     ),
     "shortcut with its moments": Launch(
-        (2, 100, 6, 7), 72, 3, 2, 1, torch.bfloat16, HALF_TILE, ("shortcut", "shortcut_moments", "moments")
+        (2, 100, 6, 7), 72, 3, 2, 1, torch.bfloat16, SIXTEEN_BIT_TILE, ("shortcut", "shortcut_moments", "moments")
     ),
     "inference with skip": Launch((1, 6, 9, 8), 20, 3, 1, 1, torch.float32, SMALL_TILE, ("frozen", "skip", "relu")),
     "TensorFloat-32": Launch((2, 20, 5, 6), 20, 3, 3, 1, torch.float32, SMALL_TILE, ("prologue", "tf32")),
-    "flattened axis": Launch((2, 3, 15, 13), 20, 7, 2, 3, torch.bfloat16, HALF_TILE, ("moments",)),
+    "flattened axis": Launch((2, 3, 15, 13), 20, 7, 2, 3, torch.bfloat16, SIXTEEN_BIT_TILE, ("moments",)),
     "one pixel, one channel": Launch((1, 1, 1, 1), 1, 1, 1, 0, torch.float16, SMALL_TILE, ("moments",)),
 }
 DOUBLE = Launch((1, 6, 5, 5), 5, 3, 2, 1, torch.float64, SMALL_TILE, ("prologue", "moments", "shortcut"))
@@ -132,7 +131,7 @@ def test_whole_tiles_move_each_byte_once_in_whole_sectors(emulate, monkeypatch, 
     assert sum(report.instr.values()) <= limit * report.mma
 
 
-def test_the_flattened_axis_gathers_without_bank_conflicts(emulate, monkeypatch, request):
+def test_the_flattened_axis_has_no_bank_conflicts_and_instructions_stay_within_the_limit(emulate, monkeypatch, request):
     launch = bulk("moments", shape=(1, 3, 64, 64), R=7, stride=2, padding=3)
     case, out, report = run(emulate, monkeypatch, launch)
     assert_parity(case, out)

@@ -8,7 +8,7 @@ import torch
 from resnet.kernels import conv_grad_weight as kernels
 from resnet.kernels import tuning
 from resnet.kernels.host.shapes import ConvShape
-from tests.helpers.blocks import name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import name_of
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     SECTOR_EFFICIENCY,
@@ -20,14 +20,14 @@ from tests.helpers.parity import assert_as_exact_as_eager
 from tests.kernels.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
 
 KERNEL = "conv_grad_weight_kernel"
-# 3x3 at stage 1 and 2, and what a shortcut's 1x1 takes: the operands' bulk paths, in whole tiles.
+# Whole tiles, with which the operands take their bulk paths: 3x3 at stages 1 and 2, and a shortcut's 1x1.
 STAGES = {
     "64 channels": ConvShape(2, 24, 24, 64, 64, 3, 3, 1, 1),
     "128 channels": ConvShape(8, 12, 12, 128, 128, 3, 3, 1, 1),
     "stride 2": ConvShape(4, 24, 24, 64, 128, 3, 3, 2, 1),
     "shortcut": ConvShape(4, 24, 24, 64, 128, 1, 1, 2, 0),
 }
-TILE = tuning.Config(128, 64, 32, 8, 4)  # what they were measured with
+TILE = tuning.Config(128, 64, 32, 8, 4)  # the one that the limits were measured with
 
 
 def launch(emulate, shape: ConvShape, dtype: torch.dtype, prologue: str, **options):
@@ -57,7 +57,7 @@ def launch(emulate, shape: ConvShape, dtype: torch.dtype, prologue: str, **optio
     ],
     ids=name_of,
 )
-def test_parity(emulate, name, dtype, prologue):
+def test_grad_weight_is_as_exact_as_eager(emulate, name, dtype, prologue):
     shape = SHAPES[name]
     case, dw, _ = launch(emulate, shape, dtype, prologue)
     exact = reference(shape, *case, torch.float64)
@@ -66,7 +66,7 @@ def test_parity(emulate, name, dtype, prologue):
 
 @pytest.fixture
 def long_splits(monkeypatch):
-    """Splits of 18 steps, as a batch of 256 has, where so few pixels would be cut into shorter ones."""
+    """Splits have 18 steps, as with a batch of 256; so few pixels would be cut into shorter ones."""
     monkeypatch.setattr(kernels, "_MIN_STEPS", 18)
     kernels.plan.cache_clear()
     yield
@@ -75,7 +75,9 @@ def long_splits(monkeypatch):
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("prologue", ("plain", "activated"))
-def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, request, long_splits, name, prologue):
+def test_whole_tiles_take_wide_accesses_and_tensor_cores_and_spill_nothing(
+    emulate, monkeypatch, request, long_splits, name, prologue
+):
     shape = STAGES[name]
     monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (TILE,))
     if prologue == "activated" and shape.stride == 2:
@@ -93,7 +95,7 @@ def test_wide_accesses_tensor_cores_and_no_spill(emulate, monkeypatch, request, 
 
 @pytest.mark.parametrize("prologue", PROLOGUES)
 def test_bytes_moved_are_at_the_floor(emulate, prologue):
-    """dy, x and with a mask `out`, once each; beside them the partial results of this launch."""
+    """These are dy, x and, with a mask, `out`, read once each, and the partial results of this launch."""
     shape = ConvShape(4, 8, 8, 128, 128, 3, 3, 1, 1)
     (dy, x, _, out), dw, report = launch(emulate, shape, torch.float16, prologue)
     activations = sum(t.numel() * t.element_size() for t in (dy, x, out) if t is not None)

@@ -8,7 +8,7 @@ import torch
 from resnet.kernels import batch_norm_max_pool as pool
 from resnet.kernels import conv_grad_weight_max_pool as kernels
 from resnet.kernels.host.shapes import ConvShape
-from tests.helpers.blocks import HALF, name_of, one_thread  # noqa: F401
+from tests.helpers.blocks import SIXTEEN_BIT, name_of
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
     TRAFFIC_OVER_FLOOR,
@@ -35,21 +35,20 @@ def launch(emulate, shape: ConvShape, dtype: torch.dtype, training: bool):
 @pytest.mark.parametrize(
     "name, dtype, training",
     [
-        ("stem", torch.float16, True),
-        ("stem", torch.bfloat16, False),
-        ("3x3", torch.float16, False),
-        ("3x3", torch.float32, True),
+        pytest.param("stem", torch.float16, True, id="stem-float16-train"),
+        pytest.param("stem", torch.bfloat16, False, id="stem-bfloat16-eval"),
+        pytest.param("3x3", torch.float16, False, id="3x3-float16-eval"),
+        pytest.param("3x3", torch.float32, True, id="3x3-float32-train"),
     ],
-    ids=name_of,
 )
-def test_parity(emulate, name, dtype, training):
+def test_grad_weight_through_the_pool_is_as_exact_as_eager(emulate, name, dtype, training):
     case, dy, dw, _ = launch(emulate, SHAPES[name], dtype, training)
     assert_as_exact_as_eager("dw", [dw], [case.reference(dy, dtype)], [case.reference(dy, torch.float64)])
 
 
-@pytest.mark.parametrize("C", (1, 3))
+@pytest.mark.parametrize("C", (1, 3), ids="{} channels".format)
 def test_y_is_read_once_on_tensor_cores_without_a_spill(emulate, C):
-    """Beside it a quarter each of dout and out, an eighth of tap, and x; whatever the kernel's columns."""
+    """dout, out, tap and x are read once too, whatever the number of the kernel's columns."""
     case, _, _, report = launch(emulate, ConvShape(2, 32, 32, C, 64, 7, 7, 2, 3), torch.float16, training=True)
     tensors = (case.y, case.dout, case.out, case.tap, case.x, case.stats, case.sums)
     floor = sum(t.numel() * t.element_size() for t in tensors)
@@ -59,10 +58,12 @@ def test_y_is_read_once_on_tensor_cores_without_a_spill(emulate, C):
     assert ptxas["spill_stores"] == ptxas["spill_loads"] == 0, ptxas
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
-@pytest.mark.parametrize("C", (1, 3))
-def test_shared_memory_and_instructions(emulate, request, monkeypatch, C, dtype):
-    """Of programs with as many steps as where the device is full."""
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
+@pytest.mark.parametrize("C", (1, 3), ids="{} channels".format)
+def test_shared_memory_has_no_bank_conflicts_and_instructions_stay_within_the_limit(
+    emulate, request, monkeypatch, C, dtype
+):
+    """The programs have as many steps as on a device that is full."""
     monkeypatch.setattr(kernels, "_PROGRAMS", 2 * C)
     *_, report = launch(emulate, ConvShape(1, 96, 96, C, 64, 7, 7, 2, 3), dtype, training=True)
     assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL

@@ -1,7 +1,7 @@
 """The suite catches known faults: each is planted in a copy of the sources, in which the named tests then fail.
 
-To add a fault is to add a row: the file, the text to replace, what by, the tests that have to catch it, and what they
-say. That they pass on the untouched sources is what the rest of the suite shows.
+To add a fault, add a row: the file, the text to replace, its replacement, the test that has to catch it, and what the
+failure says. The rest of the suite shows that these tests pass on the untouched sources.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the faults ar
 @dataclass(frozen=True)
 class Fault:
     file: str
-    old: str  # every occurrence of it is replaced
+    old: str  # every occurrence is replaced
     new: str
     test: str
-    says: str  # in the report of the failure, as a regular expression
-    only: str = ""  # of the test's parameters, pytest's -k
+    says: str  # a regular expression found in the report of the failure
+    only: str = ""  # pytest's -k, which selects some of the test's parameters
 
 
 FAULTS = {
@@ -223,8 +223,8 @@ def copy_of_the_sources(to: Path) -> Path:
     return to
 
 
-# What a process of its own does with `sources`, `environment` and `arguments`. It imports nothing of the tests, which
-# would be those beside this file.
+# A process of its own runs this with `sources`, `environment` and `arguments`. It must not import the tests beside this
+# file in place of those in `sources`.
 _PYTEST = """
 import os, sys
 os.chdir(sources)
@@ -239,8 +239,8 @@ sys.argv = ["pytest", *arguments]
 import pytest
 os._exit(pytest.main(arguments))
 """
-# Half of such a process is imports: they are made once, for all that interpret. `torch._inductor` is what
-# `torch.use_deterministic_algorithms` imports, and imports Triton.
+# Imports take half of such a process's time, so a server makes them once for all that interpret. Among them is
+# `torch._inductor`: `torch.use_deterministic_algorithms` imports it, and it imports Triton.
 _INTERPRETED = multiprocessing.get_context("forkserver")
 _INTERPRETED.set_forkserver_preload(["hypothesis", "numpy", "pytest", "torch", "torch._inductor"])
 _COMPILED = multiprocessing.get_context("spawn")

@@ -53,7 +53,7 @@ def running_sum_kernel(x, out):
 
 @triton.jit
 def shift_in_place_kernel(x, N):
-    """x[i] = x[i + 1], which the program behind may have replaced by then."""
+    """x[i] = x[i + 1], which the next program may have replaced by then."""
     i = tl.program_id(0)
     tl.store(x + i, tl.load(x + i + 1, mask=i + 1 < N, other=0))
 
@@ -82,15 +82,20 @@ def test_a_sound_launch_passes_and_does_its_work():
 @pytest.mark.parametrize(
     "shift, where",
     [(1, "1 elements past the last"), (-3, "3 elements before the first"), (10**9, "past the last")],
+    ids=["just past", "before", "far past"],
 )
 def test_a_stray_read_is_caught(shift, where):
-    """Far strays too, which on real memory may land in another tensor."""
+    """So is one far astray, which on real memory may land in another tensor."""
     x, out = torch.randn(N), torch.zeros(N)
     with pytest.raises(MemoryFault, match=f"copy_kernel, program .* reads .* outside its tensor.*{where} of x"):
         copy(x, out, shift=shift)
 
 
-@pytest.mark.parametrize("shift, where", [(1, "1 elements past the last"), (-3, "3 elements before the first")])
+@pytest.mark.parametrize(
+    "shift, where",
+    [(1, "1 elements past the last"), (-3, "3 elements before the first")],
+    ids=["just past", "before"],
+)
 def test_a_stray_write_is_caught_before_it_is_made(shift, where):
     storage = torch.full((3 * N,), 7.0)
     with pytest.raises(MemoryFault, match=f"writes .* outside its tensor.*{where} of out"):
@@ -104,7 +109,7 @@ def test_a_dropped_mask_is_caught():
 
 
 def test_a_tensor_ends_where_its_view_does():
-    """The rest of the storage belongs to someone else, as do the elements between the strides."""
+    """The rest of the storage is another's, and so are the elements between the strides."""
     storage = torch.randn(2 * N)
     with pytest.raises(MemoryFault, match="outside its tensor"):
         copy(storage[:N], torch.zeros(N), shift=1)
@@ -138,7 +143,7 @@ def test_an_element_written_by_two_lanes_is_caught():
         colliding_lanes_kernel[(1,)](torch.zeros(BLOCK // 2, dtype=torch.int32), BLOCK=BLOCK)
 
 
-def test_a_kernel_that_declares_that_it_writes_twice_may(monkeypatch):
+def test_a_kernel_for_which_it_is_declared_may_write_twice(monkeypatch):
     out = torch.zeros(2 * BLOCK, dtype=torch.int32)
     monkeypatch.setitem(sanitizer.WRITES_OTHERWISE, ("overlapping_kernel", "out"), "halves overlap, with equal values")
     overlapping_kernel[(3,)](out, BLOCK=BLOCK)
@@ -156,14 +161,14 @@ def test_a_program_that_overwrites_what_another_reads_is_caught():
 
 
 def test_a_sum_that_depends_on_the_order_of_the_programs_is_caught():
-    """Atomics may write as often as they like; their sum has to be the same in every order."""
+    """Atomics may write an element many times; their sum has to be the same in every order."""
     x = torch.randn(16, 64)
     add_kernel[(16,)](x.round(), torch.zeros(64), BLOCK=64)  # exact in any order
     with pytest.raises(MemoryFault, match="total depends on the order of the programs"):
         add_kernel[(16,)](x, torch.zeros(64), BLOCK=64)
 
 
-def test_a_result_of_the_last_program_to_write_is_caught_even_where_writing_twice_is_declared(monkeypatch):
+def test_a_result_of_the_last_program_to_write_is_caught_though_writing_twice_is_declared(monkeypatch):
     monkeypatch.setitem(sanitizer.WRITES_OTHERWISE, ("last_writer_kernel", "out"), "for this test")
     with pytest.raises(MemoryFault, match="out depends on the order of the programs"):
         last_writer_kernel[(64,)](torch.zeros(1, dtype=torch.int32))

@@ -20,13 +20,13 @@ EPS = 1e-5
 
 
 def batch_stats(x: Tensor, *norm: object) -> Tensor:
-    """stats (4, C) of x's batch; the rest as `batch_norm_finalize` takes it."""
+    """stats (4, C) of x's batch. `norm` is what `batch_norm_finalize` takes besides the partial statistics."""
     return batch_norm_finalize(*batch_norm_statistics(x), *norm)
 
 
 @dataclass
 class Case:
-    """Tensors for one launch of anything. `out` is no output of `stats`: any mask will do."""
+    """Tensors for one launch of any kernel. `out` is drawn like the others, since any mask will do."""
 
     x: Tensor
     shortcut: Tensor

@@ -1,4 +1,4 @@
-"""Fused modules beside their eager reference: the same weights, the same draws, and all that a step leaves behind."""
+"""Fused modules beside their eager reference: the same weights, the same inputs, and all that a step gives."""
 
 from __future__ import annotations
 
@@ -11,21 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from resnet import FusedResidual, FusedStem, Residual, Stem
-from tests.conftest import DEVICE
+from tests.conftest import DEVICE, one_thread  # noqa: F401, tests/kernels takes the fixture from here
 from tests.helpers.parity import assert_as_exact_as_eager
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+HALF = SIXTEEN_BIT  # its name in tests/kernels
+DTYPES = (*SIXTEEN_BIT, torch.float32, torch.float64)
 FUSED = {Residual: FusedResidual, Stem: FusedStem}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tensors so small a second thread gains nothing, and waits long where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +33,22 @@ def name_of(value: object) -> str:
     return str(value).removeprefix("torch.").replace(" ", "")
 
 
+def name_of_block(args: tuple) -> str:
+    """A test's id for the arguments of a block's constructor."""
+
+    def name(C: int, K: int, use_1x1conv: bool = False, strides: int = 1) -> str:
+        return f"{C} to {K} channels" + ", 1x1" * use_1x1conv + f", stride {strides}" * (strides > 1)
+
+    return name(*args)
+
+
+def named(option: str) -> Callable[[object], str]:
+    """Ids for an option's values where they alone would not say what they are."""
+    return lambda value: f"{option}={name_of(value)}"
+
+
 def randomize(module: nn.Module) -> None:
-    """BatchNorms as training leaves them, some weights negative, where fresh ones are all ones and zeros."""
+    """Draw what training moves in a BatchNorm, some weights negative: fresh, all of it is ones and zeros."""
     for bn in module.modules():
         if isinstance(bn, nn.BatchNorm2d):
             if bn.affine:
@@ -55,7 +61,7 @@ def randomize(module: nn.Module) -> None:
 
 @dataclass
 class Trio:
-    """One module three times: eager, fused, and eager in float64. Any change is made to all three."""
+    """One module three times: eager, fused, and eager in float64. `each` makes a change to all three."""
 
     eager: nn.Module
     fused: nn.Module
@@ -92,9 +98,10 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def staircase(length: int, dtype: torch.dtype) -> Tensor:
-    """(length,) values whose sum an accumulator of half precision misses: a large one, then steps below its rounding.
+    """(length,) values of `dtype` whose sum an accumulator of that type misses.
 
-    2 / eps first, where values are 2 apart, then any 32 of them together make one half.
+    The first is 2 / eps, where the type's values are 2 apart. The others are too small to move it one by one, though
+    every 64 of them add up to 1.
     """
     values = torch.full((length,), 2.0**-6, dtype=dtype, device=DEVICE)
     values[0] = 2 / torch.finfo(dtype).eps
@@ -105,6 +112,11 @@ def weights_dtype(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
+def incoming_gradient(out: Tensor) -> Tensor:
+    """The gradient with which `step` goes backward: drawn of bfloat16 values, which every type holds."""
+    return draw(*out.shape, seed=7, dtype=torch.bfloat16).to(out.dtype)
+
+
 def as_is(call: Callable[[], Tensor]) -> Tensor:
     return call()
 
@@ -112,13 +124,12 @@ def as_is(call: Callable[[], Tensor]) -> Tensor:
 def step(module: nn.Module, x: Tensor, context: Callable[[Callable[[], Tensor]], Tensor] = as_is) -> dict[str, Tensor]:
     """The output, the gradients of the input and of every parameter that wants one, and the buffers, by name.
 
-    x is brought to the weights' type, which loses nothing for an exact copy. The incoming gradient is drawn.
+    x is brought to the weights' type, which loses nothing for an exact copy.
     """
     x = x.detach().to(weights_dtype(module)).requires_grad_()
     out = context(lambda: module(x))
     wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    dout = draw(*out.shape, seed=7, dtype=torch.bfloat16).to(out.dtype)  # a value that every type holds
-    dx, *grads = torch.autograd.grad(out, (x, *wanted.values()), dout)
+    dx, *grads = torch.autograd.grad(out, (x, *wanted.values()), incoming_gradient(out))
     return {
         "out": out.detach(),
         "dx": dx,
@@ -127,10 +138,16 @@ def step(module: nn.Module, x: Tensor, context: Callable[[Callable[[], Tensor]],
     }
 
 
-def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]) -> None:
-    """Of several draws (eager, fused, exact): each tensor of fused as exact as eager's, counters equal.
+def infer(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output without gradients, under its name; x is brought to the weights' type as `step` does."""
+    with torch.no_grad():
+        return {"out": module(x.to(weights_dtype(module)))}
 
-    The gradient of a bias that a BatchNorm takes out again is zero: what float64 finds there is its own rounding.
+
+def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]]) -> None:
+    """Each tensor of fused is as exact as eager's and counters are equal, in an (eager, fused, exact) for each draw.
+
+    A bias before batch statistics has a gradient of zero. What float64 finds there is rounding, and counts as zero.
     """
     eager, fused, exact = zip(*results)
     exact = [{name: v * (v.abs() > 1e-11) if name.endswith("bias") else v for name, v in e.items()} for e in exact]
@@ -144,9 +161,7 @@ def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     """Bit-equal, NaN being equal to NaN."""
-    assert a.keys() == b.keys()
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Convolutions with what may be fused to them: drawn arguments, and the same in plain PyTorch."""
+"""Convolutions with all that may be fused to them: drawn arguments, and the same in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut
 from tests.helpers.blocks import draw
 
 EPS = 1e-5
-# What may stand behind the convolution.
+# What may follow the convolution in its launch, as options of `Case.of`.
 EPILOGUES = {
     "none": {},
     "bias": {"bias": True},
@@ -89,7 +89,7 @@ class Case:
         d = torch.float64 if exact or dtype == torch.float64 else torch.float32
 
         def operand(t: Tensor) -> Tensor:
-            """As a product reads it; TensorFloat-32 drops 13 bits."""
+            """t as a product reads it. TensorFloat-32 drops the last 13 bits."""
             if o.get("tf32") and not exact:
                 t = (t.float().view(torch.int32) & -(1 << 13)).view(torch.float32)
             return t.to(d)

@@ -1,4 +1,4 @@
-"""Launches of the grad-input convolution beside PyTorch's own: tensors, epilogues, and what each should give."""
+"""Launches of the grad-input convolution beside PyTorch's own: tensors, epilogues, and the results of both."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.helpers.parity import assert_as_exact_as_eager
 
 EPILOGUES = ("none", "mask", "residual", "shortcut", "shortcut, gradient masked before")
 
-# Tiles so small that shapes of a few pixels and channels have several of them in every dimension, the last ones ragged.
+# So small that shapes of a few pixels and channels have several tiles in every dimension, the last ones ragged.
 SMALL_TILES = (Config(32, 16, 32, 4, 2),)
 
 
 @dataclass
 class Case:
-    """One launch: its tensors, drawn, and the mask that its epilogue applies."""
+    """One launch: its drawn tensors and its epilogue."""
 
     shape: ConvShape
     dy: Tensor
@@ -87,7 +87,7 @@ def masked(g: Tensor, out: Tensor | None) -> Tensor:
 
 
 def assert_parity(shape: ConvShape, epilogue: str, dtype: torch.dtype) -> None:
-    """dx, and the sums of a mask, as exact as PyTorch's, over draws enough that no single rounding decides."""
+    """dx and a mask's sums are as exact as PyTorch's, over enough draws that no single rounding decides."""
     values = shape.C if epilogue == "mask" else shape.N * shape.H * shape.W * shape.C
     cases = [Case.of(shape, epilogue, dtype, seed) for seed in range(-(-12 // values))]
     fused, eager, exact = (
@@ -120,14 +120,14 @@ def shape_of(pixels: tuple[int, int, int], channels: tuple[int, int], kernel: in
 
 
 def is_valid(shape: ConvShape, epilogue: str) -> bool:
-    """There is an output pixel, and a 1x1 shortcut of the same stride has as many of them."""
+    """There are output pixels, and a 1x1 shortcut of the same stride has as many."""
     reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
     shortcut = epilogue.startswith("shortcut")
     return min(shape.P, shape.Q) >= 1 and (not shortcut or reached == (shape.P, shape.Q))
 
 
 def pairwise() -> list[tuple[ConvShape, str, torch.dtype]]:
-    """Cases in which every two values of two axes that go together do meet; the same ones in every run."""
+    """Cases in which any two values of two axes meet that may go together. They are the same in every run."""
     everything = [dict(zip(_AXES, values)) for values in itertools.product(*_AXES.values())]
     rng = random.Random(0)
     rng.shuffle(everything)
@@ -141,7 +141,7 @@ def pairwise() -> list[tuple[ConvShape, str, torch.dtype]]:
     missing = set().union(*pairs)
     chosen = []
     while missing:
-        # the best of a few: of all of them would save no more than a case or two
+        # The best of 40 will do: the best of all would save a case or two.
         some = rng.sample(range(len(valid)), 40)
         best = max(some, key=lambda i: len(pairs[i] & missing))
         if not pairs[best] & missing:

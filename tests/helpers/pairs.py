@@ -11,9 +11,9 @@ from tests.helpers.blocks import name_of
 
 
 def pairwise(*forbidden: Collection[tuple[str, object]], **options: tuple) -> list[dict]:
-    """Combinations in which any two values of two options meet, other than those that are `forbidden`.
+    """Combinations in which any two values of two options meet, unless that pair is `forbidden`.
 
-    A missing pair begins one; the other options follow, each with the value that meets most missing pairs.
+    A missing pair begins a combination. The other options follow, each with the value that meets most missing pairs.
     """
     names = list(options)
     barred = set(map(frozenset, forbidden))
@@ -22,7 +22,7 @@ def pairwise(*forbidden: Collection[tuple[str, object]], **options: tuple) -> li
         for a, b in itertools.combinations(names, 2)
         for pair in itertools.product(((a, v) for v in options[a]), ((b, v) for v in options[b]))
     ]
-    missing = dict.fromkeys(pair for pair in pairs if pair not in barred)  # in order, where a set has none
+    missing = dict.fromkeys(pair for pair in pairs if pair not in barred)  # a dict, since it has an order
     chosen = []
     while missing:
         row = dict(next(iter(missing)))
@@ -40,7 +40,7 @@ def pairwise(*forbidden: Collection[tuple[str, object]], **options: tuple) -> li
 def each_pair(
     *forbidden: Collection[tuple[str, str]], indirect: Sequence[str] = (), **options: tuple | dict
 ) -> pytest.MarkDecorator:
-    """Run the test with `pairwise` options; an option's values by name, or values that `name_of` names.
+    """Run the test with `pairwise` options. An option's values are given by name, or `name_of` names them.
 
     Args:
         forbidden: pairs of (option, name of its value).
@@ -53,6 +53,6 @@ def each_pair(
 
 
 def each_pair_compiled(**options: tuple | dict) -> pytest.MarkDecorator:
-    """`each_pair` and the emulator's architectures; it lacks the float64 product of sm_90."""
+    """`each_pair` on each of the emulator's architectures. There is no float64 on sm_90, whose product it lacks."""
     forbidden = ("emulate", "sm_90"), ("dtype", "float64")
     return each_pair(forbidden, indirect=["emulate"], emulate={"sm_80": 80, "sm_90": 90}, **options)

@@ -14,9 +14,9 @@ def rms(values: Sequence[Tensor]) -> float:
 
 
 def assert_as_exact_as_eager(name: str, fused: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[Tensor]):
-    """Root mean square errors of several draws of one tensor, each against its float64 value in `exact`.
+    """Compare root mean square errors of several draws of one tensor, against its float64 values in `exact`.
 
-    A mean over draws, since a single element may be lucky in one of them or fall on the other side of a ReLU.
+    The mean is over all draws, since in one of them an element may be lucky or fall on the other side of a ReLU.
     """
     dtype = fused[0].dtype
     assert all(f.dtype == e.dtype and f.shape == e.shape for f, e in zip(fused, eager)), name

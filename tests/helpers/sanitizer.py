@@ -1,16 +1,17 @@
 """A memory sanitizer for kernels under Triton's interpreter: it watches every launch of every test.
 
 Each tensor argument of a launch gets an address space of its own with terabytes of nothing on either side, so no stray
-pointer can land in another tensor, nor in the rest of its storage. Checked of each launch:
+pointer can land in another tensor, nor in the rest of its storage. These rules hold for each launch:
 
-    every access is an element of the tensor that the pointer was made from;
-    every element of a tensor that is written is written, and once (`WRITES_OTHERWISE` lists what differs on purpose);
-    no program reads what another program of the launch writes;
-    the order of the programs does not matter: they run shuffled, and the first launches of each kind once more in
+    Every access is to an element of the tensor that the pointer was made from.
+    If a tensor is written, each of its elements is written once (`WRITES_OTHERWISE` lists exceptions on purpose).
+    No program reads what another program of the launch writes.
+    The order of the programs does not matter. They run shuffled; the first launches of each kind run once more in
     order, which has to give the same bits.
 
 A launch that breaks one of these raises MemoryFault, before a stray access is made. Tensors on the device `meta` have
-addresses and no memory: their elements load as zero and stores to them go nowhere (`watching`, for large offsets).
+addresses and no memory: their elements load as zero and stores to them go nowhere (`watching` uses them for large
+offsets).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ Program = tuple[int, int, int]
 
 
 class MemoryFault(AssertionError):
-    """What a kernel did to memory that it must not do."""
+    """A kernel did to memory what it must not do."""
 
 
 class _CutShort(Exception):
@@ -50,7 +51,7 @@ class _CutShort(Exception):
 
 @dataclass
 class Memory:
-    """What one launch stored to one storage: by byte // itemsize the program that did, numbered from 1, else 0."""
+    """What one launch stored to one storage: `writer[byte // itemsize]` is the program, counted from 1; 0 for none."""
 
     nbytes: int
     itemsize: int
@@ -65,8 +66,8 @@ class Argument:
     tensor: Tensor
     base: int  # address of the first element
     memory: Memory | None  # None: on the device meta
-    keeps: bool  # what is accessed
-    stores: int = 0  # elements
+    keeps: bool  # whether the accesses are recorded
+    stores: int = 0  # elements stored
     atomic: bool = False
     accesses: dict[str, list[np.ndarray]] = field(default_factory=lambda: {READS: [], WRITES: [], UPDATES: []})
 
@@ -75,8 +76,8 @@ class Argument:
         self.itemsize = t.element_size()
         elements = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) if t.numel() else 0
         self.nbytes = elements * self.itemsize
-        self.origin = t.storage_offset() * self.itemsize  # in its storage
-        # which elements between the first and the last are not the tensor's; None: all are
+        self.origin = t.storage_offset() * self.itemsize  # of the first byte in the storage
+        # True for the elements between the first and the last that are not the tensor's; None where all are its own.
         self.holes = None
         if elements != t.numel():
             self.holes = np.ones(elements, bool)
@@ -84,7 +85,7 @@ class Argument:
 
     @property
     def needs_a_look(self) -> bool:
-        """Whether a read may be wrong, or is kept, although it stays between the first and the last element."""
+        """Whether a read between the first and the last element is recorded, or may be wrong all the same."""
         return self.keeps or self.holes is not None or (self.memory is not None and self.memory.writer is not None)
 
     def __str__(self) -> str:
@@ -117,8 +118,8 @@ class Launch:
         self.fault: MemoryFault | None = None
         self.grid: Grid = (0, 0, 0)
         self.order: Sequence[Program] = ()
-        self.program = 0  # of `order`, from 1
-        self.left = limit  # accesses until the launch is cut short; None: it is not
+        self.program = 0  # the one that runs, counted from 1 in `order`
+        self.left = limit  # accesses until the launch is cut short; None where it runs to its end
 
     # ---- what the interpreter asks ----
 
@@ -141,7 +142,7 @@ class Launch:
         return (len(self.order),)
 
     def access(self, verb: str, pointers: np.ndarray, mask: np.ndarray, itemsize: int) -> tuple[np.ndarray, np.ndarray]:
-        """(addresses in memory, the lanes that have one), once every address is found to be one the kernel may use."""
+        """(addresses in memory, the lanes that have one), after a check that the kernel may use every address."""
         if self.left is not None:
             if not self.left:
                 raise _CutShort
@@ -220,7 +221,7 @@ class Launch:
         return argument.atomic or (self.kernel, argument.name) in WRITES_OTHERWISE
 
     def finish(self) -> None:
-        """Each element of what was written was written, and by one lane."""
+        """Check that each element of a tensor that was written was written by one lane."""
         self.program = 0
         for argument in self.arguments:
             if not argument.stores or self.partial or self._otherwise(argument):
@@ -238,7 +239,7 @@ class Launch:
 
 
 class _Native:
-    """Stands for the interpreter's compiled half: every access to memory passes here."""
+    """Stands in for the interpreter's compiled module: every access to memory passes here."""
 
     def __init__(self, native):
         self._native = native
@@ -271,7 +272,7 @@ def every_program(grid: Grid) -> list[Program]:
 
 @dataclass
 class Shuffled:
-    """All programs in a random order, another in each launch; of each kind of launch the first ones also in order."""
+    """Runs all programs in a random order, a new one for each launch; the first of each kind run again in order."""
 
     random: random.Random = field(default_factory=lambda: random.Random(0))
     seen: Counter = field(default_factory=Counter)
@@ -300,7 +301,7 @@ class Shuffled:
         programs = every_program(grid)
         last = programs[-1:]
         self.random.shuffle(programs)
-        return programs[::-1] if programs[-1:] == last else programs  # by chance in order: of two, half the time
+        return programs[::-1] if programs[-1:] == last else programs  # two would stay in order half the time
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
@@ -309,7 +310,7 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 @dataclass
 class Chosen:
-    """Some programs of each launch, whose accesses are kept."""
+    """Runs some programs of each launch and records their accesses."""
 
     choose: Callable[[Grid], Sequence[Program]]
     limit: int | None
@@ -320,12 +321,12 @@ class Chosen:
 
 
 _policy: Shuffled | Chosen = Shuffled()
-_launch: Launch | None = None  # under way
+_launch: Launch | None = None  # the one under way
 
 
 @contextmanager
 def watching(choose: Callable[[Grid], Sequence[Program]], limit: int | None = None) -> Iterator[list[Launch]]:
-    """Of every launch only the programs that `choose(grid)` gives run; yields the launches with what they accessed.
+    """Launches run only the programs that `choose(grid)` gives. Yields the launches with what they accessed.
 
     A launch ends after `limit` loads and stores.
     """
@@ -353,7 +354,7 @@ def _tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
 
 @contextmanager
 def sanitized_interpreter() -> Iterator[None]:
-    """Puts every launch of the interpreter under watch."""
+    """Watch every launch of the interpreter."""
     from triton.runtime import interpreter
     from triton.runtime.errors import InterpreterError
 

@@ -15,7 +15,7 @@ from resnet.kernels.tuning import memory
 from resnet.triton_backend import batch_norm as triton_batch_norm
 from resnet.triton_backend.convolution import pick
 from tests.conftest import DEVICE, ROOT
-from tests.helpers.blocks import draw, one_thread, same, step, trio  # noqa: F401
+from tests.helpers.blocks import draw, name_of_block, step, trio
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,7 @@ def restored():
 
 @pytest.fixture
 def launches(monkeypatch):
-    """How often partial statistics were merged, from a kernel of their own or from a convolution's epilogue."""
+    """An entry for each merge of partial statistics, whether their own kernel or a convolution's epilogue made them."""
     count = []
     finalize = triton_batch_norm.batch_norm_finalize
     monkeypatch.setattr(triton_batch_norm, "batch_norm_finalize", lambda *args: (count.append(1), finalize(*args))[1])
@@ -39,12 +39,12 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["auto", "triton", "torch"])
-def test_it_sets_the_choice_from_then_on(name):
+def test_backend_sets_the_choice_from_then_on(name):
     backend(name)
     assert current_backend() == name
 
 
-def test_it_is_a_context_manager_that_restores_the_old_choice():
+def test_backend_as_a_context_manager_restores_the_old_choice():
     backend("torch")
     with backend("triton"):
         assert current_backend() == "triton"
@@ -54,7 +54,7 @@ def test_it_is_a_context_manager_that_restores_the_old_choice():
     assert current_backend() == "torch"
 
 
-def test_an_exception_restores_it_too():
+def test_an_exception_inside_the_context_restores_the_old_choice():
     backend("auto")
     with pytest.raises(KeyError), backend("triton"), backend("torch"):
         raise KeyError
@@ -69,8 +69,8 @@ def test_a_setter_inside_a_context_lasts_as_long_as_the_context():
     assert current_backend() == "auto"
 
 
-@pytest.mark.parametrize("name", ["cuda", "Triton", "", None, 3])
-def test_an_unknown_name_is_an_error_that_lists_the_names_and_leaves_the_choice(name):
+@pytest.mark.parametrize("name", ["cuda", "Triton", "", None, 3], ids=repr)
+def test_an_unknown_backend_is_an_error_that_lists_the_names_and_leaves_the_choice(name):
     backend("torch")
     with pytest.raises(ValueError, match=r"backend: expected one of 'auto', 'triton', 'torch', got ") as error:
         backend(name)
@@ -82,7 +82,9 @@ def test_an_unknown_name_is_an_error_that_lists_the_names_and_leaves_the_choice(
 
 
 @pytest.mark.parametrize(
-    ("name", "launched"), [("triton", 2), ("torch", 0), ("auto", 2 if DEVICE.type == "cuda" else 0)]
+    ("name", "launched"),
+    [("triton", 2), ("torch", 0), ("auto", 2 if DEVICE.type == "cuda" else 0)],
+    ids=["triton", "torch", "auto"],
 )
 def test_a_block_launches_triton_only_where_it_was_chosen(launches, name, launched):
     block = FusedResidual(3, 3).to(DEVICE)
@@ -91,14 +93,14 @@ def test_a_block_launches_triton_only_where_it_was_chosen(launches, name, launch
     assert len(launches) == launched
 
 
-def test_auto_takes_pytorch_for_tensors_on_the_cpu(launches):
+def test_backend_auto_takes_pytorch_for_tensors_on_the_cpu(launches):
     with backend("auto"):
         FusedResidual(3, 3)(torch.rand(2, 3, 4, 4))
     assert not launches
 
 
-@pytest.mark.parametrize("first", ["triton", "torch"])
-@pytest.mark.parametrize("args", [(4, 4), (4, 6, True, 2)])
+@pytest.mark.parametrize("first", ["triton", "torch"], ids=["triton first", "torch first"])
+@pytest.mark.parametrize("args", [(4, 4), (4, 6, True, 2)], ids=name_of_block)
 def test_backward_may_run_on_the_other_backend(first, args):
     second = {"triton": "torch", "torch": "triton"}[first]
     blocks = trio(resnet.Residual, *args, dtype=torch.float64)
@@ -110,8 +112,7 @@ def test_backward_may_run_on_the_other_backend(first, args):
 
     with backend(second):
         got = step(blocks.fused, x, forward)
-    for name, value in step(blocks.exact, x).items():
-        torch.testing.assert_close(got[name], value, msg=lambda m, n=name: f"{n}: {m}")
+    torch.testing.assert_close(got, step(blocks.exact, x))
 
 
 # ---- the convolutions ------------------------------------------------------------------------------------------
@@ -135,8 +136,8 @@ def test_convolution_sets_its_own_choice_and_restores_it_as_a_context_manager(na
     assert current_convolution() == name
 
 
-@pytest.mark.parametrize("name", ["torch", "cudnn", "", None])
-def test_an_unknown_convolution_is_an_error_that_lists_the_names(name):
+@pytest.mark.parametrize("name", ["torch", "cudnn", "", None], ids=repr)
+def test_an_unknown_convolution_is_an_error_that_lists_the_names_and_leaves_the_choice(name):
     convolution("epilogue")
     message = f"convolution: expected one of 'auto', 'triton', 'epilogue', 'pytorch', got {name!r}"
     with pytest.raises(ValueError) as error:
@@ -146,12 +147,12 @@ def test_an_unknown_convolution_is_an_error_that_lists_the_names(name):
 
 
 @pytest.mark.parametrize("name", ["triton", "epilogue", "pytorch"])
-def test_the_variant_that_was_asked_for_is_picked(name):
+def test_the_convolution_that_was_chosen_is_picked(name):
     with convolution(name):
         assert picked("triton", "epilogue", "pytorch") == name
 
 
-def test_where_a_variant_does_not_exist_the_next_one_is_picked():
+def test_where_the_chosen_convolution_does_not_exist_the_next_one_is_picked():
     with convolution("triton"):
         assert picked("epilogue", "pytorch") == "epilogue"
         assert picked("pytorch") == "pytorch"
@@ -159,7 +160,7 @@ def test_where_a_variant_does_not_exist_the_next_one_is_picked():
         assert picked("triton", "pytorch") == "pytorch"
 
 
-def test_auto_on_the_cpu_is_triton_and_calls_nothing():
+def test_convolution_auto_on_the_cpu_is_triton_and_runs_nothing():
     def run():
         raise AssertionError("called")
 
@@ -168,7 +169,7 @@ def test_auto_on_the_cpu_is_triton_and_calls_nothing():
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="times on a GPU")
-def test_auto_on_a_gpu_picks_the_fastest_per_direction(monkeypatch, tmp_path):
+def test_convolution_auto_on_a_gpu_picks_the_fastest_per_direction(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "choose", memory.Choices(tmp_path / "choices.json").choose)
     wait = lambda clocks: lambda: torch.cuda._sleep(clocks)  # noqa: E731
     with convolution("auto"):
@@ -181,7 +182,7 @@ def test_auto_on_a_gpu_picks_the_fastest_per_direction(monkeypatch, tmp_path):
 
 
 def python(program: str, **variables: str) -> subprocess.CompletedProcess:
-    """Run a program in an environment with these variables and without the interpreter but where they set it."""
+    """Run a program in an environment with these variables, and without the interpreter unless they choose it."""
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_RESIDUAL_BACKEND")}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
@@ -190,12 +191,12 @@ def python(program: str, **variables: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("name", ["auto", "torch", "triton"])
-def test_the_environment_sets_the_start_value(name):
+def test_the_environment_sets_the_backends_start_value(name):
     run = python("import resnet; print(resnet.current_backend())", FUSED_RESIDUAL_BACKEND=name, TRITON_INTERPRET="1")
     assert run.stdout == f"{name}\n", run.stderr
 
 
-def test_auto_is_the_start_value_without_it():
+def test_without_the_variable_the_backend_starts_as_auto():
     run = python("import resnet; print(resnet.current_backend())")
     assert run.stdout == "auto\n", run.stderr
 

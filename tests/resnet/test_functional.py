@@ -8,17 +8,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import resnet
 from resnet import reference
 from resnet.functional import batch_norm_add_relu
 from resnet.kernels.host.tiling import tiling
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, HALF, assert_parity, draw, name_of, one_thread, same  # noqa: F401
-
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:(triton.runtime.interpreter|numpy)")
+from tests.helpers.blocks import DTYPES, SIXTEEN_BIT, assert_parity, draw, name_of, named, same
+from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -29,7 +26,7 @@ class Case:
 
     shape: tuple[int, int, int, int] = (2, 6, 3, 5)
     dtype: torch.dtype = torch.float32
-    vectors: torch.dtype | None = None  # of weight, bias and running statistics, where it is not `dtype`
+    vectors: torch.dtype | None = None  # the type of weight, bias and running statistics; None for `dtype`
     training: bool = True
     shortcut: bool = True
     relu: bool = True
@@ -62,7 +59,7 @@ def tensors(case: Case, seed: int = 0) -> dict[str, Tensor | None]:
 
 
 def run(function, case: Case, given: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Output, gradients and running statistics of one call. Nothing in `given` is shared with it but read."""
+    """Output, gradients and running statistics of one call. `given` stays as it is."""
     dout = given["dout"]
     args = {k: v if v is None else v.detach() for k, v in given.items() if k != "dout"}
     args.update({k: args[k].clone() for k in STATISTICS if args[k] is not None})
@@ -99,7 +96,7 @@ def assert_case(case: Case, seeds: int = 4) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 @pytest.mark.parametrize("shortcut", [True, False], ids=["add", "alone"])
-def test_every_option_in_every_type(any_backend, dtype, training, shortcut, relu):
+def test_every_option_in_every_type_is_as_exact_as_eager(any_backend, dtype, training, shortcut, relu):
     assert_case(Case((4, 16, 6, 5), dtype=dtype, training=training, shortcut=shortcut, relu=relu))
 
 
@@ -121,20 +118,20 @@ def test_every_option_in_every_type(any_backend, dtype, training, shortcut, relu
     ],
     ids=name_of,
 )
-def test_odd_shapes(any_backend, shape, training):
+def test_odd_shapes_are_as_exact_as_eager(any_backend, shape, training):
     assert_case(Case(shape, training=training), seeds=2 if shape[1] == 70 else 6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 5, 1, 1)], ids=name_of)
-def test_one_value_per_channel_in_evaluation(any_backend, shape, dtype):
+def test_evaluation_of_one_value_per_channel_is_as_exact_as_eager(any_backend, shape, dtype):
     assert_case(Case(shape, dtype=dtype, training=False))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("vectors", ["float32", "same"])
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
-def test_half_precision_takes_float_or_half_vectors(any_backend, dtype, vectors, training):
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
+def test_parameters_of_a_16_bit_input_are_of_its_type_or_float32(any_backend, dtype, vectors, training):
     case = Case((4, 16, 5, 5), dtype=dtype, vectors=torch.float32 if vectors == "float32" else None, training=training)
     result = fused(case, tensors(case))
     assert result["out"].dtype == result["dx"].dtype == result["dshortcut"].dtype == dtype
@@ -157,13 +154,13 @@ def test_weight_and_bias_may_be_absent(any_backend, present, training):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=name_of)
-@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0])
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.7, 1.0], ids=named("momentum"))
 def test_running_statistics_move_by_the_momentum(any_backend, momentum, dtype):
     assert_case(Case((2, 5, 4, 3), dtype=dtype, vectors=torch.promote_types(dtype, torch.float32), momentum=momentum))
 
 
 def test_running_statistics_hold_the_unbiased_variance(any_backend):
-    case = Case((1, 3, 2, 1), momentum=1.0)  # of two values, where biased and unbiased differ by a factor of 2
+    case = Case((1, 3, 2, 1), momentum=1.0)  # two values, whose unbiased variance is twice the biased one
     given = tensors(case)
     result = fused(case, given)
     torch.testing.assert_close(result["running_var"], given["x"].var((0, 2, 3), unbiased=True))
@@ -179,7 +176,7 @@ def test_evaluation_leaves_the_running_statistics(any_backend):
 
 
 @pytest.mark.parametrize("shortcut", [True, False], ids=["add", "alone"])
-def test_training_without_running_statistics_changes_nothing_else(any_backend, shortcut):
+def test_training_without_running_statistics_is_as_exact_as_eager_and_changes_no_input(any_backend, shortcut):
     case = Case((3, 6, 4, 4), running=False, shortcut=shortcut)
     given = tensors(case)
     before = {k: v.clone() for k, v in given.items() if v is not None}
@@ -188,16 +185,16 @@ def test_training_without_running_statistics_changes_nothing_else(any_backend, s
     assert_case(case)
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.5])
+@pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.5], ids=named("eps"))
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_eps_is_added_to_the_variance(any_backend, eps, training):
     assert_case(Case(eps=eps, training=training))
 
 
-@pytest.mark.parametrize("mean", [1e3, 1e4])
+@pytest.mark.parametrize("mean", [1e3, 1e4], ids=named("mean"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
-def test_a_large_mean_does_not_cost_the_variance(any_backend, dtype, mean):
-    """A mean rounded to its type is off by eps * mean / 2; sums of squares would be off by eps * mean ** 2."""
+def test_the_variance_keeps_its_digits_at_a_large_mean(any_backend, dtype, mean):
+    """Rounding a mean to its type costs eps * mean / 2. Sums of squares would cost eps * mean ** 2."""
     case = Case((4, 6, 16, 10), dtype=dtype, mean=mean, momentum=1.0)  # 640 rows: several partials
     given = tensors(case)
     var = given["x"].double().var((0, 2, 3))
@@ -205,10 +202,10 @@ def test_a_large_mean_does_not_cost_the_variance(any_backend, dtype, mean):
     torch.testing.assert_close(fused(case, given)["running_var"].double(), var, rtol=bound, atol=0)
 
 
-@pytest.mark.parametrize("mean", [1, 100, 1e4])
+@pytest.mark.parametrize("mean", [1.0, 100.0, 1e4], ids=named("mean"))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
-def test_a_large_mean_costs_no_more_than_eager(any_backend, dtype, mean):
-    # Without the ReLU: at such a mean a rounding of the input moves the output across zero.
+def test_results_at_a_large_mean_are_as_exact_as_eager(any_backend, dtype, mean):
+    # There is no ReLU, since at such a mean a rounding of the input moves the output across zero.
     assert_case(Case((4, 6, 16, 10), dtype=dtype, vectors=torch.float32, mean=mean, relu=False), seeds=3)
 
 
@@ -228,15 +225,12 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 @pytest.mark.parametrize("where", ["x", "shortcut", "weight", "bias", "running_mean", "running_var", "dout"])
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_nan_and_inf_pass_as_through_eager(any_backend, value, where, relu, training):
+def test_nan_and_inf_reach_what_they_reach_in_eager(any_backend, value, where, relu, training):
     case = Case((2, 4, 3, 3), relu=relu, training=training)
     given = tensors(case)
     given[where][(1, 2, 0, 1) if given[where].dim() == 4 else 1] = value
     got, expected = fused(case, given), eager(case, given)
-    for name in expected:
-        torch.testing.assert_close(
-            got[name], expected[name], rtol=1e-4, atol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -249,7 +243,7 @@ def test_a_nan_output_passes_its_gradient(any_backend, dtype):
     assert result["dshortcut"][1, 2, 0, 1] == given["dout"][1, 2, 0, 1]
 
 
-def test_values_beyond_half_precision_become_infinite(any_backend):
+def test_values_beyond_float16_become_infinite(any_backend):
     case = Case((2, 4, 3, 3), dtype=torch.float16, vectors=torch.float32, training=False)
     given = tensors(case)
     given["weight"] *= 1e5
@@ -258,7 +252,7 @@ def test_values_beyond_half_precision_become_infinite(any_backend):
     assert torch.equal(got.isinf(), expected.isinf())
 
 
-def test_zero_has_no_gradient(any_backend):
+def test_an_output_of_zero_passes_no_gradient(any_backend):
     case = Case(training=False)
     given = tensors(case) | {"shortcut": torch.zeros(case.shape, device=DEVICE)}
     given["weight"].zero_()
@@ -268,25 +262,6 @@ def test_zero_has_no_gradient(any_backend):
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------
-
-LAYOUTS = {
-    "channels_last": lambda t: t,
-    "nchw": lambda t: t.contiguous(),
-    "sliced pixels": lambda t: F.pad(t, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
-    "sliced channels": lambda t: torch.cat((t, t, t), 1)[:, t.shape[1] : 2 * t.shape[1]],
-    "every other": lambda t: t.repeat_interleave(2, 3)[..., ::2],
-    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
-    "batch last": lambda t: t.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "offset": lambda t: (
-        torch.cat((t.new_zeros(1), t.permute(0, 2, 3, 1).flatten()))[1:]
-        .view(t.shape[0], t.shape[2], t.shape[3], t.shape[1])
-        .permute(0, 3, 1, 2)
-    ),
-}
-
-
-def is_channels_last(t: Tensor) -> bool:
-    return t.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -312,7 +287,7 @@ def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, la
 
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 @pytest.mark.parametrize("along", ["all", "pixels", "batch", "channels"])
-def test_an_expanded_incoming_gradient_is_read_right(any_backend, along, relu):
+def test_an_expanded_incoming_gradient_gives_the_bits_of_a_dense_one(any_backend, along, relu):
     case = Case((2, 6, 3, 5), relu=relu)
     given = tensors(case)
     part = {"all": (1, 1, 1, 1), "pixels": (2, 6, 1, 1), "batch": (1, 6, 3, 5), "channels": (2, 1, 3, 5)}[along]
@@ -334,15 +309,15 @@ def test_the_sum_of_the_output_can_be_differentiated(any_backend, training):
     torch.testing.assert_close(*gradients)
 
 
-def test_expanded_input_and_shortcut(any_backend):
+def test_an_expanded_input_and_shortcut_give_the_bits_of_dense_ones(any_backend):
     case = Case((2, 6, 3, 5))
     given = tensors(case)
     laid = given | {"x": draw(1, 6, 3, 5).expand(case.shape), "shortcut": draw(2, 6, 1, 1).expand(case.shape)}
     same(fused(case, laid), fused(case, laid | {k: laid[k].clone() for k in ("x", "shortcut")}))
 
 
-def test_one_tensor_as_input_and_shortcut(any_backend):
-    """x feeds both: its gradient is the sum, and it is not written."""
+def test_one_tensor_may_be_input_and_shortcut(any_backend):
+    """Its gradient is the sum of both, and it is not written."""
     case = Case()
     results = []
     for function in (batch_norm_add_relu, reference.batch_norm_add_relu):
@@ -380,6 +355,7 @@ def test_two_calls_are_bit_equal(any_backend):
 @pytest.mark.parametrize(
     ("changed", "shortcut"),
     [("out", True), ("out", False), ("x", True), ("x", False), ("weight", True), ("shortcut", True)],
+    ids=["out", "out, alone", "x", "x, alone", "weight", "shortcut"],
 )
 def test_an_in_place_change_is_detected_as_in_eager(any_backend, changed, shortcut):
     outcomes = []
@@ -410,7 +386,7 @@ def test_without_a_relu_the_output_may_be_changed_in_place(any_backend):
 
 
 @pytest.mark.parametrize("wanted", ["x", "shortcut", "weight", "bias"])
-def test_one_gradient_alone_is_that_of_all(any_backend, wanted):
+def test_a_gradient_wanted_alone_is_bit_equal_to_that_wanted_with_all_others(any_backend, wanted):
     case = Case()
     given = tensors(case)
     args = {k: v.clone() for k, v in given.items() if k != "dout"}
@@ -448,7 +424,7 @@ def test_an_empty_batch_gives_an_empty_output_and_zero_gradients(any_backend, sh
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 @pytest.mark.parametrize("shortcut", [True, False], ids=["add", "alone"])
-def test_gradients_are_derivatives(any_backend, shortcut, relu, training):
+def test_gradients_are_the_numerical_derivatives(any_backend, shortcut, relu, training):
     case = Case((2, 2, 2, 3), dtype=torch.float64, shortcut=shortcut, relu=relu, training=training)
     given = tensors(case)
     names = [k for k in ("x", "weight", "bias", "shortcut") if given[k] is not None]
@@ -457,7 +433,7 @@ def test_gradients_are_derivatives(any_backend, shortcut, relu, training):
         statistics = {k: given[k].clone() for k in STATISTICS}
         return batch_norm_add_relu(**dict(zip(names, values)), **statistics, training=training, relu=relu)
 
-    # fast_mode projects on random directions, since each evaluation is several launches in the interpreter
+    # An evaluation is several launches, so with the interpreter fast_mode takes a few random directions instead of all.
     inputs = tuple(given[k].requires_grad_() for k in names)
     assert torch.autograd.gradcheck(function, inputs, fast_mode=any_backend == "triton")
 
@@ -513,7 +489,7 @@ BAD = {
     "bias's type": ({"bias": Tensor.half}, TypeError, "bias: expected torch.float32, got torch.float16"),
     "mean's type": ({"running_mean": Tensor.long}, TypeError, "running_mean: expected torch.float32, got torch.int64"),
     "variance's type": ({"running_var": Tensor.double}, TypeError, "running_var: expected torch.float32, got"),
-    "mixed halves": (
+    "mixed 16-bit types": (
         {"x": Tensor.half, "shortcut": Tensor.half, "weight": Tensor.bfloat16},
         TypeError,
         "weight: expected torch.float16 or torch.float32, got torch.bfloat16",

@@ -13,7 +13,7 @@ from resnet.norm import Norm
 from resnet.operands import BatchNormAddReluKept, BlockKept, BlockOutput, Convolutions, StemKept, StemOutput
 from resnet.schema import pack
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, one_thread, randomize, step, trio  # noqa: F401
+from tests.helpers.blocks import draw, randomize, step, trio
 from tests.helpers.pairs import pairwise
 
 ops = torch.ops.fused_residual
@@ -48,12 +48,6 @@ def norm(C: int, seed: int, training: bool, affine: bool = True, running: bool =
     ]
 
 
-def stats_of(C: int) -> Tensor:
-    stats = draw(4, C, seed=9)
-    stats[1].abs_()
-    return stats
-
-
 def weight(K: int, C: int, size: int, seed: int, grad: bool = True) -> Tensor:
     return draw(K, C, size, size, seed=seed).div_(C * size).requires_grad_(grad)
 
@@ -80,7 +74,7 @@ BOTH = (True, False)
 
 
 @each(pairwise(training=BOTH, shortcut=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, relu=BOTH))
-def test_batch_norm_add_relu(any_backend, options):
+def test_batch_norm_add_relu_passes_opcheck(any_backend, options):
     shortcut, relu = options["shortcut"], options["relu"]
     settings = {k: v for k, v in options.items() if k not in ("shortcut", "relu")}
     x, skip = (draw(2, 3, 4, 2, seed=seed).requires_grad_() for seed in range(2))
@@ -88,7 +82,7 @@ def test_batch_norm_add_relu(any_backend, options):
 
 
 @each(pairwise(training=BOTH, relu=BOTH, shortcut=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
-def test_batch_norm_add_relu_backward(any_backend, options):
+def test_batch_norm_add_relu_backward_passes_opcheck(any_backend, options):
     shortcut, relu = options["shortcut"], options["relu"]
     settings = {k: options[k] for k in ("training", "affine", "conv_bias")}
     dout, x, skip = (draw(2, 3, 4, 2, seed=seed) for seed in range(3))
@@ -103,14 +97,14 @@ def test_batch_norm_add_relu_backward(any_backend, options):
 
 
 @each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, size=((9, 7), (2, 5))))
-def test_stem(any_backend, options):
+def test_stem_passes_opcheck(any_backend, options):
     settings = {k: v for k, v in options.items() if k != "size"}
     x = draw(2, 2, *options["size"]).requires_grad_()
     opcheck(ops.stem, [x, weight(3, 2, 3, 1), 2, 1, *norm(3, 10, **settings)])
 
 
 @each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
-def test_stem_backward(any_backend, options):
+def test_stem_backward_passes_opcheck(any_backend, options):
     x, conv = draw(2, 2, 9, 7).requires_grad_(), weight(3, 2, 3, 1)
     fields = norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")})
     arguments = [x, conv, 2, 1, *fields]
@@ -132,14 +126,14 @@ BLOCKS = ((False, 1), (True, 1), (True, 2))  # (a 1x1 convolution as the shortcu
 
 
 @each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH))
-def test_residual_block(any_backend, options):
+def test_residual_block_passes_opcheck(any_backend, options):
     settings = {k: options[k] for k in ("affine", "running", "conv_bias")}
     norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
     opcheck(ops.residual_block, [*block_arguments(*options["block"]), *norms[0], *norms[1]])
 
 
 @each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
-def test_residual_block_backward(any_backend, options):
+def test_residual_block_backward_passes_opcheck(any_backend, options):
     x, *convs = block_arguments(*options["block"])
     settings = {k: options[k] for k in ("affine", "conv_bias")}
     norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
@@ -152,7 +146,7 @@ def test_residual_block_backward(any_backend, options):
 
 
 @each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), many_pixels=BOTH, C=(1, 2)))
-def test_stem_inference(any_backend, options):
+def test_stem_inference_passes_opcheck(any_backend, options):
     (size, stride, padding), C = options["geometry"], options["C"]
     x = draw(2, C, 30, 25) if options["many_pixels"] else draw(2, C, 4, 5)  # with many, folded into the convolution
     with torch.no_grad():
@@ -161,17 +155,18 @@ def test_stem_inference(any_backend, options):
 
 
 @each(pairwise(block=BLOCKS, affine=BOTH, conv_bias=BOTH))
-def test_residual_block_inference(any_backend, options):
+def test_residual_block_inference_passes_opcheck(any_backend, options):
     with torch.no_grad():
         norms = [norm(3, 10 * i, False, options["affine"], True, options["conv_bias"]) for i in (1, 2)]
         arguments = [a.detach() if isinstance(a, Tensor) else a for a in block_arguments(*options["block"])]
         opcheck(ops.residual_block_inference, [*arguments, *norms[0], *norms[1]])
 
 
-def test_every_registered_operator_is_checked_above():
+def test_every_registered_operator_has_an_opcheck_here():
     schemas = [schema.name for schema in torch._C._jit_get_all_schemas()]
     registered = {name.removeprefix("fused_residual::") for name in schemas if name.startswith("fused_residual::")}
-    assert registered == {name.removeprefix("test_") for name in globals() if name.removeprefix("test_") in registered}
+    tests = [name.removeprefix("test_") for name in globals() if name.endswith("_passes_opcheck")]
+    assert registered == {name.removesuffix("_passes_opcheck") for name in tests}
 
 
 # ---- versions --------------------------------------------------------------------------------------------------
@@ -204,13 +199,13 @@ MODULES = {
 
 @pytest.fixture(autouse=True)
 def forget_compiled():
-    torch._dynamo.reset()
+    torch.compiler.reset()
     yield
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
-    """Compiled and not, two copies of a module do the same: steps in training, with frozen statistics, inference."""
+    """A compiled copy of a module does the same as a plain one: in training, with frozen statistics, in inference."""
     randomize(module)
     module.to(DEVICE)
     plain, compiled = copy.deepcopy(module), torch.compile(module, fullgraph=True, backend=compiler)
@@ -219,15 +214,13 @@ def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
         module.train(mode == "train")
         expected = step(plain, x)
         got = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x).items()}
-        assert got.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(got[name], value, msg=lambda m, n=f"{mode} {name}": f"{n}: {m}")
+        torch.testing.assert_close(got, expected, msg=lambda m, mode=mode: f"{mode}: {m}")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), plain(x))
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_compiled_in_one_graph_equals_uncompiled(any_backend, module):
+def test_a_module_compiled_in_one_graph_equals_uncompiled(any_backend, module):
     assert_compiles(MODULES[module](), draw(2, 3, 7, 6), "aot_eager")
 
 
@@ -246,7 +239,7 @@ def test_a_net_compiled_by_inductor_equals_uncompiled(any_backend):
     assert_compiles(small_net(), draw(2, 1, 16, 17), "inductor")
 
 
-def test_compiled_code_takes_other_batch_sizes(any_backend):
+def test_a_compiled_block_takes_other_batch_sizes(any_backend):
     block = FusedResidual(3, 3).to(DEVICE)
     compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager", dynamic=True)
     for n in (2, 5, 3):
@@ -254,7 +247,7 @@ def test_compiled_code_takes_other_batch_sizes(any_backend):
         torch.testing.assert_close(compiled(x), block(x))
 
 
-def test_export_keeps_the_operators():
+def test_an_exported_block_holds_the_fused_operator():
     block = trio(Residual, 3, 6, True, 2, train=False).fused
     x = draw(2, 3, 8, 8)
     with torch.no_grad():

@@ -6,13 +6,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet import FusedResidual, Residual, Stem, reference, resnet18, resnet_block
-from tests.helpers.blocks import one_thread  # noqa: F401
+from tests.helpers.blocks import name_of_block
 
 # ---- the nets --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block", [Residual, FusedResidual])
-def test_a_walk_over_resnet18_prints_the_textbook_shapes(block):
+def test_the_layers_of_resnet18_have_the_textbook_shapes(block):
     net = resnet18(block=block)
     x = torch.rand(1, 1, 224, 224)
     shapes = []
@@ -45,7 +45,7 @@ def test_resnet18_takes_other_channels_and_classes(block):
         assert net(torch.rand(2, 3, 40, 33)).shape == (2, 7)
 
 
-def test_both_nets_have_the_same_state_dict():
+def test_eager_and_fused_resnet18_have_the_same_state_dict():
     eager, fused = resnet18().state_dict(), resnet18(block=FusedResidual).state_dict()
     assert {k: v.shape for k, v in eager.items()} == {k: v.shape for k, v in fused.items()}
     assert list(eager) == list(fused)
@@ -59,7 +59,7 @@ def test_a_block_without_a_stem_of_its_own_gets_the_reference_stem():
     assert type(resnet18(block=Plain)[0]) is Stem
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, False], ids=["first stage", "later stage"])
 def test_a_stage_halves_in_its_first_block_unless_it_is_the_first_stage(first):
     stage = resnet_block(4, 4, 3, first_block=first)
     assert [b.conv1.stride[0] for b in stage] == [1 if first else 2, 1, 1]
@@ -69,8 +69,8 @@ def test_a_stage_halves_in_its_first_block_unless_it_is_the_first_stage(first):
 # ---- the block and the stem, spelt out -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [(3, 3), (3, 6, True), (3, 6, True, 2), (3, 3, True)])
-def test_residual_is_its_formula(args):
+@pytest.mark.parametrize("args", [(3, 3), (3, 6, True), (3, 6, True, 2), (3, 3, True)], ids=name_of_block)
+def test_a_residual_block_computes_its_formula(args):
     block = Residual(*args).double()
     x = torch.rand(2, 3, 5, 6, dtype=torch.float64)
     stride = args[3] if len(args) > 3 else 1
@@ -92,7 +92,7 @@ def test_convolutions_have_biases_and_the_shortcut_no_batch_norm():
     assert all(m.bias is not None for m in Residual(3, 6, True).modules() if isinstance(m, nn.Conv2d))
 
 
-def test_the_input_is_not_written():
+def test_a_residual_block_does_not_write_its_input():
     x = torch.rand(2, 3, 5, 5)
     before = x.clone()
     Residual(3, 3)(x)
@@ -124,7 +124,7 @@ def test_statistics_and_apply_are_batch_norm_in_training(drawn):
     )
 
 
-@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 def test_apply_adds_the_shortcut_with_its_own_scale_and_shift(drawn, relu):
     x, shortcut, _, weight, bias, mean, var = drawn
     scale, shift = scale_shift(mean, (var + 1e-5).rsqrt(), weight, bias)
@@ -142,7 +142,7 @@ def test_apply_adds_the_shortcut_with_its_own_scale_and_shift(drawn, relu):
         torch.testing.assert_close(got, activate(z + skip))
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_backward_reduce_and_apply_are_batch_norms_gradients(drawn, training):
     x, _, g, weight, bias, running_mean, running_var = drawn
     for t in (x, weight, bias):
@@ -158,9 +158,9 @@ def test_backward_reduce_and_apply_are_batch_norms_gradients(drawn, training):
     torch.testing.assert_close(got, dx)
 
 
-@pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("add", [True, False])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
+@pytest.mark.parametrize("add", [True, False], ids=["add", "alone"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_batch_norm_add_relu_is_the_three_operators(drawn, training, add, relu):
     x, shortcut, _, weight, bias, mean, var = drawn
     bn = nn.BatchNorm2d(5, eps=1e-3, momentum=0.3).double().train(training)

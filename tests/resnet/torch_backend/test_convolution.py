@@ -19,7 +19,7 @@ SMALL = {
     "no padding": (2, 128, 128, 5, 4, 3, 1, 0),
     "5x5 kernel": (1, 128, 128, 4, 4, 5, 1, 2),
 }
-# Where only grad-weight is a product per tap.
+# Only grad-weight is a product per tap.
 GRAD_WEIGHT = {
     "many channels": (2, 256, 256, 6, 6, 3, 1, 1),
     "many channels, stride 2": (2, 256, 272, 13, 11, 3, 2, 1),
@@ -47,7 +47,7 @@ def _reference(x, weight, bias, dy, stride, padding):
 
 
 class GradsAsked(TorchDispatchMode):
-    """What is asked of PyTorch's `convolution_backward`: of x, of the weight and of the bias."""
+    """Records which gradients PyTorch's `convolution_backward` is asked for: of x, of the weight, of the bias."""
 
     def __init__(self):
         super().__init__()
@@ -79,7 +79,7 @@ def test_products_per_tap_are_as_exact_as_pytorch(shape):
 
 
 @pytest.mark.parametrize("shape", OTHER.values(), ids=OTHER)
-def test_other_maps_are_pytorchs_own(shape):
+def test_large_maps_few_channels_and_1x1_kernels_are_pytorchs_convolution(shape):
     *_, stride, padding = shape
     x, weight, bias, dy = _draw(*shape, seed=0)
     assert not is_small(x, weight, stride, padding)
@@ -89,9 +89,9 @@ def test_other_maps_are_pytorchs_own(shape):
     assert torch.allclose(got[0], dx, atol=1e-6) and torch.allclose(got[1], dweight, atol=1e-5)
 
 
-@pytest.mark.parametrize("C", [1, 3, 4, 7])
-def test_a_strided_1x1_grad_weight_of_few_channels_is_not_onednns(C):
-    """Which writes past the end of a buffer on CPUs with AVX2 and no AVX-512."""
+@pytest.mark.parametrize("C", [1, 3, 4, 7], ids="{} channels".format)
+def test_the_grad_weight_of_a_strided_1x1_kernel_on_few_channels_is_not_onednns(C):
+    """oneDNN's writes past the end of a buffer on CPUs with AVX2 and without AVX-512."""
     x, weight, _, dy = _draw(2, C, 6, 6, 6, 1, 2, 0, seed=0)
     exact = _reference(*(t.double() for t in (x, weight, torch.zeros(6), dy)), 2, 0)
     with GradsAsked() as asked:
@@ -102,24 +102,26 @@ def test_a_strided_1x1_grad_weight_of_few_channels_is_not_onednns(C):
         torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_only_what_is_needed_is_computed():
+def test_a_gradient_that_nobody_needs_is_none():
     x, weight, _, dy = _draw(*SMALL["last stage"], seed=0)
     assert convolve_backward(dy, x, weight, 1, 1, False, True)[0] is None
     assert convolve_backward(dy, x, weight, 1, 1, True, False)[1] is None
 
 
-def test_nchw_weight_is_read_right():
+def test_an_nchw_weight_gives_the_same_bits():
     x, weight, bias, _ = _draw(*SMALL["last stage"], seed=0)
     assert torch.equal(convolve(x, weight.contiguous(), bias, 1, 1), convolve(x, weight, bias, 1, 1))
 
 
-def test_other_types_are_not_small():
+def test_a_small_float64_map_is_pytorchs_convolution():
     x, weight, *_ = _draw(*SMALL["last stage"], seed=0)
     assert not is_small(x.double(), weight.double(), 1, 1)
 
 
-@pytest.mark.parametrize(("cpu", "lag"), [("AMD EPYC 9355", True), ("Intel(R) Xeon(R) Platinum 8488C", False)])
-def test_where_products_lag_the_smallest_maps_are_left_to_them(monkeypatch, cpu, lag):
+@pytest.mark.parametrize(
+    ("cpu", "lag"), [("AMD EPYC 9355", True), ("Intel(R) Xeon(R) Platinum 8488C", False)], ids=["lags", "keeps up"]
+)
+def test_only_the_smallest_maps_are_products_on_a_cpu_whose_products_lag(monkeypatch, cpu, lag):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)

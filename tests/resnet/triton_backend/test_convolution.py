@@ -1,13 +1,13 @@
 """The modules on fused Triton convolutions, forward and backward: what they launch, keep and give.
 
-Every way, every type and whole nets are in tests/emulated, where a convolution takes a tenth of the interpreter's time.
+tests/emulated has every choice of convolution, every type and whole nets: a convolution takes a tenth of the
+interpreter's time there.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import resnet
 from resnet import FusedResidual, Residual, Stem
@@ -17,18 +17,9 @@ from resnet.triton_backend import block as triton_block
 from resnet.triton_backend import convolution
 from resnet.triton_backend import stem as triton_stem
 from tests.conftest import DEVICE
-from tests.helpers.blocks import (  # noqa: F401
-    DTYPES,
-    HALF,
-    assert_parity,
-    draw,
-    name_of,
-    one_thread,
-    same,
-    snapshot,
-    step,
-    trio,
-)
+from tests.helpers.blocks import DTYPES, draw, infer, name_of, trio
+from tests.helpers.fused_cases import assert_trios_parity
+from tests.helpers.kept import kept
 
 # (module, constructor's arguments, input shape): ragged tiles in every dimension
 MODULES = {
@@ -42,34 +33,25 @@ per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 @pytest.fixture
 def fused_backend():
-    """The Triton backend as it comes: "auto" is "triton" where nothing can be timed."""
+    """The Triton backend as users have it: "auto" is "triton" where nothing can be timed."""
     with resnet.backend("triton"), resnet.convolution("triton"):
         yield
 
 
-def without_cancelled_biases(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Behind batch statistics a convolution's bias has no effect: eager's gradient is what rounding leaves of zero."""
-    return {name: v for name, v in results.items() if name not in ("d conv1.bias", "d conv2.bias", "d 0.bias")}
-
-
 @pytest.mark.core
 @per_module
-def test_training_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
-    modules, x = trio(kind, *arguments), draw(*shape)
-    assert_parity([tuple(without_cancelled_biases(step(module, x)) for module in modules.all)])
+def test_training_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
+    assert_trios_parity([trio(kind, *arguments)], shape)
 
 
 @per_module
-def test_inference_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
-    modules, x = trio(kind, *arguments, train=False), draw(*shape)
-    with torch.no_grad():
-        eager, fused, exact = modules.eager(x), modules.fused(x), modules.exact(x.double())
-    assert_parity([({"out": eager}, {"out": fused}, {"out": exact})])
+def test_inference_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
+    assert_trios_parity([trio(kind, *arguments, train=False)], shape, infer)
 
 
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
-    """The names of the big launches, in order: the merges of partials, of per-channel size, aside."""
+    """The names of the launches in order, without the merges of partials, which are of per-channel size."""
     names: list[str] = []
 
     def record(module, *functions):
@@ -91,7 +73,7 @@ def launches(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
-def test_training_launches_in_the_order_of_the_design(fused_backend, launches, arguments):
+def test_a_training_step_launches_each_fused_pass_once_in_order(fused_backend, launches, arguments):
     block = FusedResidual(*arguments).to(DEVICE)
     out = block(draw(2, 4, 4, 4).requires_grad_())
     assert launches == ["conv_forward", "conv_forward", "batch_norm_add_relu"]
@@ -106,15 +88,15 @@ def test_training_launches_in_the_order_of_the_design(fused_backend, launches, a
 
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
-def test_inference_is_two_launches(fused_backend, launches, arguments):
+def test_a_block_in_inference_is_two_launches(fused_backend, launches, arguments):
     block = FusedResidual(*arguments).to(DEVICE).eval()
     with torch.no_grad():
         block(draw(2, 4, 4, 4))
     assert launches == ["conv_forward"] * 2
 
 
-def test_a_batch_of_the_same_power_of_two_is_the_same_choice(fused_backend, monkeypatch):
-    """What "auto" timed for one batch holds for the next, but not with TensorFloat-32, which changes the times."""
+def test_batches_of_the_same_power_of_two_share_their_choices(fused_backend, monkeypatch):
+    """What "auto" timed for one batch size holds for those, but not with TensorFloat-32, which changes the times."""
     keys: list[list[tuple]] = []
 
     def pick(direction, key, variants, device):
@@ -137,20 +119,16 @@ def test_the_stem_stores_no_gradient_of_its_convolution(fused_backend, launches)
     assert launches == ["conv_forward", "apply_pool", "conv_grad_weight_max_pool"]
 
 
-def test_a_block_keeps_four_activations_and_vectors(fused_backend):
+def test_a_block_keeps_four_activations_and_vectors_for_backward(fused_backend):
     block, x = FusedResidual(16, 16).to(DEVICE), draw(2, 16, 6, 5).requires_grad_()
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        block(x)
-    parameters = {p.data_ptr() for p in block.parameters()}
-    large = {t.data_ptr() for t in saved if t.numel() >= x.numel() and t.data_ptr() not in parameters}
-    assert len(large) == 4
-    assert x.data_ptr() in large
-    others = [t for t in saved if t.data_ptr() not in parameters | large]
-    assert all(t.numel() <= 4 * 16 for t in others)
+    _, tensors = kept(block, x)
+    activations = [t for t in tensors if t.numel() == x.numel()]
+    assert len(activations) == 4
+    assert x.data_ptr() in {t.data_ptr() for t in activations}
+    assert all(t.numel() <= 4 * 16 for t in tensors if t.numel() != x.numel())
 
 
-def test_only_wanted_gradients_are_computed(fused_backend, launches):
+def test_nothing_is_launched_for_gradients_that_nobody_wants(fused_backend, launches):
     block = FusedResidual(4, 4).to(DEVICE)
     for name, p in block.named_parameters():
         p.requires_grad_(name.startswith("bn2"))
@@ -160,8 +138,8 @@ def test_only_wanted_gradients_are_computed(fused_backend, launches):
 
 
 @per_dtype
-@pytest.mark.parametrize("shape", ((2, 3, 5, 4), (1, 64, 9, 9)), ids=str)
-def test_the_masked_gradient_is_added(fused_backend, dtype, shape):
+@pytest.mark.parametrize("shape", ((2, 3, 5, 4), (1, 64, 9, 9)), ids=name_of)
+def test_add_masked_grad_adds_in_place_what_the_relu_passes(fused_backend, dtype, shape):
     dx, dout, out = (draw(*shape, seed=seed, dtype=dtype) for seed in range(3))
     out[0, 0, 0, :2] = torch.tensor([0.0, float("nan")])
     expected = dx + torch.ops.aten.threshold_backward(dout, out, 0)
@@ -169,7 +147,7 @@ def test_the_masked_gradient_is_added(fused_backend, dtype, shape):
     torch.testing.assert_close(dx, expected, rtol=0, atol=0)
 
 
-def test_the_masked_gradient_has_dxs_shape():
+def test_add_masked_grad_refuses_a_gradient_of_another_shape_by_name():
     dx = draw(2, 3, 5, 4)
-    with pytest.raises(ValueError, match="dout: expected shape"):
+    with pytest.raises(ValueError, match=r"dout: expected .* shape \(2, 3, 5, 4\), .* got shape \(2, 3, 4, 4\)"):
         add_masked_grad(dx, dx[:, :, :4].contiguous(memory_format=torch.channels_last), dx)

@@ -1,0 +1,116 @@
+"""`FusedResidual` and `FusedStem` with BatchNorm's modes, settings and running statistics, beside the eager modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from resnet import Residual, Stem
+from tests.conftest import DEVICE
+from tests.helpers.blocks import draw, named, same, snapshot, trio
+from tests.helpers.fused_cases import IDENTITY, MODES, STRIDED, assert_exact, assert_refused, blocks, modes
+
+
+@blocks
+@modes
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.3], ids=named("momentum"))
+def test_running_statistics_follow_eagers_over_several_batches(any_backend, momentum, mode, args):
+    def configure(module):
+        MODES[mode](module)
+        module.bn1.momentum = module.bn2.momentum = momentum
+
+    t = trio(Residual, *args, dtype=torch.float64).each(configure)
+    for seed in range(3):
+        assert_exact(t, draw(2, 4, 4, 5, seed=seed))
+
+
+SETTINGS = {
+    "untracked": {"track_running_stats": False},
+    "not affine": {"affine": False},
+    "not affine, untracked": {"affine": False, "track_running_stats": False},
+    "large eps": {"eps": 0.1},
+}
+STEM_SETTINGS = {
+    "cumulative average": {"momentum": None},
+    "untracked": {"track_running_stats": False},
+    "not affine": {"affine": False},
+}
+
+
+def replaced_norms(**options):
+    """A change that replaces both BatchNorms by new ones with these options."""
+
+    def change(module: nn.Module) -> None:
+        training = module.training
+        for name in ("bn1", "bn2"):
+            bn = nn.BatchNorm2d(getattr(module, name).num_features, **options)
+            setattr(module, name, bn.to(DEVICE, module.conv1.weight.dtype).train(training))
+
+    return change
+
+
+@blocks
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
+def test_a_block_gives_eagers_values_with_any_settings_of_batch_norm(any_backend, options, train, args):
+    t = trio(Residual, *args, dtype=torch.float64, train=train).each(replaced_norms(**options))
+    x = draw(2, 4, 5, 6)
+    assert_exact(t, x)
+    with torch.no_grad():
+        torch.testing.assert_close(t.each(nn.Module.eval).fused(x.double()), t.exact(x.double()))
+
+
+def test_statistics_that_are_tracked_no_longer_are_kept_and_used_in_evaluation(any_backend):
+    """`track_running_stats` becomes False. Training then leaves the buffers, and evaluation still uses them."""
+
+    def change(module):
+        module.bn1.track_running_stats = module.bn2.track_running_stats = False
+
+    t = trio(Residual, 4, 4, dtype=torch.float64).each(change)
+    before = snapshot(t.fused)
+    x = draw(2, 4, 5, 6)
+    assert_exact(t, x)
+    same(snapshot(t.fused), before)
+    assert_exact(t.each(nn.Module.eval), x)
+
+
+def test_training_under_no_grad_still_updates_the_running_statistics(any_backend):
+    t = trio(Residual, *STRIDED, dtype=torch.float64)
+    x = draw(2, 4, 5, 6).double()
+    with torch.no_grad():
+        torch.testing.assert_close(t.fused(x), t.exact(x))
+    torch.testing.assert_close(snapshot(t.fused), snapshot(t.exact))
+
+
+@pytest.mark.parametrize("options", STEM_SETTINGS.values(), ids=STEM_SETTINGS)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_stem_gives_eagers_values_with_any_settings_of_batch_norm(any_backend, train, options):
+    def change(module):
+        module[1] = nn.BatchNorm2d(4, **options).to(DEVICE, module[0].weight.dtype).train(train)
+
+    t = trio(Stem, 3, 4, dtype=torch.float64, train=train).each(change)
+    for seed in range(2):
+        assert_exact(t, draw(2, 3, 10, 9, seed=seed))
+
+
+@pytest.mark.parametrize(
+    ("args", "shape", "mode"),
+    [
+        pytest.param(IDENTITY, (1, 4, 1, 1), "train", id="identity-train"),
+        pytest.param(STRIDED, (1, 4, 2, 2), "train", id="1x1 stride 2-train"),
+        pytest.param(IDENTITY, (1, 4, 1, 1), "bn1 eval", id="identity-bn1 eval"),
+        pytest.param(IDENTITY, (1, 4, 1, 1), "bn2 eval", id="identity-bn2 eval"),
+    ],
+)
+def test_one_value_per_channel_is_refused_by_a_block_in_training(any_backend, args, shape, mode):
+    block = trio(Residual, *args).each(MODES[mode]).fused
+    message = r"bn[12]: expected more than 1 value per channel when training, got input size \(1, \d, 1, 1\)"
+    assert_refused(block, draw(*shape), ValueError, message)
+    block.eval()(draw(*shape))
+
+
+def test_one_value_per_channel_is_refused_by_a_stem_in_training(any_backend):
+    stem = trio(Stem, 3, 4).fused
+    assert_refused(stem, draw(1, 3, 2, 1), ValueError, r"1: expected more than 1 value .* \(1, 4, 1, 1\)")
+    stem.eval()(draw(1, 3, 2, 1))

@@ -1,0 +1,113 @@
+"""`FusedResidual` and `FusedStem` take any memory format and, under autocast, cast as the eager modules do."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet import FusedResidual, FusedStem, Residual
+from tests.conftest import DEVICE
+from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, name_of, same, step, trio
+from tests.helpers.fused_cases import KINDS, STRIDED, images, inference_trio, kinds
+from tests.helpers.layouts import LAYOUTS, is_channels_last
+
+# ---- memory formats ---------------------------------------------------------------------------------------------
+
+
+INCOMING = {
+    **{name: LAYOUTS[name] for name in ("nchw", "sliced pixels", "transposed")},
+    "that of a sum": lambda dout: dout.new_ones(()).expand(dout.shape),
+    "expanded": lambda dout: dout[:, :, :1, :1].expand(dout.shape),
+}
+
+
+@pytest.mark.parametrize("incoming", INCOMING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, kind, incoming):
+    fused = inference_trio(kind).fused.train()
+    x = images(kind, (2, 7, 6)).requires_grad_()
+    out = fused(x)
+    dout = draw(*out.shape, seed=3)
+    dout = INCOMING[incoming](dout)
+    leaves = (x, *fused.parameters())
+    got = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    dense = torch.empty_like(out, memory_format=torch.channels_last).copy_(dout)
+    same(dict(enumerate(got)), dict(enumerate(torch.autograd.grad(out, leaves, dense))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", ["channels_last", "nchw", "sliced pixels", "transposed"])
+def test_any_layout_of_the_input_gives_the_same_bits_channels_last(any_backend, layout, train, kind):
+    fused = inference_trio(kind).fused.train(train)
+    x = images(kind, (2, 7, 6))
+    got = step(copy.deepcopy(fused), LAYOUTS[layout](x))
+    same(got, step(fused, x))
+    assert is_channels_last(got["out"])
+    if "stem" not in kind:
+        assert is_channels_last(got["dx"])
+
+
+def test_conv_weights_are_held_channels_last():
+    for module in (FusedResidual(*STRIDED), FusedStem(3, 4)):
+        assert all(is_channels_last(p) for p in module.parameters() if p.dim() == 4)
+        module.load_state_dict({k: v.contiguous() for k, v in module.state_dict().items()})
+        assert all(is_channels_last(p) for p in module.parameters() if p.dim() == 4)
+
+
+# ---- autocast ---------------------------------------------------------------------------------------------------
+
+
+def with_weights_in(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy whose convolutions have weights of `dtype`; all else stays as it is."""
+    module = copy.deepcopy(module)
+    for m in module.modules():
+        if isinstance(m, nn.Conv2d):
+            m.weight.data = m.weight.data.to(dtype)
+    return module
+
+
+def assert_autocast_casts(fused: nn.Module, eager: nn.Module, x: Tensor, dtype: torch.dtype) -> None:
+    """Results are bit-equal to those of weights and input that were cast by hand, in the types of eager's results."""
+
+    def autocast(call):
+        with torch.autocast(DEVICE.type, dtype):
+            return call()
+
+    by_hand = step(with_weights_in(fused, dtype), x)
+    got, types = step(fused, x, autocast), step(eager, x, autocast)
+    assert got["out"].dtype == dtype
+    assert {name: value.dtype for name, value in got.items()} == {name: value.dtype for name, value in types.items()}
+    same(got, {name: value.to(got[name].dtype) for name, value in by_hand.items()})
+
+
+@kinds
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
+def test_autocast_casts_the_input_and_convolution_weights_alone(any_backend, dtype, train, kind):
+    t = inference_trio(kind).each(lambda m: m.train(train))
+    assert_autocast_casts(t.fused, t.eager, images(kind, (2, 6, 7)), dtype)
+
+
+@kinds
+def test_inference_under_autocast_is_as_exact_as_eager(any_backend, kind):
+    results = []
+    for seed in range(4):
+        t = inference_trio(kind, seed=seed)
+        x = images(kind, (4, 9, 9), seed=seed)
+        with torch.no_grad():
+            exact = t.exact(x.double())
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                results.append(({"out": t.eager(x)}, {"out": t.fused(x)}, {"out": exact}))
+    assert results[0][1]["out"].dtype == torch.bfloat16
+    assert_parity(results)
+
+
+def test_autocast_casts_the_input_and_convolution_weights_alone_in_a_chain_of_blocks(any_backend):
+    """The activations between the blocks are bfloat16, the parameters stay float32."""
+    first, second = trio(Residual, *STRIDED), trio(Residual, 6, 6, seed=1)
+    eager, fused, _ = (nn.Sequential(a, b) for a, b in zip(first.all, second.all))
+    assert_autocast_casts(fused, eager, draw(2, 4, 7, 6), torch.bfloat16)

@@ -1,0 +1,49 @@
+"""A named tuple describes an operator: its schema, its flat arguments, and the way back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from resnet.operands import Block
+from resnet.schema import Updated, leaves, pack, parameters, unpack
+
+
+class Inner(NamedTuple):
+    scale: Tensor | None
+    mean: Updated
+    eps: float
+
+
+class Outer(NamedTuple):
+    x: Tensor
+    first: Inner
+    stride: int
+    second: Inner
+    relu: bool
+
+
+def test_a_schema_names_nested_fields_after_those_they_lie_in_and_marks_what_is_updated():
+    assert parameters(Outer) == (
+        "Tensor x, Tensor? first_scale, Tensor(a!)? first_mean, float first_eps, int stride, "
+        "Tensor? second_scale, Tensor(b!)? second_mean, float second_eps, bool relu"
+    )
+
+
+def test_a_schema_without_updates_writes_to_nothing():
+    assert "!" not in parameters(Outer, updates=False)
+    assert parameters(Outer).replace("(a!)", "").replace("(b!)", "") == parameters(Outer, updates=False)
+
+
+def test_what_is_packed_comes_back_as_it_was():
+    value = Outer(1, Inner(2, 3, 4), 5, Inner(6, 7, 8), 9)
+    assert pack(value) == list(range(1, 10))
+    assert unpack(Outer, pack(value)) == value
+
+
+def test_the_places_of_the_arguments_also_hold_flags():
+    flags = [leaf.name == "norm2_bias" for leaf in leaves(Block)]
+    needs = unpack(Block, flags)
+    assert needs.norm2.bias
+    assert not needs.x and not any(needs.norm1) and not any(needs.convs)
