@@ -30,7 +30,7 @@ DEVICES = {80: tuning.SM_80, 90: tuning.SM_90}
 
 
 @dataclass(frozen=True)
-class Launch:
+class BlockLaunch:
     """One of an identity block's that moves activations, and how many it has to move: what a perfect cache leaves."""
 
     name: str
@@ -39,16 +39,16 @@ class Launch:
 
 
 LAUNCHES = (
-    Launch("conv1 + statistics", "conv_forward_kernel", 2),
-    Launch("bn1 + ReLU + conv2 + statistics", "conv_forward_kernel", 2),
-    Launch("bn2 + add + ReLU", "apply_kernel", 3),
-    Launch("ReLU', bn2 reduce", "backward_reduce_kernel", 3),
-    Launch("bn2 apply'", "backward_apply_kernel", 4),
-    Launch("conv2 grad-input + ReLU' + bn1 reduce", "grad_input_kernel", 3),
-    Launch("conv2 grad-weight, bn1 + ReLU recomputed", "conv_grad_weight_kernel", 2),
-    Launch("bn1 apply'", "backward_apply_kernel", 3),
-    Launch("conv1 grad-input + shortcut's gradient", "grad_input_kernel", 4),
-    Launch("conv1 grad-weight", "conv_grad_weight_kernel", 2),
+    BlockLaunch("conv1 + statistics", "conv_forward_kernel", 2),
+    BlockLaunch("bn1 + ReLU + conv2 + statistics", "conv_forward_kernel", 2),
+    BlockLaunch("bn2 + add + ReLU", "apply_kernel", 3),
+    BlockLaunch("ReLU', bn2 reduce", "backward_reduce_kernel", 3),
+    BlockLaunch("bn2 apply'", "backward_apply_kernel", 4),
+    BlockLaunch("conv2 grad-input + ReLU' + bn1 reduce", "grad_input_kernel", 3),
+    BlockLaunch("conv2 grad-weight, bn1 + ReLU recomputed", "conv_grad_weight_kernel", 2),
+    BlockLaunch("bn1 apply'", "backward_apply_kernel", 3),
+    BlockLaunch("conv1 grad-input + shortcut's gradient", "grad_input_kernel", 4),
+    BlockLaunch("conv1 grad-weight", "conv_grad_weight_kernel", 2),
 )
 MERGES = ("finalize_kernel", "backward_finalize_kernel", "merge_splits_kernel")  # of per-channel or weight size
 SECTOR = 32  # bytes

@@ -41,7 +41,8 @@ from .host.launch import (
     check_vectors,
     product_precision,
 )
-from .host.shapes import conv_shape
+from .host.shapes import ConvShape, conv_shape
+from .tuning import Config
 
 WIDE = tl.constexpr(64)  # columns of a tile from which its moments are worth a layout of their own
 
@@ -285,6 +286,9 @@ class Frozen(NamedTuple):
     eps: float
 
 
+_NOT_FROZEN = Frozen(None, None, None, None, None, 0.0)
+
+
 class Shortcut(NamedTuple):
     """The block's 1x1 convolution, of the same input and stride."""
 
@@ -297,6 +301,36 @@ class ConvOutput(NamedTuple):
     moments: Moments | None
     shortcut: Tensor | None  # (N, K, P, Q)
     shortcut_moments: Moments | None
+
+
+class Fusions(NamedTuple):
+    """What is fused to a convolution: arguments of `conv_forward`."""
+
+    stats: Tensor | None
+    bias: Tensor | None
+    frozen: Frozen | None
+    skip: Tensor | None
+    relu: bool
+    moments: bool
+    shortcut: Shortcut | None
+    shortcut_moments: bool
+
+    def flatten(self, shape: ConvShape) -> bool:
+        """Whether the reduction runs over (r, s, c) as one axis, which leaves no channels to fuse by."""
+        return shape.few_channels and self.stats is None and self.shortcut is None
+
+    def switches(self) -> dict[str, bool]:
+        """What the kernel is compiled with, in the key of its tile."""
+        return {
+            "prologue": self.stats is not None,
+            "relu": self.relu,
+            "moments": self.moments,
+            "bias": self.bias is not None,
+            "frozen": self.frozen is not None,
+            "skip": self.skip is not None,
+            "shortcut": self.shortcut is not None,
+            "shortcut_moments": self.shortcut_moments,
+        }
 
 
 def conv_forward(
@@ -335,89 +369,93 @@ def conv_forward(
         ValueError, TypeError: a shape, layout, type or device that does not fit.
     """
     shape = conv_shape(x, weight, stride, padding)
+    fusions = Fusions(stats, bias, frozen, skip, relu, moments, shortcut, shortcut_moments)
+    _check(x, shape, fusions)
+    precision = product_precision(x, tf32)
+
+    def run(config: Config) -> ConvOutput:
+        return _launch(config, x, weight, shape, fusions, precision)
+
+    flat = fusions.flatten(shape)
+    return run(tuning.gemm_config("forward", shape, x, run, precision=precision, flat=flat, **fusions.switches()))
+
+
+def _launch(
+    config: Config, x: Tensor, weight: Tensor, shape: ConvShape, fusions: Fusions, precision: str
+) -> ConvOutput:
     dtype, ACC = accumulator(x)
-    if stats is not None:
-        check_vectors("stats", stats, (4, shape.C), x)
-    check_vector("bias", bias, shape.K, x)
-    for name, vector in zip(Frozen._fields[:-1], frozen or ()):
+    T = triton.cdiv(shape.M, config.BLOCK_M)
+    frozen, shortcut = fusions.frozen or _NOT_FROZEN, fusions.shortcut
+    y = torch.empty(_y_shape(shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    z = torch.empty_like(y) if shortcut is not None else None
+    y_moments, z_moments = (
+        Moments(x.new_empty((3, T, shape.K), dtype=dtype), config.BLOCK_M, shape.M) if wanted else None
+        for wanted in (fusions.moments, fusions.shortcut_moments)
+    )
+    check_span(shape.H * shape.W * shape.C, shape.P * shape.Q, shape.N, config.BLOCK_M)
+    if shape.M:
+        with torch.cuda.device_of(x):
+            conv_forward_kernel[(T * triton.cdiv(shape.K, config.BLOCK_N),)](
+                x,
+                weight,
+                fusions.stats,
+                y,
+                fusions.bias,
+                y_moments and y_moments.partial,
+                frozen.running_mean,
+                frozen.running_var,
+                frozen.weight,
+                frozen.bias,
+                frozen.conv_bias,
+                fusions.skip,
+                shortcut and shortcut.weight,
+                z,
+                shortcut and shortcut.bias,
+                z_moments and z_moments.partial,
+                shape.H,
+                shape.W,
+                shape.P,
+                shape.Q,
+                shape.M,
+                T,
+                frozen.eps,
+                RELU=fusions.relu,
+                FLAT=fusions.flatten(shape),
+                WHOLE=shape.M % config.BLOCK_M == 0,
+                ACC=ACC,
+                PRECISION=precision,
+                **shape.constants(),
+                **config.options(),
+                **FLAGS,
+            )
+    return ConvOutput(y, y_moments, z, z_moments)
+
+
+def _y_shape(shape: ConvShape) -> tuple[int, int, int, int]:
+    return shape.N, shape.K, shape.P, shape.Q
+
+
+def _check(x: Tensor, shape: ConvShape, fusions: Fusions) -> None:
+    if fusions.stats is not None:
+        check_vectors("stats", fusions.stats, (4, shape.C), x)
+    check_vector("bias", fusions.bias, shape.K, x)
+    for name, vector in zip(Frozen._fields[:-1], fusions.frozen or ()):
         check_vector(name, vector, shape.K, x)
-    out_shape = (shape.N, shape.K, shape.P, shape.Q)
-    if skip is not None:
-        check_nhwc("skip", skip, x, out_shape)
-    if shortcut is not None:
-        check_nhwc("shortcut.weight", shortcut.weight, x, (shape.K, shape.C, 1, 1))
-        check_vector("shortcut.bias", shortcut.bias, shape.K, x)
-        if not shape.R == shape.S == 2 * padding + 1:
+    if fusions.skip is not None:
+        check_nhwc("skip", fusions.skip, x, _y_shape(shape))
+    if fusions.shortcut is not None:
+        check_nhwc("shortcut.weight", fusions.shortcut.weight, x, (shape.K, shape.C, 1, 1))
+        check_vector("shortcut.bias", fusions.shortcut.bias, shape.K, x)
+        width = 2 * shape.padding + 1
+        if not shape.R == shape.S == width:
             raise ValueError(
-                f"shortcut: expected a window with its centre at the padding, that is {2 * padding + 1} wide, "
+                f"shortcut: expected a window with its centre at the padding, that is {width} wide, "
                 f"got {shape.R}x{shape.S}"
             )
-    elif shortcut_moments:
+    elif fusions.shortcut_moments:
         raise ValueError("shortcut_moments: expected a shortcut to take them of, got none")
-    flat = shape.few_channels and stats is None and shortcut is None
-    if not flat and shape.R * shape.S > 63:
+    if not fusions.flatten(shape) and shape.R * shape.S > 63:
         raise ValueError(
             f"weight: expected a window of at most 63 pixels (a row's bit mask has one for each), "
             f"got {shape.R}x{shape.S}"
         )
-    precision = product_precision(x, tf32)
-
-    def launch(config: tuning.Config) -> ConvOutput:
-        y = torch.empty(out_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        T = triton.cdiv(shape.M, config.BLOCK_M)
-        taken, z_taken = (
-            Moments(x.new_empty((3, T, shape.K), dtype=dtype), config.BLOCK_M, shape.M) if wanted else None
-            for wanted in (moments, shortcut_moments)
-        )
-        z = torch.empty_like(y) if shortcut is not None else None
-        check_span(shape.H * shape.W * shape.C, shape.P * shape.Q, shape.N, config.BLOCK_M)
-        if shape.M:
-            with torch.cuda.device_of(x):
-                conv_forward_kernel[(T * triton.cdiv(shape.K, config.BLOCK_N),)](
-                    x,
-                    weight,
-                    stats,
-                    y,
-                    bias,
-                    taken and taken.partial,
-                    *(frozen[:-1] if frozen is not None else (None,) * 5),
-                    skip,
-                    shortcut and shortcut.weight,
-                    z,
-                    shortcut and shortcut.bias,
-                    z_taken and z_taken.partial,
-                    shape.H,
-                    shape.W,
-                    shape.P,
-                    shape.Q,
-                    shape.M,
-                    T,
-                    frozen.eps if frozen is not None else 0.0,
-                    RELU=relu,
-                    FLAT=flat,
-                    WHOLE=shape.M % config.BLOCK_M == 0,
-                    ACC=ACC,
-                    PRECISION=precision,
-                    **shape.constants(),
-                    **config.options(),
-                    **FLAGS,
-                )
-        return ConvOutput(y, taken, z, z_taken)
-
-    config = tuning.gemm_config(
-        "forward",
-        shape,
-        x,
-        launch,
-        precision=precision,
-        flat=flat,
-        prologue=stats is not None,
-        relu=relu,
-        moments=moments,
-        bias=bias is not None,
-        frozen=frozen is not None,
-        skip=skip is not None,
-        shortcut=shortcut is not None,
-        shortcut_moments=shortcut_moments,
-    )
-    return launch(config)

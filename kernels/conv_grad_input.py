@@ -4,7 +4,7 @@
 
     plain         dx = acc
     ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
-    Residual      dx = acc + dout * (out > 0)
+    IdentityGrad  dx = acc + dout * (out > 0)
     ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
 
 Rows of the GEMM are input pixels, columns are C, the reduction runs over (r, s, k). Activations are dense NHWC, the
@@ -15,7 +15,7 @@ With a stride only every stride-th tap meets an output pixel, and which ones dep
 each parity class (h % stride, w % stride) is a sub-grid of its own that runs over its own taps; a class without taps
 (1x1, stride 2) still runs its epilogue. All classes are one launch.
 
-Passes over an activation, besides dy and dx: ReluMask 1 (y1); Residual 2; ShortcutGrad 2 of dy's size, or 1.
+Passes over an activation, besides dy and dx: ReluMask 1 (y1); IdentityGrad 2; ShortcutGrad 2 of dy's size, or 1.
 """
 
 from __future__ import annotations
@@ -45,39 +45,9 @@ from .host.launch import (
     product_precision,
 )
 from .host.shapes import ConvShape
-from .tuning import Config
+from .tuning import Config, Epilogue
 
-
-@triton.jit
-def load_pixels(x, offsets, hits, ks, left, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile (rows, BLOCK_K) of channels of pixels; zero where a row does not hit the image, and beyond K."""
-    mask = hits[:, None]
-    if K % BLOCK_K != 0:
-        mask &= (ks < left)[None, :]
-    return tl.load(x + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def load_weight(
-    weight,
-    offsets,
-    ks,
-    left,
-    cols,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """A tile (BLOCK_K, BLOCK_N) of one tap's weights; zero beyond K and C."""
-    if K % BLOCK_K != 0 and C % BLOCK_N != 0:
-        return tl.load(weight + offsets, mask=(ks < left)[:, None] & (cols < C)[None, :], other=0.0)
-    elif K % BLOCK_K != 0:
-        return tl.load(weight + offsets, mask=(ks < left)[:, None], other=0.0)
-    elif C % BLOCK_N != 0:
-        return tl.load(weight + offsets, mask=(cols < C)[None, :], other=0.0)
-    else:
-        return tl.load(weight + offsets)
+# ---- the kernel ------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -116,21 +86,12 @@ def grad_input_kernel(
     COLUMN_TILES: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     cols = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     tile = tl.program_id(0) // COLUMN_TILES
-
-    # The parity class: pixels h = ph + STRIDE * i meet the taps r = r0 + STRIDE * a, a < A, at p = p0 + i - a.
     ph = tile % STRIDE
     pw = tile // STRIDE % STRIDE
-    r0 = (ph + PADDING) % STRIDE
-    s0 = (pw + PADDING) % STRIDE
-    p0 = (ph + PADDING) // STRIDE
-    q0 = (pw + PADDING) // STRIDE
-    A = (R - r0 + STRIDE - 1) // STRIDE
-    B = (S - s0 + STRIDE - 1) // STRIDE
-    height = (H - ph + STRIDE - 1) // STRIDE
-    width = (W - pw + STRIDE - 1) // STRIDE
-    area = tl.maximum(height, 1) * tl.maximum(width, 1)
+    r0, s0, p0, q0, A, B, height, width = parity_class(ph, pw, H, W, R, S, STRIDE, PADDING)
 
     # Offsets: 64 bits to the first image of the tile, 32 within the tile.
+    area = tl.maximum(height, 1) * tl.maximum(width, 1)
     row0 = tile // (STRIDE * STRIDE) * BLOCK_M
     image0 = row0 // area
     rows = row0 - image0 * area + tl.arange(0, BLOCK_M)  # within the class, from image0 on
@@ -143,80 +104,232 @@ def grad_input_kernel(
     else:
         pixels = (n * H + ph + STRIDE * i) * W + pw + STRIDE * j
 
-    # Bit a of a row is set where tap a misses the image, bit 16 + b likewise: a tap is one AND with a scalar.
-    misses = tl.where(inside, 0, -1)
-    for a in tl.static_range((R + STRIDE - 1) // STRIDE):
-        misses |= tl.where((p0 + i - a).to(tl.uint32) < P.to(tl.uint32), 0, 1 << a)
-    for b in tl.static_range((S + STRIDE - 1) // STRIDE):
-        misses |= tl.where((q0 + j - b).to(tl.uint32) < Q.to(tl.uint32), 0, 65536 << b)
-
+    misses = missed_taps(p0, q0, i, j, inside, P, Q, R, S, STRIDE)
     ks = tl.arange(0, BLOCK_K)
-    REDUCTION_TILES: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     dy_offsets = dy_rows[:, None] + ks[None, :]
     weight_offsets = ks[:, None] * (R * S * C) + cols[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    a = 0
-    b = 0
-    k = 0
-    for _ in range(tl.where(row0 < N * height * width, A * B * REDUCTION_TILES, 0)):
-        hits = misses & (1 << a | 65536 << b) == 0
-        dy_tile = load_pixels(dy + (k - (a * Q + b) * K), dy_offsets, hits, ks, K - k, K, BLOCK_K)
-        w = weight + (k * (R * S) + (r0 + STRIDE * a) * S + s0 + STRIDE * b) * C
-        weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
-        acc = dot(dy_tile, weight_tile, acc, PRECISION)
-        if REDUCTION_TILES > 1:
-            k += BLOCK_K
-            done = (k >= K).to(tl.int32)
-            k -= done * (REDUCTION_TILES * BLOCK_K)
-            b += done
-        else:
-            b += 1
-        done = (b == B).to(tl.int32)
-        b -= done * B
-        a += done
-
-    if shortcut_weight is not None:  # h = STRIDE * p: only the class (0, 0), whose rows are the pixels of dout in order
+    steps = tl.where(row0 < N * height * width, A * B * ((K + BLOCK_K - 1) // BLOCK_K), 0)
+    acc = reduce_taps(
+        dy,
+        weight,
+        dy_offsets,
+        weight_offsets,
+        misses,
+        steps,
+        B,
+        r0,
+        s0,
+        cols,
+        Q,
+        C,
+        K,
+        R,
+        S,
+        STRIDE,
+        ACC,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if shortcut_weight is not None:
         image = image0.to(tl.int64) * (P * Q * K)
-        HALF_K: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 32 else BLOCK_K  # two tiles in the place of one of dy
-        ks = tl.arange(0, HALF_K)
-        offsets = rows[:, None] * K + ks[None, :]
-        weight_offsets = ks[:, None] * C + cols[None, :]
-        for k in range(0, tl.where(ph + pw == 0, K, 0), HALF_K):
-            g = load_pixels(dout + image + k, offsets, inside, ks, K - k, K, HALF_K)
-            if out is not None:
-                z = load_pixels(out + image + k, offsets, inside, ks, K - k, K, HALF_K)
-                g = tl.where(relu_passes(z), g, tl.zeros_like(g))
-            w = shortcut_weight + k * C
-            weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, HALF_K)
-            acc = dot(g, weight_tile, acc, PRECISION)
+        acc = add_shortcut(
+            acc, dout, out, shortcut_weight, image, rows, inside, ph, pw, cols, C, K, PRECISION, BLOCK_N, BLOCK_K
+        )
 
     mask = inside[:, None]
     if C % BLOCK_N != 0:
         mask &= (cols < C)[None, :]
     image = image0.to(tl.int64) * (H * W * C)
     offsets = pixels[:, None] * C + cols[None, :]
-    STORED: tl.constexpr = dx.dtype.element_ty
     if y1 is not None:
-        live = cols < C
-        scale = tl.load(stats + (2 * C + cols)[None, :], mask=live[None, :])
-        shift = tl.load(stats + (3 * C + cols)[None, :], mask=live[None, :])
-        value = tl.load(y1 + image + offsets, mask=mask, other=0.0).to(ACC)
-        passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # beyond, acc is 0 * weight
-        g = tl.where(passes, acc.to(STORED).to(ACC), 0.0)
-        tl.store(dx + image + offsets, g.to(STORED), mask=mask)
-        sum_gx = column_sums(g * (value - tl.load(stats + cols[None, :], mask=live[None, :])))
-        partial += tile.to(tl.int64) * C + cols
-        tl.store(partial, column_sums(g), mask=live)
-        tl.store(partial + T.to(tl.int64) * C, sum_gx * tl.load(stats + C + cols, mask=live), mask=live)
+        store_masked_by_relu(acc, dx, y1, stats, partial, image, offsets, mask, inside, cols, tile, T, C, ACC)
     else:
         if shortcut_weight is None and dout is not None:
-            g = tl.load(dout + image + offsets, mask=mask, other=0.0)
-            z = tl.load(out + image + offsets, mask=mask, other=0.0)
-            acc += tl.where(relu_passes(z), g, tl.zeros_like(g)).to(ACC)
-        tl.store(dx + image + offsets, acc.to(STORED), mask=mask)
+            acc = add_identity(acc, dout, out, image, offsets, mask)
+        tl.store(dx + image + offsets, acc.to(dx.dtype.element_ty), mask=mask)
 
 
-# ---- launcher --------------------------------------------------------------------------------------------------
+@triton.jit
+def parity_class(ph, pw, H, W, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr):
+    """The taps that the class (h % STRIDE, w % STRIDE) = (ph, pw) meets, A x B of them, and its height and width.
+
+    Its pixels h = ph + STRIDE * i meet the taps r = r0 + STRIDE * a, a < A, at output pixel p = p0 + i - a. The same
+    holds along the other axis for w, j, s, b and q.
+    """
+    r0 = (ph + PADDING) % STRIDE
+    s0 = (pw + PADDING) % STRIDE
+    p0 = (ph + PADDING) // STRIDE
+    q0 = (pw + PADDING) // STRIDE
+    A = (R - r0 + STRIDE - 1) // STRIDE
+    B = (S - s0 + STRIDE - 1) // STRIDE
+    height = (H - ph + STRIDE - 1) // STRIDE
+    width = (W - pw + STRIDE - 1) // STRIDE
+    return r0, s0, p0, q0, A, B, height, width
+
+
+@triton.jit
+def missed_taps(p0, q0, i, j, inside, P, Q, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr):
+    """A bit mask per row: bit a says that taps (a, *) miss the image, bit 16 + b that taps (*, b) do.
+
+    A step of the reduction asks for one tap by one AND with a scalar.
+    """
+    misses = tl.where(inside, 0, -1)
+    for a in tl.static_range((R + STRIDE - 1) // STRIDE):
+        misses |= tl.where((p0 + i - a).to(tl.uint32) < P.to(tl.uint32), 0, 1 << a)
+    for b in tl.static_range((S + STRIDE - 1) // STRIDE):
+        misses |= tl.where((q0 + j - b).to(tl.uint32) < Q.to(tl.uint32), 0, 65536 << b)
+    return misses
+
+
+@triton.jit
+def reduce_taps(
+    dy,
+    weight,
+    dy_offsets,
+    weight_offsets,
+    misses,
+    steps,
+    B,
+    r0,
+    s0,
+    cols,
+    Q,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The sum over a class's taps (a, b), B to a row, and over k. A step takes one tap and BLOCK_K channels."""
+    CHANNEL_STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    ks = tl.arange(0, BLOCK_K)
+    a = 0
+    b = 0
+    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    k = 0
+    for _ in range(steps):
+        hits = misses & (1 << a | 65536 << b) == 0
+        dy_tile = load_pixels(dy + (k - (a * Q + b) * K), dy_offsets, hits, ks, K - k, K, BLOCK_K)
+        w = weight + (k * (R * S) + (r0 + STRIDE * a) * S + s0 + STRIDE * b) * C
+        weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
+        acc = dot(dy_tile, weight_tile, acc, PRECISION)
+        if CHANNEL_STEPS > 1:
+            k += BLOCK_K
+            done = (k >= K).to(tl.int32)
+            k -= done * (CHANNEL_STEPS * BLOCK_K)
+            b += done
+        else:
+            b += 1
+        done = (b == B).to(tl.int32)
+        b -= done * B
+        a += done
+    return acc
+
+
+@triton.jit
+def load_pixels(x, offsets, hits, ks, left, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile (rows, BLOCK_K) of channels of pixels; zero where a row does not hit the image, and beyond K."""
+    mask = hits[:, None]
+    if K % BLOCK_K != 0:
+        mask &= (ks < left)[None, :]
+    return tl.load(x + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_weight(
+    weight,
+    offsets,
+    ks,
+    left,
+    cols,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile (BLOCK_K, BLOCK_N) of one tap's weights; zero beyond K and C."""
+    if K % BLOCK_K != 0 and C % BLOCK_N != 0:
+        return tl.load(weight + offsets, mask=(ks < left)[:, None] & (cols < C)[None, :], other=0.0)
+    elif K % BLOCK_K != 0:
+        return tl.load(weight + offsets, mask=(ks < left)[:, None], other=0.0)
+    elif C % BLOCK_N != 0:
+        return tl.load(weight + offsets, mask=(cols < C)[None, :], other=0.0)
+    else:
+        return tl.load(weight + offsets)
+
+
+@triton.jit
+def add_shortcut(
+    acc,
+    dout,
+    out,
+    weight,
+    image,
+    rows,
+    inside,
+    ph,
+    pw,
+    cols,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + the 1x1 shortcut's grad-input of dout, masked by `out` where it is given.
+
+    Its one tap meets the pixels h = STRIDE * p alone: those of the class (0, 0), whose rows are dout's pixels in order.
+    """
+    HALF_K: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 32 else BLOCK_K  # two tiles in the place of one of dy
+    ks = tl.arange(0, HALF_K)
+    offsets = rows[:, None] * K + ks[None, :]
+    weight_offsets = ks[:, None] * C + cols[None, :]
+    for k in range(0, tl.where(ph + pw == 0, K, 0), HALF_K):
+        g = load_pixels(dout + image + k, offsets, inside, ks, K - k, K, HALF_K)
+        if out is not None:
+            z = load_pixels(out + image + k, offsets, inside, ks, K - k, K, HALF_K)
+            g = tl.where(relu_passes(z), g, tl.zeros_like(g))
+        w = weight + k * C
+        weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, HALF_K)
+        acc = dot(g, weight_tile, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_identity(acc, dout, out, image, offsets, mask):
+    """acc + dout * (out > 0), the identity shortcut's gradient."""
+    g = tl.load(dout + image + offsets, mask=mask, other=0.0)
+    z = tl.load(out + image + offsets, mask=mask, other=0.0)
+    return acc + tl.where(relu_passes(z), g, tl.zeros_like(g)).to(acc.dtype)
+
+
+@triton.jit
+def store_masked_by_relu(
+    acc, dx, y1, stats, partial, image, offsets, mask, inside, cols, tile, T, C: tl.constexpr, ACC: tl.constexpr
+):
+    """Store g = acc * (y1 * scale + shift > 0) in place of dx, and its sums g and g * xhat in row `tile` of partial."""
+    STORED: tl.constexpr = dx.dtype.element_ty
+    live = cols < C
+    scale = tl.load(stats + (2 * C + cols)[None, :], mask=live[None, :])
+    shift = tl.load(stats + (3 * C + cols)[None, :], mask=live[None, :])
+    value = tl.load(y1 + image + offsets, mask=mask, other=0.0).to(ACC)
+    passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # beyond, acc is 0 * weight
+    g = tl.where(passes, acc.to(STORED).to(ACC), 0.0)
+    tl.store(dx + image + offsets, g.to(STORED), mask=mask)
+    sum_gx = column_sums(g * (value - tl.load(stats + cols[None, :], mask=live[None, :])))
+    partial += tile.to(tl.int64) * C + cols
+    tl.store(partial, column_sums(g), mask=live)
+    tl.store(partial + T.to(tl.int64) * C, sum_gx * tl.load(stats + C + cols, mask=live), mask=live)
+
+
+# ---- the launcher ----------------------------------------------------------------------------------------------
 
 
 class ReluMask(NamedTuple):
@@ -226,7 +339,7 @@ class ReluMask(NamedTuple):
     stats: Tensor  # (4, C) = mean, invstd, scale, shift
 
 
-class Residual(NamedTuple):
+class IdentityGrad(NamedTuple):
     """The convolution's input also is the identity shortcut of out = relu(... + input)."""
 
     dout: Tensor  # (N, C, H, W)
@@ -241,6 +354,12 @@ class ShortcutGrad(NamedTuple):
     weight: Tensor  # (K, C, 1, 1)
 
 
+_EPILOGUES = {
+    type(None): Epilogue.NONE,
+    ReluMask: Epilogue.RELU_MASK,
+    IdentityGrad: Epilogue.IDENTITY_GRAD,
+    ShortcutGrad: Epilogue.SHORTCUT_GRAD,
+}
 _TAPS = 15  # bits per axis of a row's misses
 
 
@@ -248,7 +367,7 @@ def conv_grad_input(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | Residual | ShortcutGrad | None = None,
+    epilogue: ReluMask | IdentityGrad | ShortcutGrad | None = None,
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -270,7 +389,7 @@ def conv_grad_input(
         (shape.N, shape.C, shape.H, shape.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
     )
     mask = epilogue if isinstance(epilogue, ReluMask) else None
-    branch = epilogue if isinstance(epilogue, (Residual, ShortcutGrad)) else None
+    branch = epilogue if isinstance(epilogue, (IdentityGrad, ShortcutGrad)) else None
     if shape.N == 0:
         for grad in (dweight, dbias):
             if grad is not None:
@@ -311,7 +430,7 @@ def conv_grad_input(
         dy,
         run,
         precision=precision,
-        epilogue=type(epilogue).__name__,
+        epilogue=_EPILOGUES[type(epilogue)],
         masked=branch is not None and branch.out is not None,
     )
     partial = run(config)
@@ -328,7 +447,7 @@ def _check(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | Residual | ShortcutGrad | None,
+    epilogue: ReluMask | IdentityGrad | ShortcutGrad | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
 ) -> None:
@@ -343,7 +462,7 @@ def _check(
         check_vector("dbias", dbias, shape.C, dy)
     elif dweight is not None or dbias is not None:
         raise ValueError("dweight, dbias: only ReluMask has sums to write there")
-    elif isinstance(epilogue, Residual):
+    elif isinstance(epilogue, IdentityGrad):
         check_nhwc("dout", epilogue.dout, dy, x)
         check_nhwc("out", epilogue.out, dy, x)
     elif isinstance(epilogue, ShortcutGrad):
@@ -355,7 +474,9 @@ def _check(
             check_nhwc("out", epilogue.out, dy, y)
         check_nhwc("shortcut weight", epilogue.weight, dy, (shape.K, shape.C, 1, 1))
     elif epilogue is not None:
-        raise TypeError(f"epilogue: expected ReluMask, Residual, ShortcutGrad or None, got {type(epilogue).__name__}")
+        raise TypeError(
+            f"epilogue: expected ReluMask, IdentityGrad, ShortcutGrad or None, got {type(epilogue).__name__}"
+        )
 
     if max(shape.R, shape.S) > _TAPS * shape.stride:
         raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")

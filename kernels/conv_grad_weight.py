@@ -80,61 +80,41 @@ def conv_grad_weight_kernel(
     COLUMNS: tl.constexpr = R * S * C if FLAT else C
     BLOCK_OUT: tl.constexpr = BLOCK_N if DY_MOVES else BLOCK_M
     BLOCK_IN: tl.constexpr = BLOCK_M if DY_MOVES else BLOCK_N
-    K_TILES: tl.constexpr = (K + BLOCK_OUT - 1) // BLOCK_OUT
-    C_TILES: tl.constexpr = (COLUMNS + BLOCK_IN - 1) // BLOCK_IN
-    ks = tl.program_id(0) % K_TILES * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    cs = tl.program_id(0) // K_TILES % C_TILES * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    tap = tl.program_id(0) // (K_TILES * C_TILES) * TAPS
-    live_k = ks < K if K % BLOCK_OUT else tl.full([BLOCK_OUT], True, tl.int1)
-    live_c = cs < COLUMNS if COLUMNS % BLOCK_IN else tl.full([BLOCK_IN], True, tl.int1)
-    channels = cs % C if FLAT else cs
+    ALONG: tl.constexpr = SAME and not FLAT  # the moving operand's pixels advance by BLOCK_K a step, as the still one's
+    ks, cs, tap = weight_tile(K, COLUMNS, TAPS, BLOCK_OUT, BLOCK_IN)
+    live_k = existing(ks, K, BLOCK_OUT)
+    live_c = existing(cs, COLUMNS, BLOCK_IN)
     scale, shift = None, None
     if stats is not None:
-        scale = tl.load(stats + 2 * C + channels, mask=live_c, other=0.0)
-        shift = tl.load(stats + 3 * C + channels, mask=live_c, other=0.0)
-        if DY_MOVES:
-            scale, shift = scale[:, None], shift[:, None]
-        else:
-            scale, shift = scale[None, :], shift[None, :]
+        scale, shift = load_prologue(stats, cs % C if FLAT else cs, live_c, C, DY_MOVES)
 
-    # Pixel (n, i, j) of each row of the step, n counted from the first image of the split.
-    GH = H if DY_MOVES else P
-    GW = W if DY_MOVES else Q
+    # The still operand's pixels of the first step: row i, column j and image n, counted from the split's first image.
+    height = H if DY_MOVES else P
+    width = W if DY_MOVES else Q
     m0 = tl.program_id(1).to(tl.int64) * STEPS * BLOCK_K
     left = tl.minimum(M - m0, STEPS * BLOCK_K).to(tl.int32)
-    image = m0 // (GH * GW)
+    image = m0 // (height * width)
     rows = tl.arange(0, BLOCK_K)
-    pixels = (m0 - image * GH * GW).to(tl.int32) + rows
-    j = pixels % GW
-    i = pixels // GW % GH
-    n = pixels // (GH * GW)
+    j, i, n = locate_pixels((m0 - image * height * width).to(tl.int32) + rows, height, width)
 
-    # Where the moving operand is read: pixel (i * STRIDE + row0, j * STRIDE + col0), one column further per tap.
+    # The moving operand's pixels at the first tap: row i * STRIDE + row0, column j * STRIDE + col0.
     if DY_MOVES:
-        VH, VW = P, Q
         row0, col0 = PADDING - tap // S, PADDING - tap % S
         still_offsets = cs[:, None] + rows[None, :] * C
         x += m0 * C
+        start = (m0 + row0 * Q + col0 if ALONG else image * P * Q) * K
+        dy += start
+        if out is not None:
+            out += start
     else:
-        VH, VW = H, W
         row0, col0 = tap // S - PADDING, tap % S - PADDING
         still_offsets = ks[:, None] + rows[None, :] * K
         dy += m0 * K
         if out is not None:
             out += m0 * K
-    if FLAT:
-        r, s = cs // (S * C), cs // C % S
-    # The moving operand's first pixel: of the step where it moves along with the still one, of the image elsewhere.
-    if SAME and not FLAT:
-        start = m0 + row0 * VW + col0
-    else:
-        start = image * VH * VW
-    if DY_MOVES:
-        dy += start * K
-        if out is not None:
-            out += start * K
-    else:
-        x += start * C
+        if FLAT:
+            r, s = cs // (S * C), cs // C % S
+        x += (m0 + row0 * W + col0 if ALONG else image * H * W) * C
 
     acc = ()
     for _ in tl.static_range(TAPS):
@@ -143,65 +123,154 @@ def conv_grad_weight_kernel(
         valid = tl.full([BLOCK_K], True, tl.int1) if EVEN else rows < left - step * BLOCK_K
         v = i * STRIDE + row0
         w = j * STRIDE + col0
-        if SAME and not FLAT:
-            moved = rows
-        else:
-            moved = (n * VH + v) * VW + w
         if DY_MOVES:
+            moved = rows if ALONG else (n * P + v) * Q + w
             a = load_input(x + still_offsets, valid[None, :], live_c[:, None], scale, shift)
+            acc = multiply_by_moving_grad(acc, a, dy, out, moved, v, w, valid, ks, live_k, P, Q, K, TAPS, PRECISION)
         else:
+            moved = rows if ALONG else (n * H + v) * W + w
             g = load_grad(dy, out, still_offsets, live_k[:, None] & valid[None, :])
-        new = ()
-        for t in tl.static_range(TAPS):
             if FLAT:
-                offsets = moved[:, None] * C + ((r * W + s) * C + cs % C)[None, :]
-                high, wide = v[:, None] + r[None, :], w[:, None] + s[None, :]
-                inside = valid[:, None] & (high >= 0) & (high < H) & (wide >= 0) & (wide < W)
+                offsets, inside = gathered_window(moved, v, w, valid, r, s, cs, H, W, C)
                 a = load_input(x + offsets, inside, live_c[None, :], scale, shift)
-                new += (dot(g, a, acc[t], PRECISION),)
-            elif DY_MOVES:
-                inside = valid & within(v, VH) & within(w - t, VW)
-                offsets = (moved - t)[:, None] * K + ks[None, :]
-                g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
-                new += (dot(a, g, acc[t], PRECISION),)
+                acc = (dot(g, a, acc[0], PRECISION),)
             else:
-                inside = valid
-                if PADDING > 0:
-                    inside = valid & within(v, VH) & within(w + t, VW)
-                offsets = (moved + t)[:, None] * C + cs[None, :]
-                a = load_input(x + offsets, inside[:, None], live_c[None, :], scale, shift)
-                new += (dot(g, a, acc[t], PRECISION),)
-        acc = new
-        # The next step's pixels, without a division.
-        j += BLOCK_K % GW
-        carry = j >= GW
-        j -= tl.where(carry, GW, 0)
-        i += BLOCK_K // GW % GH + carry.to(tl.int32)
-        carry = i >= GH
-        i -= tl.where(carry, GH, 0)
-        n += BLOCK_K // (GW * GH) + carry.to(tl.int32)
+                acc = multiply_by_moving_input(
+                    acc, g, x, scale, shift, moved, v, w, valid, cs, live_c, H, W, C, PADDING, TAPS, PRECISION
+                )
+        j, i, n = next_pixels(j, i, n, height, width, BLOCK_K)
         if DY_MOVES:
             x += BLOCK_K * C
-        else:
+        if ALONG or not DY_MOVES:
             dy += BLOCK_K * K
             if out is not None:
                 out += BLOCK_K * K
-        if SAME and not FLAT:
-            if DY_MOVES:
-                dy += BLOCK_K * K
-                if out is not None:
-                    out += BLOCK_K * K
-            else:
-                x += BLOCK_K * C
+        if ALONG and not DY_MOVES:
+            x += BLOCK_K * C
 
     dw += tl.program_id(1).to(tl.int64) * (K * R * S * C)
     for t in tl.static_range(TAPS):
         offsets = ks[:, None] * (R * S * C) + (tap + t) * C + cs[None, :]
         mask = live_k[:, None] & live_c[None, :]
-        if DY_MOVES:
-            tl.store(dw + offsets, tl.trans(acc[t]), mask=mask)
-        else:
-            tl.store(dw + offsets, acc[t], mask=mask)
+        tl.store(dw + offsets, tl.trans(acc[t]) if DY_MOVES else acc[t], mask=mask)
+
+
+@triton.jit
+def weight_tile(
+    K: tl.constexpr, COLUMNS: tl.constexpr, TAPS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr
+):
+    """This program's tile of dW: its output channels, its input channels (positions where FLAT) and its first tap."""
+    K_TILES: tl.constexpr = (K + BLOCK_OUT - 1) // BLOCK_OUT
+    C_TILES: tl.constexpr = (COLUMNS + BLOCK_IN - 1) // BLOCK_IN
+    ks = tl.program_id(0) % K_TILES * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    cs = tl.program_id(0) // K_TILES % C_TILES * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    tap = tl.program_id(0) // (K_TILES * C_TILES) * TAPS
+    return ks, cs, tap
+
+
+@triton.jit
+def existing(index, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """index < SIZE. Where blocks divide SIZE it is known, and no load needs a mask for it."""
+    return index < SIZE if SIZE % BLOCK else tl.full([BLOCK], True, tl.int1)
+
+
+@triton.jit
+def load_prologue(stats, channels, live, C: tl.constexpr, DY_MOVES: tl.constexpr):
+    """scale and shift of the input's channels. They lie along the rows of its tile where dy moves, else the columns."""
+    scale = tl.load(stats + 2 * C + channels, mask=live, other=0.0)
+    shift = tl.load(stats + 3 * C + channels, mask=live, other=0.0)
+    if DY_MOVES:
+        scale, shift = scale[:, None], shift[:, None]
+    else:
+        scale, shift = scale[None, :], shift[None, :]
+    return scale, shift
+
+
+@triton.jit
+def locate_pixels(pixels, height, width):
+    """Column, row and image of each pixel, counted over maps of height x width."""
+    return pixels % width, pixels // width % height, pixels // (height * width)
+
+
+@triton.jit
+def next_pixels(j, i, n, height, width, BLOCK_K: tl.constexpr):
+    """The pixels BLOCK_K further. It adds and carries where `locate_pixels` divides."""
+    j += BLOCK_K % width
+    carry = j >= width
+    j -= tl.where(carry, width, 0)
+    i += BLOCK_K // width % height + carry.to(tl.int32)
+    carry = i >= height
+    i -= tl.where(carry, height, 0)
+    n += BLOCK_K // (width * height) + carry.to(tl.int32)
+    return j, i, n
+
+
+@triton.jit
+def multiply_by_moving_grad(
+    acc,
+    a,
+    dy,
+    out,
+    moved,
+    p,
+    q,
+    valid,
+    ks,
+    live_k,
+    P,
+    Q,
+    K: tl.constexpr,
+    TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc[t] + a @ g for each tap t. Its g is read at the pixels (p, q - t)."""
+    new = ()
+    for t in tl.static_range(TAPS):
+        inside = valid & within(p, P) & within(q - t, Q)
+        offsets = (moved - t)[:, None] * K + ks[None, :]
+        g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
+        new += (dot(a, g, acc[t], PRECISION),)
+    return new
+
+
+@triton.jit
+def multiply_by_moving_input(
+    acc,
+    g,
+    x,
+    scale,
+    shift,
+    moved,
+    h,
+    w,
+    valid,
+    cs,
+    live_c,
+    H,
+    W,
+    C: tl.constexpr,
+    PADDING: tl.constexpr,
+    TAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc[t] + g @ a for each tap t. Its a is read at the pixels (h, w + t)."""
+    new = ()
+    for t in tl.static_range(TAPS):
+        inside = valid
+        if PADDING > 0:
+            inside = valid & within(h, H) & within(w + t, W)
+        offsets = (moved + t)[:, None] * C + cs[None, :]
+        a = load_input(x + offsets, inside[:, None], live_c[None, :], scale, shift)
+        new += (dot(g, a, acc[t], PRECISION),)
+    return new
+
+
+@triton.jit
+def gathered_window(pixel0, h0, w0, valid, r, s, cs, H, W, C: tl.constexpr):
+    """Where x has the positions `cs`, (r, s, c) each, of each row's window, and which of these lie in the image."""
+    offsets = pixel0[:, None] * C + ((r * W + s) * C + cs % C)[None, :]
+    h, w = h0[:, None] + r[None, :], w0[:, None] + s[None, :]
+    return offsets, valid[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
 
 
 @triton.jit
@@ -259,7 +328,7 @@ _MAX_SPAN = 2**31  # elements that 32-bit offsets reach
 
 
 @dataclass(frozen=True)
-class Launch:
+class GradWeightPlan:
     """How one convolution's grad-weight is launched. A function of shape and types alone, not of the device."""
 
     splits: int
@@ -286,7 +355,7 @@ def dy_moves(shape: ConvShape, activated: bool) -> bool:
 
 
 @cache
-def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> Launch:
+def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> GradWeightPlan:
     """Splits, tiles and specialisation of a launch."""
     flat = shape.few_channels
     moves = dy_moves(shape, activated)
@@ -301,7 +370,7 @@ def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> La
     M = shape.N * shape.H * shape.W if moves else shape.M
     steps = triton.cdiv(M, config.BLOCK_K)
     per_split = triton.cdiv(steps, _splits(shape, tiles, steps, itemsize))
-    return Launch(
+    return GradWeightPlan(
         splits=triton.cdiv(steps, per_split),
         tiles=tiles,
         steps=per_split,
@@ -376,13 +445,13 @@ def _launch(
     config: Config, dy: Tensor, x: Tensor, shape: ConvShape, stats: Tensor | None, out: Tensor | None, tf32: bool
 ) -> Tensor:
     config = fit(config, shape, x.element_size(), stats is not None)
-    launch = plan(shape, config, x.element_size(), stats is not None)
+    planned = plan(shape, config, x.element_size(), stats is not None)
     dtype, ACC = accumulator(x)
     dw = empty_weight(x, shape)
     size = dw.numel()
-    partial = dw if launch.splits == 1 else torch.empty((launch.splits, size), dtype=dtype, device=x.device)
+    partial = dw if planned.splits == 1 else torch.empty((planned.splits, size), dtype=dtype, device=x.device)
     with torch.cuda.device_of(x):
-        conv_grad_weight_kernel[(launch.tiles, launch.splits)](
+        conv_grad_weight_kernel[(planned.tiles, planned.splits)](
             dy,
             out,
             x,
@@ -392,15 +461,15 @@ def _launch(
             shape.W,
             shape.P,
             shape.Q,
-            launch.pixels,
-            launch.steps,
-            **launch.constants,
+            planned.pixels,
+            planned.steps,
+            **planned.constants,
             ACC=ACC,
             PRECISION=product_precision(x, tf32),
             **config.options(),
             **FLAGS,
         )
-    return dw if launch.splits == 1 else merge_splits(partial, dw)
+    return dw if planned.splits == 1 else merge_splits(partial, dw)
 
 
 def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:

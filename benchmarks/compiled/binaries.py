@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from benchmarks.compiled.launches import Launch
+from benchmarks.compiled.launches import RecordedLaunch
 from benchmarks.compiled.limits import DEVICES, Device
 
 
@@ -289,7 +289,7 @@ def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
 _DOT = re.compile(r"tt\.dot(?:_scaled)? .*?: tensor<(?:\d+x)+(\w+)[,>]")
 
 
-def _compile(launch: Launch, device: Device):
+def _compile(launch: RecordedLaunch, device: Device):
     import triton
     from triton.compiler import ASTSource
 
@@ -297,7 +297,7 @@ def _compile(launch: Launch, device: Device):
     return triton.compile(source, target=device.target, options=launch.options)
 
 
-def _read(launch: Launch, device: Device) -> tuple[Figures, bytes | None]:
+def _read(launch: RecordedLaunch, device: Device) -> tuple[Figures, bytes | None]:
     """(figures, cubin): what is known without a disassembly."""
     try:
         compiled = _compile(launch, device)
@@ -319,7 +319,7 @@ def _read(launch: Launch, device: Device) -> tuple[Figures, bytes | None]:
     return figures, cubin
 
 
-def read(jobs: Sequence[tuple[Launch, str]]) -> list[Figures]:
+def read(jobs: Sequence[tuple[RecordedLaunch, str]]) -> list[Figures]:
     """Figures of each (launch, name of a device in `limits.DEVICES`)."""
     results = [_read(launch, DEVICES[name]) for launch, name in jobs]
     for device in DEVICES.values():

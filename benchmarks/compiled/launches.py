@@ -48,7 +48,7 @@ class TensorArgument:
 
 
 @dataclass
-class Launch:
+class RecordedLaunch:
     """One specialisation of a kernel: what a compilation depends on, and the tensors it was launched with."""
 
     module: str
@@ -120,9 +120,9 @@ class _Driver:
         return self._properties
 
 
-def unite(launches: Iterable[Launch]) -> list[Launch]:
+def unite(launches: Iterable[RecordedLaunch]) -> list[RecordedLaunch]:
     """One launch per kernel and specialisation, with the tensors and cases of all that had it."""
-    united: dict[tuple[str, str, str], Launch] = {}
+    united: dict[tuple[str, str, str], RecordedLaunch] = {}
     for launch in launches:
         first = united.setdefault((launch.module, launch.kernel, launch.specialisation), launch)
         if first is not launch:
@@ -132,7 +132,7 @@ def unite(launches: Iterable[Launch]) -> list[Launch]:
 
 
 @contextmanager
-def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Iterator[list[Launch]]:
+def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Iterator[list[RecordedLaunch]]:
     """Within, a launch of a Triton kernel is appended to the list that this gives, as for `target`, and not run.
 
     `properties` are what code that asks Triton's driver for the device's properties is told.
@@ -145,7 +145,7 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
 
     if knobs.runtime.interpret:
         raise RuntimeError("launches cannot be recorded while kernels are interpreted: unset TRITON_INTERPRET")
-    launches: list[Launch] = []
+    launches: list[RecordedLaunch] = []
     passed: dict[str, object] = {}
     run = jit.JITFunction.run
 
@@ -159,7 +159,7 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
         function = fn.jit_function
         own = set(function.arg_names)
         launches.append(
-            Launch(
+            RecordedLaunch(
                 module=function.module,
                 kernel=function.fn.__qualname__,
                 signature=dict(compile["signature"]),
@@ -215,7 +215,7 @@ def _called(function: JITFunction) -> Iterator[JITFunction]:
             yield callee
 
 
-def not_reached(package: ModuleType, launches: Iterable[Launch]) -> list[str]:
+def not_reached(package: ModuleType, launches: Iterable[RecordedLaunch]) -> list[str]:
     """The `@triton.jit` functions of a package that no recorded launch runs, neither directly nor through another."""
     left = jit_functions(package)
     reached = [launch.function() for launch in launches]

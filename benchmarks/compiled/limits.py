@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
 
-from benchmarks.compiled.launches import VECTOR, Launch
+from benchmarks.compiled.launches import VECTOR, RecordedLaunch
 
 if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
@@ -139,7 +139,7 @@ NARROWER = (
 )
 
 
-def bulk_tensors(launch: Launch, device: Device) -> dict[str, int]:
+def bulk_tensors(launch: RecordedLaunch, device: Device) -> dict[str, int]:
     """Bytes that an access has to have at least, by argument: for large tensors of rows of whole vectors.
 
     No more than the launch's smallest tile has for each thread.
@@ -161,7 +161,7 @@ def _is_traded(device: Device, figures: Figures) -> bool:
     return device.backend == "cuda" and figures.stack <= TRADED and more <= device.max_registers and costs
 
 
-def problems(device: Device, launch: Launch, figures: Figures) -> Iterator[tuple[str, str]]:
+def problems(device: Device, launch: RecordedLaunch, figures: Figures) -> Iterator[tuple[str, str]]:
     """(kind, what is wrong), of one compiled specialisation."""
     if figures.error:
         yield "error", figures.error

@@ -33,7 +33,7 @@ import torch
 
 from benchmarks.compiled import binaries, limits
 from benchmarks.compiled.binaries import Figures
-from benchmarks.compiled.launches import Launch, not_reached, record, unite
+from benchmarks.compiled.launches import RecordedLaunch, not_reached, record, unite
 from benchmarks.compiled.limits import DEVICES
 from resnet import kernels
 from resnet.kernels import tuning
@@ -122,11 +122,11 @@ CASES: dict[str, Callable[[], None]] = {
 MODELS = {"sm_80": tuning.SM_80, "sm_90": tuning.SM_90, "sm_100": tuning.SM_100, "gfx942": tuning.GFX942}
 
 
-def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
+def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[RecordedLaunch]:
     """The specialisations that real calls would compile on a device of `limits.DEVICES`."""
     import resnet
 
-    found: list[Launch] = []
+    found: list[RecordedLaunch] = []
     torch.set_num_threads(1)
     recording = record(DEVICES[device].target, DEVICES[device].properties)
     every = tuning.every_candidate(MODELS[device])
@@ -140,13 +140,13 @@ def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[Launch]:
     return found
 
 
-def _held(launch: Launch) -> int:
+def _held(launch: RecordedLaunch) -> int:
     """What a program has to hold beside its tile, roughly: tensors, and masks of ragged rows and channels."""
     ragged = sum(not t.aligned for t in launch.tensors.values())
     return len(launch.tensors) + ragged + ("WHOLE=False" in launch.features)
 
 
-def share(launches: Mapping[str, Sequence[Launch]]) -> list[tuple[Launch, str]]:
+def share(launches: Mapping[str, Sequence[RecordedLaunch]]) -> list[tuple[RecordedLaunch, str]]:
     """Some of each device's launches. Of each kernel every feature, and every tile per element size, is in one of them
     on one of the devices at least, and every element size on each device; so is every tile of a GEMM, which is more
     than its parts: the accumulators are its rows times its columns. Of launches that have as much of this the one that
@@ -181,9 +181,9 @@ def share(launches: Mapping[str, Sequence[Launch]]) -> list[tuple[Launch, str]]:
 
 
 @dataclass
-class Row:
+class CompiledLaunch:
     device: str
-    launch: Launch
+    launch: RecordedLaunch
     figures: Figures
 
     @property
@@ -205,7 +205,7 @@ class Row:
         }
 
 
-def _cache_key(launch: Launch, device: str) -> str:
+def _cache_key(launch: RecordedLaunch, device: str) -> str:
     import triton
 
     sources = [Path(module.__file__).read_text() for module in (binaries, limits)]
@@ -213,7 +213,7 @@ def _cache_key(launch: Launch, device: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def compiled(jobs: Sequence[tuple[Launch, str]], processes: int = 2, batch: int = 16) -> list[Row]:
+def compiled(jobs: Sequence[tuple[RecordedLaunch, str]], processes: int = 2, batch: int = 16) -> list[CompiledLaunch]:
     """A row for each (launch, device); figures that an earlier run wrote down are not worked out again."""
     cache = cache_folder()
     folder = cache and cache / "report"
@@ -233,7 +233,7 @@ def compiled(jobs: Sequence[tuple[Launch, str]], processes: int = 2, batch: int 
                     figures[i] = result
                     if paths[i] and not result.error:
                         paths[i].write_text(json.dumps(asdict(result)))
-    return [Row(device, launch, f) for (launch, device), f in zip(jobs, figures, strict=True)]
+    return [CompiledLaunch(device, launch, f) for (launch, device), f in zip(jobs, figures, strict=True)]
 
 
 def report(
@@ -242,7 +242,7 @@ def report(
     pattern: str = "*",
     everything: bool = False,
     processes: int = 2,
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[CompiledLaunch], list[str]]:
     """(rows of the kernels that fit the pattern, `@triton.jit` functions of the package that no call reached)."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         launches = dict(zip(devices, pool.map(recorded, devices, [cases] * len(devices))))
@@ -254,13 +254,15 @@ def report(
 # ---- shown -------------------------------------------------------------------------------------------------------
 
 
-def _cells(rows: Sequence[Row], devices: Sequence[str], value: Callable[[list[Row]], object]) -> str:
+def _cells(
+    rows: Sequence[CompiledLaunch], devices: Sequence[str], value: Callable[[list[CompiledLaunch]], object]
+) -> str:
     """A figure on each device, once where it is the same on all."""
     values = [str(value([row for row in rows if row.device == device])) for device in devices]
     return values[0] if len(set(values)) == 1 else " / ".join(values)
 
 
-def _narrowest(rows: Sequence[Row]) -> object:
+def _narrowest(rows: Sequence[CompiledLaunch]) -> object:
     widths = [
         min(found[name])
         for row in rows
@@ -281,7 +283,7 @@ SHARES = {
 }
 
 
-def _mix(rows: Sequence[Row]) -> str:
+def _mix(rows: Sequence[CompiledLaunch]) -> str:
     """Percentages of SHARES in the specialisation that has most instructions."""
     if not rows:
         return "-"
@@ -290,10 +292,10 @@ def _mix(rows: Sequence[Row]) -> str:
     return "/".join(f"{100 * count / max(1, longest.instructions):.0f}" for count in counts)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[CompiledLaunch]) -> str:
     """Markdown: a line per kernel, the worst of its specialisations on each device; then its mix of instructions."""
     devices = [device for device in DEVICES if any(row.device == device for row in rows)]
-    columns: dict[str, Callable[[list[Row]], object]] = {
+    columns: dict[str, Callable[[list[CompiledLaunch]], object]] = {
         "compiled": len,
         "registers": lambda some: max((row.figures.registers for row in some), default="-"),
         "spills": lambda some: max((row.figures.spills for row in some), default="-"),

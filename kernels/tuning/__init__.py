@@ -9,7 +9,7 @@ The command:
 
 from .choice import best, every_candidate, gemm_config
 from .devices import ANY, GFX942, SM_80, SM_90, SM_100, Target
-from .model import L2, Gemm, bucket, candidates, gemm
+from .model import L2, Epilogue, Gemm, bucket, candidates, gemm
 from .table import MAX_ACCUMULATORS, MOST_ROWS, TABLE, Config
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "SM_100",
     "TABLE",
     "Config",
+    "Epilogue",
     "Gemm",
     "Target",
     "best",

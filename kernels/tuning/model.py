@@ -8,6 +8,7 @@ Configurations that need more shared memory or registers than there are, or are 
 
 from __future__ import annotations
 
+from enum import Enum, auto
 from functools import cache
 from typing import NamedTuple
 
@@ -24,6 +25,18 @@ def bucket(count: int) -> int:
 
 
 # ---- the launch --------------------------------------------------------------------------------------------------
+
+
+class Epilogue(Enum):
+    """What grad-input does to a tile before it stores it: see `conv_grad_input`."""
+
+    NONE = auto()
+    RELU_MASK = auto()
+    IDENTITY_GRAD = auto()
+    SHORTCUT_GRAD = auto()
+
+    def __repr__(self) -> str:  # it stands in the key of a remembered choice
+        return str(self)
 
 
 class Gemm(NamedTuple):
@@ -217,7 +230,7 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
     accumulators, what moves from tap to tap, and what its prologue recomputes. The stem's in float32: masks of ragged
     channels beside a large tile.
     """
-    epilogue = gemm.switch("epilogue", "NoneType")
+    epilogue = gemm.switch("epilogue", Epilogue.NONE)
     threads = 32 * config.num_warps
     accumulators, operand = config.BLOCK_M * config.BLOCK_N // threads, config.BLOCK_M * config.BLOCK_K // threads
     rows, columns, *_ = gemm.problem
@@ -231,8 +244,8 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
         return values + (operand if gemm.switch("prologue") else 0) <= (170 if whole else 150)
     if gemm.operation == "grad_weight_max_pool":
         return gemm.kind != "single" or accumulators < 16 or rows % config.BLOCK_M == 0
-    masked = epilogue == "ShortcutGrad" and gemm.switch("masked")
-    return epilogue == "NoneType" or (accumulators <= 64 and (not masked or operand <= 16))
+    masked = epilogue is Epilogue.SHORTCUT_GRAD and gemm.switch("masked")
+    return epilogue is Epilogue.NONE or (accumulators <= 64 and (not masked or operand <= 16))
 
 
 @cache

@@ -19,7 +19,7 @@ from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
-from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.host.shapes import conv_shape
 from resnet.kernels.tuning import bucket, memory
@@ -118,7 +118,7 @@ def grad_input_add(
     """dx of a block: conv1's grad-input from dy plus the shortcut's gradient from dout * (out > 0)."""
 
     def fused() -> Tensor:
-        epilogue = Residual(dout, out) if conv3 is None else ShortcutGrad(dout, out, conv3)
+        epilogue = IdentityGrad(dout, out) if conv3 is None else ShortcutGrad(dout, out, conv3)
         return conv_grad_input(dy, weight, conv_shape(x, weight, stride, 1), epilogue, tf32(dy))
 
     def pytorch() -> Tensor:

@@ -29,7 +29,7 @@ STAGE = ConvShape(N=1, H=24, W=24, C=64, K=64, R=3, S=3, stride=1, padding=1)
 PASSES = {  # activations read and written
     "none": (1, 1),
     "mask": (2, 1),
-    "residual": (3, 1),
+    "identity": (3, 1),
     "shortcut": (3, 1),
     "shortcut, gradient masked before": (2, 1),
 }
@@ -65,7 +65,7 @@ def test_a_launch_is_at_the_floor_of_traffic_and_within_the_budget_of_instructio
 
 
 def test_pixels_and_weights_are_moved_16_bytes_at_a_time(emulate):
-    report = launch(emulate, Case.of(STAGE, "residual", torch.float16))
+    report = launch(emulate, Case.of(STAGE, "identity", torch.float16))
     for accesses in (("cp.async",), ("ld", "global"), ("st", "global")):
         lines = [line for line in report.ptx.splitlines() if all(word in line for word in accesses) and "[" in line]
         assert lines and all("0x10" in line or "v4.b32" in line for line in lines), accesses
@@ -76,7 +76,7 @@ def test_pixels_and_weights_are_moved_16_bytes_at_a_time(emulate):
 PARITY = {
     "strided, two classes of rows": (ConvShape(2, 5, 4, 20, 17, 3, 3, 2, 1), "mask", torch.float16),
     "few channels, strided shortcut": (ConvShape(2, 5, 7, 3, 6, 3, 3, 2, 1), "shortcut", torch.bfloat16),
-    "without taps": (ConvShape(1, 5, 4, 24, 40, 1, 1, 2, 0), "residual", torch.float32),
+    "without taps": (ConvShape(1, 5, 4, 24, 40, 1, 1, 2, 0), "identity", torch.float32),
     "7x7": (ConvShape(2, 7, 5, 24, 17, 7, 7, 3, 2), "none", torch.float16),
     "ragged everywhere": (ConvShape(2, 5, 4, 20, 40, 3, 3, 1, 1), "shortcut, gradient masked before", torch.float16),
     "one pixel": (ConvShape(1, 1, 1, 3, 6, 3, 3, 1, 1), "mask", torch.float32),
@@ -129,7 +129,7 @@ def test_nan_passes_the_recomputed_relu_and_beyond_the_last_row_nothing_is_summe
 def test_images_are_reached_beyond_2_to_the_31_elements(emulate):
     """There are 2^20 images of 2^12 elements, of which only the last one is in memory."""
     shape = ConvShape(N=1, H=8, W=8, C=64, K=64, R=3, S=3, stride=1, padding=1)
-    case = Case.of(shape, "residual", torch.float16)
+    case = Case.of(shape, "identity", torch.float16)
     N, dx = 2**20, torch.empty_like(case.epilogue.dout)
 
     def displaced(tensor: torch.Tensor) -> Displaced:

@@ -39,14 +39,14 @@ def test_tensor_cores_are_seen_and_missed(device, matrix):
     figures, kinds = judged(device, dot_kernel, matrix, matrix, matrix, BLOCK=64)
     assert figures.products == ["f16"] and figures.tensor and "tensor" not in kinds
     figures.tensor = {}
-    launch = launches.Launch("", "", {}, {}, {}, {}, {})
+    launch = launches.RecordedLaunch("", "", {}, {}, {}, {}, {})
     assert "tensor" in {kind for kind, _ in limits.problems(DEVICES[device], launch, figures)}
 
 
 def test_shared_memory_beyond_the_device_is_caught():
     x = torch.empty(256, 256, dtype=torch.float32)
     figures = binaries.Figures(shared=65 * 1024, warps=4, occupancy=1.0)
-    launch = launches.Launch("", "", {}, {}, {}, {}, {"x": launches.TensorArgument.of(x)})
+    launch = launches.RecordedLaunch("", "", {}, {}, {}, {}, {"x": launches.TensorArgument.of(x)})
     assert {kind for kind, _ in limits.problems(DEVICES["gfx942"], launch, figures)} == {"shared"}
     assert not list(limits.problems(DEVICES["sm_80"], launch, figures))
 

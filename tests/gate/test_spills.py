@@ -12,7 +12,7 @@ per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])
 per_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
-def assert_nothing_is_spilled(recorded: list[launches.Launch], device: str) -> None:
+def assert_nothing_is_spilled(recorded: list[launches.RecordedLaunch], device: str) -> None:
     recorded = launches.unite(recorded)
     figures = binaries.read([(launch, device) for launch in recorded])
     assert figures

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.host.launch import accumulator
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.helpers.blocks import DTYPES, draw
 from tests.helpers.parity import assert_as_exact_as_eager
 
-EPILOGUES = ("none", "mask", "residual", "shortcut", "shortcut, gradient masked before")
+EPILOGUES = ("none", "mask", "identity", "shortcut", "shortcut, gradient masked before")
 
 # So small that shapes of a few pixels and channels have several tiles in every dimension, the last ones ragged.
 SMALL_TILES = (Config(32, 16, 32, 4, 2),)
@@ -30,7 +30,7 @@ class Case:
     shape: ConvShape
     dy: Tensor
     weight: Tensor
-    epilogue: ReluMask | Residual | ShortcutGrad | None
+    epilogue: ReluMask | IdentityGrad | ShortcutGrad | None
 
     @staticmethod
     def of(shape: ConvShape, epilogue: str, dtype: torch.dtype, seed: int = 0) -> Case:
@@ -44,8 +44,8 @@ class Case:
         if epilogue == "mask":
             stats = draw(4, shape.C, seed=next(seeds), dtype=accumulator(dy)[0])
             options = ReluMask(tensor(*x), stats)
-        elif epilogue == "residual":
-            options = Residual(tensor(*x), tensor(*x))
+        elif epilogue == "identity":
+            options = IdentityGrad(tensor(*x), tensor(*x))
         elif epilogue == "none":
             options = None
         else:
@@ -70,7 +70,7 @@ class Case:
             g = masked(dx, z).to(acc)
             xhat = (y1.to(acc) - mean.to(acc)) * invstd.to(acc)
             return [g.to(dtype), g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))]
-        if isinstance(self.epilogue, Residual):
+        if isinstance(self.epilogue, IdentityGrad):
             dx = dx + masked(self.epilogue.dout.to(dtype), self.epilogue.out)
         if isinstance(self.epilogue, ShortcutGrad):
             g = masked(self.epilogue.dout.to(dtype), self.epilogue.out)

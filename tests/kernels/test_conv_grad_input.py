@@ -18,7 +18,7 @@ from torch import Tensor
 from resnet.kernels import conv_grad_input, tuning
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
-from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad
+from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad
 from resnet.kernels.host.shapes import ConvShape
 from tests.conftest import DEVICE
 from tests.helpers import grad_input_cases as cases
@@ -89,7 +89,7 @@ def test_a_parity_class_without_taps_still_gets_its_epilogue(small_tiles, epilog
     dx = case.fused()[0]
     for h, w in ((0, 1), (1, 0), (1, 1)):
         expected = torch.zeros_like(dx)
-        if epilogue == "residual":
+        if epilogue == "identity":
             expected = cases.masked(case.epilogue.dout, case.epilogue.out)
         same_bits(dx[:, :, h::2, w::2], expected[:, :, h::2, w::2])
 
@@ -157,7 +157,7 @@ def test_nan_passes_a_relu_and_a_masked_nan_does_not(small_tiles, dtype):
     case.epilogue = ReluMask(case.epilogue.y1, ones)
     same_bits(case.fused()[0][at], torch.where(values == -inf, 0, plain[at]))
 
-    case = Case.of(shape, "residual", dtype)
+    case = Case.of(shape, "identity", dtype)
     case.epilogue.out[at] = values
     case.epilogue.dout[at] = torch.tensor([1.0, 2.0, nan, nan], dtype=dtype, device=DEVICE)
     case.dy.zero_()
@@ -260,8 +260,8 @@ BAD: dict[str, tuple[str, Callable[[Case], dict], type[Exception], str]] = {
         "dbias: only ReluMask",
     ),
     "dout of another shape": (
-        "residual",
-        lambda c: {"epilogue": Residual(c.dy, c.epilogue.out)},
+        "identity",
+        lambda c: {"epilogue": IdentityGrad(c.dy, c.epilogue.out)},
         ValueError,
         "dout: expected .*shape",
     ),

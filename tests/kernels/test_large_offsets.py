@@ -20,7 +20,7 @@ from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.conv_forward import Shortcut, conv_forward
-from resnet.kernels.conv_grad_input import ReluMask, Residual, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
 from resnet.kernels.host.shapes import ConvShape
@@ -71,7 +71,7 @@ LAUNCHERS: dict[str, Callable[[], object]] = {
     "convolution": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, stats=STATS, skip=IMAGES, moments=True),
     "convolution with shortcut": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, shortcut=Shortcut(POINTWISE, None)),
     "grad-input behind a ReLU": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ReluMask(IMAGES, STATS)),
-    "grad-input beside an identity": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, Residual(IMAGES, IMAGES)),
+    "grad-input beside an identity": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, IdentityGrad(IMAGES, IMAGES)),
     "grad-input beside a 1x1": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ShortcutGrad(IMAGES, IMAGES, POINTWISE)),
     "grad-weight": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1),
     "grad-weight of an activation": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1, STATS, IMAGES),

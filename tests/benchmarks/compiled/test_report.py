@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.compiled import limits, report
 from benchmarks.compiled.binaries import Figures, amdgcn_figures, llvm_accesses, ptx_accesses, sass_figures
-from benchmarks.compiled.launches import Launch, TensorArgument, unite
+from benchmarks.compiled.launches import RecordedLaunch, TensorArgument, unite
 from benchmarks.compiled.limits import DEVICES, bulk_tensors, problems
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def launch(kernel: str = "apply_kernel", itemsize: int = 2, *, warps: int = 4, a
     """Of x, a megabyte of elements of `itemsize` bytes, in tiles of `blocks`."""
     kind = {2: "*fp16", 4: "*fp32", 8: "*fp64"}[itemsize]
     names = ["x", *blocks]
-    return Launch(
+    return RecordedLaunch(
         module="resnet.kernels.batch_norm_add_relu",
         kernel=kernel,
         signature={"x": kind, **dict.fromkeys(blocks, "constexpr")},
@@ -93,7 +93,7 @@ def launch(kernel: str = "apply_kernel", itemsize: int = 2, *, warps: int = 4, a
     )
 
 
-def kinds(figures: Figures, made: Launch, device: str = "sm_80") -> set[str]:
+def kinds(figures: Figures, made: RecordedLaunch, device: str = "sm_80") -> set[str]:
     return {kind for kind, _ in problems(DEVICES[device], made, figures)}
 
 
@@ -193,8 +193,8 @@ def test_rows_of_whole_vectors_are_aligned():
 # ---- shown ---------------------------------------------------------------------------------------------------------
 
 
-def row(device: str = "sm_80", **figures: object) -> report.Row:
-    return report.Row(device, launch(**TILE), dataclasses.replace(GOOD, **figures))
+def row(device: str = "sm_80", **figures: object) -> report.CompiledLaunch:
+    return report.CompiledLaunch(device, launch(**TILE), dataclasses.replace(GOOD, **figures))
 
 
 def test_the_table_shows_the_worst_of_each_device():
