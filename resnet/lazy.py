@@ -12,15 +12,11 @@ from resnet.checks import check_activation
 from resnet.fused import FusedResidual, FusedStem, check_identity_shortcut, to_channels_last
 
 
-def _check_input(x: Tensor) -> None:
-    check_activation(x, x.shape[1] if isinstance(x, Tensor) and x.dim() == 4 else 0)
-
-
 def _initialize(child: nn.Module, channels: int) -> None:
     """Do what the first forward of a lazy child does with an input of `channels`; leave any other child alone."""
     if not isinstance(child, (nn.LazyConv2d, nn.LazyBatchNorm2d)):
         return
-    x = torch.empty(1, channels, 1, 1, device="meta")  # of an input they look at the number of axes and channels
+    x = torch.empty(1, channels, 1, 1, device="meta")  # they look at the number of axes and channels alone
     child._infer_parameters(child, (x,))
     # PyTorch sets the count where it draws the values, and leaves it at 0 where load_state_dict has brought them.
     if isinstance(child, nn.BatchNorm2d):
@@ -31,7 +27,7 @@ def _initialize(child: nn.Module, channels: int) -> None:
 
 
 def _initialize_pairs(pairs: Iterable[tuple[nn.Module, nn.Module]], channels: int) -> None:
-    """Initialise convolutions and the norm behind each, in order, for an input of `channels`."""
+    """Initialise convolutions, each with its norm, in order, for an input of `channels`."""
     for conv, bn in pairs:
         _initialize(conv, channels)
         if not isinstance(conv, nn.Conv2d):
@@ -60,7 +56,7 @@ class LazyFusedStem(FusedStem, LazyModuleMixin):
 
     def initialize_parameters(self, X: Tensor) -> None:
         """Initialise the children for an input (N, C, H, W), of which C alone matters."""
-        _check_input(X)
+        check_activation(X, None)
         with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
             _initialize_pairs([(self[0], self[1])], X.shape[1])
 
@@ -111,7 +107,7 @@ class LazyFusedResidual(FusedResidual, LazyModuleMixin):
 
     def initialize_parameters(self, X: Tensor) -> None:
         """Initialise the children for an input (N, C, H, W), of which C alone matters."""
-        _check_input(X)
+        check_activation(X, None)
         channels = X.shape[1]
         if self.conv3 is None and isinstance(self.conv2, nn.Conv2d):
             check_identity_shortcut(channels, self.conv2.out_channels, use_1x1conv=False, strides=1)
