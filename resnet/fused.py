@@ -158,7 +158,8 @@ class FusedStem(Stem):
     def forward(self, X: Tensor) -> Tensor:
         conv, bn, relu, pool = self
         reason = (
-            _unfusable_conv("0", conv, conv.kernel_size[0], conv.padding[0], None)
+            _unfusable("0", conv, nn.Conv2d)
+            or _unfusable_conv("0", conv, conv.kernel_size[0], conv.padding[0], None)
             or _unfusable("1", bn, nn.BatchNorm2d)
             or _unfusable("2", relu, nn.ReLU)
             or _unfusable_pool("3", pool)

@@ -112,6 +112,7 @@ STEM_CHANGES = {
     "another window": (replaced("3", lambda old: nn.MaxPool2d(2)), "3.kernel_size is 2, not 3"),
     "ceil mode": (lambda m: setattr(m[3], "ceil_mode", True), "3.ceil_mode is True"),
     "groups": (replaced("0", lambda old: nn.Conv2d(2, 4, 7, 2, 3, groups=2)), "0.groups is 2, not 1"),
+    "no convolution": (replaced("0", lambda old: nn.Sequential(old)), "0 is a Sequential, not a Conv2d"),
 }
 
 
