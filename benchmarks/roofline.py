@@ -77,7 +77,7 @@ class Counted:
         wavefronts = report.sld_wavefronts + report.sst_wavefronts
         return Counted(report.name, unique, requested, sum(report.instr.values()), report.mma, wavefronts)
 
-    def clocks(self, device: tuning.Target) -> dict[str, float]:
+    def clocks(self, device: tuning.Device) -> dict[str, float]:
         """Clocks that the whole device takes, by what could bound the launch."""
         return {
             "memory": self.unique * device.clock / device.bandwidth,

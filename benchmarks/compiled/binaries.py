@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.compiled.launches import RecordedLaunch
-from benchmarks.compiled.limits import DEVICES, Device
+from resnet.kernels.tuning import DEVICES, Device
 
 
 @dataclass
@@ -320,7 +320,7 @@ def _read(launch: RecordedLaunch, device: Device) -> tuple[Figures, bytes | None
 
 
 def read(jobs: Sequence[tuple[RecordedLaunch, str]]) -> list[Figures]:
-    """Figures of each (launch, name of a device in `limits.DEVICES`)."""
+    """Figures of each (launch, name of a device in `tuning.DEVICES`)."""
     results = [_read(launch, DEVICES[name]) for launch, name in jobs]
     for device in DEVICES.values():
         mine = [r for r, (_, name) in zip(results, jobs, strict=True) if name == device.name and r[1] is not None]

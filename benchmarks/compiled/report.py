@@ -34,10 +34,10 @@ import torch
 from benchmarks.compiled import binaries, limits
 from benchmarks.compiled.binaries import Figures
 from benchmarks.compiled.launches import RecordedLaunch, not_reached, record, unite
-from benchmarks.compiled.limits import DEVICES
 from resnet import kernels
 from resnet.kernels import tuning
 from resnet.kernels.host.files import cache_folder
+from resnet.kernels.tuning import DEVICES, devices
 
 # ---- real calls --------------------------------------------------------------------------------------------------
 
@@ -118,18 +118,14 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-# What `tuning` takes each of the devices for: it decides which tiles of its table are candidates there.
-MODELS = {"sm_80": tuning.SM_80, "sm_90": tuning.SM_90, "sm_100": tuning.SM_100, "gfx942": tuning.GFX942}
-
-
 def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[RecordedLaunch]:
-    """The specialisations that real calls would compile on a device of `limits.DEVICES`."""
+    """The specialisations that real calls would compile on a device of `tuning.DEVICES`."""
     import resnet
 
     found: list[RecordedLaunch] = []
     torch.set_num_threads(1)
     recording = record(DEVICES[device].target, DEVICES[device].properties)
-    every = tuning.every_candidate(MODELS[device])
+    every = tuning.every_candidate(DEVICES[device])
     with recording as launches, every, _products_skipped(), resnet.backend("triton"):
         for case in cases:
             launches.clear()
@@ -208,7 +204,7 @@ class CompiledLaunch:
 def _cache_key(launch: RecordedLaunch, device: str) -> str:
     import triton
 
-    sources = [Path(module.__file__).read_text() for module in (binaries, limits)]
+    sources = [Path(module.__file__).read_text() for module in (binaries, limits, devices)]
     parts = (triton.__version__, device, launch.module, launch.function().cache_key, launch.specialisation, *sources)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

@@ -8,12 +8,13 @@ The command:
 """
 
 from .choice import best, every_candidate, gemm_config
-from .devices import ANY, GFX942, SM_80, SM_90, SM_100, Target
+from .devices import ANY, DEVICES, GFX942, SM_80, SM_90, SM_100, Device
 from .model import L2, Epilogue, Gemm, bucket, candidates, gemm
 from .table import MAX_ACCUMULATORS, MOST_ROWS, TABLE, Config
 
 __all__ = [
     "ANY",
+    "DEVICES",
     "GFX942",
     "L2",
     "MAX_ACCUMULATORS",
@@ -23,9 +24,9 @@ __all__ = [
     "SM_100",
     "TABLE",
     "Config",
+    "Device",
     "Epilogue",
     "Gemm",
-    "Target",
     "best",
     "bucket",
     "candidates",

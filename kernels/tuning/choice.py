@@ -18,21 +18,21 @@ from torch import Tensor
 
 from ..host.shapes import ConvShape
 from . import memory
-from .devices import ANY, Target, target_of
+from .devices import ANY, Device, device_facts
 from .model import candidates, gemm
 from .table import Config, parse_config
 
-_every: Target | None = None
+_every: Device | None = None
 
 
 @contextmanager
-def every_candidate(target: Target = ANY) -> Iterator[None]:
-    """Inside, each launch first runs once with every candidate that a device like `target` would time.
+def every_candidate(like: Device = ANY) -> Iterator[None]:
+    """Inside, each launch first runs once with every candidate that a device like this one would time.
 
     For whoever records launches, to compile and count all that can be chosen.
     """
     global _every
-    previous, _every = _every, target
+    previous, _every = _every, like
     try:
         yield
     finally:
@@ -53,7 +53,7 @@ def gemm_config(
         name = memory.remembered(key, x.device)
         if name is not None:
             return parse_config(name)
-    return best(key, candidates(key, _every or target_of(x.device)), run, x.device)
+    return best(key, candidates(key, _every or device_facts(x.device)), run, x.device)
 
 
 def best(key: tuple, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device) -> Config:

@@ -1,50 +1,107 @@
-"""What the model knows of a device."""
+"""The GPUs that kernels are tuned and compiled for: what the model and the limits of compiled kernels know of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
+
+KIB = 1024
+
 
 @dataclass(frozen=True)
-class Target:
-    """What the model knows of a device."""
+class Device:
+    """A GPU. Its processors are SMs or CUs, a warp is also a wave, and a register has 32 bits."""
 
-    shared_memory: int  # bytes that a program may have; a processor has 1 KiB more
-    processors: int  # SMs, CUs
-    products: int  # multiply-adds per clock and processor, of half precision on tensor cores
+    name: str
+    backend: str  # these two as Triton names them
+    arch: int | str
+    processors: int
+    shared_memory: int  # bytes that a block may have
+    products: int  # multiply-adds of 16-bit types per clock and processor, on tensor cores
     clock: float  # GHz
     bandwidth: float  # GB/s
-    asynchronous: bool = False  # tensor cores read shared memory themselves (wgmma, tcgen05): a stage more is held
-    tensor_memory: bool = False  # which an operand that was computed goes through, from threads that hold a row each
-    registers: int = 65536  # of 32 bits, per processor
+    asynchronous: bool = False  # tensor cores read shared memory themselves (wgmma, tcgen05), which holds a stage more
+    tensor_memory: bool = False  # a computed operand goes through it, from threads that hold a row each
+    warp: int = 32  # threads
+    warps: int = 64  # that a processor can hold
+    blocks: int = 32  # that a processor can hold
+    registers: int = 65536  # of a processor
+    register_step: int = 8  # a warp gets a multiple of it for each thread
+    max_registers: int = 255  # of a thread
+    shared_reserved: int = KIB  # bytes that the system takes beside each block's
+
+    @property
+    def target(self) -> GPUTarget:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self.backend, self.arch, self.warp)
+
+    @property
+    def properties(self) -> dict[str, int]:
+        """As Triton's driver gives them."""
+        return {
+            "max_shared_mem": self.shared_memory,
+            "max_num_regs": self.registers,
+            "multiprocessor_count": self.processors,
+            "warpSize": self.warp,
+        }
+
+    def occupancy(self, registers: int, warps: int, shared: int) -> float:
+        """Resident warps over the most that there can be.
+
+        Args:
+            registers: of a thread.
+            warps: of a block.
+            shared: bytes of a block.
+        """
+        step = self.register_step
+        by_registers = self.registers // self.warp // (max(1, -(-registers // step)) * step) // warps
+        by_shared = (self.shared_memory + self.shared_reserved) // max(1, shared + self.shared_reserved)
+        return min(by_registers, by_shared, self.blocks, self.warps // warps) * warps / self.warps
 
 
-SM_80 = Target(163 * 1024, 108, 1024, 1.41, 2039)
-SM_90 = Target(227 * 1024, 132, 2048, 1.755, 3350, asynchronous=True)
-SM_100 = Target(227 * 1024, 148, 4096, 1.85, 8000, asynchronous=True, tensor_memory=True)
-GFX942 = Target(64 * 1024, 304, 1024, 2.1, 5300, registers=131072)
+SM_80 = Device("sm_80", "cuda", 80, 108, 163 * KIB, 1024, 1.41, 2039)
+SM_90 = Device("sm_90", "cuda", 90, 132, 227 * KIB, 2048, 1.755, 3350, asynchronous=True)
+SM_100 = Device("sm_100", "cuda", 100, 148, 227 * KIB, 4096, 1.85, 8000, asynchronous=True, tensor_memory=True)
+GFX942 = Device(  # MI300X: four SIMDs a CU, each with eight waves and 512 registers a lane, the accumulators' included
+    *("gfx942", "hip", "gfx942", 304, 64 * KIB, 1024, 2.1, 5300),
+    warp=64,
+    warps=4 * 8,
+    blocks=16,
+    registers=4 * 512 * 64,
+    max_registers=512,
+    shared_reserved=0,
+)
+DEVICES = {device.name: device for device in (SM_80, SM_90, SM_100, GFX942)}
+
 # In the interpreter and the emulator: the shared memory of the smallest supported NVIDIA GPU, else as SM_90.
-ANY = Target(99 * 1024, 132, 2048, 1.755, 3350, asynchronous=True)
+ANY = replace(SM_90, name="any", shared_memory=99 * KIB)
 
 
 @cache
-def target_of(device: torch.device) -> Target:
+def device_facts(device: torch.device) -> Device:
+    """What the driver says of the device; what it does not say is that of its generation, ANY for the CPU."""
     if device.type != "cuda":
         return ANY
     from triton.runtime import driver
 
-    device_index = torch.cuda.current_device() if device.index is None else device.index
-    properties = driver.active.utils.get_device_properties(device_index)
-    shared, processors = properties["max_shared_mem"], properties["multiprocessor_count"]
-    clock = properties["sm_clock_rate"] / 1e6 or ANY.clock  # 0: a device with the host's memory need not tell
-    bandwidth = 2 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8 / 1e6 or ANY.bandwidth
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = driver.active.utils.get_device_properties(index)
+    said = {
+        "shared_memory": properties["max_shared_mem"],
+        "processors": properties["multiprocessor_count"],
+        "clock": properties["sm_clock_rate"] / 1e6 or ANY.clock,  # 0: a device with the host's memory need not tell
+        "bandwidth": 2 * properties["mem_clock_rate"] * properties["mem_bus_width"] / 8 / 1e6 or ANY.bandwidth,
+    }
     if torch.version.hip:
-        return Target(shared, processors, GFX942.products, clock, bandwidth, registers=GFX942.registers)
+        return replace(GFX942, **said)
     major, minor = torch.cuda.get_device_capability(device)
-    products = {(8, 0): 1024, (9, 0): 2048, (10, 0): 4096, (10, 3): 4096}.get((major, minor), 512)
-    return Target(
-        shared, processors, products, clock, bandwidth, asynchronous=major in (9, 10), tensor_memory=major == 10
-    )
+    generation = {9: SM_90, 10: SM_100}.get(major, SM_80)
+    large = (major, minor) in ((8, 0), (9, 0), (10, 0), (10, 3))  # the others' tensor cores are slower
+    return replace(generation, products=generation.products if large else 512, **said)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..host.shapes import ConvShape
-from .devices import ANY, Target
+from .devices import ANY, Device
 from .table import MAX_ACCUMULATORS, TABLE, Config
 
 
@@ -107,14 +107,14 @@ def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: objec
 
 _SIZES = {"half": 2, "tf32": 4, "single": 4, "double": 8}
 _TIMED = 8  # candidates per key
-_REGISTERS = 255  # of a thread
-_THREADS = 2048  # of a processor
+_REGISTERS = 255  # of a thread, on every device
+_RESERVED = 1024  # bytes beside each block's shared memory, on every device: what NVIDIA's system takes
 L2 = 40  # bytes per clock that a processor gets of the L2 cache
 _LATENCY = 800  # clocks from a load to its data, of L2 and memory between them
 _START = 3 * _LATENCY  # clocks of a program before its first product and after its last
 
 
-def shared_bytes(config: Config, gemm: Gemm, target: Target) -> int:
+def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
     """Of the pipeline's tiles, with one that a prologue recomputes; the epilogue's take their place."""
     size = _SIZES[gemm.kind]
     rows = config.BLOCK_M + config.BLOCK_N
@@ -123,7 +123,7 @@ def shared_bytes(config: Config, gemm: Gemm, target: Target) -> int:
         rows = config.BLOCK_M + moving
         if gemm.switch("out"):  # the mask lies beside dy
             rows += moving if gemm.dy_moves else config.BLOCK_M
-    stages = config.num_stages if target.asynchronous else max(config.num_stages - 1, 1)
+    stages = config.num_stages if device.asynchronous else max(config.num_stages - 1, 1)
     recomputed = config.BLOCK_M if gemm.reduces_pixels and gemm.switch("prologue") else 0
     return max((stages * rows + recomputed) * config.BLOCK_K * size, config.BLOCK_M * config.BLOCK_N * size)
 
@@ -145,12 +145,12 @@ def _registers(config: Config, gemm: Gemm) -> float:
     return 40 + 2 * accumulators + 3 * chunks + operand
 
 
-def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
+def _seconds(config: Config, gemm: Gemm, device: Device) -> tuple[float, float]:
     """(modelled time, bytes asked of L2): the second decides where the first is equal."""
     rows, columns, taps, reduction = gemm.problem
     M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     size, warps = _SIZES[gemm.kind], config.num_warps
-    asynchronous = target.asynchronous and M >= 64 and warps % 4 == 0 and gemm.kind in ("half", "tf32")
+    asynchronous = device.asynchronous and M >= 64 and warps % 4 == 0 and gemm.kind in ("half", "tf32")
 
     tiles = -(-rows // M) * -(-columns // N)
     steps = taps * -(-reduction // K)
@@ -159,7 +159,7 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
         at_once = _taps_at_once(config, gemm)
         tiles *= -(-taps // at_once)
         steps //= taps
-        splits = max(1, min(steps // 4, 2 * target.processors // tiles))
+        splits = max(1, min(steps // 4, 2 * device.processors // tiles))
         steps = -(-steps // splits)
     programs = tiles * splits
 
@@ -168,8 +168,8 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
     if gemm.kind == "single":
         tensor, instructions = 0, products / 32
     else:
-        rate = target.products / {"half": 1, "tf32": 2, "double": 16}[gemm.kind]
-        tensor = products / (rate if asynchronous or not target.asynchronous else rate / 2)
+        rate = device.products / {"half": 1, "tf32": 2, "double": 16}[gemm.kind]
+        tensor = products / (rate if asynchronous or not device.asynchronous else rate / 2)
         instructions = 0 if asynchronous else products / {"half": 2048, "tf32": 1024, "double": 256}[gemm.kind]
     across = min(warps, max(1, N // 32))  # warps along N, the rest along M
     fragments = 0 if asynchronous else (M * across + N * at_once * (warps // across or 1)) * K * size
@@ -181,13 +181,13 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
     resident = max(
         1,
         min(
-            (target.shared_memory + 1024) // (shared_bytes(config, gemm, target) + 1024),
-            int(target.registers / (32 * warps * min(_registers(config, gemm), _REGISTERS))),
-            _THREADS // (32 * warps),
+            (device.shared_memory + _RESERVED) // (shared_bytes(config, gemm, device) + _RESERVED),
+            int(device.registers / (32 * warps * min(_registers(config, gemm), _REGISTERS))),
+            device.warps * device.warp // (32 * warps),
         ),
     )
     step = max(tensor, instructions / 4, shared, loaded / L2)
-    per_processor = -(-programs // target.processors)
+    per_processor = -(-programs // device.processors)
     waves = -(-per_processor // resident)
     # A wave of few programs waits for its loads: each has num_stages - 1 steps under way.
     together = min(per_processor, resident)
@@ -196,22 +196,22 @@ def _seconds(config: Config, gemm: Gemm, target: Target) -> tuple[float, float]:
     moved = (rows * columns + rows * reduction + columns * reduction * taps) * size
     if gemm.reduces_pixels:
         moved = (gemm.K + gemm.C) * reduction * size + 2 * splits * rows * columns * taps * 4
-    return max(clocks / target.clock / 1e9, moved / target.bandwidth / 1e9), programs * steps * loaded
+    return max(clocks / device.clock / 1e9, moved / device.bandwidth / 1e9), programs * steps * loaded
 
 
-def _fits(config: Config, gemm: Gemm, target: Target) -> bool:
+def _fits(config: Config, gemm: Gemm, device: Device) -> bool:
     """Whether it runs without spilling, and is not twice as wide as the matrix or more."""
     rows, columns, _, reduction = gemm.problem
     narrow = all(
         block == 16 or block < 2 * length
         for block, length in ((config.BLOCK_M, rows), (config.BLOCK_N, columns), (config.BLOCK_K, reduction))
     )
-    shared = shared_bytes(config, gemm, target)
+    shared = shared_bytes(config, gemm, device)
     registers = _registers(config, gemm) <= _REGISTERS and _epilogue_fits(config, gemm)
-    return narrow and shared <= target.shared_memory and registers and _prologue_fits(config, gemm, target)
+    return narrow and shared <= device.shared_memory and registers and _prologue_fits(config, gemm, device)
 
 
-def _prologue_fits(config: Config, gemm: Gemm, target: Target) -> bool:
+def _prologue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
     """Whether the forward's prologue does not spill where a thread computes a row of its tile.
 
     Of channels that are the same in each step it holds scale and shift through the loop, beside a row in float32:
@@ -219,7 +219,7 @@ def _prologue_fits(config: Config, gemm: Gemm, target: Target) -> bool:
     """
     held = gemm.operation == "forward" and gemm.switch("prologue") and gemm.C <= config.BLOCK_K
     row = config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps)
-    return not (target.tensor_memory and held and gemm.dtype == torch.bfloat16) or row < 64
+    return not (device.tensor_memory and held and gemm.dtype == torch.bfloat16) or row < 64
 
 
 def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
@@ -249,8 +249,8 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
 
 
 @cache
-def candidates(gemm: Gemm, target: Target = ANY) -> tuple[Config, ...]:
+def candidates(gemm: Gemm, device: Device = ANY) -> tuple[Config, ...]:
     """At most 8 configurations that can run on the device, the best one by the model first."""
     table = TABLE[gemm.operation][gemm.kind]
-    fitting = [config for config in table if _fits(config, gemm, target)] or [table[-1]]
-    return tuple(sorted(fitting, key=lambda config: _seconds(config, gemm, target))[:_TIMED])
+    fitting = [config for config in table if _fits(config, gemm, device)] or [table[-1]]
+    return tuple(sorted(fitting, key=lambda config: _seconds(config, gemm, device))[:_TIMED])

@@ -1,5 +1,6 @@
 """The benchmarks' own claims: what is counted, what is collected, what the report holds. No time is asserted."""
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -525,7 +526,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
 
 
 def test_a_launch_is_bound_by_what_takes_most_clocks():
-    device = tuning.Target(0, processors=10, products=1024, clock=2.0, bandwidth=1000)
+    device = dataclasses.replace(tuning.SM_80, processors=10, products=1024, clock=2.0, bandwidth=1000)
     count = roofline.Counted("", unique=5000, requested=8000, instructions=1600, products=100, wavefronts=300)
     clocks = count.clocks(device)
     assert clocks == {"memory": 10, "L2": 20, "issue": 40, "tensor": 20, "shared": 30}

@@ -4,8 +4,8 @@ import torch
 
 import resnet
 from benchmarks.compiled.launches import record
-from benchmarks.compiled.limits import DEVICES
 from resnet import FusedResidual, FusedStem
+from resnet.kernels.tuning import DEVICES
 
 
 def specialisations(batch: int) -> set[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.compiled.limits import DEVICES
+from resnet.kernels.tuning import DEVICES
 
 PROMISES = {
     "error": "it compiles",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.compiled import binaries, launches, limits
-from benchmarks.compiled.limits import DEVICES
+from resnet.kernels.tuning import DEVICES
 from tests import gate
 from tests.gate.planted_kernels import copy_kernel, dot_kernel
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.compiled import binaries, launches
-from benchmarks.compiled.limits import DEVICES
 from resnet.kernels import batch_norm_max_pool as pool
+from resnet.kernels.tuning import DEVICES
 from tests.helpers.batch_norm_launches import LAUNCHES, Case
 
 per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])

@@ -10,7 +10,8 @@ import torch
 from benchmarks.compiled import limits, report
 from benchmarks.compiled.binaries import Figures, amdgcn_figures, llvm_accesses, ptx_accesses, sass_figures
 from benchmarks.compiled.launches import RecordedLaunch, TensorArgument, unite
-from benchmarks.compiled.limits import DEVICES, bulk_tensors, problems
+from benchmarks.compiled.limits import bulk_tensors, problems
+from resnet.kernels.tuning import DEVICES
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from resnet.kernels import tuning
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import (
     ANY,
+    DEVICES,
     GFX942,
     SM_80,
     SM_90,
@@ -30,7 +31,7 @@ from resnet.kernels.tuning.model import shared_bytes
 from resnet.kernels.tuning.table import parse_config
 
 HALF = torch.float16
-TARGETS = {"any": ANY, "sm_80": SM_80, "sm_90": SM_90, "sm_100": SM_100, "gfx942": GFX942}
+EVERY_DEVICE = {"any": ANY, **DEVICES}
 STAGES = [  # of ResNet-18 at 96x96
     ConvShape(256, 24, 24, 64, 64, 3, 3, 1, 1),
     ConvShape(256, 24, 24, 64, 128, 3, 3, 2, 1),
@@ -78,14 +79,14 @@ def test_no_configuration_is_there_twice():
 # ---- what is pruned ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
-def test_each_key_has_one_to_eight_candidates_that_the_device_can_run(target):
+@pytest.mark.parametrize("device", EVERY_DEVICE.values(), ids=EVERY_DEVICE.keys())
+def test_each_key_has_one_to_eight_candidates_that_the_device_can_run(device):
     for key in every_key():
-        found = candidates(key, target)
+        found = candidates(key, device)
         assert 1 <= len(found) <= 8 and len(set(found)) == len(found), key
         assert set(found) <= set(TABLE[key.operation][key.kind])
         for config in found:
-            assert shared_bytes(config, key, target) <= target.shared_memory, (key, config)
+            assert shared_bytes(config, key, device) <= device.shared_memory, (key, config)
 
 
 def test_a_device_with_less_shared_memory_gets_smaller_tiles():
@@ -141,7 +142,7 @@ H100 = {
 }
 
 
-def target_of(monkeypatch, properties: dict[str, int], capability: tuple[int, int]) -> tuning.Target:
+def described(monkeypatch, properties: dict[str, int], capability: tuple[int, int]) -> tuning.Device:
     """What the model makes of an NVIDIA GPU that is not here, by what Triton's driver and PyTorch say of it."""
     from triton.runtime import driver
 
@@ -149,28 +150,33 @@ def target_of(monkeypatch, properties: dict[str, int], capability: tuple[int, in
     monkeypatch.setattr(driver, "_active", stand_in)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    return devices.target_of.__wrapped__(torch.device("cuda", 0))
+    return devices.device_facts.__wrapped__(torch.device("cuda", 0))
 
 
 def test_a_device_is_what_its_driver_says(monkeypatch):
-    assert dataclasses.replace(target_of(monkeypatch, H100, (9, 0)), bandwidth=SM_90.bandwidth) == SM_90
-    assert target_of(monkeypatch, H100, (9, 0)).bandwidth == pytest.approx(SM_90.bandwidth, rel=0.01)
-    assert target_of(monkeypatch, H100, (10, 0)).tensor_memory
-    assert not target_of(monkeypatch, H100, (12, 0)).asynchronous
+    assert dataclasses.replace(described(monkeypatch, H100, (9, 0)), bandwidth=SM_90.bandwidth) == SM_90
+    assert described(monkeypatch, H100, (9, 0)).bandwidth == pytest.approx(SM_90.bandwidth, rel=0.01)
+    assert described(monkeypatch, H100, (10, 0)).tensor_memory
+    assert not described(monkeypatch, H100, (12, 0)).asynchronous
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (10, 1), (12, 0)])
+def test_a_smaller_gpu_than_its_generation_s_largest_has_slower_tensor_cores(monkeypatch, capability):
+    assert described(monkeypatch, H100, capability).products < SM_80.products
 
 
 def test_a_device_that_tells_no_clock_has_candidates_all_the_same(monkeypatch):
-    target = target_of(monkeypatch, H100 | {"sm_clock_rate": 0, "mem_clock_rate": 0}, (12, 1))
-    assert candidates(gemm("forward", STAGES[0], HALF), target)
+    device = described(monkeypatch, H100 | {"sm_clock_rate": 0, "mem_clock_rate": 0}, (12, 1))
+    assert candidates(gemm("forward", STAGES[0], HALF), device)
 
 
 # ---- the order -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [SM_80, SM_90], ids=["sm_80", "sm_90"])
-def test_with_many_pixels_the_first_tile_covers_all_columns_up_to_128(target):
-    assert candidates(gemm("forward", STAGES[0], HALF), target)[0].BLOCK_N == 64
-    assert candidates(gemm("forward", STAGES[2], HALF), target)[0].BLOCK_N == 128
+@pytest.mark.parametrize("device", [SM_80, SM_90], ids=["sm_80", "sm_90"])
+def test_with_many_pixels_the_first_tile_covers_all_columns_up_to_128(device):
+    assert candidates(gemm("forward", STAGES[0], HALF), device)[0].BLOCK_N == 64
+    assert candidates(gemm("forward", STAGES[2], HALF), device)[0].BLOCK_N == 128
 
 
 def test_with_few_pixels_the_first_tile_leaves_more_programs():
@@ -245,13 +251,13 @@ def test_the_fastest_is_taken_where_there_is_a_clock(monkeypatch):
     assert tuning.best(("key",), table, lambda config: abs(config.BLOCK_M - 32) + 0.5, CPU.device) == table[1]
 
 
-def test_a_recorder_runs_every_candidate_of_its_target():
+def test_a_recorder_runs_every_candidate_of_its_device():
     ran = []
-    for target in (SM_90, GFX942):
+    for device in (SM_90, GFX942):
         ran.clear()
-        with tuning.every_candidate(target):
+        with tuning.every_candidate(device):
             config = tuning.gemm_config("forward", SHAPE, CPU, ran.append, precision="tf32")
-        expected = candidates(gemm("forward", SHAPE, CPU.dtype, precision="tf32"), target)
+        expected = candidates(gemm("forward", SHAPE, CPU.dtype, precision="tf32"), device)
         assert tuple(ran) == expected and config == expected[0]
     ran.clear()
     tuning.gemm_config("forward", SHAPE, CPU, ran.append, precision="tf32")
