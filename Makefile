@@ -1,11 +1,11 @@
-# make test | gate | bench | lint | gpu-check: each makes .venv first, from requirements.txt, where it is missing or
-# out of date. make test-matrix makes an environment for each version of Triton in .venv-matrix.
+# make test | emulated | gate | bench | lint | gpu-check: each makes .venv first, from requirements.txt, where it is
+# missing or out of date. make test-matrix makes an environment for each version of Triton in .venv-matrix.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: test gate test-matrix gpu-check bench lint format clean
+.PHONY: test emulated gate test-matrix gpu-check bench lint format clean
 .DEFAULT_GOAL := test
 
 $(STAMP): requirements.txt
@@ -21,11 +21,18 @@ $(STAMP): requirements.txt
 	  { echo "make: pip could not install requirements.txt (above: why); with the cause gone, run make again" >&2; exit 1; }
 	@touch $@
 
-# Two runs, since a process either interprets Triton's kernels or compiles them; with a GPU both compile, one test after
-# the other. The second needs the module ptxsim; pytest's status 5 (nothing collected) is what skipping whole files
-# leaves where it is absent.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
+# The kernels as compiled code, which the module ptxsim executes on the CPU. pytest's status 5 (nothing collected) is
+# what skipping whole files leaves where it is absent.
+EMULATED = { env -u TRITON_INTERPRET $(RUN) pytest $(PARALLEL) tests/emulated; code=$$?; \
+	[ $$code -eq 0 ] || { [ $$code -eq 5 ] && ! $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; }; }
+
+emulated: $(STAMP)
+	@$(EMULATED)
+
+# Two runs, since a process either interprets Triton's kernels or compiles them; with a GPU both compile, one test after
+# the other.
 test: $(STAMP)
 	@interpret=TRITON_INTERPRET=1; parallel='$(PARALLEL)'; \
 	if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
@@ -33,8 +40,7 @@ test: $(STAMP)
 	fi; \
 	status=0; \
 	env $$interpret $(RUN) pytest $$parallel tests --ignore=tests/emulated --ignore=tests/gate || status=1; \
-	env -u TRITON_INTERPRET $(RUN) pytest $(PARALLEL) tests/emulated; code=$$?; \
-	[ $$code -eq 0 ] || { [ $$code -eq 5 ] && ! $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; } || status=1; \
+	$(EMULATED) || status=1; \
 	exit $$status
 
 # The core of the suite, interpreted and, where the module ptxsim is, compiled, with each supported version of Triton.

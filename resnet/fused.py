@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +102,18 @@ def _weight_shape(conv: nn.Conv2d) -> tuple[int, ...]:
     return (conv.out_channels, conv.in_channels, *conv.kernel_size)
 
 
-def _to_channels_last(module: nn.Module) -> None:
+def to_channels_last(module: nn.Module) -> None:
     """Hold the convolutions' weights as K, R, S, C, so that no call has to convert them."""
     module.to(memory_format=torch.channels_last)
+
+
+def check_identity_shortcut(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int) -> None:
+    """ValueError for a shortcut that is the identity where the block's output has another shape than its input."""
+    if not use_1x1conv and (input_channels != num_channels or strides != 1):
+        raise ValueError(
+            "an identity shortcut needs num_channels == input_channels and strides == 1, got "
+            f"{input_channels} -> {num_channels} channels, strides {strides}; pass use_1x1conv=True"
+        )
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -118,10 +128,16 @@ def _records_gradient(arguments: list) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """The operators take their inputs as they are; a device that has no autocast (meta) has none to disable."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def _call(recorded: Callable, inference: Callable, arguments: tuple, batch_statistics: bool) -> Tensor:
     """The operator for inference where the statistics are frozen and no gradient is recorded, else the other."""
     flat = pack(arguments)
-    with torch.autocast(arguments.x.device.type, enabled=False):
+    with _without_autocast(arguments.x):
         if batch_statistics or _records_gradient(flat):
             return recorded(*flat)[0]
         return inference(*flat)
@@ -137,12 +153,13 @@ class FusedStem(Stem):
 
     def __init__(self, in_channels: int, channels: int = 64):
         super().__init__(in_channels, channels)
-        _to_channels_last(self)
+        to_channels_last(self)
 
     def forward(self, X: Tensor) -> Tensor:
         conv, bn, relu, pool = self
         reason = (
-            _unfusable_conv("0", conv, conv.kernel_size[0], conv.padding[0], None)
+            _unfusable("0", conv, nn.Conv2d)
+            or _unfusable_conv("0", conv, conv.kernel_size[0], conv.padding[0], None)
             or _unfusable("1", bn, nn.BatchNorm2d)
             or _unfusable("2", relu, nn.ReLU)
             or _unfusable_pool("3", pool)
@@ -185,13 +202,9 @@ class FusedResidual(Residual):
     stem = FusedStem
 
     def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
-        if not use_1x1conv and (input_channels != num_channels or strides != 1):
-            raise ValueError(
-                "an identity shortcut needs num_channels == input_channels and strides == 1, got "
-                f"{input_channels} -> {num_channels} channels, strides {strides}; pass use_1x1conv=True"
-            )
+        check_identity_shortcut(input_channels, num_channels, use_1x1conv, strides)
         super().__init__(input_channels, num_channels, use_1x1conv, strides)
-        _to_channels_last(self)
+        to_channels_last(self)
 
     def _reason_not_to_fuse(self) -> str | None:
         reason = (

@@ -119,37 +119,34 @@ class _Differentiable:
         return [grad for grad, need in zip(pack(grads), needs, strict=True) if need]
 
     def _formula(self) -> type[torch.autograd.Function]:
-        description = self
         names = [leaf.name for leaf in leaves(self.arguments)]
+        ops = [getattr(_ops, name).default for name in (self.name, f"{self.name}_backward")]
 
-        class Formula(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, keyset, *flat):
-                outputs = _below_autograd(getattr(_ops, description.name).default, keyset, flat)
-                arguments, output = unpack(description.arguments, flat), unpack(description.output, outputs)
-                kept = pack(description.keep(arguments, output))
-                ctx.settings = [None if isinstance(value, Tensor) else value for value in kept]
-                ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in kept))
-                ctx.mark_non_differentiable(*outputs[1:])
-                ctx.set_materialize_grads(False)
-                return tuple(outputs)
+        def forward(ctx, keyset, *flat):
+            outputs = _below_autograd(ops[0], keyset, flat)
+            kept = pack(self.keep(unpack(self.arguments, flat), unpack(self.output, outputs)))
+            ctx.settings = [None if isinstance(value, Tensor) else value for value in kept]
+            ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in kept))
+            ctx.mark_non_differentiable(*outputs[1:])
+            ctx.set_materialize_grads(False)
+            return tuple(outputs)
 
-            @staticmethod
-            def backward(ctx, dout, *_):
-                if dout is None:
-                    return (None,) * len(ctx.needs_input_grad)
-                kept = [s if t is None else t for t, s in zip(ctx.saved_tensors, ctx.settings, strict=True)]
-                passed_on = description.passed_on(unpack(description.kept, kept))
-                wanted = ctx.needs_input_grad[1:]
-                needs = [need and name not in passed_on for name, need in zip(names, wanted, strict=True)]
-                grads = iter(getattr(_ops, f"{description.name}_backward")(_dense(dout), *kept, needs))
-                computed = [next(grads) if need else None for need in needs]
-                return None, *(
-                    dout if need and name in passed_on else grad
-                    for name, need, grad in zip(names, wanted, computed, strict=True)
-                )
+        def backward(ctx, dout, *_):
+            if dout is None:
+                return (None,) * len(ctx.needs_input_grad)
+            kept = [s if t is None else t for t, s in zip(ctx.saved_tensors, ctx.settings, strict=True)]
+            passed_on = self.passed_on(unpack(self.kept, kept))
+            wanted = ctx.needs_input_grad[1:]
+            needs = [need and name not in passed_on for name, need in zip(names, wanted, strict=True)]
+            grads = iter(ops[1](_dense(dout), *kept, needs))
+            computed = [next(grads) if need else None for need in needs]
+            return None, *(
+                dout if need and name in passed_on else grad
+                for name, need, grad in zip(names, wanted, computed, strict=True)
+            )
 
-        return Formula
+        name = self.name.title().replace("_", "")  # ResidualBlock: what a user sees in grad_fn
+        return type(name, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in (forward, backward)})
 
 
 def _once(name: str) -> type[torch.autograd.Function]:

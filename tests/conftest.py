@@ -51,6 +51,34 @@ def products_keep_up(monkeypatch):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def offline():
+    """No test, and no command that a test starts, downloads the data set; what they serve themselves needs no proxy."""
+    with pytest.MonkeyPatch.context() as changes:
+        changes.setenv("FASHION_MNIST_URL", "http://127.0.0.1:9/")  # the discard port: nobody listens
+        changes.setenv("no_proxy", "*")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def colourless():
+    """What a command that a test starts prints is text alone, where colours are forced, too."""
+    with pytest.MonkeyPatch.context() as changes:
+        for name in ("FORCE_COLOR", "PY_COLORS", "PYTHON_COLORS"):
+            changes.delenv(name, raising=False)
+        changes.setenv("NO_COLOR", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def inductor():
+    """Skips the test where torch.compile cannot build code, for want of a C++ compiler or of Python's headers."""
+    from benchmarks.common import compile_unavailable
+
+    if reason := compile_unavailable(DEVICE.type):
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def safe_eager():
     """Eager's strided 1x1 convolutions of few channels pick their pixels first and convolve these with stride 1.
 

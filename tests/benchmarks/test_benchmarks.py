@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import common, compare, gpu_check, plot, roofline, turns, verdict
 from benchmarks.common import Implementation
-from resnet import FusedResidual, Residual
+from resnet import FusedResidual, Residual, current_backend
 from resnet.kernels import tuning
 from tests.conftest import ROOT
 
@@ -27,7 +27,8 @@ CPU = torch.device("cpu")
 
 
 def run(*arguments, **variables):
-    environment = {**os.environ, "PYTEST_ADDOPTS": "", **variables}  # a user's own options would change what it prints
+    # A user's own options, or a narrow terminal, would change what pytest prints.
+    environment = {**os.environ, "PYTEST_ADDOPTS": "", "COLUMNS": "1000", **variables}
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -125,13 +126,11 @@ def test_a_turn_is_timed_by_the_clock_it_is_given_per_call():
 
 
 def test_a_side_is_in_its_own_scope_when_it_runs():
-    from resnet import backends
-
     seen = []
-    fused = turns.Side(lambda: seen.append(backends.backend.current), Implementation("fused", CPU).scope)
+    fused = turns.Side(lambda: seen.append(current_backend()), Implementation("fused", CPU).scope)
     turns.take_turns([fused], calls=1, rounds=1, now=time.perf_counter)
     assert seen == ["torch"] * 2
-    assert backends.backend.current == "auto"
+    assert current_backend() == "auto"
 
 
 def test_garbage_is_collected_between_rounds_and_not_in_a_turn():
@@ -420,7 +419,8 @@ def test_disabled_each_row_runs_once(made_up_suite):
 
 
 @pytest.mark.parametrize("command", [compare, gpu_check, roofline])
-def test_help_prints_the_usage_and_succeeds(command, capsys):
+def test_help_prints_the_usage_and_succeeds(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")  # argparse breaks lines to the terminal's width
     with pytest.raises(SystemExit) as exit_:
         command.main(["--help"])
     assert exit_.value.code == 0

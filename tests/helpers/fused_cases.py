@@ -21,6 +21,7 @@ MODES = {
 }
 blocks = pytest.mark.parametrize("args", BLOCKS.values(), ids=BLOCKS)
 modes = pytest.mark.parametrize("mode", MODES)
+train_and_eval = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 KINDS = {
     "identity": (Residual, 16, 16),
     "strided": (Residual, 8, 16, True, 2),

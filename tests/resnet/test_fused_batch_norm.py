@@ -9,7 +9,16 @@ from torch import nn
 from resnet import Residual, Stem
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, named, same, snapshot, trio
-from tests.helpers.fused_cases import IDENTITY, MODES, STRIDED, assert_exact, assert_refused, blocks, modes
+from tests.helpers.fused_cases import (
+    IDENTITY,
+    MODES,
+    STRIDED,
+    assert_exact,
+    assert_refused,
+    blocks,
+    modes,
+    train_and_eval,
+)
 
 
 @blocks
@@ -51,7 +60,7 @@ def replaced_norms(**options):
 
 
 @blocks
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("options", SETTINGS.values(), ids=SETTINGS)
 def test_a_block_gives_eagers_values_with_any_settings_of_batch_norm(any_backend, options, train, args):
     t = trio(Residual, *args, dtype=torch.float64, train=train).each(replaced_norms(**options))
@@ -84,7 +93,7 @@ def test_training_under_no_grad_still_updates_the_running_statistics(any_backend
 
 
 @pytest.mark.parametrize("options", STEM_SETTINGS.values(), ids=STEM_SETTINGS)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 def test_a_stem_gives_eagers_values_with_any_settings_of_batch_norm(any_backend, train, options):
     def change(module):
         module[1] = nn.BatchNorm2d(4, **options).to(DEVICE, module[0].weight.dtype).train(train)

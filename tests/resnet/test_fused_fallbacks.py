@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resnet import FusedResidual, Residual, Stem
 from tests.helpers.blocks import draw, step, trio
-from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused
+from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused, train_and_eval
 
 # ---- changed modules --------------------------------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ UNFUSABLE = {
 }
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("reason", UNFUSABLE)
 def test_a_block_that_cannot_be_fused_runs_as_eager_with_one_warning(any_backend, reason, train):
     change, message = UNFUSABLE[reason]
@@ -112,6 +112,7 @@ STEM_CHANGES = {
     "another window": (replaced("3", lambda old: nn.MaxPool2d(2)), "3.kernel_size is 2, not 3"),
     "ceil mode": (lambda m: setattr(m[3], "ceil_mode", True), "3.ceil_mode is True"),
     "groups": (replaced("0", lambda old: nn.Conv2d(2, 4, 7, 2, 3, groups=2)), "0.groups is 2, not 1"),
+    "no convolution": (replaced("0", lambda old: nn.Sequential(old)), "0 is a Sequential, not a Conv2d"),
 }
 
 
@@ -206,7 +207,7 @@ BAD_MODULES = {
 
 
 @pytest.mark.parametrize("bad", BAD_MODULES)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 def test_a_bad_parameter_is_named_before_anything_changes(any_backend, train, bad):
     change, error, message = BAD_MODULES[bad]
     block = trio(Residual, 4, 4, True, train=train).fused

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from resnet import FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
 from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, name_of, same, step, trio
-from tests.helpers.fused_cases import KINDS, STRIDED, images, inference_trio, kinds
+from tests.helpers.fused_cases import STRIDED, images, inference_trio, kinds, train_and_eval
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 # ---- memory formats ---------------------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ INCOMING = {
 
 
 @pytest.mark.parametrize("incoming", INCOMING)
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, kind, incoming):
     fused = inference_trio(kind).fused.train()
     x = images(kind, (2, 7, 6)).requires_grad_()
@@ -38,8 +38,8 @@ def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, ki
     same(dict(enumerate(got)), dict(enumerate(torch.autograd.grad(out, leaves, dense))))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@kinds
+@train_and_eval
 @pytest.mark.parametrize("layout", ["channels_last", "nchw", "sliced pixels", "transposed"])
 def test_any_layout_of_the_input_gives_the_same_bits_channels_last(any_backend, layout, train, kind):
     fused = inference_trio(kind).fused.train(train)
@@ -85,7 +85,7 @@ def assert_autocast_casts(fused: nn.Module, eager: nn.Module, x: Tensor, dtype: 
 
 
 @kinds
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_autocast_casts_the_input_and_convolution_weights_alone(any_backend, dtype, train, kind):
     t = inference_trio(kind).each(lambda m: m.train(train))

@@ -11,7 +11,15 @@ from torch import nn
 
 from resnet import FusedResidual, FusedStem, Residual, Stem
 from tests.helpers.blocks import draw, randomize, same, snapshot, step, trio
-from tests.helpers.fused_cases import BLOCKS, STRIDED, assert_trios_parity, images, inference_trio, kinds
+from tests.helpers.fused_cases import (
+    BLOCKS,
+    STRIDED,
+    assert_trios_parity,
+    images,
+    inference_trio,
+    kinds,
+    train_and_eval,
+)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +50,7 @@ def test_first_weights_of_a_seed_are_eagers():
 
 
 @pytest.mark.parametrize("assign", [True, False], ids=["assigned", "copied"])
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 def test_a_checkpoint_with_nchw_weights_is_as_exact_as_eager(any_backend, train, assign):
     trios = [trio(Residual, *STRIDED, seed=seed, train=train) for seed in range(3)]
     for t in trios:

@@ -24,7 +24,6 @@ from tests.helpers.blocks import (
 from tests.helpers.fused_cases import (
     BLOCKS,
     IDENTITY,
-    KINDS,
     MODES,
     STRIDED,
     assert_exact,
@@ -34,6 +33,7 @@ from tests.helpers.fused_cases import (
     inference_trio,
     kinds,
     modes,
+    train_and_eval,
 )
 from tests.helpers.kept import kept, kept_bytes
 from tests.helpers.pairs import each_pair
@@ -57,14 +57,14 @@ def test_a_block_of_a_16_bit_type_is_as_exact_as_eager(any_backend, dtype, mode,
 
 
 @blocks
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("size", [(3, 1, 1), (1, 1, 9), (1, 4, 3), (2, 2, 1), (5, 1, 2)], ids=name_of)
 def test_a_block_gives_eagers_values_on_odd_sizes(any_backend, size, train, args):
     n, h, w = size
     assert_exact(trio(Residual, *args, dtype=torch.float64, train=train), draw(n, 4, h, w))
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize(
     "args", [(1, 1), (3, 3), (1, 5, True, 2), (3, 6, True, 2), (16, 17, True), (6, 1, True, 3)], ids=name_of_block
 )
@@ -77,7 +77,7 @@ def test_a_block_on_a_small_map_of_many_channels_is_as_exact_as_eager(any_backen
     assert_trios_parity([trio(Residual, 128, 128, seed=seed) for seed in range(2)], (2, 128, 3, 3))
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("names", [("conv1", "conv2"), ("conv1", "conv2", "conv3"), ("conv3",)], ids=" and ".join)
 def test_a_block_without_biases_of_its_convolutions_gives_eagers_values(any_backend, names, train):
     def change(module):
@@ -103,8 +103,8 @@ def test_nan_and_inf_pass_a_block_with_frozen_statistics_as_in_eager(any_backend
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@kinds
+@train_and_eval
 def test_an_empty_batch_has_eagers_shapes_and_counter_and_zero_gradients(any_backend, train, kind):
     t = inference_trio(kind).each(lambda m: m.train(train))
     x = images(kind, (0, 7, 6))
@@ -161,7 +161,7 @@ def test_gradients_are_the_numerical_derivatives(any_backend, args, mode):
 
 
 @pytest.mark.parametrize("args", [IDENTITY, STRIDED], ids=["identity", "strided"])
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 def test_a_frozen_parameter_has_no_gradient_and_changes_no_other_result(any_backend, train, args):
     block = trio(Residual, *args, train=train).fused
     x = draw(2, 4, 4, 5)
@@ -172,8 +172,8 @@ def test_a_frozen_parameter_has_no_gradient_and_changes_no_other_result(any_back
         same(step(frozen, x), {k: v for k, v in everything.items() if k != f"d {name}"})
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", KINDS)
+@train_and_eval
+@kinds
 def test_an_input_that_wants_no_gradient_changes_no_other_gradient(any_backend, kind, train):
     fused = inference_trio(kind).fused.train(train)
     x = images(kind, (2, 6, 7))
@@ -185,8 +185,8 @@ def test_an_input_that_wants_no_gradient_changes_no_other_gradient(any_backend, 
     assert x.grad is None
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind", KINDS)
+@train_and_eval
+@kinds
 def test_only_the_input_may_want_a_gradient(any_backend, kind, train):
     fused = inference_trio(kind).fused.train(train)
     x = images(kind, (2, 6, 7))
@@ -196,7 +196,7 @@ def test_only_the_input_may_want_a_gradient(any_backend, kind, train):
 
 
 @kinds
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 def test_a_module_may_run_twice_before_its_backward(any_backend, train, kind):
     t = inference_trio(kind, dtype=torch.float64).each(lambda m: m.train(train))
     a, b = (images(kind, (2, 6, 7), seed=seed).double() for seed in range(2))
@@ -214,8 +214,8 @@ def test_a_block_may_follow_itself(any_backend):
     assert_exact(Trio(*(nn.Sequential(block, block) for block in t.all)), draw(2, 4, 5, 6))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@kinds
+@train_and_eval
 def test_two_steps_are_bit_equal_and_write_no_input(any_backend, train, kind):
     fused = inference_trio(kind).fused.train(train)
     x = images(kind, (3, 13, 12))
@@ -226,8 +226,8 @@ def test_two_steps_are_bit_equal_and_write_no_input(any_backend, train, kind):
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@kinds
+@train_and_eval
 @pytest.mark.parametrize("changed", ["out", "x"])
 def test_an_in_place_change_of_input_or_output_before_backward_is_detected(any_backend, changed, train, kind):
     for module in inference_trio(kind).each(lambda m: m.train(train)).all[:2]:
@@ -241,7 +241,7 @@ def test_an_in_place_change_of_input_or_output_before_backward_is_detected(any_b
             out.sum().backward()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@kinds
 def test_double_backward_is_an_error_that_names_the_operator(any_backend, kind):
     fused = inference_trio(kind).fused.train()
     x = images(kind, (2, 7, 6)).requires_grad_()
@@ -250,8 +250,8 @@ def test_double_backward_is_an_error_that_names_the_operator(any_backend, kind):
         dx.square().sum().backward()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@kinds
+@train_and_eval
 def test_a_graph_is_freed_by_its_backward_as_in_eager(any_backend, train, kind):
     fused = inference_trio(kind).fused.train(train)
     loss = fused(images(kind, (2, 7, 6))).sum()
@@ -271,7 +271,7 @@ def test_an_identity_block_keeps_at_most_three_quarters_of_eagers_bytes_for_back
 
 
 @pytest.mark.parametrize("args", [(8, 8), (8, 8, True)], ids=["identity", "1x1"])
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 def test_a_block_keeps_its_input_two_convolutions_its_output_and_vectors_for_backward(any_backend, train, args):
     block = trio(Residual, *args, train=train).fused
     x = draw(2, 8, 12, 11).requires_grad_()

@@ -235,6 +235,7 @@ def small_net() -> nn.Sequential:
     )
 
 
+@pytest.mark.usefixtures("inductor")
 def test_a_net_compiled_by_inductor_equals_uncompiled(any_backend):
     assert_compiles(small_net(), draw(2, 1, 16, 17), "inductor")
 

@@ -10,13 +10,13 @@ from torch import nn
 
 from resnet import Stem
 from tests.helpers.blocks import SIXTEEN_BIT, draw, name_of, step, trio
-from tests.helpers.fused_cases import assert_exact, assert_trios_parity
+from tests.helpers.fused_cases import assert_exact, assert_trios_parity, train_and_eval
 from tests.helpers.parity import assert_as_exact_as_eager
 
 SHAPES = {"even": (2, 1, 12, 8), "odd, three channels": (2, 3, 9, 7), "tiny": (3, 1, 3, 2)}
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_stems_output_gradients_and_statistics_are_as_exact_as_eager(any_backend, shape, dtype, train):
@@ -24,14 +24,14 @@ def test_a_stems_output_gradients_and_statistics_are_as_exact_as_eager(any_backe
     assert_trios_parity(stems, shape)
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_a_stem_of_a_16_bit_type_is_as_exact_as_eager(any_backend, dtype, train):
     """There are values enough: two maxima of a window a rounding apart send the gradient either way by chance."""
     assert_trios_parity([trio(Stem, 1, 4, dtype=dtype, train=train)], (8, 1, 48, 40))
 
 
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 @pytest.mark.parametrize("size", [(3, 1, 1), (2, 1, 9), (2, 5, 2), (1, 8, 8)], ids=name_of)
 def test_a_stem_gives_eagers_values_on_odd_sizes(any_backend, size, train):
     n, h, w = size
@@ -65,7 +65,7 @@ def test_ties_in_a_stems_pool_go_where_eager_sends_them(any_backend, value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@train_and_eval
 def test_nan_and_inf_pass_a_stem_as_in_eager(any_backend, train, value):
     t = trio(Stem, 1, 3, train=train)
     x = draw(2, 1, 20, 21)

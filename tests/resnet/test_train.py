@@ -42,7 +42,6 @@ def small_runs(monkeypatch, tmp_path):
 
     One thread: for images so small a second one gains nothing, and waits long where the machine is busy.
     """
-    monkeypatch.setenv("FASHION_MNIST_URL", "http://127.0.0.1:9/")
     monkeypatch.setattr(training, "load", load_once)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands
@@ -154,6 +153,7 @@ def test_fused_follows_eager():
     assert still != pytest.approx(eager, rel=5e-4)
 
 
+@pytest.mark.usefixtures("inductor")
 def test_compile_follows_eager():
     settings = {"batch_size": 16, "limit_train": 32, "resize": 33, "lr": 0.003}
     eager, compiled = (train(small(model, **settings)) for model in ("eager", "compile"))

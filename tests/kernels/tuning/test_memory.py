@@ -385,12 +385,18 @@ def test_the_command_s_help_is_no_error(arguments, capsys):
         ({"FUSED_RESIDUAL_CACHE": "/a/folder"}, "/a/folder"),
         ({"FUSED_RESIDUAL_CACHE": "off"}, None),
         ({"XDG_CACHE_HOME": "/xdg"}, "/xdg/fused-residual"),
-        ({"XDG_CACHE_HOME": "relative"}, os.path.expanduser("~/.cache/fused-residual")),
-        ({}, os.path.expanduser("~/.cache/fused-residual")),
+        ({"XDG_CACHE_HOME": "relative"}, "/home/somebody/.cache/fused-residual"),
+        ({}, "/home/somebody/.cache/fused-residual"),
     ],
 )
-def test_the_environment_says_where_files_are_kept(variables, expected):
+def test_the_environment_says_where_files_are_kept(monkeypatch, variables, expected):
+    monkeypatch.setenv("HOME", "/home/somebody")
     assert cache_folder(variables) == (expected and Path(expected))
+
+
+def test_a_user_without_a_home_has_no_folder(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it does where neither HOME nor passwd knows one
+    assert cache_folder({}) is None
 
 
 def test_the_environment_switches_timing_off():
