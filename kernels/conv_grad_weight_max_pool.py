@@ -3,7 +3,7 @@
     dW[k, r, s, c] = sum over pixels (n, p, q) of y of dy[n, p, q, k] * x[n, h, w, c]
     h, w = p * stride - padding + r, q * stride - padding + s
     dy = scale * (g - sum_g / M - xhat * sum_gx / M) in training, scale * g with frozen statistics
-    g  = the pooled gradient gathered, see batch_norm_max_pool.py
+    g  = the pooled gradient gathered, see batch_norm_max_pool_backward.py
 
 y is (N, P, Q, K), dout, out and tap are (N, OP, OQ, K), x is (N, H, W, C), dW (K, R, S, C): the largest gradient of the
 net, dy, is never written. Rows of the GEMM are k, columns the flattened (r, s, c), since a stem's input has few
@@ -75,7 +75,7 @@ def conv_grad_weight_max_pool_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dW's partial result over a split's windows, see batch_norm_max_pool.py. Grid (column tiles, k tiles, splits)."""
+    """dW's partial result over a split's windows. Grid (column tiles, k tiles, splits)."""
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     scale = tl.load(stats + 2 * K + k, mask=k < K, other=0.0)
@@ -139,12 +139,12 @@ def conv_grad_weight_max_pool(
     padding: int,
     tf32: bool = False,
 ) -> Tensor:
-    """dW (K, C, R, S) channels_last of y = conv(x), from what `batch_norm_max_pool.apply_pool` made of y.
+    """dW (K, C, R, S) channels_last of y = conv(x), from what `batch_norm_max_pool` made of y.
 
     Args:
         dout, out, tap: (N, K, OP, OQ) channels_last; tap uint8.
         y: (N, K, P, Q) channels_last.
-        stats: (4, K); sums: (2, K) of `batch_norm_max_pool.backward_reduce`, None for frozen statistics.
+        stats: (4, K); sums: (2, K) of `batch_norm_max_pool_backward_reduce`, None for frozen statistics.
         x: (N, C, H, W) channels_last.
         kernel_size, stride, padding: the convolution's.
         tf32: float32 products in TensorFloat-32.

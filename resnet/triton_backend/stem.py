@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.kernels import batch_norm_max_pool as pool
+from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
+from resnet.kernels.batch_norm_max_pool_backward import (
+    batch_norm_max_pool_backward_apply,
+    batch_norm_max_pool_backward_reduce,
+)
 from resnet.kernels.conv_grad_input import conv_grad_input
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
 from resnet.kernels.host.shapes import conv_shape
@@ -20,7 +24,7 @@ def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: in
     """See `torch_backend.stem_forward`."""
     y, moments, _, _ = convolution.forward(x, weight, stride, padding, norm.training)
     stats = norm_stats(y, moments, norm)
-    out, tap = pool.apply_pool(y, stats)
+    out, tap = batch_norm_max_pool(y, stats)
     return StemOutput(out, y, tap, stats)
 
 
@@ -28,7 +32,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """See `torch_backend.stem_backward`. dy is written only where something reads it."""
     x, (out, y, tap, stats), weight, norm, stride, padding = kept
     dweight, dbias = empty_grads(norm)
-    sums = pool.backward_reduce(dout, y, out, tap, stats, dweight, dbias)
+    sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias)
     used = sums if norm.training else None
     tf32 = convolution.tf32(x)
     dx = dconv = None
@@ -37,14 +41,14 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
         return conv_grad_weight_max_pool(dout, out, tap, y, stats, used, x, weight.shape[2:], stride, padding, tf32)
 
     def pytorch() -> Tensor:
-        dy = pool.backward_apply(dout, y, out, tap, stats, used)
+        dy = batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, used)
         return convolve_backward(dy, x, weight, stride, padding, False, True)[1]
 
     # dy is stored where grad-input needs it, where the window is too large for the fused product, and for float64: the
     # compiler refuses the fused product of float64 at some shapes.
     stored = needs.x or max(weight.shape[2:]) > MAX_WINDOW or x.dtype == torch.float64
     if stored:
-        dy = pool.backward_apply(dout, y, out, tap, stats, used)
+        dy = batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, used)
     if needs.x:
         dx = convolution.run_picked(
             "grad_input",

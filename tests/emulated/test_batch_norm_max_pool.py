@@ -1,4 +1,4 @@
-"""Each kernel of `kernels/batch_norm_max_pool.py` as compiled code: parity, and what it asks of the machine."""
+"""The kernels of BatchNorm, ReLU and max-pool as compiled code: parity, and what it asks of the machine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from resnet import reference
-from resnet.kernels import batch_norm_max_pool as kernels
+from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool, out_size
+from resnet.kernels.batch_norm_max_pool_backward import (
+    batch_norm_max_pool_backward_apply,
+    batch_norm_max_pool_backward_reduce,
+)
 from resnet.norm import statistics_dtype
 from tests.helpers.blocks import SIXTEEN_BIT, draw, name_of
 from tests.helpers.emulated_limits import (
@@ -31,11 +35,11 @@ def run(emulate, shape, dtype):
     """(y, stats, dout), (out, tap, sums, dy) and the reports of the kernels that move activations."""
     C = shape[1]
     y, stats = draw(*shape, seed=0, dtype=dtype), draw(4, C, seed=1, dtype=statistics_dtype(dtype))
-    dout = draw(shape[0], C, kernels.out_size(shape[2]), kernels.out_size(shape[3]), seed=2, dtype=dtype)
+    dout = draw(shape[0], C, out_size(shape[2]), out_size(shape[3]), seed=2, dtype=dtype)
     with emulate() as launches:
-        out, tap = kernels.apply_pool(y, stats)
-        sums = kernels.backward_reduce(dout, y, out, tap, stats)
-        dy = kernels.backward_apply(dout, y, out, tap, stats, sums)
+        out, tap = batch_norm_max_pool(y, stats)
+        sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats)
+        dy = batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, sums)
     return (y, stats, dout), (out, tap, sums, dy), {r.name: r for r in launches if r.name in FLOORS}
 
 

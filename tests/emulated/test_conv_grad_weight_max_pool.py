@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resnet.kernels import batch_norm_max_pool as pool
 from resnet.kernels import conv_grad_weight_max_pool as kernels
+from resnet.kernels.batch_norm_max_pool_backward import batch_norm_max_pool_backward_apply
 from resnet.kernels.host.shapes import ConvShape
 from tests.helpers.blocks import SIXTEEN_BIT, name_of
 from tests.helpers.emulated_limits import (
@@ -25,7 +25,7 @@ def launch(emulate, shape: ConvShape, dtype: torch.dtype, training: bool):
     """(case, dy as it would have been stored, dW, report of the GEMM)."""
     with emulate() as launches:
         case = Case.of(shape, dtype, training)
-        dy = pool.backward_apply(case.dout, case.y, case.out, case.tap, case.stats, case.sums)
+        dy = batch_norm_max_pool_backward_apply(case.dout, case.y, case.out, case.tap, case.stats, case.sums)
         dw = case.dw()
     (report,) = (r for r in launches if r.name == KERNEL)
     return case, dy, dw, report

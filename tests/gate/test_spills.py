@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from benchmarks.compiled import binaries, launches
-from resnet.kernels import batch_norm_max_pool as pool
+from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
+from resnet.kernels.batch_norm_max_pool_backward import (
+    batch_norm_max_pool_backward_apply,
+    batch_norm_max_pool_backward_reduce,
+)
 from resnet.kernels.tuning import DEVICES
 from tests.helpers.batch_norm_launches import LAUNCHES, Case
 
@@ -38,7 +42,7 @@ def test_batch_norm(device, dtype, C):
 def test_batch_norm_and_max_pool(device, dtype, C):
     y, dout = Case.of((1, C, 6, 6), dtype), Case.of((1, C, 3, 3), dtype).dout
     with launches.record(DEVICES[device].target) as recorded:
-        out, tap = pool.apply_pool(y.x, y.stats)
-        pool.backward_reduce(dout, y.x, out, tap, y.stats)
-        pool.backward_apply(dout, y.x, out, tap, y.stats, y.sums)
+        out, tap = batch_norm_max_pool(y.x, y.stats)
+        batch_norm_max_pool_backward_reduce(dout, y.x, out, tap, y.stats)
+        batch_norm_max_pool_backward_apply(dout, y.x, out, tap, y.stats, y.sums)
     assert_nothing_is_spilled(recorded, device)

@@ -1,4 +1,4 @@
-"""Each launcher of `kernels/batch_norm_max_pool.py` against PyTorch's operators one by one, judged in float64.
+"""BatchNorm, ReLU and max-pool, forward and backward, against PyTorch's operators one by one, judged in float64.
 
 Interpreted where there is no GPU, compiled where there is one.
 """
@@ -11,7 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resnet import reference
-from resnet.kernels import batch_norm_max_pool as kernels
+from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
+from resnet.kernels.batch_norm_max_pool_backward import (
+    batch_norm_max_pool_backward_apply,
+    batch_norm_max_pool_backward_reduce,
+)
 from resnet.norm import statistics_dtype
 from tests.conftest import DEVICE
 from tests.helpers.blocks import DTYPES, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
@@ -71,7 +75,7 @@ def eager_grad(dout: Tensor, z: Tensor, index: Tensor) -> Tensor:
 @per_shape
 def test_out_and_tap_equal_pytorchs_ties_included(shape, dtype):
     y, stats = with_ties(shape, dtype), stats_of(shape[1], dtype, seed=1)
-    out, tap = kernels.apply_pool(y, stats)
+    out, tap = batch_norm_max_pool(y, stats)
     _, expected, index = eager(y, stats)
     assert torch.equal(out, expected) and tap.dtype == torch.uint8
     passes = expected > 0  # elsewhere nothing passes the ReLU, and the place means nothing
@@ -90,10 +94,10 @@ def test_sums_and_grad_as_exact_as_eager(shape, dtype):
     draws: dict[str, tuple[list, list, list]] = {name: ([], [], []) for name in ("sum g", "sum gx", "dy", "frozen dy")}
     for seed in range(2):
         y, stats = with_ties(shape, dtype, seed), stats_of(shape[1], dtype, seed)
-        out, tap = kernels.apply_pool(y, stats)
+        out, tap = batch_norm_max_pool(y, stats)
         dout = draw(*out.shape, seed=seed + 50, dtype=dtype)
-        sums = kernels.backward_reduce(dout, y, out, tap, stats)
-        fused = (*sums, *(kernels.backward_apply(dout, y, out, tap, stats, s) for s in (sums, None)))
+        sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats)
+        fused = (*sums, *(batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, s) for s in (sums, None)))
         z, _, index = eager(y, stats)
         results = []
         for high in (stats.dtype, torch.float64):
@@ -115,9 +119,9 @@ def test_sums_and_grad_as_exact_as_eager(shape, dtype):
 
 def test_weight_and_bias_gradients_are_the_sums_in_their_types():
     y, stats = with_ties((2, 6, 5, 4), torch.float32), stats_of(6, torch.float32, seed=0)
-    out, tap = kernels.apply_pool(y, stats)
+    out, tap = batch_norm_max_pool(y, stats)
     dweight, dbias = torch.empty(6, dtype=torch.bfloat16, device=DEVICE), torch.empty(6, device=DEVICE)
-    sums = kernels.backward_reduce(torch.ones_like(out), y, out, tap, stats, dweight, dbias)
+    sums = batch_norm_max_pool_backward_reduce(torch.ones_like(out), y, out, tap, stats, dweight, dbias)
     assert torch.equal(dbias, sums[0])
     assert torch.allclose(dweight.float(), sums[1], rtol=2**-7)
 
@@ -127,11 +131,11 @@ def test_nan_is_the_maximum_and_takes_the_gradient():
     y[0, 0, 2, 2] = torch.nan
     y[0, 1, 0, 0] = torch.inf
     stats = torch.tensor([[0.0], [1.0], [1.0], [0.5]], device=DEVICE).repeat(1, 2)
-    out, tap = kernels.apply_pool(y, stats)
+    out, tap = batch_norm_max_pool(y, stats)
     _, expected, index = eager(y, stats)
     assert torch.equal(out.nan_to_num(), expected.nan_to_num()) and torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(index_of(tap, 5), index)
-    dy = kernels.backward_apply(torch.ones_like(out), y, out, tap, stats, None)
+    dy = batch_norm_max_pool_backward_apply(torch.ones_like(out), y, out, tap, stats, None)
     assert dy[0, 0, 2, 2] == expected[0, 0].isnan().sum()
 
 
@@ -140,13 +144,13 @@ def test_same_bits_twice(dtype):
     y, stats = draw(3, 16, 9, 9, seed=0, dtype=dtype), stats_of(16, dtype, seed=0)
     results = []
     for _ in range(2):
-        out, tap = kernels.apply_pool(y, stats)
-        sums = kernels.backward_reduce(out, y, out, tap, stats)
-        results.append((out, tap, sums, kernels.backward_apply(out, y, out, tap, stats, sums)))
+        out, tap = batch_norm_max_pool(y, stats)
+        sums = batch_norm_max_pool_backward_reduce(out, y, out, tap, stats)
+        results.append((out, tap, sums, batch_norm_max_pool_backward_apply(out, y, out, tap, stats, sums)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def test_other_layout_is_refused_by_name():
     y = draw(2, 3, 4, 4, seed=0, dtype=torch.float32).contiguous()
     with pytest.raises(ValueError, match="channels_last"):
-        kernels.apply_pool(y, stats_of(3, torch.float32, seed=0))
+        batch_norm_max_pool(y, stats_of(3, torch.float32, seed=0))

@@ -11,8 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet.kernels import batch_norm_max_pool as pool
 from resnet.kernels import conv_grad_weight_max_pool as kernels
+from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
+from resnet.kernels.batch_norm_max_pool_backward import (
+    batch_norm_max_pool_backward_apply,
+    batch_norm_max_pool_backward_reduce,
+)
 from resnet.kernels.host.shapes import ConvShape
 from resnet.norm import statistics_dtype
 from tests.conftest import DEVICE
@@ -49,9 +53,9 @@ class Case:
     def of(shape: ConvShape, dtype: torch.dtype, training: bool, seed: int = 0) -> Case:
         y = draw(shape.N, shape.K, shape.P, shape.Q, seed=seed, dtype=dtype)
         stats = draw(4, shape.K, seed=seed + 1, dtype=statistics_dtype(dtype))
-        out, tap = pool.apply_pool(y, stats)
+        out, tap = batch_norm_max_pool(y, stats)
         dout = draw(*out.shape, seed=seed + 2, dtype=dtype)
-        sums = pool.backward_reduce(dout, y, out, tap, stats) if training else None
+        sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats) if training else None
         x = draw(shape.N, shape.C, shape.H, shape.W, seed=seed + 3, dtype=dtype)
         return Case(shape, dout, out, tap, y, stats, sums, x)
 
@@ -73,7 +77,7 @@ def assert_parity(shape: ConvShape, dtype: torch.dtype, training: bool) -> None:
     fused, eager, exact = [], [], []
     for seed in (0, 4):
         case = Case.of(shape, dtype, training, seed)
-        dy = pool.backward_apply(case.dout, case.y, case.out, case.tap, case.stats, case.sums)
+        dy = batch_norm_max_pool_backward_apply(case.dout, case.y, case.out, case.tap, case.stats, case.sums)
         fused.append(case.dw())
         eager.append(case.reference(dy, dtype))
         exact.append(case.reference(dy, torch.float64))

@@ -14,11 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from resnet.kernels import batch_norm_max_pool
 from resnet.kernels.add_masked_grad import add_masked_grad
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
+from resnet.kernels.batch_norm_max_pool_backward import (
+    batch_norm_max_pool_backward_apply,
+    batch_norm_max_pool_backward_reduce,
+)
 from resnet.kernels.conv_forward import Shortcut, conv_forward
 from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
@@ -65,9 +69,9 @@ LAUNCHERS: dict[str, Callable[[], object]] = {
     "apply": lambda: batch_norm_add_relu(X, STATS, X),
     "backward reduce": lambda: batch_norm_backward_reduce(X, X, X, STATS),
     "backward apply": lambda: batch_norm_backward_apply(X, X, X, STATS, SUMS, dshortcut=torch.empty_like(X)),
-    "pool": lambda: batch_norm_max_pool.apply_pool(Y, STATS),
-    "pool, backward reduce": lambda: batch_norm_max_pool.backward_reduce(POOLED, Y, POOLED, TAP, STATS),
-    "pool, backward apply": lambda: batch_norm_max_pool.backward_apply(POOLED, Y, POOLED, TAP, STATS, SUMS),
+    "pool": lambda: batch_norm_max_pool(Y, STATS),
+    "pool, backward reduce": lambda: batch_norm_max_pool_backward_reduce(POOLED, Y, POOLED, TAP, STATS),
+    "pool, backward apply": lambda: batch_norm_max_pool_backward_apply(POOLED, Y, POOLED, TAP, STATS, SUMS),
     "convolution": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, stats=STATS, skip=IMAGES, moments=True),
     "convolution with shortcut": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, shortcut=Shortcut(POINTWISE, None)),
     "grad-input behind a ReLU": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ReluMask(IMAGES, STATS)),
