@@ -27,8 +27,10 @@ CPU = torch.device("cpu")
 
 
 def run(*arguments, **variables):
-    # A user's own options, or a narrow terminal, would change what pytest prints.
-    environment = {**os.environ, "PYTEST_ADDOPTS": "", "COLUMNS": "1000", **variables}
+    # What pytest prints depends on a user's options, on the terminal's width, and on whether it is a worker: to
+    # pytest-benchmark a command that a worker started is one, and measures nothing.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = {**outside, "COLUMNS": "1000", **variables}
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
