@@ -260,7 +260,8 @@ def _locked(folder: Path) -> Iterator[None]:
 # ---- this process's memory ---------------------------------------------------------------------------------------
 
 
-def _is_timed(environment: Mapping[str, str]) -> bool:
+def timing_is_on(environment: Mapping[str, str]) -> bool:
+    """What `FUSED_RESIDUAL_TUNING` says; ValueError for anything but "on" and "off"."""
     value = environment.get("FUSED_RESIDUAL_TUNING", "on")
     if value not in ("on", "off"):
         raise ValueError(f"FUSED_RESIDUAL_TUNING: expected 'on' or 'off', got {value!r}")
@@ -268,5 +269,5 @@ def _is_timed(environment: Mapping[str, str]) -> bool:
 
 
 _folder = cache_folder()
-process_choices = Choices(_folder and _folder / "choices.json", _is_timed(os.environ))
+process_choices = Choices(_folder and _folder / "choices.json", timing_is_on(os.environ))
 choose, remembered = process_choices.choose, process_choices.remembered

@@ -74,7 +74,7 @@ _TF32 = (
     Config(32, 32, 32, 2, 3),
     Config(16, 16, 16, 2, 2),
 )
-_SINGLE = (  # exact float32: no tensor cores, every thread holds BLOCK_K of its operands in registers
+_FLOAT32 = (  # exact float32: no tensor cores, every thread holds BLOCK_K of its operands in registers
     Config(64, 64, 16, 4, 3),
     Config(64, 32, 16, 4, 3),
     Config(32, 64, 16, 4, 3),
@@ -82,7 +82,7 @@ _SINGLE = (  # exact float32: no tensor cores, every thread holds BLOCK_K of its
     Config(32, 32, 16, 2, 3),
     Config(16, 16, 16, 2, 2),
 )
-_DOUBLE = (
+_FLOAT64 = (
     Config(64, 32, 16, 4, 2),
     Config(32, 32, 16, 4, 2),
     Config(32, 16, 16, 2, 2),
@@ -108,23 +108,23 @@ _POOLED = (
     Config(32, 32, 16, 4, 1),
     Config(16, 16, 16, 4, 1),
 )
-_POOLED_SINGLE = (
+_POOLED_FLOAT32 = (
     Config(64, 64, 16, 8, 1),
     Config(64, 32, 16, 8, 1),
     Config(32, 32, 16, 8, 1),
     Config(16, 16, 16, 4, 1),
 )
-_POOLED_DOUBLE = (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1))
+_POOLED_FLOAT64 = (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1))
 TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
-    "forward": {"16-bit": _FORWARD, "tf32": _TF32, "float32": _SINGLE, "float64": _DOUBLE},
-    "grad_input": {"16-bit": _GRAD_INPUT, "tf32": _TF32, "float32": _SINGLE, "float64": _DOUBLE[1:]},
+    "forward": {"16-bit": _FORWARD, "tf32": _TF32, "float32": _FLOAT32, "float64": _FLOAT64},
+    "grad_input": {"16-bit": _GRAD_INPUT, "tf32": _TF32, "float32": _FLOAT32, "float64": _FLOAT64[1:]},
     "grad_weight": {"16-bit": _PIXELS_REDUCED, "tf32": _SMALL, "float32": _SMALL, "float64": _SMALL},
     "grad_weight_max_pool": {
         "16-bit": _POOLED,
-        "tf32": _POOLED_SINGLE,
-        "float32": _POOLED_SINGLE,
-        "float64": _POOLED_DOUBLE,
+        "tf32": _POOLED_FLOAT32,
+        "float32": _POOLED_FLOAT32,
+        "float64": _POOLED_FLOAT64,
     },
 }
 MOST_ROWS = max(config.BLOCK_M for kinds in TABLE.values() for table in kinds.values() for config in table)
-MAX_ACCUMULATORS = 100  # in a thread's registers, up to which grad-weight takes a whole row of taps at once
+MAX_ACCUMULATORS = 100  # registers that they may fill in a thread where grad-weight takes a whole row of taps at once
