@@ -1,7 +1,10 @@
-"""The shortcut's gradient added to the convolution's: dx += dout * (out > 0).
+"""The shortcut's gradient added to the convolution's, in place.
 
-For blocks whose grad-input convolution is PyTorch's; the fused one (conv_grad_input.py) does this in its epilogue.
-Activations are dense (N, H, W, C), read as one vector. Moves 4: reads dx, dout, out, writes dx.
+    dx = dx + dout * (out > 0)
+
+It serves blocks whose grad-input convolution is PyTorch's; the fused one (conv_grad_input.py) adds it in its epilogue.
+dx, dout and out are dense NHWC, read as vectors of N*H*W*C elements. Grid (blocks of elements,). Moves 4 activations:
+it reads dx, dout and out, and writes dx.
 """
 
 import torch
@@ -18,10 +21,10 @@ def add_masked_grad_kernel(
     dx,  # (N, H, W, C), overwritten
     dout,  # (N, H, W, C)
     out,  # (N, H, W, C)
-    COUNT,
+    COUNT,  # N * H * W * C
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks of elements,)."""
+    """dx + dout * (out > 0), summed in float32 (float64 for float64). Grid (blocks of elements,)."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = offsets < COUNT - first
@@ -33,7 +36,11 @@ def add_masked_grad_kernel(
 
 
 def add_masked_grad(dx: Tensor, dout: Tensor, out: Tensor) -> Tensor:
-    """dx, to which dout is added where the ReLU that made out passes it; (N, C, H, W) channels_last, of one type."""
+    """dx, to which dout is added where the ReLU that made `out` lets it pass.
+
+    All three are (N, C, H, W) channels_last, of one type and on one device. ValueError for another shape or layout,
+    TypeError for another type.
+    """
     check_nhwc("dx", dx)
     check_nhwc("dout", dout, dx, tuple(dx.shape))
     check_nhwc("out", out, dx, tuple(dx.shape))

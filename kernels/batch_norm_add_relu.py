@@ -33,9 +33,9 @@ def apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """out = relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]). Grid (row, column tiles).
+    """out = relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]). Grid (row tiles, column tiles).
 
-    Moves 2 activations, 3 with a shortcut. The sum is rounded to the stored type before the ReLU.
+    The sum is rounded to the stored type before the ReLU.
     """
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -71,7 +71,15 @@ def batch_norm_add_relu(
     relu: bool = True,
     out: Tensor | None = None,
 ) -> Tensor:
-    """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), written to `out` where given."""
+    """relu(x * scale + shift [+ shortcut [* shortcut_scale] [+ shortcut_shift]]), without the ReLU where not `relu`.
+
+    x, shortcut, `out` and the result are (N, C, H, W) channels_last, of one type and on one device. stats is (4, C), as
+    `batch_norm_finalize` gives it; shortcut_scale and shortcut_shift are (C,). The result is written to `out` where
+    that is given; it may be x.
+
+    Raises:
+        ValueError, TypeError: a shape, layout, type or device that does not fit.
+    """
     M, C = nhwc_shape(x)
     check_vectors("stats", stats, (4, C), x)
     if shortcut is not None:

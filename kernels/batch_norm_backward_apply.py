@@ -35,9 +35,9 @@ def backward_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx = scale * (g - sum_g / M - xhat * sum_gx / M), or scale * g with frozen statistics. Grid (row, column tiles).
+    """dx = scale * (g - sum_g / M - xhat * sum_gx / M), or scale * g with frozen statistics; dshortcut = g.
 
-    Moves 3 activations, 4 with `out`, one more with `dshortcut` = g.
+    Grid (row tiles, column tiles).
     """
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -71,9 +71,17 @@ def batch_norm_backward_apply(
     dshortcut: Tensor | None = None,
     dx: Tensor | None = None,
 ) -> Tensor:
-    """dx of BatchNorm; `sums` None means frozen statistics. g is written to `dshortcut`.
+    """dx, the gradient of BatchNorm's input. g is also written to `dshortcut` where that is given.
 
-    `dx` may be dout itself, which is then overwritten: every program reads its elements before it writes them.
+    Args:
+        dout, x, out, dshortcut, dx: (N, C, H, W) channels_last, of one type. Without `out` the ReLU mask is recomputed
+            from x. dx is where the result goes. It may be dout itself: every program reads its elements before it
+            writes them.
+        stats: (4, C); sums: (2, C) of `batch_norm_backward_reduce`, None for frozen statistics.
+        relu: whether a ReLU followed.
+
+    Raises:
+        ValueError, TypeError: a shape, layout, type or device that does not fit.
     """
     M, C = nhwc_shape(x)
     check_nhwc("dout", dout, x, x.shape)

@@ -4,7 +4,7 @@
 
 dout, x and out are dense NHWC, read as matrices of M = N*H*W rows and C columns. Grid (row tiles, column tiles), then
 a merge of the partials on a grid (column tiles, groups), in a fixed order. Reads 2 activations, 3 where the ReLU mask
-is read from `out`; else its sign is recomputed from x.
+is read from `out`; without `out` it is recomputed from x.
 """
 
 from __future__ import annotations
@@ -36,10 +36,7 @@ def backward_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Per row tile: sum g, sum g * xhat, with g = dout * (out > 0). Grid (T, column tiles).
-
-    Reads 2 activations, 3 with `out`.
-    """
+    """Per row tile: sum g, sum g * xhat, with g = dout * (out > 0). Grid (T, column tiles)."""
     row0 = tl.program_id(0).to(tl.int64) * TILES * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -115,7 +112,16 @@ def batch_norm_backward_reduce(
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> Tensor:
-    """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types."""
+    """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types.
+
+    Args:
+        dout, x, out: (N, C, H, W) channels_last, of one type. Without `out` the ReLU mask is recomputed from x.
+        stats: (4, C).
+        relu: whether a ReLU followed.
+
+    Raises:
+        ValueError, TypeError: a shape, layout, type or device that does not fit.
+    """
     M, C = nhwc_shape(x)
     check_nhwc("dout", dout, x, x.shape)
     if out is not None:
@@ -147,7 +153,7 @@ def merge_sums(partial: Tensor, dweight: Tensor | None, dbias: Tensor | None) ->
 
 
 def _sum_groups(partial: Tensor, group: int, dweight: Tensor | None, dbias: Tensor | None) -> Tensor:
-    """(2, G, C): of every `group` partials one."""
+    """The sums of each `group` partials in turn: (2, G, C)."""
     _, T, C = partial.shape
     G = triton.cdiv(T, group)
     sums = torch.empty((2, G, C), dtype=partial.dtype, device=partial.device)

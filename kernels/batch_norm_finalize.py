@@ -37,7 +37,7 @@ def merge_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Of every GROUP partials one. Grid (column tiles, G)."""
+    """Merge each GROUP partials in turn into one. Grid (column tiles, G)."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(1) * GROUP
     last = tl.minimum(first + GROUP, T)
@@ -53,7 +53,7 @@ def finalize_kernel(
     partial,  # (2 or 3, T, C): see `batch_norm_finalize`
     weight,  # (C,) or None: ones
     bias,  # (C,) or None: zeros
-    conv_bias,  # (C,) or None: of the convolution that made x, and was not added to x
+    conv_bias,  # (C,) or None: the bias of the convolution that made x, which did not add it
     running_mean,  # (C,) or None
     running_var,  # (C,) or None
     stats,  # (4, C)
@@ -70,7 +70,7 @@ def finalize_kernel(
 ):
     """Merge the partials, write stats, update the running statistics in place. Grid (column tiles,).
 
-    A convolution bias shifts the mean and nothing else, so it meets the running mean only.
+    A convolution's bias shifts the mean and nothing else, so only the running mean takes it in.
     """
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = cols < C
@@ -119,11 +119,11 @@ def batch_norm_finalize(
     eps: float,
     conv_bias: Tensor | None = None,
 ) -> Tensor:
-    """stats (4, C), and the running statistics in place, as `statistics`, from the partials of M rows.
+    """stats (4, C) from the partials of M rows; the running statistics are updated in place.
 
-    partial is (2, T, C) or (3, T, C), float32 or float64, contiguous: the mean and M2 = sum (x - mean)^2 of each `rows`
-    rows in turn, the last of fewer: (T - 1) * rows < M <= T * rows. The third plane is what rounding left of the mean.
-    Without it running_var is wrong by some eps * |mean| / sqrt(M) standard deviations. Merged in a fixed order.
+    partial is (2, T, C) or (3, T, C), float32 or float64, contiguous. It holds the mean and M2 = sum (x - mean)^2 of
+    each `rows` rows in turn, of fewer in the last: (T - 1) * rows < M <= T * rows. The third plane is what rounding
+    left of the mean. Without that plane running_var is wrong by some eps * |mean| / sqrt(M) standard deviations.
     """
     if partial.shape[1] > MAX_PARTIALS:
         partial, rows = _merge(partial, rows, M), rows * GROUP
@@ -154,7 +154,7 @@ def batch_norm_finalize(
 
 
 def _merge(partial: Tensor, rows: int, M: int) -> Tensor:
-    """(3, G, C): the partials of `batch_norm_finalize`, GROUP merged into one."""
+    """Each GROUP partials in turn merged into one: (3, G, C)."""
     planes, T, C = partial.shape
     G = triton.cdiv(T, GROUP)
     merged = torch.empty((3, G, C), dtype=partial.dtype, device=partial.device)

@@ -32,11 +32,11 @@ def statistics_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Per row tile: mean = sum x / n, M2 = sum (x - mean)^2. Grid (T, column tiles). Reads x once.
+    """Per row tile: mean = sum x / n, M2 = sum (x - mean)^2. Grid (T, column tiles).
 
     Every (row of the block, column) pair is a lane with a Welford mean and M2 of its own, so the loop has no barrier;
-    Chan's formula merges the lanes at the end. A lane's mean is carried as an offset from its first value: what it is
-    rounded to is then an ulp of the spread, not of the mean.
+    Chan's formula merges the lanes at the end. A lane's mean is carried as an offset from its first value, the pivot.
+    So it is rounded to an ulp of the spread, not of the mean.
     """
     row0 = tl.program_id(0).to(tl.int64) * TILES * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
@@ -46,7 +46,7 @@ def statistics_kernel(
     offsets = rows[:, None] * C + cols[None, :]
     first = tl.load(x + offsets, mask=(rows < valid)[:, None] & (cols < C)[None, :], other=0.0).to(ACC)
     pivot = finite_or_zero(first)
-    mean = first - pivot  # less pivot
+    mean = first - pivot  # an offset from the pivot
     m2 = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     steps = tl.full([1, 1], 1.0, ACC)
     for i in range(1, tl.cdiv(valid, BLOCK_M)):

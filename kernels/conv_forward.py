@@ -1,4 +1,4 @@
-"""Convolution as implicit GEMM: BatchNorm + ReLU in its prologue; statistics, bias or all of inference behind it.
+"""Convolution as implicit GEMM, with BatchNorm + ReLU before it, and statistics, bias or all of inference after it.
 
     y[m, k] = sum over r, s, c of a[n, p*stride - padding + r, q*stride - padding + s, c] * weight[k, r, s, c]
 
@@ -11,8 +11,9 @@ x is (N, H, W, C), y (N, P, Q, K), weight (K, R, S, C), all dense: `torch.channe
 pixels m = (n, p, q), columns are k, the reduction runs over (r, s, c): in steps of one tap and BLOCK_K channels, or,
 for few channels, over the flattened axis. Accumulation is float32 (float64 for float64).
 
-Moves: reads x, writes y; the shortcut one more write, `skip` one more read. Taps and column tiles re-read x from the
-L2 cache: programs that share rows are neighbours.
+Grid (row tiles * column tiles,), the columns fastest. Passes over activations: 2, it reads x and writes y. The shortcut
+is one more write, `skip` one more read. Taps and column tiles read x again from the L2 cache, since programs that share
+rows are neighbours.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def conv_forward_kernel(
     if running_mean is not None:
         mean, invstd = load_running(running_mean, running_var, conv_bias, eps, k, K, ACC)
         scale, shift = load_affine(mean, invstd, norm_weight, norm_bias, k, K)
-        # Else a thread would hold both for all the columns of its accumulators, on sm_100 64 of them.
+        # In the accumulator's layout a thread would hold scale and shift of all its columns, on sm_100 of 64.
         acc = affine(lanes_along_columns(acc), scale[None, :], shift[None, :])
     if bias is not None:
         acc += tl.load(bias + k, mask=k < K).to(ACC)[None, :]
@@ -129,7 +130,7 @@ def conv_forward_kernel(
         store_moments(partial, value, live, tile, T, k, K, ACC)
 
     if shortcut_weight is not None:
-        # Its pixels were read by the loop above and come from the cache; its accumulator takes the other's place.
+        # The loop above has read its pixels, so they come from the cache. Its accumulator takes the other's place.
         acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
         centre = (h0 + PADDING < H) & (w0 + PADDING < W) & live
         pixel0 += PADDING * W + PADDING
@@ -162,7 +163,7 @@ def reduce_taps(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + sum over (r, s, c), a tap and BLOCK_K channels a step. `pixel0` is each row's first pixel of its window."""
+    """acc + sum over (r, s, c), a tap and BLOCK_K channels a step. `pixel0` is the first pixel of each row's window."""
     CHANNEL_STEPS: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     c = tl.arange(0, BLOCK_K)
     x += pixel0[:, None] * C + c[None, :]
@@ -177,9 +178,9 @@ def reduce_taps(
             mask = mask & (c < C - c0)[None, :]
         a = tl.load(x + ((tap // S * W + tap % S) * C + c0), mask=mask, other=0.0)
         if stats is not None:
-            inside = (taps >> tap & 1) == 1  # said anew: the mask above belongs to a load some steps ahead
+            inside = (taps >> tap & 1) == 1  # again: in the pipeline the mask above is that of a later step
             a = batch_norm_relu(a, scale, shift, inside[:, None])
-            if CHANNEL_STEPS > 1:  # the next step's, in registers: in shared memory half their reads would conflict
+            if CHANNEL_STEPS > 1:  # the next step's, to registers: half of the reads from shared memory would conflict
                 scale, shift = load_channels(stats, (i + 1) % CHANNEL_STEPS * BLOCK_K + c, C, BLOCK_K)
         if C % BLOCK_K == 0 and K % BLOCK_N == 0:
             b = tl.load(weight + (tap * C + c0))
@@ -191,7 +192,7 @@ def reduce_taps(
 
 @triton.jit
 def load_channels(stats, c, C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """scale and shift of a step's channels; beyond C zeros, of which the prologue makes zeros."""
+    """scale and shift of a step's channels. Both are 0 beyond C, and so the prologue's result is."""
     if C % BLOCK_K == 0:
         return tl.load(stats + 2 * C + c), tl.load(stats + 3 * C + c)
     else:
@@ -226,7 +227,8 @@ def reduce_flat(
         r = j // (S * C)
         s = j // C % S
         c = j % C
-        # What is not live lies far outside; a negative index is a large unsigned one: two comparisons for six.
+        # Rows that are not live lie far outside, as do positions beyond the last one, and a negative index is a large
+        # unsigned one. So two comparisons do the work of six.
         h = h0[:, None] + tl.where(j < R * S * C, r, FAR)[None, :]
         w = w0[:, None] + s[None, :]
         inside = (h.to(tl.uint32) < tl.cast(H, tl.uint32)) & (w.to(tl.uint32) < tl.cast(W, tl.uint32))
@@ -239,7 +241,7 @@ def reduce_flat(
 
 @triton.jit
 def sum_rows(x):
-    """Of a tile that moments are taken of: `column_sums` where `lanes_along_columns` has spread it."""
+    """Sums over the rows of a tile whose moments are taken: `column_sums` where `lanes_along_columns` has spread it."""
     if x.shape[1] >= WIDE:
         total = column_sums(x)
     else:
@@ -249,20 +251,20 @@ def sum_rows(x):
 
 @triton.jit
 def store_moments(partial, value, live, tile, T, k, K: tl.constexpr, ACC: tl.constexpr):
-    """mean, M2 and what rounding left of the mean of a tile's live rows: row `tile` of partial (3, T, K).
+    """Store a tile's moments in row `tile` of partial (3, T, K): mean, M2, and the mean's rounding error.
 
-    Of halves nothing is left that would count: their sum is exact where a mean is large beside their deviations.
+    For 16-bit types that error is 0: where their mean is large beside their deviations, their sum is exact.
     """
     if value.shape[1] >= WIDE:
         value = lanes_along_columns(value)
     rows = tl.sum(live.to(tl.int32), 0).to(ACC)
     rest = tl.zeros([value.shape[1]], ACC)
-    half: tl.constexpr = value.dtype.primitive_bitwidth == 16
-    value = tl.where(live[:, None], value.to(ACC), 0.0)  # the others are zeros no longer where a bias was added
+    SIXTEEN_BIT: tl.constexpr = value.dtype.primitive_bitwidth == 16
+    value = tl.where(live[:, None], value.to(ACC), 0.0)  # a bias has made the others nonzero
     mean = sum_rows(value) / rows
     delta = tl.where(live[:, None], value - mean[None, :], 0.0)
     m2 = sum_rows(delta * delta)
-    if not half:
+    if not SIXTEEN_BIT:
         rest = sum_rows(delta) / rows
         m2 -= rest * rest * rows
     plane = tl.cast(T, tl.int64) * K
@@ -276,7 +278,7 @@ def store_moments(partial, value, live, tile, T, k, K: tl.constexpr, ACC: tl.con
 
 
 class Frozen(NamedTuple):
-    """A BatchNorm with running statistics behind the convolution; vectors are (K,)."""
+    """A BatchNorm with running statistics after the convolution; vectors are (K,)."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -297,6 +299,8 @@ class Shortcut(NamedTuple):
 
 
 class ConvOutput(NamedTuple):
+    """What `conv_forward` returns, None for what it was not asked for."""
+
     y: Tensor  # (N, K, P, Q)
     moments: Moments | None
     shortcut: Tensor | None  # (N, K, P, Q)
@@ -316,7 +320,7 @@ class Fusions(NamedTuple):
     shortcut_moments: bool
 
     def flatten(self, shape: ConvShape) -> bool:
-        """Whether the reduction runs over (r, s, c) as one axis, which leaves no channels to fuse by."""
+        """Whether the reduction runs over (r, s, c) as one axis. Neither the prologue nor the shortcut can."""
         return shape.few_channels and self.stats is None and self.shortcut is None
 
     def switches(self) -> dict[str, bool]:
@@ -359,10 +363,10 @@ def conv_forward(
         bias: (K,), added to y.
         frozen: y becomes batch_norm(y) with running statistics.
         skip: (N, K, P, Q) channels_last, added after `frozen` and `bias`.
-        relu: a ReLU ends it.
+        relu: a ReLU comes last.
         moments: also take mean and M2 of y's row tiles, of the values as stored.
         shortcut: also compute the 1x1 convolution of x (never of a) with the same stride.
-        shortcut_moments: also take the shortcut's.
+        shortcut_moments: also take those of the shortcut's output.
         tf32: float32 products in TensorFloat-32.
 
     Raises:

@@ -2,7 +2,7 @@
 
     acc[n,h,w,c] = sum over r,s,k of dy[n,p,q,k] * W[k,r,s,c],  p = (h + padding - r) / stride, q likewise
 
-    plain         dx = acc
+    None          dx = acc
     ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
     IdentityGrad  dx = acc + dout * (out > 0)
     ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
@@ -12,10 +12,11 @@ weight is K,R,S,C contiguous (both `torch.channels_last`), in float16, bfloat16,
 epilogue are float32 (float64 for float64), rounded once.
 
 With a stride only every stride-th tap meets an output pixel, and which ones depends on (h, w) modulo stride alone. So
-each parity class (h % stride, w % stride) is a sub-grid of its own that runs over its own taps; a class without taps
+each parity class (h % stride, w % stride) is a sub-grid of its own that runs over its own taps. A class without taps
 (1x1, stride 2) still runs its epilogue. All classes are one launch.
 
-Passes over an activation, besides dy and dx: ReluMask 1 (y1); IdentityGrad 2; ShortcutGrad 2 of dy's size, or 1.
+Grid (column tiles * classes * row tiles,). Passes over activations: it reads dy and writes dx. ReluMask also reads y1;
+IdentityGrad reads dout and out; ShortcutGrad reads dout and out, or dout alone, which have dy's size.
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ def grad_input_kernel(
     y1,  # (N, H, W, C) or None: no ReLU to mask by
     stats,  # (4, C) of y1
     partial,  # (2, T, C): sum g and sum g * xhat of each row tile
-    dout,  # (N, H, W, C) of the identity, (N, P, Q, K) of the 1x1 shortcut, or None: no second branch
-    out,  # as dout, or None: dout is not masked
+    dout,  # (N, H, W, C) for the identity, (N, P, Q, K) for the 1x1 shortcut, or None: no second branch
+    out,  # like dout, or None: dout is not masked
     shortcut_weight,  # (K, 1, 1, C) or None: the second branch is the identity
     N,
     H,
@@ -81,7 +82,7 @@ def grad_input_kernel(
 ):
     """One tile of BLOCK_M pixels of one parity class by BLOCK_N channels. Grid (column tiles * classes * row tiles,).
 
-    Column tiles run fastest and classes next, so that programs side by side read the same pixels of dy from L2.
+    Column tiles run fastest and classes next, so that neighbouring programs read the same pixels of dy, from L2.
     """
     COLUMN_TILES: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     cols = tl.program_id(0) % COLUMN_TILES * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -235,7 +236,7 @@ def reduce_taps(
 
 @triton.jit
 def load_pixels(x, offsets, hits, ks, left, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A tile (rows, BLOCK_K) of channels of pixels; zero where a row does not hit the image, and beyond K."""
+    """A tile (rows, BLOCK_K) of pixels by channels: zero beyond K, and in rows that do not hit the image."""
     mask = hits[:, None]
     if K % BLOCK_K != 0:
         mask &= (ks < left)[None, :]
@@ -287,7 +288,7 @@ def add_shortcut(
 
     Its one tap meets the pixels h = STRIDE * p alone: those of the class (0, 0), whose rows are dout's pixels in order.
     """
-    HALF_K: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 32 else BLOCK_K  # two tiles in the place of one of dy
+    HALF_K: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 32 else BLOCK_K  # dout's tile and out's take the place of dy's
     ks = tl.arange(0, HALF_K)
     offsets = rows[:, None] * K + ks[None, :]
     weight_offsets = ks[:, None] * C + cols[None, :]
@@ -320,7 +321,7 @@ def store_masked_by_relu(
     scale = tl.load(stats + (2 * C + cols)[None, :], mask=live[None, :])
     shift = tl.load(stats + (3 * C + cols)[None, :], mask=live[None, :])
     value = tl.load(y1 + image + offsets, mask=mask, other=0.0).to(ACC)
-    passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # beyond, acc is 0 * weight
+    passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # outside, acc may be 0 * Inf
     g = tl.where(passes, acc.to(STORED).to(ACC), 0.0)
     tl.store(dx + image + offsets, g.to(STORED), mask=mask)
     sum_gx = column_sums(g * (value - tl.load(stats + cols[None, :], mask=live[None, :])))
@@ -340,14 +341,14 @@ class ReluMask(NamedTuple):
 
 
 class IdentityGrad(NamedTuple):
-    """The convolution's input also is the identity shortcut of out = relu(... + input)."""
+    """The convolution's input is also the identity shortcut of out = relu(... + input)."""
 
     dout: Tensor  # (N, C, H, W)
     out: Tensor  # (N, C, H, W)
 
 
 class ShortcutGrad(NamedTuple):
-    """The convolution's input also feeds a 1x1 convolution of the same stride, of which dout * (out > 0) is known."""
+    """The convolution's input also feeds a 1x1 convolution of the same stride, whose gradient is dout * (out > 0)."""
 
     dout: Tensor  # (N, K, P, Q)
     out: Tensor | None  # (N, K, P, Q); None: dout is taken as it is
@@ -360,7 +361,7 @@ _EPILOGUES = {
     IdentityGrad: Epilogue.IDENTITY_GRAD,
     ShortcutGrad: Epilogue.SHORTCUT_GRAD,
 }
-_TAPS = 15  # bits per axis of a row's misses
+_TAPS = 15  # bits for each axis in a row's mask of missed taps
 
 
 def conv_grad_input(
@@ -379,8 +380,9 @@ def conv_grad_input(
     and `dbias` (C,), rounded to their types. `tf32`: float32 products in TensorFloat-32. An empty batch launches
     nothing.
 
-    Raises ValueError for a wrong shape or layout, and where one tile's pixels span 2^31 elements or more; TypeError for
-    a wrong dtype or device.
+    Raises:
+        ValueError: a shape, layout or device that does not fit, or one tile's pixels span 2^31 elements or more.
+        TypeError: a type that does not fit.
     """
     _check(dy, weight, shape, epilogue, dweight, dbias)
     dtype, ACC = accumulator(dy)
@@ -438,7 +440,7 @@ def conv_grad_input(
 
 
 def _row_tiles(shape: ConvShape, config: Config) -> int:
-    """Of all parity classes: each has as many as the largest, (0, 0), needs."""
+    """The row tiles of all parity classes: each class gets as many as the largest one, (0, 0), needs."""
     pixels = shape.N * triton.cdiv(shape.H, shape.stride) * triton.cdiv(shape.W, shape.stride)
     return triton.cdiv(pixels, config.BLOCK_M) * shape.stride**2
 
@@ -483,5 +485,5 @@ def _check(
     rows = tuning.MOST_ROWS
     if shape.N * shape.H * shape.W + rows >= 2**31:
         raise ValueError(f"shape: expected fewer than 2^31 pixels, got {shape.N} images of {shape.H}x{shape.W}")
-    area = (shape.H // shape.stride) * (shape.W // shape.stride)  # of the smallest parity class with any pixels
+    area = (shape.H // shape.stride) * (shape.W // shape.stride)  # pixels of the smallest class that has any
     check_span(max(math.prod(x[1:]), (shape.P + shape.R) * shape.Q * shape.K), area, shape.N, rows)

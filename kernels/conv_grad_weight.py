@@ -1,16 +1,20 @@
-"""Grad-weight of a convolution as implicit GEMM, with what its operands would need a pass for done as they are loaded.
+"""Grad-weight of a convolution as implicit GEMM, with BatchNorm + ReLU of its input, and ReLU' of dy, before it.
 
     dW[k, r, s, c] = sum over output pixels (n, p, q) of g[n, p, q, k] * a[n, h, w, c]
     h, w = p * stride - padding + r, q * stride - padding + s
     a = x as stored, or relu(x * scale + shift) of a BatchNorm, with padding zero after the ReLU
     g = dy as stored, or dy where the ReLU that made `out` lets it pass, else 0
 
-Rows are K, columns (r, s, c), the reduction runs over pixels. It is split: every split leaves a partial result in
-float32 (float64 for float64), and a second kernel adds them in a fixed order and rounds to the weight's type. So no
-atomics, and, since the split depends on the shape alone, the same bits from run to run and from device to device.
+x is (N, H, W, C), dy and out are (N, P, Q, K), dW is (K, R, S, C), all dense: `torch.channels_last`. Rows of the GEMM
+are k, columns are (r, s, c), the reduction runs over pixels.
 
-Passes over activations: 2, dy and x (3 with `out`); neither a nor g is ever stored. The partials are written and read
-once; `_splits` keeps their bytes below a quarter of the activations' where that leaves work for a whole GPU.
+The reduction is split. Every split leaves a partial result in float32 (float64 for float64), and a second kernel adds
+these in a fixed order and rounds to the weight's type, so there are no atomics. The split depends on the shape alone.
+So the bits are the same from run to run and from device to device.
+
+Grid (tiles of dW, splits), then (columns of dW,). Passes over activations: 2, it reads dy and x (3 with `out`); neither
+a nor g is ever stored. The partials are written and read once; `_splits` keeps their bytes below a quarter of the
+activations' where that leaves work for a whole GPU.
 
 A NaN or Inf in dy or x makes every gradient it enters NaN or Inf. It may reach further than in a convolution that
 skips its padding: here padding is a zero that is multiplied, and 0 * Inf is NaN.
@@ -49,7 +53,7 @@ def conv_grad_weight_kernel(
     W,
     P,
     Q,
-    M,  # pixels of the reduction: of x where dy moves, else of dy
+    M,  # pixels of the reduction: x's where dy moves, else dy's
     STEPS,  # BLOCK_K-pixel steps of a split
     C: tl.constexpr,
     K: tl.constexpr,
@@ -70,12 +74,13 @@ def conv_grad_weight_kernel(
 ):
     """TAPS positions (r, s) of a row r, for BLOCK_M by BLOCK_N channels, over one split. Grid (tiles of dW, splits).
 
-    One operand stands still: its pixels are read in order, BLOCK_M channels, once for all taps. The other moves with
-    the tap, BLOCK_N channels. dy stands still and x moves, unless x goes through BatchNorm: then, with stride 1, dy
-    moves, so that the activation is recomputed once for all taps and its padding is never met. The still operand is
-    the dot's first, which the tensor cores of sm_90 take from registers.
+    One operand stands still: BLOCK_M of its channels are read in the order of its pixels, once for all taps. The other
+    one moves: BLOCK_N of its channels are read at other pixels for each tap. dy stands still and x moves, unless x goes
+    through BatchNorm with stride 1. Then dy moves, so that the activation is recomputed once for all taps and its
+    padding is never met. The still operand is the dot's first, which the tensor cores of sm_90 take from registers.
 
-    With FLAT, for few channels, a column is any of R * S * C positions, and an element of x has its own address.
+    With FLAT, for few channels, a column is any of the R * S * C positions of a window, and each element of x has an
+    address of its own.
     """
     COLUMNS: tl.constexpr = R * S * C if FLAT else C
     BLOCK_OUT: tl.constexpr = BLOCK_N if DY_MOVES else BLOCK_M
@@ -267,7 +272,7 @@ def multiply_by_moving_input(
 
 @triton.jit
 def gathered_window(pixel0, h0, w0, valid, r, s, cs, H, W, C: tl.constexpr):
-    """Where x has the positions `cs`, (r, s, c) each, of each row's window, and which of these lie in the image."""
+    """Where x has the positions `cs` = (r, s, c) of each row's window, and which of these lie in the image."""
     offsets = pixel0[:, None] * C + ((r * W + s) * C + cs % C)[None, :]
     h, w = h0[:, None] + r[None, :], w0[:, None] + s[None, :]
     return offsets, valid[:, None] & (h >= 0) & (h < H) & (w >= 0) & (w < W)
@@ -290,9 +295,9 @@ def load_grad(dy, out, offsets, mask):
 
 @triton.jit
 def load_input(pointers, inside, live, scale, shift):
-    """A tile of the convolution's input, zero where not `inside`; activated where scale is given.
+    """A tile of the convolution's input, activated where scale is given, zero where not `inside`.
 
-    Its channels lie along either axis, and scale and shift along the same.
+    Its channels may lie along either axis; scale and shift lie along the same one.
     """
     value = tl.load(pointers, mask=inside & live, other=0.0)
     if scale is not None:
@@ -320,37 +325,38 @@ def merge_splits_kernel(
     tl.store(dw + cols, column_sums(total), mask=cols < SIZE)
 
 
-# ---- tiling ----------------------------------------------------------------------------------------------------
+# ---- the tiling ------------------------------------------------------------------------------------------------
 
-_PROGRAMS = 256  # wanted in all: two per SM of a large GPU
-_MIN_STEPS = 4  # of a split
+_PROGRAMS = 256  # programs that a launch should have: two for each SM of a large GPU
+_MIN_STEPS = 4  # steps of a split, at least
 _MAX_SPAN = 2**31  # elements that 32-bit offsets reach
 
 
 @dataclass(frozen=True)
 class GradWeightPlan:
-    """How one convolution's grad-weight is launched. A function of shape and types alone, not of the device."""
+    """How one convolution's grad-weight is launched. It depends on the shape and the types alone, not on the device."""
 
     splits: int
     tiles: int
-    steps: int  # of a split
-    pixels: int  # of the reduction
+    steps: int  # in a split
+    pixels: int  # that the reduction runs over
     constants: dict[str, object]
 
 
 def fit(config: Config, shape: ConvShape, itemsize: int, activated: bool) -> Config:
-    """config, its tile no larger than dW and never smaller than a tensor core's; `activated`: with `stats`."""
+    """config, its tile no larger than dW, nor smaller than a tensor core's. `activated`: the launch has `stats`."""
     columns = shape.R * shape.S * shape.C if shape.few_channels else shape.C
     still, moving = (columns, shape.K) if dy_moves(shape, activated) else (shape.K, columns)
-    if itemsize > 2:  # wider elements, and more registers for them
+    if itemsize > 2:  # wider elements fill more registers
         config = Config(min(64, config.BLOCK_M), min(64, config.BLOCK_N), 16, 4, 2)
     size = lambda block, n: max(16, min(block, triton.next_power_of_2(n)))  # noqa: E731
     BLOCK_M = size(config.BLOCK_M, still)
-    num_warps = min(config.num_warps, BLOCK_M // (8 if itemsize == 8 else 16))  # of a tensor core's rows each
+    num_warps = min(config.num_warps, BLOCK_M // (8 if itemsize == 8 else 16))  # a tensor core's rows at least
     return replace(config, BLOCK_M=BLOCK_M, BLOCK_N=size(config.BLOCK_N, moving), num_warps=num_warps)
 
 
 def dy_moves(shape: ConvShape, activated: bool) -> bool:
+    """Whether x stands still from tap to tap, so that its activation is computed once: see the kernel."""
     return activated and shape.stride == 1 and not shape.few_channels
 
 
@@ -387,10 +393,11 @@ def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> Gr
 
 
 def _splits(shape: ConvShape, tiles: int, steps: int, itemsize: int) -> int:
-    """Splits wanted of the reduction's `steps`.
+    """Splits that the reduction's `steps` should make.
 
-    Enough for _PROGRAMS in all, unless that makes the partials' bytes more than a quarter of the activations'; then
-    half as many programs at least. Where tensors are huge, so many that 32-bit offsets reach all of a split.
+    They are enough for _PROGRAMS programs. Where the partials would then have more than a quarter of the activations'
+    bytes, they are fewer, though enough for half as many programs. Where tensors are huge, they are so many that 32-bit
+    offsets reach all of a split.
     """
     activations = shape.N * (shape.H * shape.W * shape.C + shape.P * shape.Q * shape.K)
     partial = shape.K * shape.R * shape.S * shape.C * max(4, itemsize)
@@ -399,7 +406,7 @@ def _splits(shape: ConvShape, tiles: int, steps: int, itemsize: int) -> int:
     return max(splits, min(steps, triton.cdiv(4 * activations, _MAX_SPAN)))
 
 
-# ---- launchers -------------------------------------------------------------------------------------------------
+# ---- the launchers ---------------------------------------------------------------------------------------------
 
 
 def conv_grad_weight(
@@ -416,10 +423,12 @@ def conv_grad_weight(
 
     With `stats` (4, C), as `batch_norm_finalize` gives them, the convolution's input was relu(x * scale + shift).
     With `out` (N, K, P, Q) the gradient of the convolution's output is dy where the ReLU that made `out` passes it.
-    float32 is multiplied in full, with `tf32` on tensor cores. The gradient of a bias is not taken here: wherever one
-    is live, the backward of the BatchNorm or ReLU behind it has summed dy already.
+    float32 is multiplied in full, with `tf32` on tensor cores. The gradient of a bias is not taken here: wherever a
+    convolution has one, the backward of the BatchNorm or ReLU that follows it has summed dy already.
 
-    ValueError for shapes and layouts that do not belong together, TypeError for types and devices.
+    Raises:
+        ValueError: a shape, layout or device that does not fit, or tensors too large for 32-bit offsets.
+        TypeError: a type that does not fit.
     """
     shape = _check(dy, x, kernel_size, stride, padding, stats, out)
     if shape.N == 0:
@@ -493,6 +502,7 @@ def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
 
 
 def empty_weight(x: Tensor, shape: ConvShape) -> Tensor:
+    """An uninitialised weight (K, C, R, S) channels_last, of x's type and device."""
     return x.new_empty((shape.K, shape.R, shape.S, shape.C)).permute(0, 3, 1, 2)
 
 

@@ -1,16 +1,17 @@
-"""Grad-weight of the stem's convolution from the pooled gradient: pool, ReLU and BatchNorm undone as it is loaded.
+"""Grad-weight of the stem's convolution as implicit GEMM, with max-pool', ReLU' and BatchNorm' before it.
 
     dW[k, r, s, c] = sum over pixels (n, p, q) of y of dy[n, p, q, k] * x[n, h, w, c]
     h, w = p * stride - padding + r, q * stride - padding + s
     dy = scale * (g - sum_g / M - xhat * sum_gx / M) in training, scale * g with frozen statistics
-    g  = the pooled gradient gathered, see batch_norm_max_pool_backward.py
+    g  = sum of dout * (out > 0) over the windows whose tap is this pixel, see batch_norm_max_pool_backward.py
 
-y is (N, P, Q, K), dout, out and tap are (N, OP, OQ, K), x is (N, H, W, C), dW (K, R, S, C): the largest gradient of the
-net, dy, is never written. Rows of the GEMM are k, columns the flattened (r, s, c), since a stem's input has few
-channels; the reduction over pixels is split, and the partial results are added in a fixed order.
+y is (N, P, Q, K), dout, out and tap are (N, OP, OQ, K), x is (N, H, W, C), dW is (K, R, S, C), all dense NHWC. dy, the
+largest gradient of the net, is never written. Rows of the GEMM are k. Its columns are (r, s, c) as one axis, since a
+stem's input has few channels. The reduction over pixels is split, and the partial results are added in a fixed order.
 
-Passes: reads y, dout, out, tap and x once each for every BLOCK_M channels; the column tiles, one for a 7x7 stem of one
-input channel and three for one of RGB, read the same pixels at the same time.
+Grid (column tiles, row tiles, splits), then (columns of dW,). It reads y, dout, out, tap and x once for every BLOCK_M
+channels. Column tiles, one for a 7x7 stem of one input channel and three for one of RGB, read the same pixels at the
+same time, from the cache.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def conv_grad_weight_max_pool_kernel(
     OP,
     OQ,
     TILES,  # BLOCK_K-window tiles of one image
-    STEPS,  # of them per split
+    STEPS,  # tiles per split
     C: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
@@ -75,17 +76,17 @@ def conv_grad_weight_max_pool_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dW's partial result over a split's windows. Grid (column tiles, k tiles, splits)."""
+    """dW's partial result over a split's windows. Grid (column tiles, row tiles, splits)."""
     j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     scale = tl.load(stats + 2 * K + k, mask=k < K, other=0.0)
-    # A column needs two bits of a pixel's: its row of taps and its column of taps lie in the image. One beyond the last
-    # needs a bit that no pixel has.
-    HALF: tl.constexpr = max(R, S) + 1
-    one = tl.full([1], 1, tl.int32 if HALF < 16 else tl.int64)
+    # A pixel's mask has a bit for each row and for each column of taps that lies in the image. A column of the GEMM
+    # needs one of each. A column beyond the last one needs a bit that no pixel has.
+    BITS: tl.constexpr = max(R, S) + 1
+    one = tl.full([1], 1, tl.int32 if BITS < 16 else tl.int64)
     r = j // (S * C)
     s = j // C % S
-    needed = tl.where(j < R * S * C, (one << r) | (one << (HALF + s)), one << (HALF - 1))[None, :]
+    needed = tl.where(j < R * S * C, (one << r) | (one << (BITS + s)), one << (BITS - 1))[None, :]
     columns = ((r * W + s) * C + j % C)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     first = tl.program_id(2) * STEPS
@@ -102,18 +103,18 @@ def conv_grad_weight_max_pool_kernel(
                     value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
                     g = center_grad(g, value, load_center(stats, sums, k, M, K, ACC))
                 dy = tl.zeros([BLOCK_K, BLOCK_M], x.dtype.element_ty)
-                # Always true, and not in the binary. But the layout of a product's operands goes by the narrowest type
-                # that was loaded for them, and reading them in that of tap's bytes conflicts in sm_80's shared memory;
-                # what a branch returns hides it.
+                # The condition is always true, and the binary has no branch. But Triton lays a product's operands out
+                # by the narrowest type that was loaded for them. That is tap's, and reads in the layout for bytes
+                # conflict in sm_80's shared memory. What a branch returns hides the type.
                 if step < last:
                     dy = (scale[None, :] * g).to(x.dtype.element_ty)
-                i = 2 * p + down
-                o = 2 * q + right
-                live = (i < P) & (o < Q)
-                h = i * STRIDE - PADDING
-                w = o * STRIDE - PADDING
-                bits = axis_taps(h, H, R, one) | (axis_taps(w, W, S, one) << HALF)
-                inside = (tl.where(live, bits, 0)[:, None] & needed) == needed  # so where not live dy does not matter
+                row = 2 * p + down
+                column = 2 * q + right
+                live = (row < P) & (column < Q)
+                h = row * STRIDE - PADDING
+                w = column * STRIDE - PADDING
+                bits = axis_taps(h, H, R, one) | (axis_taps(w, W, S, one) << BITS)
+                inside = (tl.where(live, bits, 0)[:, None] & needed) == needed  # not live: a is 0, whatever dy is
                 a = tl.load(x + n * H * W * C + (((h * W + w) * C)[:, None] + columns), mask=inside, other=0.0)
                 acc = dot(tl.trans(dy), a, acc, PRECISION)
     partial += tl.program_id(2).to(tl.int64) * (K * R * S * C)
@@ -123,7 +124,7 @@ def conv_grad_weight_max_pool_kernel(
 
 # ---- the launcher ----------------------------------------------------------------------------------------------
 
-_PROGRAMS = 512  # wanted in all: four per SM of a large GPU
+_PROGRAMS = 512  # programs that a launch should have: four for each SM of a large GPU
 
 
 def conv_grad_weight_max_pool(
@@ -144,7 +145,7 @@ def conv_grad_weight_max_pool(
     Args:
         dout, out, tap: (N, K, OP, OQ) channels_last; tap uint8.
         y: (N, K, P, Q) channels_last.
-        stats: (4, K); sums: (2, K) of `batch_norm_max_pool_backward_reduce`, None for frozen statistics.
+        stats: (4, K). sums: (2, K) of `batch_norm_max_pool_backward_reduce`, None for frozen statistics.
         x: (N, C, H, W) channels_last.
         kernel_size, stride, padding: the convolution's.
         tf32: float32 products in TensorFloat-32.

@@ -1,1 +1,1 @@
-"""Tools that look at compiled kernels: they record launches, compile them for other devices, and judge them."""
+"""Tools that judge compiled kernels: they record launches, compile them for other devices, and read the code."""

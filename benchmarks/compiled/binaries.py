@@ -1,7 +1,7 @@
 """Compiles recorded launches for a device that need not be here, and reads registers, spills and instructions off them.
 
-Counts are of instructions in the binary, not of executions. Which argument an access belongs to is traced through
-the code that the binary was assembled from, PTX for NVIDIA and LLVM IR for AMD, where pointers still have a name.
+It counts instructions in the binary, not executions. Which argument an access belongs to is traced through the code
+that the binary was assembled from, PTX for NVIDIA and LLVM IR for AMD, where pointers still have a name.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from resnet.kernels.tuning import DEVICES, Device
 
 @dataclass
 class Figures:
-    """Of one compiled specialisation on one device."""
+    """What one specialisation, compiled for one device, asks of it."""
 
-    error: str = ""  # why it does not compile; all else is then unset
+    error: str = ""  # why it does not compile; everything else is unset then
     registers: int = 0  # per thread
-    spills: int = 0  # instructions that move a register to or from memory (AMD: registers that are so moved)
+    spills: int = 0  # instructions that spill a register or load it back; on AMD, registers that are spilled
     stack: int = 0  # bytes per thread
     shared: int = 0  # bytes per block
     warps: int = 0  # per block
     occupancy: float = 0.0
-    loads: dict[str, list[int]] = field(default_factory=dict)  # by argument: the widths in bytes of its accesses
+    loads: dict[str, list[int]] = field(default_factory=dict)  # by argument, the widths of its accesses in bytes
     stores: dict[str, list[int]] = field(default_factory=dict)
-    widths: dict[str, int] = field(default_factory=dict)  # in the binary: "load 16": how many, "store 8": how many
-    products: list[str] = field(default_factory=list)  # element types of its tl.dot
+    widths: dict[str, int] = field(default_factory=dict)  # by "load 16" or "store 8", how many the binary has
+    products: list[str] = field(default_factory=list)  # element types of the operands of its tl.dot
     tensor: dict[str, int] = field(default_factory=dict)  # tensor-core instructions by opcode
     barriers: int = 0
     mix: dict[str, int] = field(default_factory=dict)  # instructions by class
 
     @property
-    def half_products(self) -> bool:
+    def sixteen_bit_products(self) -> bool:
         return any(kind in ("f16", "bf16") for kind in self.products)
 
     @property
@@ -77,7 +77,7 @@ class _Origins:
 
 
 def _attribute(origins: _Origins, accesses: Iterable[tuple[str, str, int]]) -> _Accesses:
-    """(loads, stores) by argument, of accesses (kind, address register, bytes)."""
+    """(loads, stores) by argument, from accesses (kind, address register, bytes)."""
     held = origins.resolve()
     found: dict[str, dict[str, set[int]]] = {"load": defaultdict(set), "store": defaultdict(set)}
     for kind, register, width in accesses:
@@ -94,8 +94,10 @@ _PTX_PARAMETER = re.compile(r"ld\.param\S*\s+(%\w+),\s*\[\s*\w+_param_(\d+)\s*\]
 
 
 def ptx_accesses(ptx: str, arguments: Sequence[str]) -> _Accesses:
-    """Widths of the global loads and stores of a PTX kernel by argument; `arguments` name its parameters in order,
-    "" for those that are no pointers."""
+    """Widths of the global loads and stores of a PTX kernel, by argument.
+
+    `arguments` names its parameters in order, "" for one that is no pointer.
+    """
     origins, accesses = _Origins(), []
     for statement in re.sub(r"//[^\n]*", "", ptx[ptx.index("{") :]).split(";"):
         statement = re.sub(r"^\s*(?:\$\w+:\s*|\.loc[^\n]*\n\s*|\{\s*)*(?:@!?%\w+\s+)?", "", statement).strip()
@@ -140,7 +142,7 @@ def _llvm_bytes(kind: str) -> int:
 
 
 def llvm_accesses(llir: str, arguments: Sequence[str]) -> _Accesses:
-    """Widths of the global loads and stores of a kernel in AMD's LLVM IR by argument, buffer instructions included."""
+    """The same for a kernel in AMD's LLVM IR, whose buffer instructions count too."""
     origins, accesses = _Origins(), []
     head, body = re.search(r"define amdgpu_kernel [^(]*\((.*?)\n(.*?)\n}", llir, re.DOTALL).groups()
     for value, argument in zip(re.findall(r"(%[\w.]+)(?:,|\))", head), arguments):
@@ -162,7 +164,7 @@ def llvm_accesses(llir: str, arguments: Sequence[str]) -> _Accesses:
 
 # ---- instructions ------------------------------------------------------------------------------------------------
 
-# The class of an instruction by the beginning of its opcode; the first that fits counts.
+# The class of an instruction, by the beginning of its opcode. The first one that fits counts.
 _CLASSES = {
     "cuda": (
         ("tensor", r"[A-Z]*MMA|UTC[A-Z]*MMA"),
@@ -252,7 +254,7 @@ def _machine_code(cubin: bytes) -> bytes:
 
 
 def disassemble(cubins: Sequence[bytes], arch: int) -> list[list[str]]:
-    """The opcodes of each cubin. One call of nvdisasm for all: most of its time is its start."""
+    """The opcodes of each cubin. One call of nvdisasm does for all, since it takes most of its time to start."""
     from triton import knobs
     from triton.backends.nvidia.compiler import sm_arch_from_capability
 
@@ -298,7 +300,7 @@ def _compile(launch: RecordedLaunch, device: Device):
 
 
 def _read(launch: RecordedLaunch, device: Device) -> tuple[Figures, bytes | None]:
-    """(figures, cubin): what is known without a disassembly."""
+    """(figures, cubin). The figures are what is known before the disassembly."""
     try:
         compiled = _compile(launch, device)
     except Exception as error:

@@ -4,7 +4,7 @@
         net(x).sum().backward()          # nothing is compiled or run; results are uninitialised memory
 
 A recorded launch holds what a compilation depends on (argument types, constants, divisibility, options) and the sizes
-of the tensors that were passed. Which of a GEMM's tiles are launched is `tuning.every_candidate`'s to say.
+of the tensors that were passed. `tuning.every_candidate` says which of a GEMM's tiles are launched.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ VECTOR = 16  # bytes of the widest access that every device has
 
 @dataclass(frozen=True)
 class TensorArgument:
-    """What the gate needs to know of a tensor that was passed."""
+    """What the gate needs to know of a tensor that was passed. A row of it is a run of neighbouring elements."""
 
     itemsize: int
-    nbytes: int  # the largest that was passed
-    aligned: bool  # in every launch its rows, the runs of neighbouring elements, were whole 16-byte vectors
+    nbytes: int  # of the largest one that was passed
+    aligned: bool  # in every launch its rows were whole 16-byte vectors
 
     @staticmethod
     def of(t: Tensor) -> TensorArgument:
@@ -53,7 +53,7 @@ class RecordedLaunch:
 
     module: str
     kernel: str
-    signature: dict[str, str]  # type of each argument, "constexpr" for those that are compiled in
+    signature: dict[str, str]  # type of each argument; "constexpr" for one that is compiled in
     constants: dict[tuple[int, ...], object]
     attributes: dict[tuple[int, ...], list]
     options: dict[str, object]
@@ -88,7 +88,7 @@ class RecordedLaunch:
 
     @property
     def smallest_tile(self) -> int:
-        """Elements of the smallest tile that two of the BLOCK sizes span, or one where there is no other."""
+        """Elements of the smallest tile that two of the BLOCK sizes span, or the one there is."""
         return math.prod(sorted(self._blocks.values())[:2])
 
     @property
@@ -101,7 +101,7 @@ class RecordedLaunch:
 
 
 class _Driver:
-    """Stands for the driver of a device that is not here; each target has a name, and so launch caches, of its own."""
+    """Stands for the driver of a device that is not here. Each target has a name of its own, so launch caches too."""
 
     def __init__(self, target: GPUTarget, properties: dict[str, int]):
         self._target, self._properties = target, properties
@@ -133,9 +133,9 @@ def unite(launches: Iterable[RecordedLaunch]) -> list[RecordedLaunch]:
 
 @contextmanager
 def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Iterator[list[RecordedLaunch]]:
-    """Within, a launch of a Triton kernel is appended to the list that this gives, as for `target`, and not run.
+    """Inside, no Triton kernel runs: each launch, as it would be for `target`, is appended to the list that this gives.
 
-    `properties` are what code that asks Triton's driver for the device's properties is told.
+    Code that asks Triton's driver for the device's properties is told `properties`.
 
     Raises:
         RuntimeError: the kernels are interpreted in this process, which leaves nothing to compile.
@@ -185,7 +185,7 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
 
 
 def _unwrapped(value: object) -> JITFunction | None:
-    """The `@triton.jit` function in a module's variable, under an autotuner or heuristics too."""
+    """The `@triton.jit` function that a module's variable holds, inside an autotuner or heuristics too."""
     from triton.runtime.jit import JITFunction
 
     while not isinstance(value, JITFunction) and hasattr(value, "run") and hasattr(value, "fn"):
@@ -202,7 +202,7 @@ def jit_functions(package: ModuleType) -> dict[str, JITFunction]:
 
 
 def _called(function: JITFunction) -> Iterator[JITFunction]:
-    """The `@triton.jit` functions whose names stand in the source of one."""
+    """The `@triton.jit` functions that this one's source names."""
     scope = function.fn.__globals__
     for node in ast.walk(function.parse()):
         value = None

@@ -1,4 +1,4 @@
-"""What a compiled kernel may ask of a device: the one table of limits that the gate asserts, and of what is exempt."""
+"""What a compiled kernel may ask of a device: the limits that the gate asserts, and what is exempt from them."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ if TYPE_CHECKING:
 KIB = 1024
 
 
-# Resident warps over the most possible. Kernels that only move memory hide its latency by warps; a GEMM hides it by the
-# stages of its pipeline, and one warp for each of an SM's four schedulers will do. Float64, whose values fill two
+# Resident warps over the most possible. Kernels that only move memory hide its latency by warps. A GEMM hides it by the
+# stages of its pipeline, so one warp for each of an SM's four schedulers will do. float64, whose values fill two
 # registers each, is there to check gradients with.
 OCCUPANCY = {"memory": 0.25, "tensor cores": 4 / 64, "float64": 4 / 64}
 
-# Bytes a thread that ptxas may spill of its own accord: with registers left it gives up a few values, where one
-# step of registers more would cost a resident block (of shared memory it does not know).
+# Bytes of each thread that ptxas may choose to spill. It spills a few values, with registers left, where the next step
+# of registers would cost a resident block. It does not know of the shared memory, which may allow fewer blocks anyway.
 TRADED = 32
 
-# A tensor of so many bytes, and so large a part of the launch's largest, is one that bandwidth is spent on: not a
-# vector per channel, nor the partials that a reduction leaves.
+# A tensor takes bandwidth that counts if it has so many bytes or more, and so large a part of the launch's largest one.
+# Vectors per channel and most partials of a reduction have less.
 BULK = 64 * KIB
 BULK_PART = 1 / 32
 
-# Bulk accesses that may be narrower than 16 bytes: (kernel, argument, elements that they have at least, why).
-# VECTORS: as many as make 16 bytes of the launch's widest bulk type.
+# Bulk accesses that may be narrower than 16 bytes: (kernel, argument, least elements, why). VECTORS stands for as many
+# elements as make 16 bytes in the launch's widest bulk type.
 VECTORS = 0
 NARROWER = (
-    ("pool_*", "tap", VECTORS, "a byte an element beside halves or floats: it is in the vectors of its neighbours"),
-    ("*", "partial", 1, "a program leaves one value for each of its columns, which are no more than its threads"),
-    ("merge_splits_kernel", "dw", 1, "likewise"),
+    ("pool_*", "tap", VECTORS, "its elements are bytes: a thread takes one for each in a vector of wider ones"),
+    ("*", "partial", 1, "a program leaves one value for each of its columns, and has no more columns than threads"),
+    ("merge_splits_kernel", "dw", 1, "the same"),
 )
 
 
 def bulk_tensors(launch: RecordedLaunch, device: Device) -> dict[str, int]:
-    """Bytes that an access has to have at least, by argument: for large tensors of rows of whole vectors.
+    """The least bytes that an access has to have, by argument, for large tensors whose rows are whole vectors.
 
-    No more than the launch's smallest tile has for each thread.
+    It is no more than the launch's smallest tile has for each thread.
     """
     least = max([BULK, *(BULK_PART * t.nbytes for t in launch.tensors.values())])
     bulk = {n: t for n, t in launch.tensors.items() if t.nbytes >= least and t.aligned}
     widest = max((t.itemsize for t in bulk.values()), default=1)
     elements = {n: count or VECTOR // widest for kernel, n, count, _ in NARROWER if fnmatch(launch.kernel, kernel)}
     threads = launch.options.get("num_warps", 4) * device.warp
-    vector = VECTOR * 32 // device.warp  # tiles are cut for warps of 32 threads: a wave of 64 leaves each half a vector
+    vector = VECTOR * 32 // device.warp  # tiles are for warps of 32: in a wave of 64 a thread gets half
     return {
         n: min(elements.get(n, VECTOR) * t.itemsize, vector, launch.smallest_tile * t.itemsize // threads)
         for n, t in bulk.items()
@@ -63,12 +63,12 @@ def _is_traded(device: Device, figures: Figures) -> bool:
 
 
 def problems(device: Device, launch: RecordedLaunch, figures: Figures) -> Iterator[tuple[str, str]]:
-    """(kind, what is wrong), of one compiled specialisation."""
+    """(kind, what is wrong) of one compiled specialisation, for each limit that it breaks."""
     if figures.error:
         yield "error", figures.error
         return
     if (figures.spills or figures.stack) and not _is_traded(device, figures):
-        yield "spill", f"{figures.spills} spills, {figures.stack} bytes of stack a thread"
+        yield "spill", f"{figures.spills} spills, {figures.stack} bytes of stack for each thread"
     bound = "tensor cores" if figures.products else "float64" if launch.itemsize == 8 else "memory"
     if figures.shared > device.shared_memory:
         yield "shared", f"{figures.shared} bytes of shared memory, of which {device.name} has {device.shared_memory}"
@@ -78,5 +78,5 @@ def problems(device: Device, launch: RecordedLaunch, figures: Figures) -> Iterat
         for what, widths in (("loads", figures.loads.get(name)), ("stores", figures.stores.get(name))):
             if widths and min(widths) < least:
                 yield "width", f"{what} of {name} are {min(widths)} bytes wide, expected {least}"
-    if figures.half_products and not figures.tensor:
-        yield "tensor", "a product of halves without a tensor-core instruction"
+    if figures.sixteen_bit_products and not figures.tensor:
+        yield "tensor", "a product of 16-bit values without a tensor-core instruction"

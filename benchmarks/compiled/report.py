@@ -1,13 +1,13 @@
 """What every kernel asks of a GPU, without a GPU: registers, spills, shared memory, access widths, tensor cores.
 
-    python -m benchmarks.compiled.report          a share of all specialisations that has every kernel, argument
+    python -m benchmarks.compiled.report          a share of all specialisations, with every kernel, argument
                                                   specialisation and tile in it
     python -m benchmarks.compiled.report --all    all of them
     python -m benchmarks.compiled.report --all --cases 'resnet18 float16'
     python -m benchmarks.compiled.report --json new.json --compare old.json
 
-Real calls of the library are recorded on each device (see `launches`), compiled in parallel and judged by `limits`.
-Exit status 1: a limit is broken, or a kernel of the package was not reached.
+Real calls of the library are recorded on each device (see `launches`), compiled in parallel and judged by `limits`. The
+exit status is 1 where a limit is broken, or a kernel of the package was not reached.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ from resnet.kernels.tuning import DEVICES, devices
 
 # ---- real calls --------------------------------------------------------------------------------------------------
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (*HALF, torch.float32, torch.float64)
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+DTYPES = (*SIXTEEN_BIT, torch.float32, torch.float64)
 CHANNELS = (1, 3, 6, 64, 100)
 
 
 @contextmanager
 def _products_skipped() -> Iterator[None]:
-    """PyTorch's convolutions and matrix products on the CPU give uninitialised memory: only launches matter here."""
+    """Inside, PyTorch's convolutions and matrix products on the CPU give uninitialised memory: only launches matter."""
     library = torch.library.Library("aten", "IMPL")
 
     def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
@@ -65,7 +65,7 @@ def _products_skipped() -> Iterator[None]:
 
     library.impl("convolution", convolution, "CPU")
     library.impl("convolution_backward", convolution_backward, "CPU")
-    with warnings.catch_warnings():  # that a kernel is overridden: it is meant to be
+    with warnings.catch_warnings():  # PyTorch warns that a kernel is overridden, which is meant here
         warnings.simplefilter("ignore")
         library.impl("mm", lambda a, b: a.new_empty(a.shape[0], b.shape[1]), "CPU", allow_override=True)
         library.impl("addmm", lambda c, a, b, **_: a.new_empty(a.shape[0], b.shape[1]), "CPU", allow_override=True)
@@ -115,7 +115,7 @@ def _odd_shapes(dtype: torch.dtype) -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     **{f"resnet18 {str(d)[6:]}": lambda d=d: _resnet18(d, False) for d in DTYPES},
-    **{f"resnet18 autocast {str(d)[6:]}": lambda d=d: _resnet18(d, True) for d in HALF},
+    **{f"resnet18 autocast {str(d)[6:]}": lambda d=d: _resnet18(d, True) for d in SIXTEEN_BIT},
     **{f"odd shapes {str(d)[6:]}": lambda d=d: _odd_shapes(d) for d in DTYPES},
 }
 
@@ -145,10 +145,15 @@ def _held(launch: RecordedLaunch) -> int:
 
 
 def share(launches: Mapping[str, Sequence[RecordedLaunch]]) -> list[tuple[RecordedLaunch, str]]:
-    """Some of each device's launches. Of each kernel every feature, and every tile per element size, is in one of them
-    on one of the devices at least, and every element size on each device; so is every tile of a GEMM, which is more
-    than its parts: the accumulators are its rows times its columns. Of launches that have as much of this the one that
-    holds most is taken: it is the first to run out of registers."""
+    """Some of each device's launches, (launch, device), chosen so that for each kernel they have
+
+    - every feature, and every tile for each element size, on one of the devices at least;
+    - every element size on each device;
+    - every tile of a GEMM on each device, since it is more than its parts: rows times columns are its accumulators.
+
+    Where several launches would add as much of this, the one that holds most is taken: it is the first to run out of
+    registers.
+    """
     by_kernel = defaultdict(list)
     for device, mine in launches.items():
         for launch in mine:
@@ -163,7 +168,7 @@ def share(launches: Mapping[str, Sequence[RecordedLaunch]]) -> list[tuple[Record
         wanted = set().union(*(covers for *_, covers in some))
         queue = [(-len(covers), (-_held(launch), draw.random()), at) for at, (launch, _, covers) in enumerate(some)]
         heapify(queue)
-        while wanted:  # the one that covers most; what stands in the queue is what it covered when last looked at
+        while wanted:  # take the launch that covers most; the queue has what it covered when it was last looked at
             most, rank, at = queue[0]
             launch, device, covers = some[at]
             if len(covers & wanted) < -most:
@@ -210,7 +215,7 @@ def _cache_key(launch: RecordedLaunch, device: str) -> str:
 
 
 def compiled(jobs: Sequence[tuple[RecordedLaunch, str]], processes: int = 2, batch: int = 16) -> list[CompiledLaunch]:
-    """A row for each (launch, device); figures that an earlier run wrote down are not worked out again."""
+    """Each (launch, device) with its figures. Those that an earlier run kept are not worked out again."""
     cache = cache_folder()
     folder = cache and cache / "report"
     paths = [folder and folder / f"{_cache_key(launch, device)}.json" for launch, device in jobs]
@@ -239,7 +244,7 @@ def report(
     everything: bool = False,
     processes: int = 2,
 ) -> tuple[list[CompiledLaunch], list[str]]:
-    """(rows of the kernels that fit the pattern, `@triton.jit` functions of the package that no call reached)."""
+    """(launches of the kernels that fit the pattern, `@triton.jit` functions of the package that no call reached)."""
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         launches = dict(zip(devices, pool.map(recorded, devices, [cases] * len(devices))))
     wanted = {d: [launch for launch in mine if fnmatch(launch.kernel, pattern)] for d, mine in launches.items()}
@@ -253,7 +258,7 @@ def report(
 def _cells(
     rows: Sequence[CompiledLaunch], devices: Sequence[str], value: Callable[[list[CompiledLaunch]], object]
 ) -> str:
-    """A figure on each device, once where it is the same on all."""
+    """A figure on each device, or one figure where it is the same on all."""
     values = [str(value([row for row in rows if row.device == device])) for device in devices]
     return values[0] if len(set(values)) == 1 else " / ".join(values)
 
@@ -269,7 +274,7 @@ def _narrowest(rows: Sequence[CompiledLaunch]) -> object:
     return min(widths, default="-")
 
 
-# Columns of the table of instructions: which classes of `binaries` a share is of.
+# Columns of the table of instructions: the classes of `binaries` that each one sums.
 SHARES = {
     "tensor": ("tensor",),
     "global": ("global", "atomic", "local"),
@@ -280,7 +285,7 @@ SHARES = {
 
 
 def _mix(rows: Sequence[CompiledLaunch]) -> str:
-    """Percentages of SHARES in the specialisation that has most instructions."""
+    """Percentages of SHARES in the specialisation with the most instructions."""
     if not rows:
         return "-"
     longest = max((row.figures for row in rows), key=lambda figures: figures.instructions)
@@ -289,7 +294,7 @@ def _mix(rows: Sequence[CompiledLaunch]) -> str:
 
 
 def table(rows: Sequence[CompiledLaunch]) -> str:
-    """Markdown: a line per kernel, the worst of its specialisations on each device; then its mix of instructions."""
+    """Markdown: a line for each kernel with the worst of its specialisations on each device, then its instructions."""
     devices = [device for device in DEVICES if any(row.device == device for row in rows)]
     columns: dict[str, Callable[[list[CompiledLaunch]], object]] = {
         "compiled": len,
@@ -318,12 +323,12 @@ def table(rows: Sequence[CompiledLaunch]) -> str:
 
 
 def _name(opcode: str) -> str:
-    """Of AMD's matrix instructions one name for all shapes and types."""
+    """The opcode, but one name for AMD's matrix instructions of all shapes and types."""
     return "MFMA" if opcode.startswith("v_") else opcode
 
 
 def compare(old: Sequence[dict], new: Sequence[dict]) -> Iterator[str]:
-    """What changed between two reports, a line per specialisation that is in both; how many are in one only."""
+    """A line for each specialisation of both reports that changed, then how many are in only one of them."""
     key = lambda row: (row["kernel"], row["device"], row["specialisation"])  # noqa: E731
     before, after = {key(row): row["figures"] for row in old}, {key(row): row["figures"] for row in new}
     for shared in before.keys() & after.keys():

@@ -29,6 +29,7 @@ def load_affine(mean, invstd, weight, bias, cols, C: tl.constexpr):
 
 @triton.jit
 def store_stats(stats, weight, bias, mean, invstd, cols, C: tl.constexpr):
+    """Write mean, invstd, scale and shift of the channels `cols` to stats (4, C)."""
     scale, shift = load_affine(mean, invstd, weight, bias, cols, C)
     tl.store(stats + cols, mean, mask=cols < C)
     tl.store(stats + C + cols, invstd, mask=cols < C)
@@ -40,7 +41,7 @@ def store_stats(stats, weight, bias, mean, invstd, cols, C: tl.constexpr):
 def load_masked_grad(
     dout, x_value, out, scale, shift, offsets, mask, RELU: tl.constexpr, STORED: tl.constexpr, ACC: tl.constexpr
 ):
-    """g = dout * (out > 0); where `out` is not given its sign is recomputed from x."""
+    """g = dout * (out > 0). Without `out` its sign is recomputed from x."""
     g = tl.load(dout + offsets, mask=mask, other=0.0).to(ACC)
     if RELU:
         if out is not None:
@@ -53,7 +54,7 @@ def load_masked_grad(
 
 @triton.jit
 def load_center(stats, sums, cols, M, C: tl.constexpr, ACC: tl.constexpr):
-    """(mean, sum_g / M, invstd * sum_gx / M) of the channels `cols`: what `center_grad` subtracts by."""
+    """(mean, sum_g / M, invstd * sum_gx / M) of the channels `cols`: what `center_grad` needs."""
     live = cols < C
     share = 1.0 / (M + tl.zeros([1], tl.int64)).to(ACC)  # one division, not one for each channel
     mean = tl.load(stats + cols, mask=live)
@@ -65,6 +66,6 @@ def load_center(stats, sums, cols, M, C: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def center_grad(g, x_value, center):
-    """g - sum_g / M - xhat * sum_gx / M: the gradient behind the batch's statistics."""
+    """g - sum_g / M - xhat * sum_gx / M: the gradient through the batch's statistics."""
     mean, mean_g, slope = center
     return tl.fma(-slope, x_value - mean, g - mean_g)

@@ -1,4 +1,4 @@
-"""What the implicit GEMMs of a convolution share on the device: valid taps and the product."""
+"""What the implicit GEMMs of a convolution share on the device: pixels of rows, valid taps and the product."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def split_pixels(pixels, P, Q):
-    """(n, p, q) of pixel indices counted over maps of P x Q. Unsigned: a signed division takes twice as long."""
+    """(n, p, q) of pixel indices counted over maps of P x Q. The divisions are unsigned, which takes half as long."""
     unsigned = pixels.to(tl.uint32)
     n = unsigned // tl.cast(P * Q, tl.uint32)
     rest = unsigned - n * tl.cast(P * Q, tl.uint32)
@@ -18,7 +18,10 @@ def split_pixels(pixels, P, Q):
 
 @triton.jit
 def axis_taps(first, size, TAPS: tl.constexpr, one):
-    """Bit t says that `first` + t lies in an axis of `size` pixels; `one` is 1 of the mask's type."""
+    """A bit mask: bit t says that pixel `first` + t lies in an axis of `size` pixels.
+
+    `one` is the number 1; its type is the mask's.
+    """
     start = tl.minimum(tl.maximum(-first, 0), TAPS)
     end = tl.maximum(tl.minimum(size - first, TAPS), start)
     return (one << end) - (one << start)
@@ -26,9 +29,9 @@ def axis_taps(first, size, TAPS: tl.constexpr, one):
 
 @triton.jit
 def valid_taps(h0, w0, live, H, W, R: tl.constexpr, S: tl.constexpr):
-    """Per row a bit mask: bit r*S + s says that pixel (h0 + r, w0 + s) lies in the image; 0 where not `live`.
+    """A bit mask per row: bit r*S + s says that pixel (h0 + r, w0 + s) lies in the image. It is 0 where not `live`.
 
-    Made once, so that a step of the reduction asks for one bit in place of four comparisons.
+    It is made once, so that a step of the reduction asks for one bit in place of four comparisons.
     """
     if R * S > 31:
         one = tl.full([1], 1, tl.int64)
@@ -36,7 +39,7 @@ def valid_taps(h0, w0, live, H, W, R: tl.constexpr, S: tl.constexpr):
         one = tl.full([1], 1, tl.int32)
     rows = axis_taps(h0, H, R, one)
     columns = tl.where(live, axis_taps(w0, W, S, one), 0)
-    spread = rows & 1  # bit r moves to r*S: times the columns' bits that makes R copies side by side
+    spread = rows & 1  # bit r moves to bit r*S, so that the product below is R copies of `columns` side by side
     for r in tl.static_range(1, R):
         spread |= (rows & (1 << r)) << (r * (S - 1))
     return spread * columns
@@ -44,7 +47,7 @@ def valid_taps(h0, w0, live, H, W, R: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b. Triton's interpreter multiplies bfloat16's bit patterns; there the operands are widened."""
+    """acc + a @ b. Triton's interpreter would multiply bfloat16's bit patterns, so there the operands are widened."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

@@ -8,9 +8,10 @@ from .pointwise import relu_passes
 
 @triton.jit
 def load_windows(dout, out, tap, n, windows, cols, P, Q, C: tl.constexpr):
-    """p and q of image n's windows; the taps and the gradients behind the ReLU of (p, q) and its three next ones.
+    """(p, q, taps, grads) of image n's windows (p, q).
 
-    These are (p, q + 1), (p + 1, q) and (p + 1, q + 1).
+    taps and grads are of four windows each: (p, q), (p, q + 1), (p + 1, q) and (p + 1, q + 1). A gradient is
+    dout * (out > 0).
     """
     p = windows // Q
     q = windows % Q
@@ -30,7 +31,7 @@ def load_windows(dout, out, tap, n, windows, cols, P, Q, C: tl.constexpr):
 
 @triton.jit
 def locate(n, p, q, a: tl.constexpr, b: tl.constexpr, cols, H, W, C: tl.constexpr):
-    """Of the pixels (2p + a, 2q + b) of image n: offsets of their channels `cols`, and which of these exist."""
+    """Where image n has the channels `cols` of its pixels (2p + a, 2q + b), and which of these exist."""
     h = 2 * p + a
     w = 2 * q + b
     mask = ((h < H) & (w < W))[:, None] & (cols < C)[None, :]

@@ -16,18 +16,18 @@ def two_sum(a, b):
 
 @triton.jit
 def merge_lanes(pivot, offset, m2, count, total_count):
-    """Chan's formula along axis 0, of lanes with mean pivot + offset, M2 and count: (mean, rest, M2), (BLOCK_C,) each.
+    """(mean, rest, M2), (BLOCK_C,) each, of lanes along axis 0, merged by Chan's formula.
 
-    mean + rest is the mean in twice the precision, and only differences of means are squared: however large the mean
-    against the spread, its rounding is no part of M2. Of a mean below the spread, rest would be no more than the
-    rounding of its own sum: it is 0.
+    A lane has the mean pivot + offset, M2 and count. mean + rest is the merged mean in twice the precision, and only
+    differences of means are squared: however large the mean is against the spread, its rounding does not enter M2.
+    Where the mean is below the spread, rest would be no more than the rounding of its own sum, so there it is 0.
     """
     high, low = two_sum(pivot, offset)
     near = column_sums(high * count) / total_count
     delta = (high - near[None, :]) + low
     rest = column_sums(delta * count) / total_count
     m2 = column_sums(tl.fma(delta * delta, count, m2))
-    large = near * near * total_count > m2  # not of a NaN, which maximum would drop
+    large = near * near * total_count > m2  # false for NaN, which the maximum would drop
     m2 = tl.where(large, tl.maximum(tl.fma(-rest * rest, total_count, m2), 0.0), m2)
     mean, rest = two_sum(near, tl.where(large, rest, 0.0))
     return mean, rest, m2
@@ -35,7 +35,10 @@ def merge_lanes(pivot, offset, m2, count, total_count):
 
 @triton.jit
 def finite_or_zero(x):
-    """x, but 0 in place of NaN and Inf: of an infinite mean nothing is subtracted, so it stays infinite as eager's."""
+    """x, but 0 in place of NaN and Inf.
+
+    A pivot is subtracted. An infinite pivot would make NaN of an infinite mean, where eager has Inf.
+    """
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
@@ -54,11 +57,11 @@ def merge_partials(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """(mean, rest, M2, count) of the partials first to last - 1, as `statistics_kernel` has it of rows."""
+    """(mean, rest, M2, count) of the partials first to last - 1, merged as `statistics_kernel` merges rows."""
     tiles = first + tl.arange(0, BLOCK_T)
     live = cols < C
     pivot = tl.zeros([BLOCK_T, BLOCK_C], ACC)
-    mean = tl.zeros([BLOCK_T, BLOCK_C], ACC)  # less pivot
+    mean = tl.zeros([BLOCK_T, BLOCK_C], ACC)  # an offset from the pivot
     m2 = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     count = tl.zeros([BLOCK_T, 1], ACC)
     for t in range(first, last, BLOCK_T):

@@ -12,7 +12,7 @@ def affine(x, scale, shift):
 
 @triton.jit
 def is_not_positive(z):
-    """z <= 0, false for NaN. As float32 where z is bfloat16, whose bits some of Triton's interpreters would compare."""
+    """z <= 0, false for NaN. bfloat16 is widened: some of Triton's interpreters would compare its bit patterns."""
     if z.dtype.is_bf16():
         z = z.to(tl.float32)
     return z <= 0
@@ -28,7 +28,7 @@ def relu(z):
 def relu_passes(z):
     """Where ReLU lets the gradient through: not (z <= 0), so a NaN passes it on as `torch.relu`'s backward does.
 
-    z is the value as stored: a positive number that rounds to zero in half precision has no gradient.
+    z is the value as stored: a positive number that a 16-bit type rounds to zero has no gradient.
     """
     return is_not_positive(z) == 0
 

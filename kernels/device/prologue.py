@@ -8,7 +8,7 @@ from .pointwise import affine
 
 @triton.jit
 def keep(x, inside):
-    """x where `inside`, else 0, by a mask of bits: one instruction for a pair of halves, and NaN does not pass."""
+    """x where `inside`, else 0. An AND of bits is one instruction for a pair of 16-bit values, and stops NaN too."""
     if x.dtype.primitive_bitwidth == 16:
         bits = x.to(tl.int16, bitcast=True) & tl.where(inside, -1, 0).to(tl.int16)
     elif x.dtype.primitive_bitwidth == 32:
@@ -19,10 +19,11 @@ def keep(x, inside):
 
 
 @triton.jit
-def half_relu(x, scale, shift):
-    """relu(x * scale + shift), the ReLU in x's type where it is float16, of which a pair takes one instruction.
+def packed_relu(x, scale, shift):
+    """relu(x * scale + shift). Where x is float16 the result is too; else it is in the type of scale.
 
-    scale and shift as they broadcast to x. ReLU and rounding may change places, since rounding keeps the sign.
+    The ReLU of a pair of float16 values is one instruction. It may come after the rounding, which keeps the sign. scale
+    and shift have shapes that broadcast to x's.
     """
     z = affine(x.to(scale.dtype), scale, shift)
     if x.dtype == tl.float16:
@@ -33,16 +34,16 @@ def half_relu(x, scale, shift):
 @triton.jit
 def affine_relu(x, scale, shift):
     """relu(x * scale + shift), rounded as it would be stored: bit-equal to what `batch_norm_add_relu` stores."""
-    return half_relu(x, scale, shift).to(x.dtype)
+    return packed_relu(x, scale, shift).to(x.dtype)
 
 
 @triton.jit
 def batch_norm_relu(x, scale, shift, inside):
     """relu(x * scale + shift) of a tile (rows, C), rounded as it would be stored; zero where not `inside` (rows, 1).
 
-    Padding is zero after the activation, not relu(shift): an upper bound of 0 on its rows, infinity on the others,
-    since on a pair of halves a minimum is one instruction and a select is three.
+    Padding is zero after the activation, not relu(shift). So its rows get an upper bound of 0, the others infinity: for
+    a pair of float16 values a minimum is one instruction, and a select is three.
     """
-    z = half_relu(x, scale[None, :], shift[None, :])
+    z = packed_relu(x, scale[None, :], shift[None, :])
     bound = tl.where(inside, float("inf"), 0.0).to(z.dtype)
     return tl.minimum(z, bound, propagate_nan=tl.PropagateNan.ALL).to(x.dtype)

@@ -8,9 +8,10 @@ import triton.language as tl
 def column_sums(x):
     """Sums (N,) over the rows of a tile (M, N), M and N powers of two, the same bits from run to run.
 
-    `tl.sum` exchanges its warps' results in stores and loads of single words, which from 32 columns on meet in a few
-    banks of shared memory, eight deep. There rows ROWS apart, of one thread as a rule, are added first; then halves of
-    what is left, and between two halvings Triton chooses layouts whose exchange has no conflicts.
+    With `tl.sum`, warps exchange their results word by word. From 32 columns on, eight of these words meet in the same
+    bank of shared memory. So there this adds rows first that are ROWS apart, which as a rule are one thread's. Then it
+    adds one half of what is left to the other, five times at most: for the exchange between two halvings Triton chooses
+    layouts without conflicts.
     """
     N: tl.constexpr = x.shape[1]
     if N < 32:
@@ -29,11 +30,12 @@ def column_sums(x):
 
 @triton.jit
 def lanes_along_columns(x):
-    """The tile (M, N), M at least 8, in registers of which a thread's are of few columns, for what is done by column.
+    """The tile (M, N), M at least 8, in a layout where a thread holds few columns, for what is done by column.
 
-    An accumulator's have rows in the lanes of a warp: 32 columns a thread, whose sums are each to be exchanged between
-    8 lanes and all warps, and whose vectors fill its registers. Rows 4 apart are of no tensor core's thread, but
-    `tl.split` wants them in one, and moves x, before a conversion to float32 best, to lanes along N.
+    In an accumulator's layout the lanes of a warp lie along the rows, and a thread holds 32 columns. It would exchange
+    32 sums with 8 lanes and all warps, and the vectors of 32 channels would fill its registers. Rows that are 4 apart
+    never lie in one thread of that layout. But `tl.split` needs them in one thread, so Triton moves x to a layout whose
+    lanes lie along N. That costs least before a conversion to float32.
     """
     M: tl.constexpr = x.shape[0]
     N: tl.constexpr = x.shape[1]

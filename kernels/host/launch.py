@@ -8,11 +8,11 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-# Arguments that count pixels, tiles or steps. Another batch or image size may make one 1 or a multiple of 16;
-# no kernel is compiled anew for that: masks are of whole rows, and vectors lie along the channels.
+# Arguments that count pixels, tiles or steps. With another batch or image size one may become 1 or a multiple of 16. No
+# kernel is compiled anew for that: a mask takes or leaves whole rows, and vectors lie along the channels.
 SIZES = ("N", "H", "W", "P", "Q", "OP", "OQ", "M", "T", "G", "ROWS", "TILES", "STEPS")
 
-# Contraction is written out as tl.fma where it is wanted; the compiler adds none of its own.
+# The kernels say tl.fma where they want one; the compiler makes none of a product and a sum.
 FLAGS = {"enable_fp_fusion": False}
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -38,16 +38,21 @@ class ConvShape:
 
     @property
     def few_channels(self) -> bool:
-        """Fewer than the smallest tile of a tensor core: the reduction or the columns are (r, s, c) as one axis."""
+        """Whether C is below a tensor core's smallest tile. Then kernels may take (r, s, c) as one axis."""
         return self.C < 16
 
     def constants(self) -> dict[str, int]:
-        """What every convolution kernel is specialised for."""
+        """The constants for which every convolution kernel is compiled."""
         return {"C": self.C, "K": self.K, "R": self.R, "S": self.S, "STRIDE": self.stride, "PADDING": self.padding}
 
 
 def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> ConvShape:
-    """Of x (N, C, H, W) and weight (K, C, R, S), both dense channels_last; ValueError or TypeError otherwise."""
+    """The shape of the convolution of x (N, C, H, W) with weight (K, C, R, S), both dense channels_last.
+
+    Raises:
+        ValueError: another layout, channels that do not match, a bad stride or padding, no output pixel.
+        TypeError: another type.
+    """
     nhwc_shape(x)
     check_nhwc("weight", weight, x)
     (N, C, H, W), (K, _, R, S) = x.shape, weight.shape

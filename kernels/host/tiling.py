@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .launch import FLAGS, accumulator
 
-ELEMENTS = 2048  # of a tile: 16 a thread at 4 warps, two 16-byte loads each in half precision
-_PROGRAMS = 1024  # wanted of a reduction: several per SM of the largest GPU
-MAX_PARTIALS = 512  # that one program of the merge can read in a few steps; above, it is two merges in a row
-GROUP = 256  # partials that the first of the two makes one
-_MIN_ROWS = 256  # of a partial: its 8 bytes per channel then stay below 2% of what was read in half precision
+ELEMENTS = 2048  # elements of a tile with 4 warps: 16 for each thread, two 16-byte loads where the type has 16 bits
+_PROGRAMS = 1024  # programs that a reduction should have: several for each SM of the largest GPU
+MAX_PARTIALS = 512  # partials that one program of a merge reads in a few steps; more of them take two merges
+GROUP = 256  # partials that the first of these two merges into one
+_MIN_ROWS = 256  # rows of a partial, at least: its 8 bytes per channel are below 2% of the 16-bit values that were read
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,11 @@ class Tiling:
 
 
 def elements_of(C: int) -> int:
-    """Fewer where rows are no whole vectors: each element has an address to itself, of which a thread would spill."""
+    """Elements of a tile for C channels.
+
+    They are fewer where a row is not whole vectors: each element then has an address of its own, and a thread would
+    spill the addresses of 16.
+    """
     return ELEMENTS if C % 8 == 0 else ELEMENTS // 2
 
 
@@ -54,8 +58,8 @@ def tiling(M: int, C: int, elements: int = ELEMENTS) -> Tiling:
 
     A function of the shape alone, so that results do not depend on the device.
     """
-    # A row of a tile should fill 32-byte sectors. Where C does so in every type, the widest column tile among those
-    # that waste the fewest columns; elsewhere the whole row, whose end shares a sector with the next row's beginning.
+    # A row of a tile should fill 32-byte sectors. Where C does so in every type, the column tile is the widest among
+    # those that waste the fewest columns. Elsewhere it is the whole row, whose end shares a sector with the next row.
     wide = triton.next_power_of_2(C)
     if C % 16 == 0:
         fitting = [b for b in (32, 64) if b <= wide] or [wide]

@@ -2,9 +2,9 @@
 
     config = tuning.gemm_config("forward", shape, x, launch, precision="ieee", prologue=True)
 
-The first launch of a key times up to 8 candidates, later ones look the answer up (`memory`). A key holds the
+The first launch of a key times up to 8 candidates; later launches look the answer up (`memory`). A key holds the
 operation, the channels and the window, the type, every switch that the kernel is compiled with, and the number of
-pixels rounded up to a power of two, so that another batch size is seldom another key.
+pixels rounded up to a power of two. So another batch size is seldom another key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _every: Device | None = None
 def every_candidate(like: Device = ANY) -> Iterator[None]:
     """Inside, each launch first runs once with every candidate that a device like this one would time.
 
-    For whoever records launches, to compile and count all that can be chosen.
+    It is for recording launches, so that everything that can be chosen is compiled and counted.
     """
     global _every
     previous, _every = _every, like

@@ -16,7 +16,7 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. Its processors are SMs or CUs, a warp is also a wave, and a register has 32 bits."""
+    """A GPU. A processor is an SM or a CU, a warp is what AMD calls a wave, and a register has 32 bits."""
 
     name: str
     backend: str  # these two as Triton names them
@@ -86,7 +86,7 @@ ANY = replace(SM_90, name="any", shared_memory=99 * KIB)
 
 @cache
 def device_facts(device: torch.device) -> Device:
-    """What the driver says of the device; what it does not say is that of its generation, ANY for the CPU."""
+    """What the driver says of a device, and for the rest the facts of its generation; ANY where it is not a GPU."""
     if device.type != "cuda":
         return ANY
     from triton.runtime import driver

@@ -40,18 +40,18 @@ try:
 except ImportError:  # not on Windows, where two processes that write at once may cost one of them its choices
     fcntl = None
 
-_ENVIRONMENTS = 16  # kept in the file: devices times versions, the last written ones
+_ENVIRONMENTS = 16  # devices times versions that the file keeps, those written last
 
 
 class Choice(TypedDict):
-    """What the file holds of a key."""
+    """What the file holds for a key."""
 
     name: str
     milliseconds: dict[str, float]  # median time of each candidate that ran
 
 
 def hash_kernels(folder: Path) -> str:
-    """A hash of the files in `folder` and below that define kernels: what else they hold, others' times do not need."""
+    """A hash of the files in `folder` and below that define kernels. What the other files say changes no time."""
     sources = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         text = path.read_bytes()
@@ -62,7 +62,7 @@ def hash_kernels(folder: Path) -> str:
 
 @cache
 def _environment(device: torch.device) -> str:
-    """What a choice in the file counts for."""
+    """Where a choice in the file counts: the device, the versions and the kernels that it was timed with."""
     try:
         from triton import __version__ as triton
     except ImportError:
@@ -112,11 +112,11 @@ class Choices:
     def choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device) -> str:
         """The name of the fastest of `candidates` on `device`, or of the first one where nothing can be timed.
 
-        Nothing is timed on the CPU, while a CUDA graph is captured (the first call outside of one times it), and with
-        timing switched off. A candidate that cannot run on the device is left out.
+        Nothing is timed on the CPU, with timing switched off, or while a CUDA graph is captured: then the first call
+        outside of the capture times it. A candidate that cannot run on the device is left out.
 
         Args:
-            key: hashable, of everything that the times depend on, the device aside; its repr is the key in the file.
+            key: hashable; everything that the times depend on, the device aside. Its repr is the key in the file.
 
         Raises:
             RuntimeError: no candidate can run on the device; torch.OutOfMemoryError where memory is why.
@@ -158,7 +158,7 @@ class Choices:
             ) from errors[-1]
         try:
             times = timing.medians(runnable, clock, device)
-        except torch.OutOfMemoryError:  # of what the clock needs, or of a candidate beside it
+        except torch.OutOfMemoryError:  # the clock needs memory too, beside a candidate's
             return next(iter(runnable))
         fastest = min(times, key=times.__getitem__)
         if any(isinstance(error, torch.OutOfMemoryError) for error in errors):
@@ -216,7 +216,7 @@ class Choices:
             return _parse(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except ValueError as error:  # of JSON, UTF-8, or content
+        except ValueError as error:  # not JSON, not UTF-8, or another content
             aside = self.path.with_suffix(".corrupt")
             os.replace(self.path, aside)
             warnings.warn(
@@ -229,7 +229,7 @@ class Choices:
 
     @contextlib.contextmanager
     def _writable(self) -> Iterator[None]:
-        """Where the file system refuses, say so and go on in memory."""
+        """Inside, where the file system refuses, a warning says so, and choices are kept in memory only."""
         try:
             yield
         except OSError as error:
@@ -244,7 +244,7 @@ class Choices:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes that want the same out; without effect where the file system has no locks."""
+    """Inside, no other process is here. It has no effect where the file system has no locks."""
     if fcntl is None:
         yield
         return
@@ -260,7 +260,8 @@ def _locked(folder: Path) -> Iterator[None]:
 # ---- this process's memory ---------------------------------------------------------------------------------------
 
 
-def _is_timed(environment: Mapping[str, str]) -> bool:
+def timing_is_on(environment: Mapping[str, str]) -> bool:
+    """What `FUSED_RESIDUAL_TUNING` says; ValueError for anything but "on" and "off"."""
     value = environment.get("FUSED_RESIDUAL_TUNING", "on")
     if value not in ("on", "off"):
         raise ValueError(f"FUSED_RESIDUAL_TUNING: expected 'on' or 'off', got {value!r}")
@@ -268,5 +269,5 @@ def _is_timed(environment: Mapping[str, str]) -> bool:
 
 
 _folder = cache_folder()
-process_choices = Choices(_folder and _folder / "choices.json", _is_timed(os.environ))
+process_choices = Choices(_folder and _folder / "choices.json", timing_is_on(os.environ))
 choose, remembered = process_choices.choose, process_choices.remembered

@@ -1,6 +1,6 @@
 """The model that ranks a GEMM's tiles for a launch: a lower bound of its time, in clocks of a processor (SM, CU).
 
-    time = max(bytes / bandwidth, programs of a processor * steps * clocks of a step) + latency of its waves
+    time = max(bytes / bandwidth, programs of a processor * steps * clocks of a step + latency of its waves)
     step = max(products / tensor rate, instructions / 4, shared memory's bytes / 128, L2's bytes / 40)
 
 Configurations that need more shared memory or registers than there are, or are wider than the matrix, are left out.
@@ -42,7 +42,7 @@ class Epilogue(Enum):
 class Gemm(NamedTuple):
     """What a launch's best tile depends on: the key of its choice."""
 
-    operation: str  # of TABLE
+    operation: str  # a key of TABLE
     pixels: int  # rows of the forward and of grad-input, reduction of grad-weight; a power of two
     C: int
     K: int
@@ -51,17 +51,17 @@ class Gemm(NamedTuple):
     stride: int
     padding: int
     dtype: torch.dtype
-    switches: tuple[tuple[str, object], ...]  # of the kernel's compilation, by name
+    switches: tuple[tuple[str, object], ...]  # what else the kernel is compiled for, by name
 
     def switch(self, name: str, default: object = None) -> object:
         return dict(self.switches).get(name, default)
 
     @property
     def kind(self) -> str:
-        """Of product: a key of TABLE's tables."""
+        """The kind of product: a key of TABLE[operation]."""
         if self.dtype == torch.float32:
-            return "tf32" if self.switch("precision") == "tf32" else "single"
-        return "double" if self.dtype == torch.float64 else "half"
+            return "tf32" if self.switch("precision") == "tf32" else "float32"
+        return "float64" if self.dtype == torch.float64 else "16-bit"
 
     @property
     def reduces_pixels(self) -> bool:
@@ -69,14 +69,15 @@ class Gemm(NamedTuple):
 
     @property
     def dy_moves(self) -> bool:
-        """Of grad-weight: x stands still from tap to tap, so that its prologue is computed once."""
+        """Whether in grad-weight x stands still from tap to tap, so that its prologue is computed once."""
         return bool(self.switch("prologue")) and self.stride == 1 and not self.switch("flat")
 
     @property
     def problem(self) -> tuple[int, int, int, int]:
-        """(rows, columns, taps, reduction): rows x columns of sums over taps x reduction; of grad-weight, taps of them.
+        """(rows, columns, taps, reduction).
 
-        The rows of grad-weight are the channels of the operand that does not move from tap to tap.
+        The forward and grad-input have rows x columns sums over taps x reduction. Grad-weight has rows x columns sums
+        over the reduction for each tap; its rows are the channels of the operand that does not move from tap to tap.
         """
         rows, columns, taps, reduction = self.pixels, self.K, self.R * self.S, self.C
         if self.reduces_pixels:
@@ -87,16 +88,17 @@ class Gemm(NamedTuple):
                 rows, columns = columns, rows
         elif self.operation == "grad_input":
             columns, reduction = self.C, self.K
-            taps = max(1, taps // self.stride**2)  # of a pixel, on average
+            taps = max(1, taps // self.stride**2)  # that a pixel meets, on average
         return (rows, columns, 1, taps * reduction) if self.switch("flat") else (rows, columns, taps, reduction)
 
 
 def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: object) -> Gemm:
-    """The key of a launch. Of the switches the model reads `precision` ("tf32", "ieee"), `flat` and `prologue`.
+    """The key of a launch.
 
     Args:
-        operation: of TABLE.
-        switches: everything else that the kernel is compiled for, always in the same order.
+        operation: a key of TABLE.
+        switches: everything else that the kernel is compiled for, always in the same order. The model reads
+            `precision` ("tf32", "ieee"), `flat`, `prologue`, `shortcut`, `epilogue`, `masked` and `out`.
     """
     pixels = shape.N * shape.H * shape.W if operation == "grad_input" else shape.M
     window = shape.R, shape.S, shape.stride, shape.padding
@@ -105,17 +107,17 @@ def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: objec
 
 # ---- the bound ---------------------------------------------------------------------------------------------------
 
-_SIZES = {"half": 2, "tf32": 4, "single": 4, "double": 8}
-_TIMED = 8  # candidates per key
+_SIZES = {"16-bit": 2, "tf32": 4, "float32": 4, "float64": 8}  # bytes
+_TIMED = 8  # candidates of a key, at most
 _REGISTERS = 255  # of a thread, on every device
 _RESERVED = 1024  # bytes beside each block's shared memory, on every device: what NVIDIA's system takes
 L2 = 40  # bytes per clock that a processor gets of the L2 cache
-_LATENCY = 800  # clocks from a load to its data, of L2 and memory between them
-_START = 3 * _LATENCY  # clocks of a program before its first product and after its last
+_LATENCY = 800  # clocks from a load to its data, between those of L2 and of memory
+_START = 3 * _LATENCY  # clocks of a program before its first product and after its last one
 
 
 def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
-    """Of the pipeline's tiles, with one that a prologue recomputes; the epilogue's take their place."""
+    """Bytes of the pipeline's tiles, with the one that a prologue recomputes. The epilogue's tiles take their place."""
     size = _SIZES[gemm.kind]
     rows = config.BLOCK_M + config.BLOCK_N
     if gemm.operation == "grad_weight":
@@ -129,13 +131,13 @@ def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
 
 
 def _taps_at_once(config: Config, gemm: Gemm) -> int:
-    """Of grad-weight: accumulators of a program that share the operand which stands still."""
+    """Taps of one grad-weight program: each has an accumulator, and all share the operand that stands still."""
     accumulators = config.BLOCK_M * config.BLOCK_N * max(_SIZES[gemm.kind], 4) / 4 / (32 * config.num_warps)
     return gemm.S if not gemm.switch("flat") and accumulators * gemm.S <= MAX_ACCUMULATORS else 1
 
 
 def _registers(config: Config, gemm: Gemm) -> float:
-    """Of a thread, fitted to compiled kernels: accumulators twice where the epilogue rounds and sums them."""
+    """Registers of a thread, fitted to compiled kernels. Accumulators count twice, for the epilogue that sums them."""
     size, threads = _SIZES[gemm.kind], 32 * config.num_warps
     accumulators = config.BLOCK_M * config.BLOCK_N * max(size, 4) / 4 / threads
     if gemm.reduces_pixels:
@@ -146,11 +148,11 @@ def _registers(config: Config, gemm: Gemm) -> float:
 
 
 def _seconds(config: Config, gemm: Gemm, device: Device) -> tuple[float, float]:
-    """(modelled time, bytes asked of L2): the second decides where the first is equal."""
+    """(modelled time, bytes that are loaded from L2). The second decides between equal times."""
     rows, columns, taps, reduction = gemm.problem
     M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     size, warps = _SIZES[gemm.kind], config.num_warps
-    asynchronous = device.asynchronous and M >= 64 and warps % 4 == 0 and gemm.kind in ("half", "tf32")
+    asynchronous = device.asynchronous and M >= 64 and warps % 4 == 0 and gemm.kind in ("16-bit", "tf32")
 
     tiles = -(-rows // M) * -(-columns // N)
     steps = taps * -(-reduction // K)
@@ -165,15 +167,15 @@ def _seconds(config: Config, gemm: Gemm, device: Device) -> tuple[float, float]:
 
     products = M * N * K * at_once
     loaded = (M + N * at_once) * K * size
-    if gemm.kind == "single":
+    if gemm.kind == "float32":
         tensor, instructions = 0, products / 32
     else:
-        rate = device.products / {"half": 1, "tf32": 2, "double": 16}[gemm.kind]
+        rate = device.products / {"16-bit": 1, "tf32": 2, "float64": 16}[gemm.kind]
         tensor = products / (rate if asynchronous or not device.asynchronous else rate / 2)
-        instructions = 0 if asynchronous else products / {"half": 2048, "tf32": 1024, "double": 256}[gemm.kind]
-    across = min(warps, max(1, N // 32))  # warps along N, the rest along M
+        instructions = 0 if asynchronous else products / {"16-bit": 2048, "tf32": 1024, "float64": 256}[gemm.kind]
+    across = min(warps, max(1, N // 32))  # warps along N; the others lie along M
     fragments = 0 if asynchronous else (M * across + N * at_once * (warps // across or 1)) * K * size
-    instructions += fragments / 512 + 16 * loaded / 512 + 20 * warps  # by ldmatrix, cp.async with its address, loop
+    instructions += fragments / 512 + 16 * loaded / 512 + 20 * warps  # ldmatrix, cp.async with its address, the loop
     if gemm.switch("prologue"):
         instructions += 7 * M * K / 32
     shared = (loaded + (loaded if asynchronous else fragments)) / 128
@@ -189,7 +191,7 @@ def _seconds(config: Config, gemm: Gemm, device: Device) -> tuple[float, float]:
     step = max(tensor, instructions / 4, shared, loaded / L2)
     per_processor = -(-programs // device.processors)
     waves = -(-per_processor // resident)
-    # A wave of few programs waits for its loads: each has num_stages - 1 steps under way.
+    # A wave of few programs waits for its loads: each program has num_stages - 1 steps under way.
     together = min(per_processor, resident)
     step = max(step, _LATENCY / max(config.num_stages - 1, 1) / together)
     clocks = per_processor * steps * step + waves * _START
@@ -212,10 +214,10 @@ def _fits(config: Config, gemm: Gemm, device: Device) -> bool:
 
 
 def _prologue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
-    """Whether the forward's prologue does not spill where a thread computes a row of its tile.
+    """Whether the forward's prologue does not spill where a thread computes a whole row of its tile.
 
-    Of channels that are the same in each step it holds scale and shift through the loop, beside a row in float32:
-    bfloat16, unlike float16, has no arithmetic of pairs to keep it shorter.
+    Where every step has the same channels, a thread holds their scale and shift through the loop, beside the row in
+    float32. A row of float16 is computed in pairs, which take less; bfloat16 has no such arithmetic.
     """
     held = gemm.operation == "forward" and gemm.switch("prologue") and gemm.C <= config.BLOCK_K
     row = config.BLOCK_M * config.BLOCK_K // (32 * config.num_warps)
@@ -223,19 +225,19 @@ def _prologue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
 
 
 def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
-    """Whether what is fused fits: a kernel spills where it meets more values per thread than these.
+    """Whether what is fused fits: a kernel spills where a thread holds more values than these.
 
-    Grad-input: 64 accumulators beside the tiles that its epilogue loads, and 16 of dout that the shortcut's mask brings
-    into registers. The forward: a shortcut's second product beside the masks of ragged channels. Grad-weight:
-    accumulators, what moves from tap to tap, and what its prologue recomputes. The stem's in float32: masks of ragged
-    channels beside a large tile.
+    The forward holds a shortcut's second product beside the masks of ragged channels. Grad-weight holds accumulators,
+    what moves from tap to tap, and what its prologue recomputes. The stem's grad-weight holds masks of ragged channels
+    beside a large tile, which is too much in float32. Grad-input holds up to 64 accumulators beside the tiles that its
+    epilogue loads, and up to 16 values of dout that the shortcut's mask brings into registers.
     """
     epilogue = gemm.switch("epilogue", Epilogue.NONE)
     threads = 32 * config.num_warps
     accumulators, operand = config.BLOCK_M * config.BLOCK_N // threads, config.BLOCK_M * config.BLOCK_K // threads
     rows, columns, *_ = gemm.problem
     if gemm.operation == "forward":
-        whole = gemm.C % config.BLOCK_K == 0 == columns % config.BLOCK_N  # of channels, which need no masks then
+        whole = gemm.C % config.BLOCK_K == 0 == columns % config.BLOCK_N  # no channel needs a mask
         return not gemm.switch("shortcut") or whole or accumulators + operand <= 80
     if gemm.operation == "grad_weight":
         whole = rows % config.BLOCK_M == 0 == columns % config.BLOCK_N
@@ -243,7 +245,7 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
         values = taps * (accumulators + config.BLOCK_N * config.BLOCK_K // threads)
         return values + (operand if gemm.switch("prologue") else 0) <= (170 if whole else 150)
     if gemm.operation == "grad_weight_max_pool":
-        return gemm.kind != "single" or accumulators < 16 or rows % config.BLOCK_M == 0
+        return gemm.kind != "float32" or accumulators < 16 or rows % config.BLOCK_M == 0
     masked = epilogue is Epilogue.SHORTCUT_GRAD and gemm.switch("masked")
     return epilogue is Epilogue.NONE or (accumulators <= 64 and (not masked or operand <= 16))
 

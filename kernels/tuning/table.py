@@ -1,4 +1,8 @@
-"""Tile configurations of the implicit GEMMs, by operation and kind of product."""
+"""Tile configurations of the implicit GEMMs, by operation and kind of product.
+
+The kinds of product, by their operands: "16-bit" are float16 or bfloat16; "tf32" are float32, rounded for tensor cores;
+"float32" and "float64" are taken as they are.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +34,16 @@ def parse_config(text: str) -> Config:
     return Config(*map(int, re.findall(r"\d+", text)))
 
 
-# The last of each is so small that it is always a candidate. A product needs 16 of every dimension.
+# The last one of each table is so small that it is always a candidate. A product needs 16 along every dimension.
 _NARROW = (  # for few channels, or few pixels
     Config(64, 32, 64, 4, 4),
     Config(64, 16, 32, 4, 3),
     Config(32, 32, 32, 2, 3),
     Config(16, 16, 16, 2, 2),
 )
-_FORWARD = (  # none spills with prologue and moments, or with shortcut and moments
+_FORWARD = (  # none of them spills with prologue and moments, or with shortcut and moments
     Config(128, 64, 32, 4, 4),
-    Config(128, 64, 64, 4, 3),  # this one and the next issue the fewest instructions where K is 64
+    Config(128, 64, 64, 4, 3),  # this one and the next one issue the fewest instructions where K is 64
     Config(256, 64, 64, 8, 3),
     Config(128, 128, 64, 8, 3),
     Config(128, 128, 32, 8, 4),
@@ -70,7 +74,7 @@ _TF32 = (
     Config(32, 32, 32, 2, 3),
     Config(16, 16, 16, 2, 2),
 )
-_SINGLE = (  # exact float32: no tensor cores, every thread holds BLOCK_K of its operands in registers
+_FLOAT32 = (  # exact float32: no tensor cores, every thread holds BLOCK_K of its operands in registers
     Config(64, 64, 16, 4, 3),
     Config(64, 32, 16, 4, 3),
     Config(32, 64, 16, 4, 3),
@@ -78,7 +82,7 @@ _SINGLE = (  # exact float32: no tensor cores, every thread holds BLOCK_K of its
     Config(32, 32, 16, 2, 3),
     Config(16, 16, 16, 2, 2),
 )
-_DOUBLE = (
+_FLOAT64 = (
     Config(64, 32, 16, 4, 2),
     Config(32, 32, 16, 4, 2),
     Config(32, 16, 16, 2, 2),
@@ -97,30 +101,30 @@ _PIXELS_REDUCED = (  # rows and columns are channels, the reduction is long
     Config(16, 16, 16, 2, 2),
 )
 _SMALL = (Config(64, 64, 16, 4, 2), Config(64, 32, 16, 4, 2), Config(32, 32, 16, 4, 2), Config(16, 16, 16, 4, 2))
-# Their prologue gathers the gradients of BLOCK_K windows, for their four pixels: nothing to pipeline.
+# Their prologue gathers the gradients of BLOCK_K windows' four pixels, so there is nothing to pipeline.
 _POOLED = (
     Config(64, 64, 16, 4, 1),
     Config(64, 64, 32, 8, 1),
     Config(32, 32, 16, 4, 1),
     Config(16, 16, 16, 4, 1),
 )
-_POOLED_SINGLE = (
+_POOLED_FLOAT32 = (
     Config(64, 64, 16, 8, 1),
     Config(64, 32, 16, 8, 1),
     Config(32, 32, 16, 8, 1),
     Config(16, 16, 16, 4, 1),
 )
-_POOLED_DOUBLE = (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1))
+_POOLED_FLOAT64 = (Config(32, 32, 16, 4, 1), Config(16, 16, 16, 4, 1))
 TABLE: dict[str, dict[str, tuple[Config, ...]]] = {
-    "forward": {"half": _FORWARD, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE},
-    "grad_input": {"half": _GRAD_INPUT, "tf32": _TF32, "single": _SINGLE, "double": _DOUBLE[1:]},
-    "grad_weight": {"half": _PIXELS_REDUCED, "tf32": _SMALL, "single": _SMALL, "double": _SMALL},
+    "forward": {"16-bit": _FORWARD, "tf32": _TF32, "float32": _FLOAT32, "float64": _FLOAT64},
+    "grad_input": {"16-bit": _GRAD_INPUT, "tf32": _TF32, "float32": _FLOAT32, "float64": _FLOAT64[1:]},
+    "grad_weight": {"16-bit": _PIXELS_REDUCED, "tf32": _SMALL, "float32": _SMALL, "float64": _SMALL},
     "grad_weight_max_pool": {
-        "half": _POOLED,
-        "tf32": _POOLED_SINGLE,
-        "single": _POOLED_SINGLE,
-        "double": _POOLED_DOUBLE,
+        "16-bit": _POOLED,
+        "tf32": _POOLED_FLOAT32,
+        "float32": _POOLED_FLOAT32,
+        "float64": _POOLED_FLOAT64,
     },
 }
 MOST_ROWS = max(config.BLOCK_M for kinds in TABLE.values() for table in kinds.values() for config in table)
-MAX_ACCUMULATORS = 100  # registers of a thread for which grad-weight takes a whole row of taps at once
+MAX_ACCUMULATORS = 100  # registers that they may fill in a thread where grad-weight takes a whole row of taps at once

@@ -1,4 +1,4 @@
-"""How candidates are timed on a device, and which of their errors only leave one out."""
+"""How candidates are timed on a device, and which errors leave a candidate out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 Run = Callable[[], object]
 Clock = Callable[[Sequence[Run], torch.device], list[float]]
-_ROUNDS = 5, 25  # fewest and most repetitions of each candidate
-_BUDGET = 200.0  # milliseconds of one key's timing, within those
+_ROUNDS = 5, 25  # repetitions of each candidate, at least and at most
+_BUDGET = 200.0  # milliseconds that the timing of one key should take
 
 
 def cuda_milliseconds(runs: Sequence[Run], device: torch.device) -> list[float]:
-    """One run of each, in turn, between two events: the device's time, each from a cold L2.
+    """The device's time of one run of each, in turn, from a cold L2.
 
-    The flush before a run also covers the host's time to launch it.
+    The flush before a run also hides the host's time to launch it.
     """
     with torch.cuda.device(device):
         flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
@@ -34,7 +34,10 @@ CLOCKS: dict[str, Clock] = {"cuda": cuda_milliseconds}  # by device type; on a d
 
 
 def fails(run: Run) -> Exception | None:
-    """The error of a candidate that this device cannot run: compilation, shared memory, memory. Others are raised."""
+    """Why this device cannot run a candidate: it does not compile, or lacks memory or shared memory. None if it runs.
+
+    Any other error is raised.
+    """
     try:
         run()
     except torch.OutOfMemoryError as error:
@@ -57,7 +60,7 @@ def _is_triton_error(error: Exception) -> bool:
 def medians(candidates: Mapping[str, Run], clock: Clock, device: torch.device) -> dict[str, float]:
     """Milliseconds by name. The candidates take turns, so that a clock rate that drifts does not favour one."""
     runs = list(candidates.values())
-    rounds = [clock(runs, device)]  # warm: each has run once before
+    rounds = [clock(runs, device)]  # no warm-up: each has run once before
     few, many = _ROUNDS
     for _ in range(max(few, min(many, int(_BUDGET / max(sum(rounds[0]), 1e-3)))) - 1):
         rounds.append(clock(runs, device))

@@ -53,7 +53,7 @@ def test_every_pair_of_options_is_as_exact_as_eager(small_tiles, shape, epilogue
 
 @pytest.mark.parametrize("epilogue", ["mask", "shortcut"])
 def test_the_tiles_of_real_launches_leave_ragged_ends_in_every_dimension(epilogue):
-    config = tuning.TABLE["grad_input"]["half"][0]
+    config = tuning.TABLE["grad_input"]["16-bit"][0]
     shape = ConvShape(N=2, H=9, W=8, C=config.BLOCK_N + 8, K=config.BLOCK_K + 8, R=3, S=3, stride=1, padding=1)
     assert shape.N * shape.H * shape.W > config.BLOCK_M
     cases.assert_parity(shape, epilogue, torch.float16)

@@ -400,10 +400,10 @@ def test_a_user_without_a_home_has_no_folder(monkeypatch):
 
 
 def test_the_environment_switches_timing_off():
-    assert process_memory._is_timed({}) and process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "on"})
-    assert not process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "off"})
+    assert process_memory.timing_is_on({}) and process_memory.timing_is_on({"FUSED_RESIDUAL_TUNING": "on"})
+    assert not process_memory.timing_is_on({"FUSED_RESIDUAL_TUNING": "off"})
 
 
 def test_a_bad_switch_is_an_error_that_names_the_variable():
     with pytest.raises(ValueError, match=r"^FUSED_RESIDUAL_TUNING: expected 'on' or 'off', got 'no'$"):
-        process_memory._is_timed({"FUSED_RESIDUAL_TUNING": "no"})
+        process_memory.timing_is_on({"FUSED_RESIDUAL_TUNING": "no"})

@@ -110,7 +110,7 @@ def test_a_tile_is_less_than_twice_as_wide_as_the_matrix():
 
 def test_a_tile_that_would_spill_is_not_tried(monkeypatch):
     spilling = Config(128, 128, 32, 4, 3)  # 128 accumulators per thread and as many in the epilogue
-    monkeypatch.setitem(TABLE["forward"], "half", (*TABLE["forward"]["half"], spilling))
+    monkeypatch.setitem(TABLE["forward"], "16-bit", (*TABLE["forward"]["16-bit"], spilling))
     assert spilling not in candidates(gemm("forward", STAGES[2], HALF, precision="tf32", new_table=True))
 
 
