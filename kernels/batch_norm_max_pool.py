@@ -95,7 +95,7 @@ def batch_norm_max_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     check_vectors("stats", stats, (4, y.shape[1]), y)
     N, C, H, W = y.shape
     P, Q = out_size(H), out_size(W)
-    out = y.new_empty((N, C, P, Q)).to(memory_format=torch.channels_last)
+    out = torch.empty((N, C, P, Q), dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
     tap = torch.empty_like(out, dtype=torch.uint8)
     t = window_tiling(P * Q, y)
     tiles = triton.cdiv(P * Q, t.BLOCK_M)

@@ -176,7 +176,8 @@ def _like(t: Tensor) -> Tensor:
 
 
 def _empty_map(x: Tensor, channels: int, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
-    return x.new_empty((x.shape[0], channels, height, width)).to(memory_format=torch.channels_last)
+    size = (x.shape[0], channels, height, width)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _empty_stats(x: Tensor, channels: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,18 +18,42 @@ _BUDGET = 200.0  # milliseconds that the timing of one key should take
 def cuda_milliseconds(runs: Sequence[Run], device: torch.device) -> list[float]:
     """The device's time of one run of each, in turn, from a cold L2.
 
-    The flush before a run also hides the host's time to launch it.
+    The host may need longer to launch a run than the device to execute it. So each run is queued behind flushes of L2
+    that last longer than its launches take: the device finds them waiting.
     """
     with torch.cuda.device(device):
         flush = torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in runs]
-        for run, (start, end) in zip(runs, events, strict=True):
-            flush.zero_()
+        flush_seconds = _device_seconds(lambda: [flush.zero_() for _ in range(8)]) / 8
+        times = []
+        for run in runs:
+            flushes = 1 + math.ceil(2 * _host_seconds(run) / flush_seconds)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(flushes):
+                flush.zero_()
             start.record()
             run()
             end.record()
-        events[-1][1].synchronize()
-        return [start.elapsed_time(end) for start, end in events]
+            torch.cuda.synchronize()  # an error that the run caused is raised here, as its own
+            times.append(start.elapsed_time(end))
+        return times
+
+
+def _host_seconds(run: Run) -> float:
+    """What the host takes to launch a run that has run before."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds
+
+
+def _device_seconds(run: Run) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 CLOCKS: dict[str, Clock] = {"cuda": cuda_milliseconds}  # by device type; on a device without a clock nothing is timed
@@ -60,9 +86,11 @@ def _is_triton_error(error: Exception) -> bool:
 def medians(candidates: Mapping[str, Run], clock: Clock, device: torch.device) -> dict[str, float]:
     """Milliseconds by name. The candidates take turns, so that a clock rate that drifts does not favour one."""
     runs = list(candidates.values())
+    start = time.perf_counter()
     rounds = [clock(runs, device)]  # no warm-up: each has run once before
+    round_milliseconds = 1e3 * (time.perf_counter() - start)
     few, many = _ROUNDS
-    for _ in range(max(few, min(many, int(_BUDGET / max(sum(rounds[0]), 1e-3)))) - 1):
+    for _ in range(max(few, min(many, int(_BUDGET / max(round_milliseconds, 1e-3)))) - 1):
         rounds.append(clock(runs, device))
     return {name: statistics.median(times) for name, times in zip(candidates, zip(*rounds, strict=True), strict=True)}
 

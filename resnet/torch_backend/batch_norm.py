@@ -130,11 +130,12 @@ def backward(
         g = aten.threshold_backward(dout, out, 0)
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype)
     if norm.training:
-        running, saved, eps = (None, None), (mean, invstd), norm.eps
+        running, eps = (None, None), norm.eps
     else:
-        running, saved, eps = (mean, invstd**-2), (None, None), 0.0
+        running, eps = (mean, invstd**-2), 0.0
+    # CUDA's operator reads what was saved in evaluation, too.
     dx, dweight, sum_g = aten.native_batch_norm_backward(
-        g, x, weight, *running, *saved, norm.training, eps, [True, True, True]
+        g, x, weight, *running, mean, invstd, norm.training, eps, [True, True, True]
     )
     return NormGrad(
         dx,
