@@ -116,10 +116,14 @@ def check_identity_shortcut(input_channels: int, num_channels: int, use_1x1conv:
         )
 
 
+# Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
+_AUTOCAST_KINDS = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")))
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type in which autocast would run eager's convolutions on x; None where it would not cast."""
     kind = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if x.dtype != torch.float64 and kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return None
 
@@ -131,7 +135,7 @@ def _records_gradient(arguments: list) -> bool:
 def _without_autocast(x: Tensor) -> AbstractContextManager:
     """The operators take their inputs as they are; a device that has no autocast (meta) has none to disable."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in _AUTOCAST_KINDS else nullcontext()
 
 
 def _call(recorded: Callable, inference: Callable, arguments: tuple, batch_statistics: bool) -> Tensor:

@@ -362,6 +362,7 @@ def test_loaded_groups_count_all_their_channels(any_backend):
     modules = [lazy("identity"), lazy("identity")]
     for module in modules:
         _grouped(module)
+        module.to(DEVICE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         modules[0](images())
@@ -391,7 +392,7 @@ def test_a_pickle_of_a_module_before_its_dry_run_is_lazy_and_independent(any_bac
     module = lazy(kind)
     twin = pickled(module)
     assert type(twin) is type(module) and is_lazy(twin)
-    twin(images())
+    twin.to(DEVICE)(images())
     assert is_initialised(twin) and is_lazy(module)
 
 
