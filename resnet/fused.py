@@ -117,7 +117,9 @@ def check_identity_shortcut(input_channels: int, num_channels: int, use_1x1conv:
 
 
 # Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
-_AUTOCAST_KINDS = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla")))
+_AUTOCAST_KINDS = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "xla"))
+)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

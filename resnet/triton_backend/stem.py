@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
