@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# What is compared with PyTorch's convolutions on a GPU is compared with exact and repeatable ones. A test of TF32 says so.
+# PyTorch's convolutions on a GPU, with which tests compare, are exact and repeatable. A test of TF32 says so.
 torch.backends.cudnn.deterministic = True
 torch.backends.cudnn.conv.fp32_precision = "ieee"
 
