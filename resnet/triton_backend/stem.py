@@ -11,6 +11,7 @@ from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_reduce,
 )
 from resnet.kernels.conv_grad_input import conv_grad_input
+from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
 from resnet.kernels.host.shapes import conv_shape
 from resnet.norm import Norm, empty_grads
@@ -40,15 +41,20 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     def fused() -> Tensor:
         return conv_grad_weight_max_pool(dout, out, tap, y, stats, used, x, weight.shape[2:], stride, padding, tf32)
 
+    def stored_dy() -> Tensor:
+        return batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, used)
+
+    def epilogue() -> Tensor:
+        return conv_grad_weight(stored_dy(), x, weight.shape[2:], stride, padding, tf32=tf32)
+
     def pytorch() -> Tensor:
-        dy = batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, used)
-        return convolve_backward(dy, x, weight, stride, padding, False, True)[1]
+        return convolve_backward(stored_dy(), x, weight, stride, padding, False, True)[1]
 
     # dy is stored where grad-input needs it, where the window is too large for the fused product, and for float64: the
     # compiler refuses the fused product of float64 at some shapes.
     stored = needs.x or max(weight.shape[2:]) > MAX_WINDOW or x.dtype == torch.float64
     if stored:
-        dy = batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, used)
+        dy = stored_dy()
     if needs.x:
         dx = convolution.run_picked(
             "grad_input",
@@ -61,7 +67,8 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     if needs.weight and stored:
         dconv = convolution.grad_weight(dy, x, weight, stride, padding)
     elif needs.weight:
-        dconv = convolution.run_picked("grad_weight", y, weight, (stride, "max_pool"), triton=fused, pytorch=pytorch)
+        key = (stride, "max_pool")
+        dconv = convolution.run_picked("grad_weight", y, weight, key, triton=fused, epilogue=epilogue, pytorch=pytorch)
     return StemGrad(dx, dconv, dweight, dbias, sums[0])
 
 

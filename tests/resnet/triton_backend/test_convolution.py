@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import resnet
 from resnet import FusedResidual, Residual, Stem
@@ -16,7 +17,7 @@ from resnet.triton_backend import block as triton_block
 from resnet.triton_backend import convolution
 from resnet.triton_backend import stem as triton_stem
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, draw, infer, name_of, trio
+from tests.helpers.blocks import DTYPES, draw, incoming_gradient, infer, name_of, trio, weights_dtype
 from tests.helpers.fused_cases import assert_trios_parity
 from tests.helpers.kept import kept
 
@@ -115,6 +116,17 @@ def test_the_stem_stores_no_gradient_of_its_convolution(fused_backend, launches)
     stem = trio(Stem, 1, 8).fused
     stem(draw(2, 1, 17, 15)).sum().backward()
     assert launches == ["conv_forward", "batch_norm_max_pool", "conv_grad_weight_max_pool"]
+
+
+def weight_gradient(stem: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    out = stem(x.to(weights_dtype(stem)))
+    return {"dweight": torch.autograd.grad(out, stem[0].weight, incoming_gradient(out))[0]}
+
+
+@pytest.mark.parametrize("way", ["triton", "epilogue", "pytorch"])
+def test_the_gradient_of_a_stems_weight_alone_is_as_exact_as_eager(way):
+    with resnet.backend("triton"), resnet.convolution(way):
+        assert_trios_parity([trio(Stem, 1, 8)], (2, 1, 17, 15), weight_gradient)
 
 
 def test_a_block_keeps_four_activations_and_vectors_for_backward(fused_backend):
