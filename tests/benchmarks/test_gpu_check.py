@@ -1,15 +1,16 @@
-"""`make gpu-check`: what it collects and how it ends; its steps on a GPU are the suites themselves."""
+"""`make gpu-check`: its stages rehearsed on the CPU, what it notes, and the documents' tables that are made of it."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import environment, launches, parity, publish, report, scale, times
+from benchmarks.gpu_check.__main__ import Check
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -19,50 +20,150 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_refused_by_name(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert gpu_check.main(["--out", str(tmp_path)]) == 2
+def test_an_existing_folder_is_refused_by_name(tmp_path, capsys):
+    assert gpu_check.main(["--rehearse", "--out", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_the_environment_names_what_a_result_depends_on():
-    found = json.loads(json.dumps(gpu_check.environment()))
+    found = json.loads(json.dumps(environment.environment()))
     release = torch.__version__.partition("+")[0]  # what is built for CUDA calls itself so, its package may not
-    assert found["packages"]["torch"] == gpu_check.version_of("torch")
+    assert found["packages"]["torch"] == environment.version_of("torch")
     assert found["packages"]["torch"].partition("+")[0] == release
-    assert all(found["packages"].values()) and found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert len(found["devices"]) == torch.cuda.device_count()
 
 
-def test_every_step_runs_and_a_failed_one_fails_the_whole(tmp_path, monkeypatch):
-    command = (sys.executable, "-c")
-    planned = [
-        gpu_check.Step("first", (*command, "print('said'); raise SystemExit(3)")),
-        gpu_check.Step("second", (*command, "print('done')")),
-    ]
-    monkeypatch.setattr(gpu_check, "steps", lambda folder: planned)
-    assert not gpu_check.check(tmp_path / "results")
-    results = tmp_path / "results"
-    assert (results / "first.log").read_text() == "said\n" and (results / "second.log").read_text() == "done\n"
-    assert (results / "summary.txt").read_text().startswith("first: failed\nsecond: passed\n")
-    assert json.loads((results / "environment.json").read_text())["commit"] == gpu_check.environment()["commit"]
+# ---- a run -----------------------------------------------------------------------------------------------------
 
 
-def test_its_steps_are_the_suites_with_their_reports(tmp_path):
-    names = [step.name for step in gpu_check.steps(tmp_path)]
-    assert names[0] == "tests" and names[-1] == "benchmarks"
-    for step, report in (
-        (gpu_check.steps(tmp_path)[0], "tests.xml"),
-        (gpu_check.steps(tmp_path)[-1], "benchmarks.json"),
-    ):
-        assert any(str(tmp_path / report) in argument for argument in step.command)
+@pytest.mark.long
+def test_a_rehearsal_runs_every_stage_and_leaves_a_report(tmp_path, monkeypatch, capsys):
+    """The rows and the tasks are fewer than a user's, for time's sake."""
+    monkeypatch.setattr(times, "ROWS", times.ROWS[:2])
+    monkeypatch.setattr(times, "BLOCK_ROWS", times.ROWS[:2])
+    tasks = parity.tasks(scale.rehearsal())[:2]
+    monkeypatch.setattr(parity, "tasks", lambda scale: tasks)
+    monkeypatch.setattr(gpu_check.memory.process_choices, "path", None)
+    monkeypatch.setenv("FUSED_RESIDUAL_CACHE", "off")
+    folder = tmp_path / "results"
+    status = gpu_check.main(["--rehearse", "--minutes", "20", "--out", str(folder)])
+    said = capsys.readouterr().out
+    assert status == 0, said
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results["seconds"]) == ["environment", "parity", "net", "textbook", "blocks", "tests"]
+    assert set(results["parity"]) == {task.name for task in tasks}
+    assert set(results["net"]) == {f"{case}, {kind}" for case in report.NET_CASES for kind in ("fused", "eager")}
+    assert all(len(row["launched_ms"]) == 3 for row in results["net"].values())
+    assert results["textbook"]["fused"]["said"][0].startswith("loss ")
+    assert results["tests"]["tests/resnet/test_schema.py"]["status"] == 0
+    text = (folder / "report.md").read_text()
+    assert "| fused |" in text and "| eager |" in text and "Nothing." in text
 
 
-def test_the_whole_suite_can_be_collected_in_one_run(tmp_path):
-    """As its first step runs it, where `make test` without a GPU has a run for each folder."""
-    command = (*gpu_check.steps(tmp_path)[0].command, "--collect-only", "--quiet")
-    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
-    for folder in ("tests/kernels/test_", "tests/resnet/test_", "tests/emulated/test_", "tests/gate/test_"):
-        assert f"\n{folder}" in done.stdout
+def check(folder, seconds: float = 60.0) -> Check:
+    return Check(folder, scale.rehearsal(), seconds)
+
+
+def failing():
+    raise ValueError("out of luck")
+
+
+def test_what_fails_is_noted_at_once_and_the_next_one_runs(tmp_path):
+    run = check(tmp_path)
+    run.stage("net", 0, [("first", failing), ("second", lambda: {"launched_ms": [1.0, 1.0, 1.0]})])
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert kept["net"]["first"] == {"error": "ValueError: out of luck"} and "second" in kept["net"]
+    assert list(report.failures(run.results)) == ["net: first: ValueError: out of luck"]
+
+
+def test_a_stage_that_cannot_begin_is_noted(tmp_path):
+    run = check(tmp_path)
+    run.stage("net", 0, (failing() for _ in range(1)))
+    assert run.results["net"]["stage"] == {"error": "ValueError: out of luck"}
+
+
+def test_a_stage_ends_where_the_time_does(tmp_path):
+    run = check(tmp_path, seconds=5.0)
+    run.stage("net", 10.0, [("first", failing)])
+    assert run.results["net"] == {"not all of it": "less than 10 s were left"}
+    assert not list(report.failures(run.results))
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"passed": False, "share_of_allowed": 1.5, "of": "dx", "with": "forward 64x64x64"},
+        {"error": "RuntimeError: no"},
+    ],
+    ids=["an error above what is allowed", "an exception"],
+)
+def test_parity_that_fails_fails_the_run(result):
+    assert len(list(report.failures({"parity": {"a block": result}}))) == 1
+
+
+def test_each_candidate_of_a_product_is_taken_in_turn():
+    from resnet.kernels import tuning
+    from resnet.kernels.host.shapes import ConvShape
+
+    shape, x = ConvShape(8, 12, 12, 64, 64, 3, 3, 1, 1), torch.empty(1, dtype=torch.bfloat16)
+    switches = {"precision": "ieee", "flat": False}
+    found = tuning.candidates(tuning.gemm("forward", shape, x.dtype, **switches))
+    taken = []
+    for index in range(len(found) + 1):
+        with parity.candidate(index) as used:
+            taken.append(tuning.gemm_config("forward", shape, x, lambda config: None, **switches))
+        assert list(used.values()) == [(str(taken[-1]), len(found))]
+    assert tuple(taken) == (*found, found[0])
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------------
+
+CEILINGS = {"bytes_per_second": 1e12, "operations_per_second": 1e14}
+
+
+def test_a_launch_moves_each_of_its_tensors_once():
+    x = torch.zeros(4, 8)
+    found = launches.describe("apply_kernel", {"x": x, "again": x, "out": torch.zeros(4, 8), "M": 4, "BLOCK_M": 16})
+    assert (found.bytes, found.operations) == (2 * x.nbytes, 0)
+    assert found.what == "4x8 BLOCK_M=16"
+    assert found.least_microseconds(CEILINGS) == pytest.approx(1e6 * 2 * x.nbytes / 1e12)
+
+
+def test_a_product_has_two_operations_for_each_value_of_a_window():
+    y = torch.zeros(2, 16, 5, 5)
+    arguments = {"x": torch.zeros(2, 8, 5, 5), "y": y, "C": 8, "R": 3, "S": 3, "num_warps": 4}
+    found = launches.describe("conv_forward_kernel", arguments)
+    assert found.operations == 2 * y.numel() * 8 * 9
+
+
+def test_kernels_that_ran_stand_beside_the_launches_that_were_recorded():
+    launch = launches.Launch("apply_kernel", 1000, 0, "4x8")
+    rows = launches.table([("memset", 1.0), ("apply_kernel", 2.0)], [launch], CEILINGS)
+    assert "least_microseconds" not in rows[0] and rows[1]["what"] == "4x8"
+    with pytest.raises(ValueError, match="apply_kernel where the device ran pool_kernel"):
+        launches.table([("pool_kernel", 2.0)], [launch, launches.Launch("pool_kernel", 1, 0, "")], CEILINGS)
+
+
+def test_the_largest_gaps_come_first_and_equal_launches_are_one():
+    launch = launches.Launch("apply_kernel", 1_000_000, 0, "4x8")  # 1 us at least
+    other = launches.Launch("pool_kernel", 1_000_000, 0, "4x8")
+    events = [("apply_kernel", 2.0), ("pool_kernel", 2.5), ("apply_kernel", 4.0)]
+    first, second = launches.largest_gaps(launches.table(events, [launch, other, launch], CEILINGS))
+    assert (first["kernel"], first["count"], first["microseconds"]) == ("apply_kernel", 2, 3.0)
+    assert (second["kernel"], second["count"]) == ("pool_kernel", 1)
+
+
+# ---- documents -------------------------------------------------------------------------------------------------
+
+
+def test_tables_replace_what_stands_between_their_marks_and_nothing_else():
+    text = "before\n<!-- gpu: summary -->\nold\n<!-- end -->\nafter\n"
+    once = publish.rewritten(text, {"summary": "| new |"})
+    assert once == "before\n<!-- gpu: summary -->\n| new |\n<!-- end -->\nafter\n"
+    assert publish.rewritten(once, {"summary": "| new |"}) == once
+
+
+def test_a_block_that_no_table_is_for_is_an_error():
+    with pytest.raises(KeyError, match="sumary"):
+        publish.rewritten("<!-- gpu: sumary -->\n<!-- end -->", {"summary": ""})

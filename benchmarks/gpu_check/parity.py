@@ -1,0 +1,149 @@
+"""Blocks against float64, with every tile that may be chosen: the error beside eager's own in the same type.
+
+A type and a shape are a process of their own, so that kernels are compiled side by side.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import resnet
+from benchmarks.gpu_check.scale import Scale
+from resnet import FusedResidual, Residual
+from resnet.kernels import tuning
+from resnet.kernels.host.shapes import ConvShape
+from resnet.kernels.tuning.devices import device_facts
+
+_CANCELLED = ("conv1.bias", "conv2.bias")  # their gradients are rounding alone where BatchNorm follows
+_DTYPES = ("bfloat16", "float16", "float32", "tf32")
+
+
+@dataclass(frozen=True)
+class Task:
+    shape: tuple[int, int, int, int]  # input channels, channels, stride, height and width
+    dtype: str
+    train: bool
+
+    @property
+    def name(self) -> str:
+        C, K, stride, size = self.shape
+        return f"{C}->{K}, stride {stride}, {size}x{size}, {self.dtype}, {'training' if self.train else 'evaluation'}"
+
+    @property
+    def type(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+
+def tasks(scale: Scale) -> list[Task]:
+    """All shapes in the first type, in the others a part of them."""
+    return [
+        Task(shape, dtype, train)
+        for dtype in _DTYPES
+        for shape in (scale.blocks if dtype == _DTYPES[0] else scale.blocks[:2])
+        for train in (True, False)
+    ]
+
+
+def checks(scale: Scale, seconds_left: Callable[[], float]) -> Iterator[tuple[str, Callable[[], dict[str, object]]]]:
+    """(name, what waits for its result). All of them run from the first one on."""
+    planned = tasks(scale)
+    workers = max(1, min(len(planned), (os.cpu_count() or 1) - 1))
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        waiting = [pool.apply_async(check, (task, scale)) for task in planned]
+        for task, result in zip(planned, waiting, strict=True):
+            yield task.name, lambda result=result: result.get(max(1.0, seconds_left()))
+
+
+def check(task: Task, scale: Scale) -> dict[str, object]:
+    """The worst error of any tile over eager's, and where it was; or the error that was raised."""
+    try:
+        return _check(task, scale)
+    except Exception as error:
+        traceback.print_exc()
+        return {"passed": False, "error": f"{type(error).__name__}: {error}"[:500]}
+
+
+def _check(task: Task, scale: Scale) -> dict[str, object]:
+    torch.manual_seed(0)
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if task.dtype == "tf32" else "ieee"
+    C, K, stride, size = task.shape
+    eager, fused = (block(C, K, stride != 1, stride) for block in (Residual, FusedResidual))
+    fused.load_state_dict(eager.state_dict())
+    exact = copy.deepcopy(eager).double()
+    x = torch.randn(scale.block_batch, C, size, size).relu().to(task.type)
+    dout = torch.randn(scale.block_batch, K, -(-size // stride), -(-size // stride)).to(task.type)
+    expected, own = (_results(block, x, dout, task, scale) for block in (exact, eager))
+    allowed = {name: 2.5 * _error(own[name], value) + 4 * _eps(task.type) for name, value in expected.items()}
+    worst, index, most = (0.0, "", ""), 0, 1
+    state = copy.deepcopy(fused.state_dict())
+    while index < most:
+        fused.load_state_dict(state)
+        way = resnet.convolution("triton")
+        with resnet.backend("triton" if scale.on_gpu else "torch"), way, candidate(index) as used:
+            got = _results(fused, x, dout, task, scale)
+        most = max((count for _, count in used.values()), default=1)
+        index += 1
+        for name, value in expected.items():
+            share = _error(got[name], value) / allowed[name]
+            if not share <= worst[0]:  # NaN is the worst
+                tiles = "; ".join(f"{key.operation} {tile}" for key, (tile, _) in used.items())
+                worst = (math.inf if math.isnan(share) else share, name, tiles)
+    return {"passed": worst[0] <= 1, "tiles": most, "share_of_allowed": worst[0], "of": worst[1], "with": worst[2]}
+
+
+def _results(block: nn.Module, x: Tensor, dout: Tensor, task: Task, scale: Scale) -> dict[str, Tensor]:
+    """Output, gradients and running statistics; in evaluation the output alone."""
+    block = block.to(scale.device, memory_format=torch.channels_last).train(task.train)
+    exact = next(block.parameters()).dtype == torch.float64
+    cast = not exact and task.type in (torch.float16, torch.bfloat16)
+    dtype = torch.float64 if exact else task.type
+    x = x.to(scale.device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_(task.train)
+    with (
+        torch.autocast(scale.device.type, task.type) if cast else nullcontext(),
+        nullcontext() if task.train else torch.no_grad(),
+    ):
+        out = block(x)
+    if not task.train:
+        return {"out": out}
+    names, leaves = zip(*block.named_parameters(), strict=True)
+    grads = torch.autograd.grad(out, (x, *leaves), dout.to(scale.device, out.dtype))
+    found = {"out": out.detach(), "dx": grads[0]}
+    found |= {name: grad for name, grad in zip(names, grads[1:], strict=True) if name not in _CANCELLED}
+    return found | {name: value.clone() for name, value in block.named_buffers() if value.is_floating_point()}
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    return ((got.double() - exact).norm() / exact.norm().clamp_min(1e-30)).item()
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+@contextmanager
+def candidate(index: int) -> Iterator[dict[tuning.Gemm, tuple[str, int]]]:
+    """Inside, each product takes its candidate of this index, counted round. Gives (tile, candidates) by product."""
+    used: dict[tuning.Gemm, tuple[str, int]] = {}
+
+    def config(operation: str, shape: ConvShape, x: Tensor, run: Callable, **switches: object) -> tuning.Config:
+        key = tuning.gemm(operation, shape, x.dtype, **switches)
+        found = tuning.candidates(key, device_facts(x.device))
+        chosen = found[index % len(found)]
+        used[key] = str(chosen), len(found)
+        return chosen
+
+    original, tuning.gemm_config = tuning.gemm_config, config
+    try:
+        yield used
+    finally:
+        tuning.gemm_config = original

@@ -1,0 +1,114 @@
+"""The documents' GPU tables, made from a check's results: `python -m benchmarks.gpu_check.publish gpu-check/DIR`.
+
+Keeps the results as results/<device>-<date>.json, and writes what stands between `<!-- gpu: NAME -->` and
+`<!-- end -->` in README.md and docs/performance.md. Without a folder the tables are made from the file kept last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.gpu_check.environment import ROOT
+from benchmarks.gpu_check.report import NET_CASES, Results, gaps_table, parity_table, table, times_table
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+KEPT = ROOT / "results"
+_BLOCK = re.compile(r"(<!-- gpu: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def keep(folder: Path) -> Path:
+    """Copies a check's results, without the list of each kernel's every launch; where they are kept."""
+    results = json.loads((folder / "results.json").read_text())
+    for found in results.get("kernels", {}).values():
+        found.pop("rows", None)
+    known = results["environment"]["environment"]
+    device = re.sub(r"\W+", "-", known["devices"][0]["name"].lower())
+    path = KEPT / f"{device}-{known['time'][:10]}.json"
+    KEPT.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def tables(results: Results) -> dict[str, str]:
+    """The text of each block, by its name."""
+    net = results["net"]
+    return {
+        "setting": setting(results),
+        "summary": summary_table(net),
+        **{mode: times_table(net, f"{case}, ") for mode, case in zip(("training", "inference"), NET_CASES)},
+        "gaps": gaps_table(results["kernels"]["training"]["gaps"]),
+        "textbook": textbook_table(results["textbook"]),
+        "blocks": times_table(results.get("blocks", {}), "block "),
+        "parity": parity_table(results["parity"]),
+    }
+
+
+def setting(results: Results) -> str:
+    known, ceilings = results["environment"]["environment"], results["environment"]["ceilings"]
+    packages = known["packages"]
+    copy, product = ceilings["bytes_per_second"] / 1e9, ceilings["operations_per_second"] / 1e12
+    return (
+        f"{known['devices'][0]['name']}, torch {packages['torch']}, triton {packages['triton']}, "
+        f"{known['time'][:10]}, commit {known['commit']}; a large copy moves {copy:.0f} GB/s there, a large product "
+        f"does {product:.0f} TFLOP/s."
+    )
+
+
+def summary_table(net: Results) -> str:
+    """A line for each case and way to launch it: fused, its rivals, and how many times as fast fused is."""
+    rows = []
+    for case, label in zip(NET_CASES, ("training step", "inference")):
+        fused, eager, compiled = (net[f"{case}, {kind}"] for kind in ("fused", "eager", "compile"))
+        for key, how in (("replayed_ms", "as a CUDA graph"), ("launched_ms", "launched by Python")):
+            ours, *rivals = (row[key][0] for row in (fused, eager, compiled))
+            cells = [f"{rival:.2f} ms (**{rival / ours:.2f}x**)" for rival in rivals]
+            rows.append((f"{label}, {how}", f"{ours:.2f} ms", *cells))
+        peaks = [row["peak_bytes"] / 2**20 for row in (fused, eager, compiled)]
+        rows.append((f"{label}, peak memory", *(f"{peak:.0f} MiB" for peak in peaks)))
+    return table(("", "fused", "eager", "torch.compile"), rows)
+
+
+def textbook_table(found: Results) -> str:
+    rows = [
+        (
+            model,
+            f"{row['loss']:.3f}",
+            f"{row['train_acc']:.3f}",
+            f"{row['test_acc']:.3f}",
+            f"{row['examples_per_sec']:.1f}",
+        )
+        for model, row in found.items()
+        if "loss" in row
+    ]
+    return table(("10 epochs", "loss", "train acc", "test acc", "examples/sec"), rows)
+
+
+def rewritten(text: str, blocks: dict[str, str]) -> str:
+    """`text` with what its blocks hold made anew. KeyError for a block that no table is for."""
+    return _BLOCK.sub(lambda m: f"{m[1]}{blocks[m[2]]}\n{m[3]}", text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check.publish", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="of a finished check (default: the results kept last)")
+    args = parser.parse_args(argv)
+    if args.folder is not None:
+        path = keep(args.folder)
+    else:
+        path = max(KEPT.glob("*.json"), key=lambda p: p.stem[-10:], default=None)
+        if path is None:
+            print(f"publish: no results in {KEPT}: name the folder of a check", file=sys.stderr)
+            return 2
+    blocks = tables(json.loads(path.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(rewritten(document.read_text(), blocks))
+    print(f"tables of {', '.join(p.name for p in DOCUMENTS)} made from {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""How large a check is: as users train, or so small that a CPU rehearses each of its lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Scale:
+    device: torch.device
+    batch: int  # images of the net
+    resize: int  # their height and width
+    block_batch: int  # of a block alone
+    blocks: tuple[tuple[int, int, int, int], ...]  # input channels, channels, stride, height and width of the input
+    rounds: int  # of a timed function
+    calls: int  # of the function in a round
+    copied_bytes: int
+    matrix: int  # rows and columns
+    epochs: tuple[str, ...]  # options of `resnet.train`
+    dtype: torch.dtype = torch.bfloat16  # under autocast
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+
+_BLOCKS = (
+    *((64, 64, 1, 24), (64, 128, 2, 24), (128, 128, 1, 12), (128, 256, 2, 12)),
+    *((256, 256, 1, 6), (256, 512, 2, 6), (512, 512, 1, 3)),
+)
+
+
+def full() -> Scale:
+    """The textbook's training: ResNet-18 on batches of 256 images of 96x96."""
+    return Scale(torch.device("cuda"), 256, 96, 256, _BLOCKS, 20, 4, 2**31, 8192, ())
+
+
+def rehearsal() -> Scale:
+    small = ("--epochs", "1", "--limit-train", "16", "--limit-test", "8", "--batch-size", "8", "--resize", "32")
+    return Scale(torch.device("cpu"), 4, 32, 512, ((8, 8, 1, 5), (8, 16, 2, 5)), 3, 1, 2**20, 64, small)

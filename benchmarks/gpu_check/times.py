@@ -1,0 +1,196 @@
+"""ResNet-18 and its blocks, each as eager PyTorch, torch.compile and fused run them: launched by Python, and replayed.
+
+A replayed step is a CUDA graph: what the device needs, without the host that launches it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import resnet
+from benchmarks.gpu_check.scale import Scale
+from resnet import FusedResidual, Residual, resnet18
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run a net or a block."""
+
+    kind: str  # "eager", "compile" or "fused"
+    mode: str = ""  # torch.compile's, or the way of the fused module's convolutions
+    channels_last: bool = True
+
+    @property
+    def name(self) -> str:
+        words = [self.kind, self.mode, "" if self.channels_last else "NCHW"]
+        return " ".join(word for word in words if word)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def module(self, build: Callable[[type[nn.Module]], nn.Module], scale: Scale) -> nn.Module:
+        """`build` of the row's kind of block, with the same weights for all kinds."""
+        torch.manual_seed(0)
+        module = build(FusedResidual if self.kind == "fused" else Residual)
+        return module.to(scale.device, memory_format=self.memory_format)
+
+    def compiled(self, module: nn.Module) -> Callable:
+        if self.kind != "compile":
+            return module
+        torch.compiler.reset()
+        return torch.compile(module, mode=self.mode or None, dynamic=False)
+
+    def scope(self, scale: Scale) -> AbstractContextManager:
+        """What the row is built and run in."""
+        stack = ExitStack()
+        if self.kind == "fused":
+            stack.enter_context(resnet.backend("triton" if scale.on_gpu else "torch"))
+            stack.enter_context(resnet.convolution(self.mode or "auto"))
+        return stack
+
+
+ROWS = (  # the first ones first: time may end
+    *(Row("fused"), Row("eager"), Row("compile"), Row("compile", "reduce-overhead"), Row("eager", "", False)),
+    *(Row("fused", "triton"), Row("fused", "epilogue"), Row("fused", "pytorch"), Row("compile", "max-autotune")),
+)
+BLOCK_ROWS = ROWS[:3]
+
+
+# ---- what is timed ---------------------------------------------------------------------------------------------
+
+
+def net_step(row: Row, scale: Scale, train: bool) -> Step:
+    """A training step (forward, loss, backward, SGD) of ResNet-18, or its inference, on one batch."""
+    net = row.module(lambda block: resnet18(block=block), scale).train(train)
+    run = row.compiled(net)
+    images = torch.rand(scale.batch, 1, scale.resize, scale.resize, device=scale.device)
+    images = images.contiguous(memory_format=row.memory_format)
+    labels = torch.randint(10, (scale.batch,), device=scale.device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+
+    def training() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(scale.device.type, scale.dtype):
+            loss = F.cross_entropy(run(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    def inference() -> None:
+        with torch.no_grad(), torch.autocast(scale.device.type, scale.dtype):
+            run(images)
+
+    return training if train else inference
+
+
+def block_step(row: Row, scale: Scale, shape: tuple[int, int, int, int]) -> Step:
+    """Forward and backward of a residual block in training."""
+    C, K, stride, size = shape
+    block = row.module(lambda block: block(C, K, stride != 1, stride), scale)
+    run = row.compiled(block)
+    x = torch.randn(scale.block_batch, C, size, size, device=scale.device).relu().to(scale.dtype)
+    x = x.contiguous(memory_format=row.memory_format).requires_grad_()
+    leaves = [x, *block.parameters()]
+
+    def step() -> None:
+        with torch.autocast(scale.device.type, scale.dtype):
+            out = run(x)
+        torch.autograd.backward(out, torch.ones_like(out), inputs=leaves)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return step
+
+
+# ---- how it is timed -------------------------------------------------------------------------------------------
+
+
+def milliseconds(step: Step, scale: Scale) -> tuple[float, float, float]:
+    """Per call: the median of the rounds, their 20% and their 80% quantile."""
+    for _ in range(3):
+        step()
+    times = [_round(step, scale) for _ in range(scale.rounds)]
+    low, *_, high = statistics.quantiles(times, n=5)
+    return statistics.median(times), low, high
+
+
+def _round(step: Step, scale: Scale) -> float:
+    if not scale.on_gpu:
+        start = time.perf_counter()
+        for _ in range(scale.calls):
+            step()
+        return 1e3 * (time.perf_counter() - start) / scale.calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(scale.calls):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / scale.calls
+
+
+def replayed(step: Step) -> Step:
+    """A CUDA graph of `step`, as a function."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def measured(row: Row, scale: Scale, make: Callable[[], Step]) -> dict[str, object]:
+    """Milliseconds of a row's step, launched and replayed, and the bytes at its peak; or the error that it met."""
+    result: dict[str, object] = {}
+    try:
+        with row.scope(scale):
+            start = time.perf_counter()
+            step = make()
+            step()
+            if scale.on_gpu:
+                torch.cuda.synchronize()
+            result["first_call_seconds"] = time.perf_counter() - start
+            result["launched_ms"] = milliseconds(step, scale)
+            if scale.on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+                step()
+                result["peak_bytes"] = torch.cuda.max_memory_allocated()
+                if not row.mode.startswith(("reduce", "max")):  # these are graphs of their own
+                    result["replayed_ms"] = milliseconds(replayed(step), scale)
+    except Exception as error:
+        traceback.print_exc()
+        result["error"] = f"{type(error).__name__}: {error}"[:500]
+    return result
+
+
+def net_rows(scale: Scale) -> Iterator[tuple[str, Callable[[], dict[str, object]]]]:
+    """(name, what measures it), the most wanted first."""
+    for row in ROWS:
+        for train in (True, False):
+            make = lambda row=row, train=train: net_step(row, scale, train)  # noqa: E731
+            name = f"ResNet-18 {'training' if train else 'inference'}, {row.name}"
+            yield name, lambda row=row, make=make: measured(row, scale, make)
+
+
+def block_rows(scale: Scale) -> Iterator[tuple[str, Callable[[], dict[str, object]]]]:
+    for shape in scale.blocks:
+        for row in BLOCK_ROWS:
+            make = lambda row=row, shape=shape: block_step(row, scale, shape)  # noqa: E731
+            C, K, stride, size = shape
+            name = f"block {C}->{K}, stride {stride}, {size}x{size}, {row.name}"
+            yield name, lambda row=row, make=make: measured(row, scale, make)
