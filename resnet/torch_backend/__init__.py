@@ -6,7 +6,14 @@ from resnet.torch_backend.block import block_backward, block_forward, block_infe
 from resnet.torch_backend.inference import stem_inference
 from resnet.torch_backend.stem import stem_backward, stem_forward
 
+
+def run(function, arguments, known=None):
+    """function(*arguments), which gives a list of tensors. The Triton backend may replay what an earlier call did."""
+    return function(*arguments)
+
+
 __all__ = [
+    "run",
     "batch_norm_add_relu",
     "batch_norm_add_relu_backward",
     "block_forward",
