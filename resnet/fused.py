@@ -111,26 +111,27 @@ def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
     mean, var = _tensor(bn, "_buffers", "running_mean"), _tensor(bn, "_buffers", "running_var")
     tracked = not training or own["track_running_stats"]
     return Norm(
-        weight=_tensor(bn, "_parameters", "weight"),
-        bias=_tensor(bn, "_parameters", "bias"),
-        running_mean=mean if tracked else None,
-        running_var=var if tracked else None,
-        conv_bias=_tensor(conv, "_parameters", "bias"),
-        training=training or mean is None,
-        momentum=0.0 if momentum is None else momentum,
-        eps=own["eps"],
+        _tensor(bn, "_parameters", "weight"),
+        _tensor(bn, "_parameters", "bias"),
+        mean if tracked else None,
+        var if tracked else None,
+        _tensor(conv, "_parameters", "bias"),
+        training or mean is None,
+        0.0 if momentum is None else momentum,
+        own["eps"],
     )
 
 
-def _count_batch(bn: nn.BatchNorm2d, norm: Norm) -> Norm:
-    """Count the batch as `nn.BatchNorm2d` does; a momentum of None becomes the cumulative average's."""
-    if bn.training and bn.track_running_stats:
+def _count_batch(bn: nn.BatchNorm2d) -> float | None:
+    """Count the batch as `nn.BatchNorm2d` does; the momentum of a cumulative average, where bn takes one."""
+    own = bn.__dict__
+    if own["training"] and own["track_running_stats"]:
         count = _tensor(bn, "_buffers", "num_batches_tracked")
         if count is not None:
             count.add_(1)
-            if bn.momentum is None:
-                return norm._replace(momentum=1.0 / float(count))
-    return norm
+            if own["momentum"] is None:
+                return 1.0 / float(count)
+    return None
 
 
 def _weight_shape(conv: nn.Conv2d) -> tuple[int, ...]:
@@ -153,6 +154,8 @@ def check_identity_shortcut(input_channels: int, num_channels: int, use_1x1conv:
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type in which autocast would run eager's convolutions on x; None where it would not cast."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = x.device.type
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -199,7 +202,7 @@ class _Fused:
         x = X if dtype is None else X.to(dtype)
         flat = self._arguments(x, norms, dtype is not None)
         known = recent.known(flat) if state is not None and ops.is_direct() else None
-        check = (state, X.dtype, dtype, current_backend())
+        check = (recent, X.dtype, dtype, current_backend())
         if known is None or check not in known.facts.passed:
             self._check(X, x, norms, dtype is not None)
             x = channels_last(x)
@@ -209,11 +212,15 @@ class _Fused:
                 known = known and recent.known(flat)
             elif known is not None:
                 known.facts.passed.add(check)
-        counted = [_count_batch(bn, norm) for (bn, _), norm in zip(pairs, norms)]
-        if any(new is not old for new, old in zip(counted, norms)):
-            flat = self._arguments(x, counted, dtype is not None)
+        batch_statistics = averaged = False
+        for i, (bn, _) in enumerate(pairs):
+            batch_statistics |= norms[i].training
+            momentum = _count_batch(bn)
+            if momentum is not None:
+                norms[i], averaged = norms[i]._replace(momentum=momentum), True
+        if averaged:
+            flat = self._arguments(x, norms, dtype is not None)
             known = known and recent.known(flat)
-        batch_statistics = any(norm.training for norm in norms)
         name = self._operator if batch_statistics or _records_gradient(flat) else f"{self._operator}_inference"
         if known is not None and dtype is None and x.dtype != torch.float64:
             return ops.call(name, flat, known)

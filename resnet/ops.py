@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from operator import itemgetter
 
 import torch
@@ -95,8 +97,7 @@ def call(name: str, flat: Sequence, known: Known | None) -> Tensor:
     operator, apply = _DIRECT[name]
     if apply is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
         return apply(known, *flat)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator.run(flat, known)[0]
+    return operator.run(flat, known)[0]
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class _Differentiable:
         return tuple(outputs)
 
     def _compute(self, *flat) -> list[Tensor]:
-        return list(self.forward(unpack(self.arguments, flat)))
+        with torch._C._AutoDispatchBelowAutograd():
+            return list(self.forward(unpack(self.arguments, flat)))
 
     def _backward_fake(self, dout: Tensor, *rest) -> list[Tensor]:
         *kept, needs = rest
@@ -161,7 +163,8 @@ class _Differentiable:
 
     def _compute_grads(self, dout: Tensor, *rest) -> list[Tensor]:
         *kept, needs = rest
-        grads = self.backward(dout, unpack(self.kept, kept), unpack(self.arguments, needs))
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = self.backward(dout, unpack(self.kept, kept), unpack(self.arguments, needs))
         return [grad for grad, need in zip(pack(grads), needs, strict=True) if need]
 
     def _keeper(self) -> Callable[[Sequence, Sequence], Sequence]:
@@ -185,8 +188,7 @@ class _Differentiable:
             direct = type(by) is Known
             ctx.recent = by.facts.recent if direct else None
             if direct:
-                with torch._C._AutoDispatchBelowAutograd():
-                    outputs = self.run(flat, by)
+                outputs = self.run(flat, by)
             else:
                 outputs = _below_autograd(ops[0], by, flat)
                 ctx.mark_non_differentiable(*outputs[1:])
@@ -202,15 +204,13 @@ class _Differentiable:
             kept = in_order((*ctx.saved_tensors, *ctx.settings))
             passed_on = self.passed_on and self.passed_on(unpack(self.kept, kept))
             wanted = ctx.needs_input_grad[1:]
-            needs = [need and name not in passed_on for name, need in zip(names, wanted)] if passed_on else wanted
+            needs = wanted
+            if passed_on:
+                needs = tuple(need and name not in passed_on for name, need in zip(names, wanted))
             flat = (_dense(dout), *kept, needs)
             known = ctx.recent.known(flat) if ctx.recent and not torch.is_grad_enabled() and is_direct() else None
-            if known is None:
-                grads = iter(ops[1](*flat))
-            else:
-                with torch._C._AutoDispatchBelowAutograd():
-                    grads = iter(self._run_backward(flat, known))
-            computed = [next(grads) if need else None for need in needs]
+            grads = ops[1](*flat) if known is None else self._run_backward(flat, known)
+            computed = _in_places(needs)((None, *grads))
             if passed_on:
                 computed = [
                     dout if need and name in passed_on else grad
@@ -220,6 +220,13 @@ class _Differentiable:
 
         name = self.name.title().replace("_", "")  # ResidualBlock: what a user sees in grad_fn
         return type(name, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in (forward, backward)})
+
+
+@cache
+def _in_places(needs: tuple[bool, ...]) -> Callable[[Sequence], tuple]:
+    """A function of None and values: the values in the places that `needs` marks, None in the others."""
+    counts = accumulate(needs)
+    return itemgetter(*[count if need else 0 for need, count in zip(needs, counts)])
 
 
 def _split(first: Sequence[bool]) -> tuple[Callable, Callable, Callable]:
@@ -425,7 +432,8 @@ class _Inference:
         return backends.implementation(flat[0]).run(self._compute, flat, known)
 
     def _compute(self, *flat) -> list[Tensor]:
-        return [_dense(self._implementation(unpack(self._arguments, flat)))]
+        with torch._C._AutoDispatchBelowAutograd():
+            return [_dense(self._implementation(unpack(self._arguments, flat)))]
 
 
 def _stem_inference(arguments: Stem) -> Tensor:

@@ -286,9 +286,9 @@ class _Recorder(TorchDispatchMode):
             returned, kept = self._returned(outputs)
         except _Spoilt:
             return None
-        arguments = [name for name in self._names if name.startswith("a")]
         addresses = [f"p{name[1:]}" for name in self._inputs.values()]
-        body = [f"{', '.join(arguments)}, = arguments", f"{', '.join(addresses)}, = addresses"]
+        body = [f"{', '.join(addresses)}, = addresses"]
+        body += [f"{name} = arguments[{name[1:]}]" for name in sorted(self._tensors) if name.startswith("a")]
         last = {name: i for i, (_, names) in enumerate(self._lines) for name in names}
         places = self._workspace(set(last) - kept)
         if places:
