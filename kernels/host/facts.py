@@ -105,7 +105,10 @@ def _matcher(arguments: Sequence, found: Known) -> Callable[[Sequence], list[int
     tensors_of, settings_of = itemgetter(*places), itemgetter(*others)
     tensors, settings = tensors_of(arguments), settings_of(arguments)
     sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]  # all have to be the same
-    same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    try:
+        same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    except TypeError:  # PyTorch may change it
+        return None
     alignments = [address & 15 for address in found.addresses]
 
     def addresses(arguments: Sequence) -> list[int] | None:
