@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 import resnet
 from resnet import Residual
+from resnet.kernels.batch_norm_add_relu import apply_kernel
 from resnet.kernels.host import plan
 from tests.helpers.blocks import draw, snapshot, step, trio
 
@@ -43,3 +45,35 @@ def test_replayed_launches_are_those_of_a_first_call_and_each_kind_of_input_has_
             torch.testing.assert_close(snapshot(t.fused), snapshot(t.eager), rtol=1e-4, atol=1e-4)
     assert counts[0] == counts[1] == counts[2] == counts[4]
     assert counts[3] == counts[5] == counts[6]
+
+
+@pytest.mark.parametrize("emulate", [80], ids=["sm_80"], indirect=True)
+def test_who_watches_launches_sees_them_though_they_were_replayed_before(emulate, monkeypatch):
+    plan.forget()
+    block, x = trio(Residual, 8, 8).fused, draw(2, 8, 4, 3)
+    run, seen = JITFunction.run, []
+
+    def watched(function, *args, **kwargs):
+        seen.append(function)
+        return run(function, *args, **kwargs)
+
+    def count() -> tuple[int, int]:
+        """Launches of a step, and those that were seen."""
+        before = len(launches)
+        seen.clear()
+        step(block, x)
+        return len(launches) - before, len(seen)
+
+    with emulate() as launches, resnet.backend("triton"):
+        for _ in range(3):
+            launched, _ = count()
+        with monkeypatch.context() as changes:
+            changes.setattr(JITFunction, "run", watched)
+            assert count() == (launched, launched)
+        assert count() == (launched, 0)
+        apply_kernel.add_pre_run_hook(lambda *args, **kwargs: seen.append(apply_kernel))
+        try:
+            assert count() == (launched, 1)
+        finally:
+            apply_kernel.pre_run_hooks.clear()
+        assert count() == (launched, 0)
