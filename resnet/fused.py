@@ -15,7 +15,6 @@ from resnet.functional import channels_last
 from resnet.kernels.host.facts import Recent
 from resnet.norm import Norm
 from resnet.reference import Residual, Stem
-from resnet.settings import current_backend
 
 _warned: set[str] = set()
 
@@ -83,14 +82,19 @@ def _conv_state(conv: nn.Module | None) -> tuple:
     return (
         own["in_channels"],
         own["out_channels"],
-        own["kernel_size"],
-        own["stride"],
-        own["padding"],
-        own["dilation"],
+        _hashable(own["kernel_size"]),
+        _hashable(own["stride"]),
+        _hashable(own["padding"]),
+        _hashable(own["dilation"]),
         own["groups"],
         own["padding_mode"],
         _has_hooks(conv),
     )
+
+
+def _hashable(value: object) -> object:
+    """A setting in a state: PyTorch's modules take a list where they mean a tuple."""
+    return repr(value) if type(value) is list else value
 
 
 def _state(module: nn.Module) -> tuple:
@@ -202,16 +206,16 @@ class _Fused:
         x = X if dtype is None else X.to(dtype)
         flat = self._arguments(x, norms, dtype is not None)
         known = recent.known(flat) if state is not None and ops.is_direct() else None
-        check = (recent, X.dtype, dtype, current_backend())
+        check = (recent, X.dtype, dtype)
         if known is None or check not in known.facts.passed:
             self._check(X, x, norms, dtype is not None)
             x = channels_last(x)
-            ensure_available(x)
             if x is not flat[0]:
                 flat[0] = x
                 known = known and recent.known(flat)
             elif known is not None:
                 known.facts.passed.add(check)
+        ensure_available(x)
         batch_statistics = averaged = False
         for i, (bn, _) in enumerate(pairs):
             batch_statistics |= norms[i].training
@@ -255,7 +259,7 @@ class FusedStem(_Fused, Stem):
 
     def _state(self) -> tuple:
         conv, bn, relu, pool = self
-        window = [getattr(pool, field, None) for field in _POOL]
+        window = [_hashable(getattr(pool, field, None)) for field in _POOL]
         return "stem", _conv_state(conv), _state(bn), _state(relu), _state(pool), *window
 
     def _reason_not_to_fuse(self) -> str | None:

@@ -288,7 +288,7 @@ class _Recorder(TorchDispatchMode):
         except _Spoilt:
             return None
         addresses = [f"p{name[1:]}" for name in self._inputs.values()]
-        body = [f"{', '.join(addresses)}, = addresses"]
+        body = [f"[{', '.join(addresses)}] = addresses"]
         body += [f"{name} = arguments[{name[1:]}]" for name in sorted(self._tensors) if name.startswith("a")]
         last = {name: i for i, (_, names) in enumerate(self._lines) for name in names}
         places = self._workspace(set(last) - kept)

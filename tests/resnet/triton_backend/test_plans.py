@@ -129,6 +129,7 @@ CHANGES = {
     "a bias less": lambda m: setattr(m.conv2, "bias", None),
     "a hook": hook,
     "a shared norm": lambda m: setattr(m, "bn2", m.bn1),
+    "a list for a tuple": lambda m: setattr(m.conv1, "stride", [1, 1]),
     "another norm": lambda m: setattr(m, "bn2", nn.GroupNorm(2, 4).double().to(DEVICE)),
 }
 
