@@ -7,13 +7,13 @@ dx, dout and out are dense NHWC, read as vectors of N*H*W*C elements. Grid (bloc
 it reads dx, dout and out, and writes dx.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device.pointwise import relu_passes
 from .host.launch import check_nhwc
+from .host.launcher import launch
 
 
 @triton.jit
@@ -45,6 +45,7 @@ def add_masked_grad(dx: Tensor, dout: Tensor, out: Tensor) -> Tensor:
     check_nhwc("dout", dout, dx, tuple(dx.shape))
     check_nhwc("out", out, dx, tuple(dx.shape))
     BLOCK = 4096 // dx.element_size()
-    with torch.cuda.device_of(dx):
-        add_masked_grad_kernel[(triton.cdiv(dx.numel(), BLOCK),)](dx, dout, out, dx.numel(), BLOCK=BLOCK, num_warps=4)
+    launch(
+        add_masked_grad_kernel, (triton.cdiv(dx.numel(), BLOCK),), dx, dout, out, dx.numel(), BLOCK=BLOCK, num_warps=4
+    )
     return dx

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .device.pointwise import affine, relu
 from .host.launch import SIZES, check_nhwc, check_vectors, nhwc_shape
+from .host.launcher import launch
 from .host.tiling import elements_of, tiling
 
 
@@ -89,16 +90,17 @@ def batch_norm_add_relu(
     else:
         check_nhwc("out", out, x, x.shape)
     t = tiling(M, C, elements_of(C))
-    with torch.cuda.device_of(x):
-        apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
-            x,
-            stats,
-            shortcut,
-            shortcut_scale,
-            shortcut_shift,
-            out,
-            M,
-            RELU=relu,
-            **t.options(x),
-        )
+    launch(
+        apply_kernel,
+        (triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C)),
+        x,
+        stats,
+        shortcut,
+        shortcut_scale,
+        shortcut_shift,
+        out,
+        M,
+        RELU=relu,
+        **t.options(x),
+    )
     return out

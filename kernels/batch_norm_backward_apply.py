@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .device.batch_norm import center_grad, load_center, load_masked_grad
 from .host.launch import SIZES, check_nhwc, check_vectors, nhwc_shape
+from .host.launcher import launch
 from .host.tiling import ELEMENTS, tiling
 
 
@@ -97,17 +98,18 @@ def batch_norm_backward_apply(
     elif dx is not dout:
         check_nhwc("dx", dx, x, x.shape)
     t = tiling(M, C, ELEMENTS // 2)  # with more, the five vectors per channel would spill registers
-    with torch.cuda.device_of(x):
-        backward_apply_kernel[(triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C))](
-            dout,
-            x,
-            out,
-            stats,
-            sums,
-            dx,
-            dshortcut,
-            M,
-            RELU=relu,
-            **t.options(x),
-        )
+    launch(
+        backward_apply_kernel,
+        (triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C)),
+        dout,
+        x,
+        out,
+        stats,
+        sums,
+        dx,
+        dshortcut,
+        M,
+        RELU=relu,
+        **t.options(x),
+    )
     return dx

@@ -17,6 +17,7 @@ from torch import Tensor
 from .device.batch_norm import load_masked_grad
 from .device.reductions import column_sums
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape
+from .host.launcher import launch
 from .host.tiling import GROUP, MAX_PARTIALS, elements_of, merge_blocks, tiling
 
 
@@ -129,19 +130,20 @@ def batch_norm_backward_reduce(
     check_vectors("stats", stats, (4, C), x)
     t = tiling(M, C, elements_of(C))
     partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
-    with torch.cuda.device_of(x):
-        backward_reduce_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
-            dout,
-            x,
-            out,
-            stats,
-            partial,
-            M,
-            t.partials,
-            t.tiles,
-            RELU=relu,
-            **t.options(x),
-        )
+    launch(
+        backward_reduce_kernel,
+        (t.partials, triton.cdiv(C, t.BLOCK_C)),
+        dout,
+        x,
+        out,
+        stats,
+        partial,
+        M,
+        t.partials,
+        t.tiles,
+        RELU=relu,
+        **t.options(x),
+    )
     return merge_sums(partial, dweight, dbias)
 
 
@@ -158,18 +160,19 @@ def _sum_groups(partial: Tensor, group: int, dweight: Tensor | None, dbias: Tens
     G = triton.cdiv(T, group)
     sums = torch.empty((2, G, C), dtype=partial.dtype, device=partial.device)
     merge = merge_blocks(group, C, partial.element_size())
-    with torch.cuda.device_of(partial):
-        backward_finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]), G)](
-            partial,
-            sums,
-            dweight,
-            dbias,
-            T,
-            G,
-            group,
-            C=C,
-            ACC=accumulator(partial)[1],
-            **merge,
-            **FLAGS,
-        )
+    launch(
+        backward_finalize_kernel,
+        (triton.cdiv(C, merge["BLOCK_C"]), G),
+        partial,
+        sums,
+        dweight,
+        dbias,
+        T,
+        G,
+        group,
+        C=C,
+        ACC=accumulator(partial)[1],
+        **merge,
+        **FLAGS,
+    )
     return sums

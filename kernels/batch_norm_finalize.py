@@ -19,6 +19,7 @@ from .device.batch_norm import load_running, store_stats
 from .device.moments import merge_partials
 from .device.pointwise import inverse_std
 from .host.launch import FLAGS, SIZES, accumulator
+from .host.launcher import launch
 from .host.tiling import GROUP, MAX_PARTIALS, merge_blocks
 
 
@@ -130,26 +131,27 @@ def batch_norm_finalize(
     planes, T, C = partial.shape
     stats = torch.empty((4, C), dtype=partial.dtype, device=partial.device)
     merge = merge_blocks(T, C, partial.element_size())
-    with torch.cuda.device_of(partial):
-        finalize_kernel[(triton.cdiv(C, merge["BLOCK_C"]),)](
-            partial,
-            weight,
-            bias,
-            conv_bias,
-            running_mean,
-            running_var,
-            stats,
-            M,
-            T,
-            rows,
-            momentum,
-            eps,
-            PLANES=planes,
-            C=C,
-            ACC=accumulator(partial)[1],
-            **merge,
-            **FLAGS,
-        )
+    launch(
+        finalize_kernel,
+        (triton.cdiv(C, merge["BLOCK_C"]),),
+        partial,
+        weight,
+        bias,
+        conv_bias,
+        running_mean,
+        running_var,
+        stats,
+        M,
+        T,
+        rows,
+        momentum,
+        eps,
+        PLANES=planes,
+        C=C,
+        ACC=accumulator(partial)[1],
+        **merge,
+        **FLAGS,
+    )
     return stats
 
 
@@ -159,21 +161,22 @@ def _merge(partial: Tensor, rows: int, M: int) -> Tensor:
     G = triton.cdiv(T, GROUP)
     merged = torch.empty((3, G, C), dtype=partial.dtype, device=partial.device)
     merge = merge_blocks(GROUP, C, partial.element_size())
-    with torch.cuda.device_of(partial):
-        merge_kernel[(triton.cdiv(C, merge["BLOCK_C"]), G)](
-            partial,
-            merged,
-            M,
-            T,
-            G,
-            rows,
-            PLANES=planes,
-            GROUP=GROUP,
-            C=C,
-            ACC=accumulator(partial)[1],
-            **merge,
-            **FLAGS,
-        )
+    launch(
+        merge_kernel,
+        (triton.cdiv(C, merge["BLOCK_C"]), G),
+        partial,
+        merged,
+        M,
+        T,
+        G,
+        rows,
+        PLANES=planes,
+        GROUP=GROUP,
+        C=C,
+        ACC=accumulator(partial)[1],
+        **merge,
+        **FLAGS,
+    )
     return merged
 
 
@@ -190,19 +193,20 @@ def batch_norm_freeze(
     C = running_mean.numel()
     stats = torch.empty((4, C), dtype=dtype, device=running_mean.device)
     BLOCK_C = min(128, triton.next_power_of_2(C))
-    with torch.cuda.device_of(running_mean):
-        freeze_kernel[(triton.cdiv(C, BLOCK_C),)](
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            conv_bias,
-            stats,
-            eps,
-            C=C,
-            ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-            BLOCK_C=BLOCK_C,
-            num_warps=1,
-            **FLAGS,
-        )
+    launch(
+        freeze_kernel,
+        (triton.cdiv(C, BLOCK_C),),
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        conv_bias,
+        stats,
+        eps,
+        C=C,
+        ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+        BLOCK_C=BLOCK_C,
+        num_warps=1,
+        **FLAGS,
+    )
     return stats

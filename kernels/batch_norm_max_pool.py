@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .device.pointwise import affine, relu
 from .host.launch import SIZES, check_vectors, nhwc_shape
+from .host.launcher import launch
 from .host.tiling import Tiling, tiling
 
 
@@ -99,17 +100,18 @@ def batch_norm_max_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     tap = torch.empty_like(out, dtype=torch.uint8)
     t = window_tiling(P * Q, y)
     tiles = triton.cdiv(P * Q, t.BLOCK_M)
-    with torch.cuda.device_of(y):
-        pool_kernel[(N * tiles, triton.cdiv(C, t.BLOCK_C))](
-            y,
-            stats,
-            out,
-            tap,
-            H,
-            W,
-            P,
-            Q,
-            tiles,
-            **t.options(y),
-        )
+    launch(
+        pool_kernel,
+        (N * tiles, triton.cdiv(C, t.BLOCK_C)),
+        y,
+        stats,
+        out,
+        tap,
+        H,
+        W,
+        P,
+        Q,
+        tiles,
+        **t.options(y),
+    )
     return out, tap

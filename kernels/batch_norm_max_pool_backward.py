@@ -29,6 +29,7 @@ from .device.batch_norm import center_grad, load_center
 from .device.max_pool import gather_grad, load_windows, locate
 from .device.reductions import column_sums
 from .host.launch import SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape
+from .host.launcher import launch
 from .host.tiling import tiling
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
@@ -149,24 +150,25 @@ def batch_norm_max_pool_backward_reduce(
     steps = triton.cdiv(whole.rows, t.BLOCK_M)
     T = triton.cdiv(N * tiles, steps)
     partial = torch.empty((2, T, C), dtype=accumulator(y)[0], device=y.device)
-    with torch.cuda.device_of(y):
-        pool_backward_reduce_kernel[(T, triton.cdiv(C, t.BLOCK_C))](
-            dout,
-            y,
-            out,
-            tap,
-            stats,
-            partial,
-            N,
-            H,
-            W,
-            P,
-            Q,
-            T,
-            tiles,
-            steps,
-            **t.options(y),
-        )
+    launch(
+        pool_backward_reduce_kernel,
+        (T, triton.cdiv(C, t.BLOCK_C)),
+        dout,
+        y,
+        out,
+        tap,
+        stats,
+        partial,
+        N,
+        H,
+        W,
+        P,
+        Q,
+        T,
+        tiles,
+        steps,
+        **t.options(y),
+    )
     return merge_sums(partial, dweight, dbias)
 
 
@@ -182,21 +184,22 @@ def batch_norm_max_pool_backward_apply(
     t = window_tiling(P * Q, y)
     tiles = triton.cdiv(P * Q, t.BLOCK_M)
     dy = torch.empty_like(y, memory_format=torch.channels_last)
-    with torch.cuda.device_of(y):
-        pool_backward_apply_kernel[(N * tiles, triton.cdiv(C, t.BLOCK_C))](
-            dout,
-            y,
-            out,
-            tap,
-            stats,
-            sums,
-            dy,
-            M,
-            H,
-            W,
-            P,
-            Q,
-            tiles,
-            **t.options(y),
-        )
+    launch(
+        pool_backward_apply_kernel,
+        (N * tiles, triton.cdiv(C, t.BLOCK_C)),
+        dout,
+        y,
+        out,
+        tap,
+        stats,
+        sums,
+        dy,
+        M,
+        H,
+        W,
+        P,
+        Q,
+        tiles,
+        **t.options(y),
+    )
     return dy

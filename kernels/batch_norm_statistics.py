@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .device.moments import finite_or_zero, merge_lanes
 from .host.launch import SIZES, accumulator, nhwc_shape
+from .host.launcher import launch
 from .host.tiling import tiling
 
 
@@ -78,13 +79,14 @@ def batch_norm_statistics(x: Tensor) -> Moments:
     M, C = nhwc_shape(x)
     t = tiling(M, C)
     partial = torch.empty((3, t.partials, C), dtype=accumulator(x)[0], device=x.device)
-    with torch.cuda.device_of(x):
-        statistics_kernel[(t.partials, triton.cdiv(C, t.BLOCK_C))](
-            x,
-            partial,
-            M,
-            t.partials,
-            t.tiles,
-            **t.options(x),
-        )
+    launch(
+        statistics_kernel,
+        (t.partials, triton.cdiv(C, t.BLOCK_C)),
+        x,
+        partial,
+        M,
+        t.partials,
+        t.tiles,
+        **t.options(x),
+    )
     return Moments(partial, t.rows, M)

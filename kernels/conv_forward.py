@@ -42,6 +42,7 @@ from .host.launch import (
     check_vectors,
     product_precision,
 )
+from .host.launcher import launch
 from .host.shapes import ConvShape, conv_shape
 from .tuning import Config
 
@@ -398,40 +399,41 @@ def _launch(
     )
     check_span(shape.H * shape.W * shape.C, shape.P * shape.Q, shape.N, config.BLOCK_M)
     if shape.M:
-        with torch.cuda.device_of(x):
-            conv_forward_kernel[(T * triton.cdiv(shape.K, config.BLOCK_N),)](
-                x,
-                weight,
-                fusions.stats,
-                y,
-                fusions.bias,
-                y_moments and y_moments.partial,
-                frozen.running_mean,
-                frozen.running_var,
-                frozen.weight,
-                frozen.bias,
-                frozen.conv_bias,
-                fusions.skip,
-                shortcut and shortcut.weight,
-                z,
-                shortcut and shortcut.bias,
-                z_moments and z_moments.partial,
-                shape.H,
-                shape.W,
-                shape.P,
-                shape.Q,
-                shape.M,
-                T,
-                frozen.eps,
-                RELU=fusions.relu,
-                FLAT=fusions.flatten(shape),
-                WHOLE=shape.M % config.BLOCK_M == 0,
-                ACC=ACC,
-                PRECISION=precision,
-                **shape.constants(),
-                **config.options(),
-                **FLAGS,
-            )
+        launch(
+            conv_forward_kernel,
+            (T * triton.cdiv(shape.K, config.BLOCK_N),),
+            x,
+            weight,
+            fusions.stats,
+            y,
+            fusions.bias,
+            y_moments and y_moments.partial,
+            frozen.running_mean,
+            frozen.running_var,
+            frozen.weight,
+            frozen.bias,
+            frozen.conv_bias,
+            fusions.skip,
+            shortcut and shortcut.weight,
+            z,
+            shortcut and shortcut.bias,
+            z_moments and z_moments.partial,
+            shape.H,
+            shape.W,
+            shape.P,
+            shape.Q,
+            shape.M,
+            T,
+            frozen.eps,
+            RELU=fusions.relu,
+            FLAT=fusions.flatten(shape),
+            WHOLE=shape.M % config.BLOCK_M == 0,
+            ACC=ACC,
+            PRECISION=precision,
+            **shape.constants(),
+            **config.options(),
+            **FLAGS,
+        )
     return ConvOutput(y, y_moments, z, z_moments)
 
 

@@ -45,6 +45,7 @@ from .host.launch import (
     nhwc_shape,
     product_precision,
 )
+from .host.launcher import launch
 from .host.shapes import ConvShape
 from .tuning import Config, Epilogue
 
@@ -401,29 +402,30 @@ def conv_grad_input(
     def run(config: Config) -> Tensor | None:
         T = _row_tiles(shape, config)
         partial = torch.empty((2, T, shape.C), dtype=dtype, device=dy.device) if mask else None
-        with torch.cuda.device_of(dy):
-            grad_input_kernel[(T * triton.cdiv(shape.C, config.BLOCK_N),)](
-                dy,
-                weight,
-                dx,
-                mask.y1 if mask else None,
-                mask.stats if mask else None,
-                partial,
-                branch.dout if branch else None,
-                branch.out if branch else None,
-                branch.weight if isinstance(branch, ShortcutGrad) else None,
-                shape.N,
-                shape.H,
-                shape.W,
-                shape.P,
-                shape.Q,
-                T,
-                **shape.constants(),
-                ACC=ACC,
-                PRECISION=precision,
-                **config.options(),
-                **FLAGS,
-            )
+        launch(
+            grad_input_kernel,
+            (T * triton.cdiv(shape.C, config.BLOCK_N),),
+            dy,
+            weight,
+            dx,
+            mask.y1 if mask else None,
+            mask.stats if mask else None,
+            partial,
+            branch.dout if branch else None,
+            branch.out if branch else None,
+            branch.weight if isinstance(branch, ShortcutGrad) else None,
+            shape.N,
+            shape.H,
+            shape.W,
+            shape.P,
+            shape.Q,
+            T,
+            **shape.constants(),
+            ACC=ACC,
+            PRECISION=precision,
+            **config.options(),
+            **FLAGS,
+        )
         return partial
 
     config = tuning.gemm_config(

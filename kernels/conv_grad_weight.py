@@ -36,6 +36,7 @@ from .device.pointwise import relu_passes
 from .device.prologue import affine_relu, keep
 from .device.reductions import column_sums
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape, product_precision
+from .host.launcher import launch
 from .host.shapes import ConvShape
 from .tuning import Config
 
@@ -459,25 +460,26 @@ def _launch(
     dw = empty_weight(x, shape)
     size = dw.numel()
     partial = dw if planned.splits == 1 else torch.empty((planned.splits, size), dtype=dtype, device=x.device)
-    with torch.cuda.device_of(x):
-        conv_grad_weight_kernel[(planned.tiles, planned.splits)](
-            dy,
-            out,
-            x,
-            stats,
-            partial,
-            shape.H,
-            shape.W,
-            shape.P,
-            shape.Q,
-            planned.pixels,
-            planned.steps,
-            **planned.constants,
-            ACC=ACC,
-            PRECISION=product_precision(x, tf32),
-            **config.options(),
-            **FLAGS,
-        )
+    launch(
+        conv_grad_weight_kernel,
+        (planned.tiles, planned.splits),
+        dy,
+        out,
+        x,
+        stats,
+        partial,
+        shape.H,
+        shape.W,
+        shape.P,
+        shape.Q,
+        planned.pixels,
+        planned.steps,
+        **planned.constants,
+        ACC=ACC,
+        PRECISION=product_precision(x, tf32),
+        **config.options(),
+        **FLAGS,
+    )
     return dw if planned.splits == 1 else merge_splits(partial, dw)
 
 
@@ -486,18 +488,19 @@ def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
     splits, size = partial.shape
     BLOCK_T = min(16, triton.next_power_of_2(splits))
     BLOCK = 1024 // BLOCK_T
-    with torch.cuda.device_of(dw):
-        merge_splits_kernel[(triton.cdiv(size, BLOCK),)](
-            partial,
-            dw,
-            splits,
-            size,
-            ACC=accumulator(partial)[1],
-            BLOCK_T=BLOCK_T,
-            BLOCK=BLOCK,
-            num_warps=4,
-            **FLAGS,
-        )
+    launch(
+        merge_splits_kernel,
+        (triton.cdiv(size, BLOCK),),
+        partial,
+        dw,
+        splits,
+        size,
+        ACC=accumulator(partial)[1],
+        BLOCK_T=BLOCK_T,
+        BLOCK=BLOCK,
+        num_warps=4,
+        **FLAGS,
+    )
     return dw
 
 

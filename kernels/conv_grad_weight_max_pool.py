@@ -37,6 +37,7 @@ from .host.launch import (
     nhwc_shape,
     product_precision,
 )
+from .host.launcher import launch
 from .host.shapes import ConvShape
 
 MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
@@ -178,47 +179,48 @@ def conv_grad_weight_max_pool(
     if x.numel() == 0:
         return dw.zero_()
 
-    def launch(config: tuning.Config) -> Tensor:
+    def run(config: tuning.Config) -> Tensor:
         columns = shape.R * shape.S * shape.C
         grid = triton.cdiv(columns, config.BLOCK_N), triton.cdiv(shape.K, config.BLOCK_M)
         tiles = triton.cdiv(pooled[2] * pooled[3], config.BLOCK_K)
         steps = triton.cdiv(shape.N * tiles * grid[0] * grid[1], _PROGRAMS)
         splits = triton.cdiv(shape.N * tiles, steps)
         partial = torch.empty((splits, dw.numel()), dtype=dtype, device=x.device)
-        with torch.cuda.device_of(x):
-            conv_grad_weight_max_pool_kernel[(*grid, splits)](
-                dout,
-                out,
-                tap,
-                y,
-                stats,
-                sums,
-                x,
-                partial,
-                shape.M,
-                shape.N,
-                shape.H,
-                shape.W,
-                shape.P,
-                shape.Q,
-                *pooled[2:],
-                tiles,
-                steps,
-                ACC=ACC,
-                PRECISION=precision,
-                **shape.constants(),
-                **config.options(),
-                **FLAGS,
-            )
+        launch(
+            conv_grad_weight_max_pool_kernel,
+            (*grid, splits),
+            dout,
+            out,
+            tap,
+            y,
+            stats,
+            sums,
+            x,
+            partial,
+            shape.M,
+            shape.N,
+            shape.H,
+            shape.W,
+            shape.P,
+            shape.Q,
+            *pooled[2:],
+            tiles,
+            steps,
+            ACC=ACC,
+            PRECISION=precision,
+            **shape.constants(),
+            **config.options(),
+            **FLAGS,
+        )
         return merge_splits(partial, dw)
 
     config = tuning.gemm_config(
         "grad_weight_max_pool",
         shape,
         x,
-        launch,
+        run,
         precision=precision,
         flat=True,
         centred=sums is not None,
     )
-    return launch(config)
+    return run(config)

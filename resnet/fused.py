@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from resnet import operands
+from resnet import ops
 from resnet.backends import ensure_available
 from resnet.checks import check_activation, check_conv_weight, check_norm, check_values_per_channel, check_vector
 from resnet.functional import channels_last
+from resnet.kernels.host.facts import Recent
 from resnet.norm import Norm
-from resnet.operands import Convolutions
 from resnet.reference import Residual, Stem
-from resnet.schema import pack
 
-_ops = torch.ops.fused_residual
 _warned: set[str] = set()
 
 
@@ -63,39 +60,82 @@ def _unfusable_conv(name: str, conv: nn.Module, kernel: int, padding: int, strid
     return None
 
 
+_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
+
+
 def _unfusable_pool(name: str, pool: nn.Module) -> str | None:
     reason = _unfusable(name, pool, nn.MaxPool2d)
     if reason is not None:
         return reason
     expected = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-    for field in ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"):
+    for field in _POOL:
         if getattr(pool, field) != getattr(expected, field):
             return f"{name}.{field} is {getattr(pool, field)}, not {getattr(expected, field)}"
     return None
 
 
-def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
-    """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing."""
-    tracked = not bn.training or bn.track_running_stats
-    return Norm(
-        weight=bn.weight,
-        bias=bn.bias,
-        running_mean=bn.running_mean if tracked else None,
-        running_var=bn.running_var if tracked else None,
-        conv_bias=conv.bias,
-        training=bn.training or bn.running_mean is None,
-        momentum=0.0 if bn.momentum is None else bn.momentum,
-        eps=bn.eps,
+def _conv_state(conv: nn.Module | None) -> tuple:
+    """All that fusing and checking ask of a convolution, its tensors aside."""
+    if type(conv) is not nn.Conv2d:
+        return (type(conv),)
+    own = conv.__dict__
+    return (
+        own["in_channels"],
+        own["out_channels"],
+        _hashable(own["kernel_size"]),
+        _hashable(own["stride"]),
+        _hashable(own["padding"]),
+        _hashable(own["dilation"]),
+        own["groups"],
+        own["padding_mode"],
+        _has_hooks(conv),
     )
 
 
-def _count_batch(bn: nn.BatchNorm2d, norm: Norm) -> Norm:
-    """Count the batch as `nn.BatchNorm2d` does; a momentum of None becomes the cumulative average's."""
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:
-            return norm._replace(momentum=1.0 / float(bn.num_batches_tracked))
-    return norm
+def _hashable(value: object) -> object:
+    """A setting in a state: PyTorch's modules take a list where they mean a tuple."""
+    return repr(value) if type(value) is list else value
+
+
+def _state(module: nn.Module) -> tuple:
+    """All that fusing asks of another module."""
+    return type(module), _has_hooks(module)
+
+
+def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:
+    """getattr(module, name) for what is mostly found among the module's parameters or buffers."""
+    found = module.__dict__[kind]
+    return found[name] if name in found else getattr(module, name)
+
+
+def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
+    """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing."""
+    own = bn.__dict__
+    training, momentum = own["training"], own["momentum"]
+    mean, var = _tensor(bn, "_buffers", "running_mean"), _tensor(bn, "_buffers", "running_var")
+    tracked = not training or own["track_running_stats"]
+    return Norm(
+        _tensor(bn, "_parameters", "weight"),
+        _tensor(bn, "_parameters", "bias"),
+        mean if tracked else None,
+        var if tracked else None,
+        _tensor(conv, "_parameters", "bias"),
+        training or mean is None,
+        0.0 if momentum is None else momentum,
+        own["eps"],
+    )
+
+
+def _count_batch(bn: nn.BatchNorm2d) -> float | None:
+    """Count the batch as `nn.BatchNorm2d` does; the momentum of a cumulative average, where bn takes one."""
+    own = bn.__dict__
+    if own["training"] and own["track_running_stats"]:
+        count = _tensor(bn, "_buffers", "num_batches_tracked")
+        if count is not None:
+            count.add_(1)
+            if own["momentum"] is None:
+                return 1.0 / float(count)
+    return None
 
 
 def _weight_shape(conv: nn.Conv2d) -> tuple[int, ...]:
@@ -124,6 +164,8 @@ _AUTOCAST_KINDS = frozenset(
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type in which autocast would run eager's convolutions on x; None where it would not cast."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = x.device.type
     if x.dtype != torch.float64 and kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -140,16 +182,74 @@ def _without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if kind in _AUTOCAST_KINDS else nullcontext()
 
 
-def _call(recorded: Callable, inference: Callable, arguments: tuple, batch_statistics: bool) -> Tensor:
-    """The operator for inference where the statistics are frozen and no gradient is recorded, else the other."""
-    flat = pack(arguments)
-    with _without_autocast(arguments.x):
-        if batch_statistics or _records_gradient(flat):
-            return recorded(*flat)[0]
-        return inference(*flat)
+_KEPT = 1024  # states; more of them come once, and all are forgotten
+_fusable: dict[tuple, Recent] = {}  # states of modules that can be fused, and the facts of their arguments
 
 
-class FusedStem(Stem):
+class _Fused:
+    """`forward` of a module that one operator can do the work of.
+
+    What can be fused and what has to be refused depends on the modules' settings and on facts of the tensors. Where
+    the same ones have passed before, they are not looked at one by one.
+    """
+
+    def forward(self, X: Tensor) -> Tensor:
+        state = None if torch.compiler.is_compiling() else self._state()
+        recent = _fusable.get(state)
+        if recent is None:
+            reason = self._reason_not_to_fuse()
+            if reason is not None:
+                _warn_once(self, reason)
+                return super().forward(X)
+            recent = Recent()
+            if state is not None:
+                _remember(state, recent)
+        if not isinstance(X, Tensor):
+            check_activation(X, None)  # which refuses it
+        pairs = self._norm_pairs()
+        norms = [_norm(bn, conv) for bn, conv in pairs]
+        dtype = _autocast_dtype(X)
+        x = X if dtype is None else X.to(dtype)
+        flat = self._arguments(x, norms, dtype is not None)
+        known = recent.known(flat) if state is not None and ops.is_direct() else None
+        check = (recent, X.dtype, dtype)
+        if known is None or check not in known.facts.passed:
+            self._check(X, x, norms, dtype is not None)
+            x = channels_last(x)
+            if x is not flat[0]:
+                flat[0] = x
+                known = known and recent.known(flat)
+            elif known is not None:
+                known.facts.passed.add(check)
+        ensure_available(x)
+        batch_statistics = averaged = False
+        for i, (bn, _) in enumerate(pairs):
+            batch_statistics |= norms[i].training
+            momentum = _count_batch(bn)
+            if momentum is not None:
+                norms[i], averaged = norms[i]._replace(momentum=momentum), True
+        if averaged:
+            flat = self._arguments(x, norms, dtype is not None)
+            known = known and recent.known(flat)
+        name = self._operator if batch_statistics or _records_gradient(flat) else f"{self._operator}_inference"
+        if known is not None and dtype is None and x.dtype != torch.float64:
+            return ops.call(name, flat, known)
+        with _without_autocast(x):
+            return ops.call(name, flat, known)
+
+
+def _remember(state: tuple, recent: Recent) -> None:
+    if len(_fusable) >= _KEPT:
+        _fusable.clear()
+    _fusable[state] = recent
+
+
+def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> Tensor:
+    weight = _tensor(conv, "_parameters", "weight")
+    return weight.to(x.dtype) if cast else weight
+
+
+class FusedStem(_Fused, Stem):
     """`Stem` with BatchNorm, ReLU and max-pool in one pass; same children, so the same `state_dict`.
 
     The ReLU comes after the pool, on a quarter of the pixels: relu(pool(z)) is pool(relu(z)), gradients included.
@@ -157,37 +257,45 @@ class FusedStem(Stem):
     NaN. Backward needs the input, the convolution's output, the output, and a byte for each of its elements.
     """
 
+    _operator = "stem"
+
     def __init__(self, in_channels: int, channels: int = 64):
         super().__init__(in_channels, channels)
         to_channels_last(self)
 
-    def forward(self, X: Tensor) -> Tensor:
+    def _state(self) -> tuple:
         conv, bn, relu, pool = self
-        reason = (
+        window = [_hashable(getattr(pool, field, None)) for field in _POOL]
+        return "stem", _conv_state(conv), _state(bn), _state(relu), _state(pool), *window
+
+    def _reason_not_to_fuse(self) -> str | None:
+        conv, bn, relu, pool = self
+        return (
             _unfusable("0", conv, nn.Conv2d)
             or _unfusable_conv("0", conv, conv.kernel_size[0], conv.padding[0], None)
             or _unfusable("1", bn, nn.BatchNorm2d)
             or _unfusable("2", relu, nn.ReLU)
             or _unfusable_pool("3", pool)
         )
-        if reason is not None:
-            _warn_once(self, reason)
-            return super().forward(X)
+
+    def _norm_pairs(self) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+        conv, bn, _, _ = self
+        return [(bn, conv)]
+
+    def _check(self, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> None:
+        conv, (norm,) = self[0], norms
         check_activation(X, conv.in_channels)
-        dtype = _autocast_dtype(X)
-        x = channels_last(X if dtype is None else X.to(dtype))
-        norm = _norm(bn, conv)
         size = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in x.shape[2:]]
-        check_conv_weight("0.weight", conv.weight, x, _weight_shape(conv), cast=dtype is not None)
+        check_conv_weight("0.weight", conv.weight, x, _weight_shape(conv), cast)
         check_norm(norm, x, conv.out_channels, "1")
         check_values_per_channel(norm, (x.shape[0], conv.out_channels, *size), "1")
-        ensure_available(x)
-        norm = _count_batch(bn, norm)
-        arguments = operands.Stem(x, conv.weight.to(x.dtype), conv.stride[0], conv.padding[0], norm)
-        return _call(_ops.stem, _ops.stem_inference, arguments, norm.training)
+
+    def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
+        conv = self[0]
+        return [x, _weight(conv, x, cast), conv.stride[0], conv.padding[0], *norms[0]]
 
 
-class FusedResidual(Residual):
+class FusedResidual(_Fused, Residual):
     """The residual block on fused operators: BatchNorm, the residual add and ReLU move each activation once.
 
     Drop-in for `Residual` (d2l.ai): same constructor, parameters, buffers and `state_dict`. Activations are
@@ -206,6 +314,7 @@ class FusedResidual(Residual):
     """
 
     stem = FusedStem
+    _operator = "residual_block"
 
     def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
         check_identity_shortcut(input_channels, num_channels, use_1x1conv, strides)
@@ -223,8 +332,17 @@ class FusedResidual(Residual):
             reason = _unfusable_conv("conv3", self.conv3, 1, 0, self.conv1.stride[0])
         return reason
 
-    def _check(self, x: Tensor, norms: tuple[Norm, Norm], cast: bool) -> None:
-        check_activation(x, self.conv1.in_channels)
+    def _state(self) -> tuple:
+        own = self._modules
+        convs = (_conv_state(own.get("conv1")), _conv_state(own.get("conv2")), _conv_state(own.get("conv3")))
+        return "block", *convs, _state(own.get("bn1")), _state(own.get("bn2"))
+
+    def _norm_pairs(self) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+        own = self._modules
+        return [(own["bn1"], own["conv1"]), (own["bn2"], own["conv2"])]
+
+    def _check(self, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> None:
+        check_activation(X, self.conv1.in_channels)
         stride = self.conv1.stride[0]
         shape = (x.shape[0], self.conv1.out_channels, *((s - 1) // stride + 1 for s in x.shape[2:]))
         for name, conv in (("conv1", self.conv1), ("conv2", self.conv2), ("conv3", self.conv3)):
@@ -236,24 +354,11 @@ class FusedResidual(Residual):
             check_norm(norm, x, shape[1], name)
             check_values_per_channel(norm, shape, name)
 
-    def forward(self, X: Tensor) -> Tensor:
-        reason = self._reason_not_to_fuse()
-        if reason is not None:
-            _warn_once(self, reason)
-            return super().forward(X)
-        norm1, norm2 = _norm(self.bn1, self.conv1), _norm(self.bn2, self.conv2)
-        check_activation(X, self.conv1.in_channels)
-        dtype = _autocast_dtype(X)
-        x = channels_last(X if dtype is None else X.to(dtype))
-        self._check(x, (norm1, norm2), cast=dtype is not None)
-        ensure_available(x)
-        norm1, norm2 = _count_batch(self.bn1, norm1), _count_batch(self.bn2, norm2)
-        convs = Convolutions(
-            self.conv1.weight.to(x.dtype),
-            self.conv2.weight.to(x.dtype),
-            None if self.conv3 is None else self.conv3.weight.to(x.dtype),
-            None if self.conv3 is None else self.conv3.bias,
-            self.conv1.stride[0],
-        )
-        arguments = operands.Block(x, convs, norm1, norm2)
-        return _call(_ops.residual_block, _ops.residual_block_inference, arguments, norm1.training or norm2.training)
+    def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
+        own = self._modules
+        conv1, conv3 = own["conv1"], own.get("conv3")
+        weights = [_weight(conv1, x, cast), _weight(own["conv2"], x, cast)]
+        shortcut = [None, None]
+        if conv3 is not None:
+            shortcut = [_weight(conv3, x, cast), _tensor(conv3, "_parameters", "bias")]
+        return [x, *weights, *shortcut, conv1.stride[0], *norms[0], *norms[1]]

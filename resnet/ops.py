@@ -21,12 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 from torch.library import Library, register_fake
 
 from resnet import backends
+from resnet.kernels.host.facts import Known, is_plain
 from resnet.norm import Norm, statistics_dtype
 from resnet.operands import (
     BatchNormAddRelu,
@@ -40,11 +44,12 @@ from resnet.operands import (
     StemKept,
     StemOutput,
 )
-from resnet.schema import leaves, pack, parameters, unpack
+from resnet.schema import leaves, pack, parameters, unpack, updates
 
 _NAMESPACE = "fused_residual"
 _LIBRARY = Library(_NAMESPACE, "DEF")
 _ops = getattr(torch.ops, _NAMESPACE)
+_DIRECT: dict[str, tuple] = {}  # by name: what runs an operator, and its formula's `apply` or None
 
 # ---- registration ------------------------------------------------------------------------------------------------
 
@@ -75,6 +80,26 @@ def _below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, 
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
+def is_direct() -> bool:
+    """Whether an operator may be called without PyTorch's dispatcher: it would only pass the call on to here."""
+    return is_plain() and not torch._C._autograd._profiler_enabled()  # a profile names the operators
+
+
+def call(name: str, flat: Sequence, known: Known | None) -> Tensor:
+    """The first output of the operator `fused_residual::name`.
+
+    Args:
+        known: the facts of `flat` where `is_direct` holds, else None.
+    """
+    if known is None:
+        outputs = getattr(_ops, name)(*flat)
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
+    operator, apply = _DIRECT[name]
+    if apply is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
+        return apply(known, *flat)
+    return operator.run(flat, known)[0]
+
+
 @dataclass(frozen=True)
 class _Differentiable:
     """An operator and its backward operator, by the classes of `operands` and functions of their instances."""
@@ -86,67 +111,132 @@ class _Differentiable:
     fake: Callable  # of arguments: an output of uninitialised memory
     forward: Callable  # of arguments: the output
     keep: Callable  # of arguments and output: what is kept
+    keep_moves: bool  # whether `keep` leaves out and moves values alone, whatever they are
     like: Callable  # of what is kept: arguments of the shapes of their gradients
     backward: Callable  # of dout, what is kept, and which gradients are wanted: the gradients, in the arguments' places
-    passed_on: Callable = lambda kept: ()  # of what is kept: names of the arguments whose gradient is dout itself
+    passed_on: Callable | None = None  # of what is kept: names of the arguments whose gradient is dout itself
 
     def register(self) -> None:
         results = ", ".join(f"{leaf.type} {leaf.name}" for leaf in leaves(self.output))
         _register(f"{self.name}({parameters(self.arguments)}) -> ({results})", self._forward, self._fake)
         schema = f"{self.name}_backward(Tensor dout, {parameters(self.kept, updates=False)}, bool[] needs) -> Tensor[]"
         backward = _register(schema, self._backward, self._backward_fake)
-        _differentiate(self.name, self._formula())
+        formula = self._formula()
+        _differentiate(self.name, formula)
         _differentiate(backward, _once(backward))
+        # What `Function.apply` does before this one is for functorch.
+        _DIRECT[self.name] = self, super(torch.autograd.Function, formula).apply
 
     def _fake(self, *flat) -> tuple:
         return tuple(self.fake(unpack(self.arguments, flat)))
 
     def _forward(self, *flat) -> tuple:
+        return self.run(flat)
+
+    def run(self, flat: Sequence, known: Known | None = None) -> tuple:
         if flat[0].numel() == 0:
             return tuple(t.zero_() for t in self._fake(*flat))
-        return tuple(self.forward(unpack(self.arguments, flat)))
+        outputs = backends.implementation(flat[0]).run(self._compute, flat, known)
+        # A kernel's write to the running statistics is not counted in their versions.
+        torch.autograd.graph.increment_version(
+            [flat[i] for i, training in updates(self.arguments) if flat[training] and flat[i] is not None]
+        )
+        return tuple(outputs)
+
+    def _compute(self, *flat) -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return list(self.forward(unpack(self.arguments, flat)))
 
     def _backward_fake(self, dout: Tensor, *rest) -> list[Tensor]:
         *kept, needs = rest
         like = pack(self.like(unpack(self.kept, kept)))
         return [_like(t) for t, need in zip(like, needs, strict=True) if need]
 
-    def _backward(self, dout: Tensor, *rest) -> list[Tensor]:
-        if dout.numel() == 0:
-            return [t.zero_() for t in self._backward_fake(dout, *rest)]
-        *flat, needs = rest
-        grads = self.backward(dout, unpack(self.kept, flat), unpack(self.arguments, needs))
+    def _backward(self, *flat) -> list[Tensor]:
+        *flat, needs = flat
+        return self._run_backward((*flat, tuple(needs)))
+
+    def _run_backward(self, flat: Sequence, known: Known | None = None) -> list[Tensor]:
+        if flat[0].numel() == 0:
+            return [t.zero_() for t in self._backward_fake(*flat)]
+        return backends.implementation(flat[0]).run(self._compute_grads, flat, known)
+
+    def _compute_grads(self, dout: Tensor, *rest) -> list[Tensor]:
+        *kept, needs = rest
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = self.backward(dout, unpack(self.kept, kept), unpack(self.arguments, needs))
         return [grad for grad, need in zip(pack(grads), needs, strict=True) if need]
+
+    def _keeper(self) -> Callable[[Sequence, Sequence], Sequence]:
+        """`keep` from and to flat values. Where it only moves them, it is asked once, for their places."""
+        count = len(leaves(self.arguments))
+        if not self.keep_moves:
+            return lambda flat, outputs: pack(self.keep(unpack(self.arguments, flat), self.output(*outputs)))
+        output = self.output(*range(count, count + len(leaves(self.output))))
+        places = pack(self.keep(unpack(self.arguments, range(count)), output))
+        move = itemgetter(*[-1 if place is None else place for place in places])
+        return lambda flat, outputs: move((*flat, *outputs, None))
 
     def _formula(self) -> type[torch.autograd.Function]:
         names = [leaf.name for leaf in leaves(self.arguments)]
         ops = [getattr(_ops, name).default for name in (self.name, f"{self.name}_backward")]
+        tensors = [leaf.type.startswith("Tensor") for leaf in leaves(self.kept)]
+        pick_tensors, pick_settings, in_order = _split(tensors)
+        keep = self._keeper()
 
-        def forward(ctx, keyset, *flat):
-            outputs = _below_autograd(ops[0], keyset, flat)
-            kept = pack(self.keep(unpack(self.arguments, flat), unpack(self.output, outputs)))
-            ctx.settings = [None if isinstance(value, Tensor) else value for value in kept]
-            ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in kept))
-            ctx.mark_non_differentiable(*outputs[1:])
+        def forward(ctx, by, *flat):
+            direct = type(by) is Known
+            ctx.recent = by.facts.recent if direct else None
+            if direct:
+                outputs = self.run(flat, by)
+            else:
+                outputs = _below_autograd(ops[0], by, flat)
+                ctx.mark_non_differentiable(*outputs[1:])
+            kept = keep(flat, outputs)
+            ctx.settings = pick_settings(kept)
+            ctx.save_for_backward(*pick_tensors(kept))
             ctx.set_materialize_grads(False)
-            return tuple(outputs)
+            return outputs[0] if direct else tuple(outputs)
 
         def backward(ctx, dout, *_):
             if dout is None:
                 return (None,) * len(ctx.needs_input_grad)
-            kept = [s if t is None else t for t, s in zip(ctx.saved_tensors, ctx.settings, strict=True)]
-            passed_on = self.passed_on(unpack(self.kept, kept))
+            kept = in_order((*ctx.saved_tensors, *ctx.settings))
+            passed_on = self.passed_on and self.passed_on(unpack(self.kept, kept))
             wanted = ctx.needs_input_grad[1:]
-            needs = [need and name not in passed_on for name, need in zip(names, wanted, strict=True)]
-            grads = iter(ops[1](_dense(dout), *kept, needs))
-            computed = [next(grads) if need else None for need in needs]
-            return None, *(
-                dout if need and name in passed_on else grad
-                for name, need, grad in zip(names, wanted, computed, strict=True)
-            )
+            needs = wanted
+            if passed_on:
+                needs = tuple(need and name not in passed_on for name, need in zip(names, wanted))
+            flat = (_dense(dout), *kept, needs)
+            known = ctx.recent.known(flat) if ctx.recent and not torch.is_grad_enabled() and is_direct() else None
+            grads = ops[1](*flat) if known is None else self._run_backward(flat, known)
+            computed = _in_places(needs)((None, *grads))
+            if passed_on:
+                computed = [
+                    dout if need and name in passed_on else grad
+                    for name, need, grad in zip(names, wanted, computed, strict=True)
+                ]
+            return None, *computed
 
         name = self.name.title().replace("_", "")  # ResidualBlock: what a user sees in grad_fn
         return type(name, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in (forward, backward)})
+
+
+@cache
+def _in_places(needs: tuple[bool, ...]) -> Callable[[Sequence], tuple]:
+    """A function of None and values: the values in the places that `needs` marks, None in the others."""
+    counts = accumulate(needs)
+    return itemgetter(*[count if need else 0 for need, count in zip(needs, counts)])
+
+
+def _split(first: Sequence[bool]) -> tuple[Callable, Callable, Callable]:
+    """Three functions of tuples: what lies where `first` says so; the rest; and from both in turn, all in order."""
+    places = (
+        [i for i, is_first in enumerate(first) if is_first],
+        [i for i, is_first in enumerate(first) if not is_first],
+    )
+    back = sorted(range(len(first)), key=lambda place: (places[0] + places[1])[place])
+    return itemgetter(*places[0]), itemgetter(*places[1]), itemgetter(*back)
 
 
 def _once(name: str) -> type[torch.autograd.Function]:
@@ -193,14 +283,6 @@ def _out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) 
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def _mark_updated(norm: Norm) -> None:
-    """Count the update of the running statistics in their version, since a kernel's write is not counted."""
-    if norm.training:
-        for running in (norm.running_mean, norm.running_var):
-            if running is not None:
-                torch.autograd.graph.increment_version(running)
-
-
 def _without_running(norm: Norm) -> Norm:
     """The norm as backward needs it: the statistics that were used are kept beside it."""
     return norm._replace(running_mean=None, running_var=None)
@@ -216,8 +298,10 @@ def _norm_grads(
     """
     dconv_bias = None
     if needs.conv_bias:
-        zero_or_sum = torch.zeros_like(sum_g) if norm.training else stats[2] * sum_g
-        dconv_bias = zero_or_sum.to(norm.conv_bias.dtype)
+        if norm.training:
+            dconv_bias = torch.zeros_like(norm.conv_bias, memory_format=torch.contiguous_format)
+        else:
+            dconv_bias = (stats[2] * sum_g).to(norm.conv_bias.dtype)
     return Norm(dweight, dbias, None, None, dconv_bias, None, None, None)
 
 
@@ -227,7 +311,6 @@ def _norm_grads(
 def _batch_norm_add_relu(arguments: BatchNormAddRelu) -> BatchNormAddReluOutput:
     x, shortcut, norm, relu = arguments
     out, stats = backends.implementation(x).batch_norm_add_relu(x, norm, shortcut, relu=relu)
-    _mark_updated(norm)
     return BatchNormAddReluOutput(out, stats)
 
 
@@ -250,6 +333,7 @@ _Differentiable(
     keep=lambda a, o: BatchNormAddReluKept(
         a.x, o.out if a.relu else None, o.stats, _without_running(a.norm), a.relu, a.shortcut is not None
     ),
+    keep_moves=False,
     like=lambda kept: BatchNormAddRelu(kept.x, kept.x, kept.norm, None),
     backward=_batch_norm_add_relu_backward,
     passed_on=lambda kept: () if kept.relu else ("shortcut",),
@@ -269,7 +353,6 @@ def _stem_fake(arguments: Stem) -> StemOutput:
 def _stem(arguments: Stem) -> StemOutput:
     x, weight, stride, padding, norm = arguments
     out, y, tap, stats = backends.implementation(x).stem_forward(x, weight, norm, stride, padding)
-    _mark_updated(norm)
     return StemOutput(_dense(out), y, _dense(tap), stats)
 
 
@@ -287,6 +370,7 @@ _Differentiable(
     fake=_stem_fake,
     forward=_stem,
     keep=lambda a, output: StemKept(a.x, output, a.weight, _without_running(a.norm), a.stride, a.padding),
+    keep_moves=True,
     like=lambda kept: Stem(kept.x, kept.weight, None, None, kept.norm),
     backward=_stem_backward,
 ).register()
@@ -303,10 +387,7 @@ def _block_fake(arguments: Block) -> BlockOutput:
 
 
 def _block(arguments: Block) -> BlockOutput:
-    output = backends.implementation(arguments.x).block_forward(*arguments)
-    _mark_updated(arguments.norm1)
-    _mark_updated(arguments.norm2)
-    return output
+    return backends.implementation(arguments.x).block_forward(*arguments)
 
 
 def _block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> Block:
@@ -329,6 +410,7 @@ _Differentiable(
     fake=_block_fake,
     forward=_block,
     keep=lambda a, output: BlockKept(a.x, output, a.convs, _without_running(a.norm1), _without_running(a.norm2)),
+    keep_moves=True,
     like=lambda kept: Block(kept.x, kept.convs, kept.norm1, kept.norm2),
     backward=_block_backward,
 ).register()
@@ -336,13 +418,23 @@ _Differentiable(
 # ---- frozen, without gradients: inference -------------------------------------------------------------------------
 
 
-def _register_inference(name: str, arguments: type[tuple], fake: Callable, implementation: Callable) -> None:
-    def run(*flat) -> Tensor:
-        unpacked = unpack(arguments, flat)
-        return fake(unpacked).out if unpacked.x.numel() == 0 else _dense(implementation(unpacked))
+class _Inference:
+    """An operator without a derivative."""
 
-    schema = f"{name}({parameters(arguments, updates=False)}) -> Tensor"
-    _register(schema, run, lambda *flat: fake(unpack(arguments, flat)).out)
+    def __init__(self, name: str, arguments: type[tuple], fake: Callable, implementation: Callable):
+        self._arguments, self._fake, self._implementation = arguments, fake, implementation
+        schema = f"{name}({parameters(arguments, updates=False)}) -> Tensor"
+        _register(schema, lambda *flat: self.run(flat)[0], lambda *flat: fake(unpack(arguments, flat)).out)
+        _DIRECT[name] = self, None
+
+    def run(self, flat: Sequence, known: Known | None = None) -> list[Tensor]:
+        if flat[0].numel() == 0:
+            return [self._fake(unpack(self._arguments, flat)).out]
+        return backends.implementation(flat[0]).run(self._compute, flat, known)
+
+    def _compute(self, *flat) -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return [_dense(self._implementation(unpack(self._arguments, flat)))]
 
 
 def _stem_inference(arguments: Stem) -> Tensor:
@@ -350,7 +442,5 @@ def _stem_inference(arguments: Stem) -> Tensor:
     return backends.implementation(x).stem_inference(x, weight, norm, stride, padding)
 
 
-_register_inference("stem_inference", Stem, _stem_fake, _stem_inference)
-_register_inference(
-    "residual_block_inference", Block, _block_fake, lambda a: backends.implementation(a.x).block_inference(*a)
-)
+_Inference("stem_inference", Stem, _stem_fake, _stem_inference)
+_Inference("residual_block_inference", Block, _block_fake, lambda a: backends.implementation(a.x).block_inference(*a))

@@ -6,8 +6,9 @@ tuples themselves, says what they are; a field that is added there is added ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import count
 from string import ascii_lowercase
 from typing import Annotated, NamedTuple, TypeVar, get_type_hints
 
@@ -40,6 +41,14 @@ def leaves(kind: type[tuple]) -> tuple[Leaf, ...]:
     return tuple(found)
 
 
+@cache
+def updates(kind: type[tuple]) -> tuple[tuple[int, int], ...]:
+    """The places of the arguments that may be updated in place, each with that of the flag `training` beside it."""
+    names = [leaf.name for leaf in leaves(kind)]
+    beside = lambda name: next(n for n in names if n.endswith("training") and name.startswith(n[: -len("training")]))  # noqa: E731
+    return tuple((i, names.index(beside(leaf.name))) for i, leaf in enumerate(leaves(kind)) if leaf.updated)
+
+
 def parameters(kind: type[tuple], updates: bool = True) -> str:
     """The arguments in a schema, such as "Tensor x, Tensor(a!)? mean"; without `updates` none is written to."""
     letters = iter(ascii_lowercase)
@@ -64,11 +73,21 @@ def pack(value: tuple) -> list:
 
 def unpack(kind: type[T], flat: Sequence) -> T:
     """The named tuple whose leaves are `flat`: the inverse of `pack`."""
-    return _unpack(kind, iter(flat))
+    return _unpacker(kind)(flat)
 
 
-def _unpack(kind: type[T], flat: Iterator) -> T:
-    return kind._make(next(flat) if inner is None else _unpack(inner, flat) for inner in _inner(kind))
+@cache
+def _unpacker(kind: type[T]) -> Callable[[Sequence], T]:
+    """`unpack`, written out for a class: it runs several times in each call of an operator."""
+    classes: dict[str, type] = {}
+    places = count()
+
+    def written(kind: type[tuple]) -> str:
+        fields = [f"flat[{next(places)}]" if inner is None else written(inner) for inner in _inner(kind)]
+        classes[kind.__name__] = kind
+        return f"{kind.__name__}({', '.join(fields)})"
+
+    return eval(f"lambda flat: {written(kind)}", classes)
 
 
 @cache

@@ -1,1 +1,1 @@
-"""What surrounds a launch: checks of arguments, shapes, tiles, and the files that are kept for a user."""
+"""What surrounds a launch: checks of arguments, shapes, tiles, plans, and the files kept for a user."""

@@ -39,6 +39,11 @@ def every_candidate(like: Device = ANY) -> Iterator[None]:
         _every = previous
 
 
+def state() -> tuple:
+    """What choices depend on beside their keys. While it is the same, so are they."""
+    return memory.Choices.generation, _every
+
+
 def gemm_config(
     operation: str, shape: ConvShape, x: Tensor, run: Callable[[Config], object], **switches: object
 ) -> Config:

@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TypedDict
+from typing import ClassVar, TypedDict
 
 import torch
 
@@ -98,6 +98,8 @@ class Choices:
     the memory goes on without it.
     """
 
+    generation: ClassVar[int] = 0  # counts what was chosen and forgotten; with another count, choices may be others
+
     def __init__(self, path: Path | None, timed: bool = True):
         self.path = path
         self._timed = timed
@@ -130,6 +132,7 @@ class Choices:
             clock = timing.CLOCKS.get(device.type)
             if name is None and clock is None:
                 return next(iter(candidates))
+            Choices.generation += 1
             if name is None and self._timed:
                 name = self._from_file(key, candidates, device)
             if name is None:
@@ -177,6 +180,7 @@ class Choices:
     def clear(self) -> None:
         """Forget everything, in memory and in the file. OSError where that cannot be removed."""
         with self._lock:
+            Choices.generation += 1
             self._names.clear()
             self._file = None
             if self.path is not None:

@@ -1,11 +1,15 @@
 """The fused operations on the Triton kernels. Same functions as `torch_backend`."""
 
+from resnet.kernels.host.launcher import active_driver
 from resnet.triton_backend.batch_norm import backward as batch_norm_add_relu_backward
 from resnet.triton_backend.batch_norm import forward as batch_norm_add_relu
 from resnet.triton_backend.block import block_backward, block_forward, block_inference
+from resnet.triton_backend.plans import run
 from resnet.triton_backend.stem import stem_backward, stem_forward, stem_inference
 
 __all__ = [
+    "active_driver",
+    "run",
     "batch_norm_add_relu",
     "batch_norm_add_relu_backward",
     "block_forward",

@@ -31,8 +31,8 @@ T = TypeVar("T")
 
 
 def tf32(x: Tensor) -> bool:
-    """Whether PyTorch's convolution would multiply x as TensorFloat-32."""
-    return x.device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    """Whether PyTorch's convolution would multiply x as TensorFloat-32, which concerns float32 alone."""
+    return x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], device: torch.device) -> Callable[[], T]:
