@@ -32,7 +32,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # PyTorch's convolutions on a GPU, with which tests compare, are exact and repeatable. A test of TF32 says so.
 torch.backends.cudnn.deterministic = True
-torch.backends.cudnn.conv.fp32_precision = "ieee"
+torch.backends.cudnn.allow_tf32 = False
 
 
 @pytest.fixture(params=["torch", "triton"])
