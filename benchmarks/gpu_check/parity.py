@@ -21,6 +21,7 @@ import resnet
 from benchmarks.gpu_check.scale import Scale
 from resnet import FusedResidual, Residual
 from resnet.kernels import tuning
+from resnet.kernels.host import plan
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning.devices import device_facts
 
@@ -143,7 +144,9 @@ def candidate(index: int) -> Iterator[dict[tuning.Gemm, tuple[str, int]]]:
         return chosen
 
     original, tuning.gemm_config = tuning.gemm_config, config
+    plan.forget()  # a plan holds the tiles that it was recorded with
     try:
         yield used
     finally:
         tuning.gemm_config = original
+        plan.forget()
