@@ -15,6 +15,7 @@ The stages run in this order, each as far as the time goes; what fails is noted,
     textbook     10 epochs of ResNet-18 on Fashion-MNIST, fused and eager
     blocks       the residual blocks of the net, as `net`
     tests        as many of the tests as there is time for
+    max-autotune torch.compile's, which compiles for minutes
 
 Needs a Python with torch and triton, pytest for the tests, pytest-xdist to have them side by side; no make, no pip.
 Exits with 1 where something failed, with 2, before doing anything, where there is no GPU.
@@ -178,12 +179,13 @@ def run(check: Check) -> bool:
         ],
     )
     check.stage("parity", reserve, parity.checks(scale, lambda: check.left))
-    check.stage("net", 0.3 * check.seconds, times.net_rows(scale))
+    check.stage("net", 0.3 * check.seconds, times.net_rows(times.ROWS, scale))
     if scale.on_gpu:
         check.stage("kernels", reserve, kernels(check))
     check.stage("textbook", reserve, textbook(check))
     check.stage("blocks", reserve, times.block_rows(scale))
     check.stage("tests", 0, tests(check))
+    check.stage("max-autotune", reserve, times.net_rows(times.SLOW_ROWS, scale))
     return not list(report.failures(check.results))
 
 

@@ -39,7 +39,10 @@ def tables(results: Results) -> dict[str, str]:
     return {
         "setting": setting(results),
         "summary": summary_table(net),
-        **{mode: times_table(net, f"{case}, ") for mode, case in zip(("training", "inference"), NET_CASES)},
+        **{
+            mode: times_table({**net, **results.get("max-autotune", {})}, f"{case}, ")
+            for mode, case in zip(("training", "inference"), NET_CASES)
+        },
         "gaps": gaps_table(results["kernels"]["training"]["gaps"]),
         "textbook": textbook_table(results["textbook"]),
         "blocks": times_table(results.get("blocks", {}), "block "),

@@ -45,7 +45,8 @@ def markdown(results: Results) -> str:
     parts = ["# What the GPU said", *_environment(results)]
     parts += ["## What failed", *([f"* {line}" for line in failures(results)] or ["Nothing."])]
     for case in NET_CASES:
-        parts += [f"## {case}", times_table(results.get("net", {}), f"{case}, ")]
+        rows = {**results.get("net", {}), **results.get("max-autotune", {})}
+        parts += [f"## {case}", times_table(rows, f"{case}, ")]
     for mode, found in results.get("kernels", {}).items():
         if isinstance(found, dict) and "gaps" in found:
             parts += [f"## Kernels of a fused step, {mode}", _where_time_goes(results, mode, found)]

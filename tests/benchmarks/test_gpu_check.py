@@ -42,6 +42,7 @@ def test_a_rehearsal_runs_every_stage_and_leaves_a_report(tmp_path, monkeypatch,
     """The rows and the tasks are fewer than a user's, for time's sake."""
     monkeypatch.setattr(times, "ROWS", times.ROWS[:2])
     monkeypatch.setattr(times, "BLOCK_ROWS", times.ROWS[:2])
+    monkeypatch.setattr(times, "SLOW_ROWS", ())
     tasks = parity.tasks(scale.rehearsal())[:2]
     monkeypatch.setattr(parity, "tasks", lambda scale: tasks)
     monkeypatch.setattr(gpu_check.memory.process_choices, "path", None)
@@ -51,7 +52,9 @@ def test_a_rehearsal_runs_every_stage_and_leaves_a_report(tmp_path, monkeypatch,
     said = capsys.readouterr().out
     assert status == 0, said
     results = json.loads((folder / "results.json").read_text())
-    assert list(results["seconds"]) == ["environment", "parity", "net", "textbook", "blocks", "tests"]
+    assert list(results["seconds"]) == [
+        *("environment", "parity", "net", "textbook", "blocks", "tests", "max-autotune")
+    ]
     assert set(results["parity"]) == {task.name for task in tasks}
     assert set(results["net"]) == {f"{case}, {kind}" for case in report.NET_CASES for kind in ("fused", "eager")}
     assert all(len(row["launched_ms"]) == 3 for row in results["net"].values())
