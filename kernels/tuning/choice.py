@@ -2,7 +2,8 @@
 
     config = tuning.gemm_config("forward", shape, x, launch, precision="ieee", prologue=True)
 
-The first launch of a key times up to 8 candidates; later launches look the answer up (`memory`). A key holds the
+The first launch of a key times the 3 tiles that the model ranks first, or with FUSED_RESIDUAL_TUNING=full all of its
+candidates, 8 at most. Later launches look the answer up (`memory`). A key holds the
 operation, the channels and the window, the type, every switch that the kernel is compiled with, and the number of
 pixels rounded up to a power of two. So another batch size is seldom another key.
 """
@@ -22,12 +23,13 @@ from .devices import ANY, Device, device_facts
 from .model import candidates, gemm
 from .table import Config, parse_config
 
+_TIMED = 3  # candidates of a key
 _every: Device | None = None
 
 
 @contextmanager
 def every_candidate(like: Device = ANY) -> Iterator[None]:
-    """Inside, each launch first runs once with every candidate that a device like this one would time.
+    """Inside, each launch first runs once with every candidate that a device like this one could time.
 
     It is for recording launches, so that everything that can be chosen is compiled and counted.
     """
@@ -62,9 +64,13 @@ def gemm_config(
 
 
 def best(key: tuple, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device) -> Config:
-    """The fastest of `candidates` on the device, as `memory` remembers or times it; on the CPU the first."""
+    """The fastest of the first `candidates` on the device, as `memory` times it, or any one that it remembers.
+
+    On the CPU it is the first.
+    """
     if _every is not None:
         for config in candidates:
             run(config)
         return candidates[0]
-    return parse_config(memory.choose(key, {str(config): partial(run, config) for config in candidates}, device))
+    runs = {str(config): partial(run, config) for config in candidates}
+    return parse_config(memory.choose(key, runs, device, None if memory.mode == "full" else _TIMED))

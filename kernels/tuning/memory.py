@@ -7,8 +7,9 @@ times, so it must not change what it reads. Environment variables, read at impor
 
     FUSED_RESIDUAL_CACHE    folder of the file, in place of $XDG_CACHE_HOME/fused-residual (by default
                             ~/.cache/fused-residual); "off": choices are kept in memory only
-    FUSED_RESIDUAL_TUNING   "on", the default; "off": nothing is timed and no file is read, the first candidate that
-                            runs is taken
+    FUSED_RESIDUAL_TUNING   "on", the default: ways are timed, and of a GEMM's tiles the few that the model ranks
+                            first; "full": all of its tiles; "off": nothing is timed and no file is read, the first
+                            candidate that runs is taken
 
 In the file a choice counts for one device name, one version of triton and of torch, and one state of the files that
 hold kernels: another device or an update times again. Processes may share the file; the first to finish timing a key
@@ -111,7 +112,7 @@ class Choices:
         """What this process chose, or None; no file is touched."""
         return self._names.get((device, key))
 
-    def choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device) -> str:
+    def choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, timed: int | None = None) -> str:
         """The name of the fastest of `candidates` on `device`, or of the first one where nothing can be timed.
 
         Nothing is timed on the CPU, with timing switched off, or while a CUDA graph is captured: then the first call
@@ -119,14 +120,15 @@ class Choices:
 
         Args:
             key: hashable; everything that the times depend on, the device aside. Its repr is the key in the file.
+            timed: how many are timed, the first ones that run; by default all. Any of `candidates` may be remembered.
 
         Raises:
             RuntimeError: no candidate can run on the device; torch.OutOfMemoryError where memory is why.
         """
         name = self._names.get((device, key))
-        return self._choose(key, candidates, device) if name is None else name
+        return self._choose(key, candidates, device, timed) if name is None else name
 
-    def _choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device) -> str:
+    def _choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, timed: int | None) -> str:
         with self._lock:
             name = self._names.get((device, key))  # another thread may have been here
             clock = timing.CLOCKS.get(device.type)
@@ -138,11 +140,13 @@ class Choices:
             if name is None:
                 if timing.capturing(device):
                     return next(iter(candidates))
-                name = self._first_time(key, candidates, device, clock)
+                name = self._first_time(key, candidates, device, clock, timed)
             self._names[device, key] = name
             return name
 
-    def _first_time(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, clock: Clock) -> str:
+    def _first_time(
+        self, key: tuple, candidates: Mapping[str, Run], device: torch.device, clock: Clock, timed: int | None
+    ) -> str:
         runnable, errors = {}, []
         for name, run in candidates.items():
             error = timing.fails(run)
@@ -152,6 +156,8 @@ class Choices:
                 return name
             else:
                 runnable[name] = run
+                if len(runnable) == timed:
+                    break
         if not runnable:
             if isinstance(errors[-1], torch.OutOfMemoryError):
                 raise errors[-1]
@@ -264,14 +270,15 @@ def _locked(folder: Path) -> Iterator[None]:
 # ---- this process's memory ---------------------------------------------------------------------------------------
 
 
-def timing_is_on(environment: Mapping[str, str]) -> bool:
-    """What `FUSED_RESIDUAL_TUNING` says; ValueError for anything but "on" and "off"."""
+def tuning_mode(environment: Mapping[str, str]) -> str:
+    """What `FUSED_RESIDUAL_TUNING` says; ValueError for anything but "on", "off" and "full"."""
     value = environment.get("FUSED_RESIDUAL_TUNING", "on")
-    if value not in ("on", "off"):
-        raise ValueError(f"FUSED_RESIDUAL_TUNING: expected 'on' or 'off', got {value!r}")
-    return value == "on"
+    if value not in ("on", "off", "full"):
+        raise ValueError(f"FUSED_RESIDUAL_TUNING: expected 'on', 'off' or 'full', got {value!r}")
+    return value
 
 
 _folder = cache_folder()
-process_choices = Choices(_folder and _folder / "choices.json", timing_is_on(os.environ))
+mode = tuning_mode(os.environ)
+process_choices = Choices(_folder and _folder / "choices.json", mode != "off")
 choose, remembered = process_choices.choose, process_choices.remembered

@@ -1,13 +1,22 @@
-"""The model that ranks a GEMM's tiles for a launch: a lower bound of its time, in clocks of a processor (SM, CU).
+"""The model that ranks a GEMM's tiles for a launch, in clocks of a processor (SM, CU).
 
-    time = max(bytes / bandwidth, programs of a processor * steps * clocks of a step + latency of its waves)
-    step = max(products / tensor rate, instructions / 4, shared memory's bytes / 128, L2's bytes / 40)
+    time  = max(bytes / bandwidth, L2's bytes / 40, waves)
+    wave  = the longer of one program's time alone and what its programs keep the processor busy for together
+    busy  = steps * step + epilogue
+    alone = steps * hypot(step, latency / (stages - 1)) + epilogue
+    step  = max(products / tensor rate, instructions / 4, shared memory's bytes / 128) + prologue
+
+A processor that holds one large program stands still while that waits for its loads and while it runs its epilogue.
+With several small ones the others go on. So a tile is good not for its products per byte alone, but also for the number
+of programs that fit beside each other, and for waves that come out even. That is what the times on an H100 say, and
+what the constants are fitted to: see docs/performance.md.
 
 Configurations that need more shared memory or registers than there are, or are wider than the matrix, are left out.
 """
 
 from __future__ import annotations
 
+import math
 from enum import Enum, auto
 from functools import cache
 from typing import NamedTuple
@@ -105,15 +114,27 @@ def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: objec
     return Gemm(operation, bucket(pixels), shape.C, shape.K, *window, dtype, tuple(switches.items()))
 
 
-# ---- the bound ---------------------------------------------------------------------------------------------------
+# ---- the time ----------------------------------------------------------------------------------------------------
 
 _SIZES = {"16-bit": 2, "tf32": 4, "float32": 4, "float64": 8}  # bytes
-_TIMED = 8  # candidates of a key, at most
+_MOST = 8  # candidates of a key
 _REGISTERS = 255  # of a thread, on every device
 _RESERVED = 1024  # bytes beside each block's shared memory, on every device: what NVIDIA's system takes
+_ROWS_AT_ONCE = 64  # of a product whose operands tensor cores read from shared memory
+_SHARES = 9 / 16, 49 / 64  # of a key's pixels: a power of two of images whose maps are 3 or 7 times one wide
+
 L2 = 40  # bytes per clock that a processor gets of the L2 cache
-_LATENCY = 800  # clocks from a load to its data, between those of L2 and of memory
-_START = 3 * _LATENCY  # clocks of a program before its first product and after its last one
+# Fitted to 780 times of 50 launches on an H100.
+_LATENCY = 2000  # clocks from a load to its data while all processors load
+_EPILOGUE = 50  # instructions for each accumulator, of all that a program does before and after its steps
+_PROLOGUE = 7  # instructions for each element, counted in compiled code
+_OVERLAP = 4  # 1: a wave takes the sum of what bounds it; infinity: the largest; in between where two are close
+_GATHER = 16  # instructions for each element that has an address of its own
+_MERGE = 5e-6  # seconds of the kernel that adds the splits of a reduction
+
+# `conv_grad_weight` splits its reduction alike on every device.
+_PROGRAMS = 256
+_LEAST_STEPS = 4
 
 
 def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
@@ -147,58 +168,105 @@ def _registers(config: Config, gemm: Gemm) -> float:
     return 40 + 2 * accumulators + 3 * chunks + operand
 
 
-def _seconds(config: Config, gemm: Gemm, device: Device) -> tuple[float, float]:
-    """(modelled time, bytes that are loaded from L2). The second decides between equal times."""
+def _resident(config: Config, gemm: Gemm, device: Device) -> int:
+    """Programs that a processor holds at once. Registers are as compiled kernels have them, not the most they need."""
+    size, threads = _SIZES[gemm.kind], 32 * config.num_warps
+    accumulators = _area(config, gemm) * max(size, 4) / 4 / threads
+    chunks = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size / 16 / threads
+    operand = config.BLOCK_M * config.BLOCK_K * size / 4 / threads if gemm.switch("prologue") else 0
+    registers = min(40 + accumulators + 1.5 * chunks + operand, _REGISTERS)
+    shared = shared_bytes(config, gemm, device)
+    by_shared = (device.shared_memory + _RESERVED) // (shared + _RESERVED)
+    return max(1, min(by_shared, int(device.registers / (threads * registers)), device.warps * device.warp // threads))
+
+
+def _area(config: Config, gemm: Gemm) -> int:
+    """Accumulators of a program."""
+    return config.BLOCK_M * config.BLOCK_N * (_taps_at_once(config, gemm) if gemm.reduces_pixels else 1)
+
+
+def _grid(config: Config, gemm: Gemm, share: float) -> tuple[int, int, int]:
+    """(programs, steps of each, splits of the reduction) where this share of the key's pixels is launched."""
     rows, columns, taps, reduction = gemm.problem
+    if not gemm.reduces_pixels:
+        programs = math.ceil(rows * share / config.BLOCK_M) * -(-columns // config.BLOCK_N)
+        shortcut = -(-gemm.C // config.BLOCK_K) if gemm.switch("shortcut") else 0
+        return programs, taps * -(-reduction // config.BLOCK_K) + shortcut, 1
+    tiles = -(-rows // config.BLOCK_M) * -(-columns // config.BLOCK_N) * -(-taps // _taps_at_once(config, gemm))
+    steps = math.ceil(reduction * share / config.BLOCK_K)
+    activations = gemm.pixels * share * (gemm.stride**2 * gemm.C + gemm.K) * _SIZES[gemm.kind]
+    affordable = max(int(activations / (4 * 4 * rows * columns * taps)), _PROGRAMS // 2 // tiles)
+    splits = max(1, min(steps // _LEAST_STEPS, _PROGRAMS // tiles, affordable))
+    return tiles * splits, -(-steps // splits), splits
+
+
+def _loaded(config: Config, gemm: Gemm) -> int:
+    """Bytes that a step loads."""
+    moving = config.BLOCK_N * (_taps_at_once(config, gemm) if gemm.reduces_pixels else 1)
+    still = config.BLOCK_M * (2 if gemm.switch("out") else 1)  # the mask beside dy
+    return (still + moving) * config.BLOCK_K * _SIZES[gemm.kind]
+
+
+def _step(config: Config, gemm: Gemm, device: Device) -> float:
+    """Clocks that a step keeps a processor busy."""
     M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
-    size, warps = _SIZES[gemm.kind], config.num_warps
-    asynchronous = device.asynchronous and M >= 64 and warps % 4 == 0 and gemm.kind in ("16-bit", "tf32")
-
-    tiles = -(-rows // M) * -(-columns // N)
-    steps = taps * -(-reduction // K)
-    splits = at_once = 1
-    if gemm.reduces_pixels:  # the reduction is split until the device is full
-        at_once = _taps_at_once(config, gemm)
-        tiles *= -(-taps // at_once)
-        steps //= taps
-        splits = max(1, min(steps // 4, 2 * device.processors // tiles))
-        steps = -(-steps // splits)
-    programs = tiles * splits
-
-    products = M * N * K * at_once
-    loaded = (M + N * at_once) * K * size
+    size, warps, prologue = _SIZES[gemm.kind], config.num_warps, bool(gemm.switch("prologue"))
+    at_once = _taps_at_once(config, gemm) if gemm.reduces_pixels else 1
+    asynchronous = device.asynchronous and M >= _ROWS_AT_ONCE and warps % 4 == 0 and gemm.kind in ("16-bit", "tf32")
+    products, loaded = _area(config, gemm) * K, _loaded(config, gemm)
+    instructions = 16 * loaded / 512 + 20 * warps  # cp.async with its address, the loop
+    if asynchronous:  # every 64 rows read all columns again; a prologue of the forward leaves its rows in registers
+        rows = 0 if prologue and not gemm.reduces_pixels else M * at_once
+        read = (rows + N * at_once * (M // _ROWS_AT_ONCE)) * K * size
+    else:  # ldmatrix
+        across = min(warps, max(1, N // 32))  # warps along N; the others lie along M
+        read = (M * across + N * at_once * (warps // across or 1)) * K * size
+        instructions += read / 512
+    tensor = 0
     if gemm.kind == "float32":
-        tensor, instructions = 0, products / 32
+        instructions += products / 32
     else:
         rate = device.products / {"16-bit": 1, "tf32": 2, "float64": 16}[gemm.kind]
         tensor = products / (rate if asynchronous or not device.asynchronous else rate / 2)
-        instructions = 0 if asynchronous else products / {"16-bit": 2048, "tf32": 1024, "float64": 256}[gemm.kind]
-    across = min(warps, max(1, N // 32))  # warps along N; the others lie along M
-    fragments = 0 if asynchronous else (M * across + N * at_once * (warps // across or 1)) * K * size
-    instructions += fragments / 512 + 16 * loaded / 512 + 20 * warps  # ldmatrix, cp.async with its address, the loop
-    if gemm.switch("prologue"):
-        instructions += 7 * M * K / 32
-    shared = (loaded + (loaded if asynchronous else fragments)) / 128
+        if not asynchronous:
+            instructions += products / {"16-bit": 2048, "tf32": 1024, "float64": 256}[gemm.kind]
+    if gemm.switch("flat"):
+        instructions += _GATHER * (M + N) * K / 32
+    recomputed = M * K * size * (3 if gemm.reduces_pixels else 2) if prologue else 0  # to registers, and back
+    step = max(tensor, instructions / 4, (loaded + read + recomputed) / 128)
+    # The product reads the registers that the prologue writes, so neither overlaps the other.
+    return step + (_PROLOGUE * M * K / 32 / 4 if prologue else 0)
 
-    resident = max(
-        1,
-        min(
-            (device.shared_memory + _RESERVED) // (shared_bytes(config, gemm, device) + _RESERVED),
-            int(device.registers / (32 * warps * min(_registers(config, gemm), _REGISTERS))),
-            device.warps * device.warp // (32 * warps),
-        ),
-    )
-    step = max(tensor, instructions / 4, shared, loaded / L2)
-    per_processor = -(-programs // device.processors)
-    waves = -(-per_processor // resident)
-    # A wave of few programs waits for its loads: each program has num_stages - 1 steps under way.
-    together = min(per_processor, resident)
-    step = max(step, _LATENCY / max(config.num_stages - 1, 1) / together)
-    clocks = per_processor * steps * step + waves * _START
-    moved = (rows * columns + rows * reduction + columns * reduction * taps) * size
+
+def _launch_time(config: Config, gemm: Gemm, device: Device, share: float) -> tuple[float, float]:
+    """(modelled seconds, bytes that are loaded from L2) where this share of the key's pixels is launched."""
+    programs, steps, splits = _grid(config, gemm, share)
+    step, resident = _step(config, gemm, device), _resident(config, gemm, device)
+    epilogue = _EPILOGUE * _area(config, gemm) / 32 / 4 * (2 if gemm.switch("shortcut") else 1)
+    busy = steps * step + epilogue
+    alone = steps * math.hypot(step, _LATENCY / max(config.num_stages - 1, 1)) + epilogue
+
+    def wave(together: int) -> float:
+        return (alone**_OVERLAP + (together * busy) ** _OVERLAP) ** (1 / _OVERLAP)
+
+    waves, rest = divmod(programs / device.processors, resident)
+    clocks = waves * wave(resident) + (wave(math.ceil(rest)) if rest else 0)
+    loaded = programs * steps * _loaded(config, gemm)
+    clocks = max(clocks, loaded / device.processors / L2)
+
+    rows, columns, taps, reduction = gemm.problem
     if gemm.reduces_pixels:
-        moved = (gemm.K + gemm.C) * reduction * size + 2 * splits * rows * columns * taps * 4
-    return max(clocks / device.clock / 1e9, moved / device.bandwidth / 1e9), programs * steps * loaded
+        moved = (gemm.K + gemm.C) * reduction * share  # the partial results stay in L2
+    else:
+        moved = rows * share * (columns + reduction) + columns * reduction * taps
+    seconds = max(clocks / device.clock, moved * _SIZES[gemm.kind] / device.bandwidth) / 1e9
+    return seconds + (_MERGE if splits > 1 else 0), loaded
+
+
+def _time(config: Config, gemm: Gemm, device: Device) -> tuple[float, float]:
+    """The same, summed over the sizes that share the key. The bytes decide between equal times."""
+    seconds, loaded = zip(*(_launch_time(config, gemm, device, share) for share in _SHARES))
+    return sum(seconds), sum(loaded)
 
 
 def _fits(config: Config, gemm: Gemm, device: Device) -> bool:
@@ -209,7 +277,7 @@ def _fits(config: Config, gemm: Gemm, device: Device) -> bool:
         for block, length in ((config.BLOCK_M, rows), (config.BLOCK_N, columns), (config.BLOCK_K, reduction))
     )
     shared = shared_bytes(config, gemm, device)
-    registers = _registers(config, gemm) <= _REGISTERS and _epilogue_fits(config, gemm)
+    registers = _registers(config, gemm) <= _REGISTERS and _epilogue_fits(config, gemm, device)
     return narrow and shared <= device.shared_memory and registers and _prologue_fits(config, gemm, device)
 
 
@@ -224,13 +292,15 @@ def _prologue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
     return not (device.tensor_memory and held and gemm.dtype == torch.bfloat16) or row < 64
 
 
-def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
+def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
     """Whether what is fused fits: a kernel spills where a thread holds more values than these.
 
     The forward holds a shortcut's second product beside the masks of ragged channels. Grad-weight holds accumulators,
-    what moves from tap to tap, and what its prologue recomputes. The stem's grad-weight holds masks of ragged channels
+    what moves from tap to tap (more of it where tensor cores take operands from registers alone), and what its prologue
+    recomputes. The stem's grad-weight holds masks of ragged channels
     beside a large tile, which is too much in float32. Grad-input holds up to 64 accumulators beside the tiles that its
-    epilogue loads, and up to 16 values of dout that the shortcut's mask brings into registers.
+    epilogue loads (32 in a tile of more columns than rows whose ReLU's mask has scale, shift and mean of each column),
+    and up to 16 values of dout that the shortcut's mask brings into registers.
     """
     epilogue = gemm.switch("epilogue", Epilogue.NONE)
     threads = 32 * config.num_warps
@@ -242,12 +312,14 @@ def _epilogue_fits(config: Config, gemm: Gemm) -> bool:
     if gemm.operation == "grad_weight":
         whole = rows % config.BLOCK_M == 0 == columns % config.BLOCK_N
         taps = _taps_at_once(config, gemm)
+        most = 150 if not whole else 224 if device.asynchronous else 192
         values = taps * (accumulators + config.BLOCK_N * config.BLOCK_K // threads)
-        return values + (operand if gemm.switch("prologue") else 0) <= (170 if whole else 150)
+        return values + (operand if gemm.switch("prologue") else 0) <= most
     if gemm.operation == "grad_weight_max_pool":
         return gemm.kind != "float32" or accumulators < 16 or rows % config.BLOCK_M == 0
     masked = epilogue is Epilogue.SHORTCUT_GRAD and gemm.switch("masked")
-    return epilogue is Epilogue.NONE or (accumulators <= 64 and (not masked or operand <= 16))
+    wide = epilogue is Epilogue.RELU_MASK and config.BLOCK_N > config.BLOCK_M
+    return epilogue is Epilogue.NONE or (accumulators <= (32 if wide else 64) and (not masked or operand <= 16))
 
 
 @cache
@@ -255,4 +327,4 @@ def candidates(gemm: Gemm, device: Device = ANY) -> tuple[Config, ...]:
     """At most 8 configurations that can run on the device, the best one by the model first."""
     table = TABLE[gemm.operation][gemm.kind]
     fitting = [config for config in table if _fits(config, gemm, device)] or [table[-1]]
-    return tuple(sorted(fitting, key=lambda config: _seconds(config, gemm, device))[:_TIMED])
+    return tuple(sorted(fitting, key=lambda config: _time(config, gemm, device))[:_MOST])

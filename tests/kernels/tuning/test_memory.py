@@ -118,6 +118,21 @@ def test_nothing_is_remembered_of_a_key_that_was_not_asked_for(path):
     assert Choices(path).remembered(KEY, DEVICE) is None
 
 
+def test_of_many_candidates_the_first_that_run_are_timed(path):
+    waiting = Waiting(first=4.0, second=0.0, third=0.0)
+    runs = {"large": failing(out_of_resources()), **waiting.runs}
+    assert Choices(path).choose(KEY, runs, DEVICE, timed=2) == "second"
+    assert waiting.count["third"] == 0
+
+
+def test_a_remembered_choice_counts_where_it_would_not_be_timed_again(path):
+    waiting = Waiting(first=4.0, second=4.0, third=0.0)
+    assert Choices(path).choose(KEY, waiting.runs, DEVICE) == "third"
+    before = dict(waiting.count)
+    assert Choices(path).choose(KEY, waiting.runs, DEVICE, timed=2) == "third"
+    assert waiting.count == before
+
+
 def test_on_a_device_without_a_clock_the_first_is_taken_and_none_runs(path, monkeypatch):
     monkeypatch.delitem(timing.CLOCKS, "cpu")
     waiting = slow_and_fast()
@@ -399,11 +414,12 @@ def test_a_user_without_a_home_has_no_folder(monkeypatch):
     assert cache_folder({}) is None
 
 
-def test_the_environment_switches_timing_off():
-    assert process_memory.timing_is_on({}) and process_memory.timing_is_on({"FUSED_RESIDUAL_TUNING": "on"})
-    assert not process_memory.timing_is_on({"FUSED_RESIDUAL_TUNING": "off"})
+def test_the_environment_says_what_is_timed():
+    assert process_memory.tuning_mode({}) == "on"
+    for mode in ("on", "off", "full"):
+        assert process_memory.tuning_mode({"FUSED_RESIDUAL_TUNING": mode}) == mode
 
 
 def test_a_bad_switch_is_an_error_that_names_the_variable():
-    with pytest.raises(ValueError, match=r"^FUSED_RESIDUAL_TUNING: expected 'on' or 'off', got 'no'$"):
-        process_memory.timing_is_on({"FUSED_RESIDUAL_TUNING": "no"})
+    with pytest.raises(ValueError, match=r"^FUSED_RESIDUAL_TUNING: expected 'on', 'off' or 'full', got 'no'$"):
+        process_memory.tuning_mode({"FUSED_RESIDUAL_TUNING": "no"})
