@@ -10,7 +10,7 @@ from pathlib import Path
 from resnet.commands import ConfigError, Parser
 from resnet.data import DatasetError
 from resnet.kernels.host.files import write_atomically
-from resnet.training import DTYPES, MODELS, NonFiniteError, TrainConfig, train
+from resnet.training import CUDA_GRAPHS, DTYPES, MODELS, NonFiniteError, TrainConfig, train
 
 INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended: 128 + SIGINT
 
@@ -29,6 +29,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resize", type=int, default=default.resize, help="height and width of the images, in pixels")
     parser.add_argument("--device", default=default.device, help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="other than float32: by autocast")
+    parser.add_argument(
+        "--cuda-graph",
+        choices=CUDA_GRAPHS,
+        default=default.cuda_graph,
+        help="replay the steps of whole batches as a CUDA graph; auto: on a CUDA device, but not with --model compile",
+    )
     parser.add_argument("--seed", type=int, default=default.seed, help="of the first weights and the order of images")
     parser.add_argument("--data", help="folder of Fashion-MNIST's four IDX files; searched and downloaded if not given")
     parser.add_argument("--limit-train", type=int, metavar="N", help="only the first N training images")

@@ -28,12 +28,14 @@ from tqdm import tqdm
 from resnet.commands import ConfigError, check_writable, find_device, require
 from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
 from resnet.fused import FusedResidual
+from resnet.graphs import Graphed
 from resnet.kernels.host.files import write_atomically
 from resnet.reference import resnet18
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "train"]
 
 MODELS = ("eager", "fused", "compile")
+CUDA_GRAPHS = ("auto", "on", "off")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LOOK_SECONDS = 0.5  # between two looks at the losses; each makes a GPU's queue run empty
@@ -59,6 +61,7 @@ class TrainConfig:
     resize: int = 96  # pixels
     device: str = "auto"  # cpu, cuda, cuda:N; auto: cuda where there is one
     dtype: str = "float32"  # other than float32: autocast to it
+    cuda_graph: str = "auto"  # on: replay whole batches' steps as a CUDA graph; auto: where that can be
     seed: int = 0
     data: str | None = None  # folder; None: see resnet.data.load
     limit_train: int | None = None  # only so many images, the first ones; None: all
@@ -78,6 +81,7 @@ class TrainConfig:
             self.resize,
         )
         require(self.dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        require(self.cuda_graph in CUDA_GRAPHS, "--cuda-graph", f"one of {', '.join(CUDA_GRAPHS)}", self.cuda_graph)
         require(0 <= self.seed < 2**63, "--seed", "a number from 0 to 2**63 - 1", self.seed)
         for name, limit in (("--limit-train", self.limit_train), ("--limit-test", self.limit_test)):
             require(limit is None or limit >= 1, name, "at least 1", limit)
@@ -104,6 +108,7 @@ class TrainResult:
     config: TrainConfig
     device: str  # such as cuda:0
     device_name: str
+    cuda_graph: bool  # whether the steps of whole batches were replays of a CUDA graph
     data: str  # where the images came from
     warm_up_seconds: float  # compilation and choice of algorithms, before the clock started
     epochs: tuple[Epoch, ...]
@@ -130,10 +135,11 @@ class TrainResult:
         return sum(e.examples for e in self.epochs) / sum(e.seconds for e in self.epochs)
 
     def summary(self) -> str:
-        """Two lines, in the textbook's form."""
+        """Two lines, in the textbook's form; the second says where a CUDA graph was replayed."""
+        how = " as a CUDA graph" if self.cuda_graph else ""
         return (
             f"loss {self.loss:.3f}, train acc {self.train_acc:.3f}, test acc {self.test_acc:.3f}\n"
-            f"{self.examples_per_sec:.1f} examples/sec on {self.device}"
+            f"{self.examples_per_sec:.1f} examples/sec on {self.device}{how}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -157,18 +163,20 @@ def train(config: TrainConfig) -> TrainResult:
     of its own in the current folder where `config.save` has none; a second Ctrl-C raises KeyboardInterrupt at once.
 
     Raises:
-        ConfigError: the device is absent, a limit exceeds the set, or a batch of one image cannot be normalised.
+        ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, or a batch of one image
+            cannot be normalised.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
     """
     device = find_device(config.device)
+    cuda_graph = _wants_graph(config, device)
     dataset = load(config.data)
     batches, evaluation = _batches(config, dataset, device)
     if device.type == "cpu" and config.dtype == "float16":
         print("float16 on a CPU is emulated and may be a hundred times slower; bfloat16 is not.", file=sys.stderr)
 
     with _deferred_interrupt() as interrupt:
-        run = _Run(config, device, batches, evaluation, interrupt)
+        run = _Run(config, device, cuda_graph, batches, evaluation, interrupt)
         warm_up_seconds = run.warm_up()
         epochs: list[Epoch] = []
         checkpoint = None
@@ -183,6 +191,7 @@ def train(config: TrainConfig) -> TrainResult:
         config=config,
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        cuda_graph=cuda_graph,
         data=dataset.source,
         warm_up_seconds=warm_up_seconds,
         epochs=tuple(epochs),
@@ -198,12 +207,14 @@ class _Run:
         self,
         config: TrainConfig,
         device: torch.device,
+        cuda_graph: bool,
         batches: Batches,
         evaluation: Batches,
         interrupt: threading.Event,
     ):
         self.config = config
         self.device = device
+        self.cuda_graph = cuda_graph
         self.batches = batches
         self.evaluation = evaluation
         self.interrupt = interrupt
@@ -212,9 +223,12 @@ class _Run:
         self.net = _net(config.model, config.seed).to(device, memory_format=torch.channels_last)
         # Two shapes of batches at most: one graph for each is quicker than one for all.
         self.forward = torch.compile(self.net, dynamic=False) if config.model == "compile" else self.net
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=config.lr)
+        # A graph keeps a number as it was at the capture. A tensor is read at each replay, by the fused step alone.
+        lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, fused=True)
         # float16 alone needs its loss scaled: the others have float32's range of exponents.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
+        self.graph: Graphed | None = None  # of a whole batch's step, once that is captured
 
     @property
     def trained(self) -> bool:
@@ -222,24 +236,27 @@ class _Run:
         return self.epochs + self.step > 0
 
     def warm_up(self) -> float:
-        """Compiles and lets libraries choose their algorithms, outside the clock; seconds taken.
+        """Compiles, lets libraries choose their algorithms and captures the graph, outside the clock; seconds taken.
 
-        One step per shape of batch; the weights and statistics are afterwards what they were.
+        A step or more per shape of batch; weights, statistics and the scale are afterwards what they were.
         """
-        if self.device.type == "cpu" and self.config.model != "compile":
+        if self.device.type == "cpu" and self.config.model != "compile" and not self.cuda_graph:
             return 0.0  # nothing to choose or compile, and a step takes long
         print("warming up: compilation and choice of algorithms, not counted in examples/sec", file=sys.stderr)
         start = self._clock()
-        before = {name: value.clone() for name, value in self.net.state_dict().items()}
+        weights = {name: value.clone() for name, value in self.net.state_dict().items()}
+        scale = self.scaler.state_dict()
         self.net.train()
         n, size = self.batches.examples, self.batches.batch_size
-        for length in sorted({min(n, size), n % size or size}):
-            images, labels = self.batches.images[:length], self.batches.labels[:length]
-            for batch in Batches(images, labels, length, device=self.device, resize=self.config.resize):
-                loss, _ = self._loss(self.forward, *batch)
-                self.scaler.scale(loss).backward()
+        whole, last = min(n, size), n % size or size
+        first = torch.arange(whole, device=self.device)
+        for length in sorted({whole, last}):
+            self._learn(first[:length])
         self.optimizer.zero_grad()
-        self.net.load_state_dict(before)
+        if self.cuda_graph:
+            self.graph = Graphed(self._learn, first)
+        self.net.load_state_dict(weights)  # in place, as all that a graph reads has to stay where it is
+        self.scaler.load_state_dict(scale)
         return self._clock() - start
 
     def epoch(self) -> Epoch | None:
@@ -257,18 +274,14 @@ class _Run:
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         ) as bar:
             start = looked = self._clock()
-            for x, labels in self.batches:
-                loss, logits = self._loss(self.forward, x, labels)
-                self.optimizer.zero_grad()
-                self.scaler.scale(loss).backward()
-                self.scaler.step(self.optimizer)
-                self.scaler.update()
-                losses[self.step] = loss.detach()
-                sizes[self.step] = len(labels)
-                correct += (logits.argmax(1) == labels).sum()
+            for index in self.batches.indices():
+                loss, right = self._step(index)
+                losses[self.step] = loss
+                sizes[self.step] = len(index)
+                correct += right
                 self.step += 1
-                seen += len(labels)
-                bar.update(len(labels))
+                seen += len(index)
+                bar.update(len(index))
                 stop = self.interrupt.is_set()
                 if self.step == steps or stop or time.perf_counter() - looked >= _LOOK_SECONDS:
                     _check_losses(losses[checked : self.step], self.epochs + 1, checked + 1)
@@ -300,6 +313,22 @@ class _Run:
         }
         write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
         return str(path)
+
+    def _step(self, index: Tensor) -> tuple[Tensor, ...]:
+        """`_learn`, replayed where it was captured for so many images."""
+        if self.graph is None or index.shape != self.graph.shape:
+            return self._learn(index)
+        return self.graph(index)
+
+    def _learn(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on the images at `index`: (mean loss, how many were named right), on the device."""
+        x, labels = self.batches.draw(index)
+        loss, logits = self._loss(self.forward, x, labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), (logits.argmax(1) == labels).sum()
 
     def _loss(self, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(mean loss, logits)."""
@@ -356,6 +385,14 @@ def _net(model: str, seed: int) -> nn.Sequential:
         fused = resnet18(block=FusedResidual)
         fused.load_state_dict(net.state_dict())
         return fused
+
+
+def _wants_graph(config: TrainConfig, device: torch.device) -> bool:
+    """Whether steps are to be replayed as a CUDA graph. ConfigError where that is asked for and cannot be."""
+    if config.cuda_graph == "on":
+        require(config.model != "compile", "--cuda-graph on", "--model eager or fused, which it captures", config.model)
+        require(device.type == "cuda", "--cuda-graph on", "a CUDA device, which has such graphs", device)
+    return config.cuda_graph != "off" and config.model != "compile" and device.type == "cuda"
 
 
 def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -> tuple[Batches, Batches]:

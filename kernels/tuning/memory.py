@@ -115,15 +115,17 @@ class Choices:
     def choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, timed: int | None = None) -> str:
         """The name of the fastest of `candidates` on `device`, or of the first one where nothing can be timed.
 
-        Nothing is timed on the CPU, with timing switched off, or while a CUDA graph is captured: then the first call
-        outside of the capture times it. A candidate that cannot run on the device is left out.
+        Nothing is timed on the CPU or with timing switched off. A candidate that cannot run on the device is left out.
+        While a CUDA graph is captured no candidate can be run: what is not known by then and would have to be timed is
+        an error, since the graph would keep whatever was taken instead.
 
         Args:
             key: hashable; everything that the times depend on, the device aside. Its repr is the key in the file.
             timed: how many are timed, the first ones that run; by default all. Any of `candidates` may be remembered.
 
         Raises:
-            RuntimeError: no candidate can run on the device; torch.OutOfMemoryError where memory is why.
+            RuntimeError: no candidate can run on the device (torch.OutOfMemoryError where memory is why), or a choice
+                is still open while a CUDA graph is captured.
         """
         name = self._names.get((device, key))
         return self._choose(key, candidates, device, timed) if name is None else name
@@ -139,17 +141,26 @@ class Choices:
                 name = self._from_file(key, candidates, device)
             if name is None:
                 if timing.capturing(device):
-                    return next(iter(candidates))
+                    return self._untimed(key, candidates)
                 name = self._first_time(key, candidates, device, clock, timed)
             self._names[device, key] = name
             return name
+
+    def _untimed(self, key: tuple, candidates: Mapping[str, Run]) -> str:
+        """What is taken, and not remembered, where no candidate can be run."""
+        if self._timed and len(candidates) > 1:
+            raise RuntimeError(
+                f"{key}: which of {len(candidates)} candidates is fastest is not known yet, and nothing can be timed "
+                "while a CUDA graph is captured: run one step of this shape first, outside of the capture"
+            )
+        return next(iter(candidates))
 
     def _first_time(
         self, key: tuple, candidates: Mapping[str, Run], device: torch.device, clock: Clock, timed: int | None
     ) -> str:
         runnable, errors = {}, []
         for name, run in candidates.items():
-            error = timing.fails(run)
+            error = timing.fails(run, device)
             if error is not None:
                 errors.append(error)
             elif not self._timed or len(candidates) == 1:

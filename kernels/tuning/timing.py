@@ -59,28 +59,39 @@ def _device_seconds(run: Run) -> float:
 CLOCKS: dict[str, Clock] = {"cuda": cuda_milliseconds}  # by device type; on a device without a clock nothing is timed
 
 
-def fails(run: Run) -> Exception | None:
-    """Why this device cannot run a candidate: it does not compile, or lacks memory or shared memory. None if it runs.
+def fails(run: Run, device: torch.device) -> Exception | None:
+    """Why this device cannot run a candidate, after one run of it; None if it runs.
 
-    Any other error is raised.
+    It may not compile, find no engine, be refused at its launch, or lack memory: each is a RuntimeError or one of
+    Triton's own. Any other error is raised, and so is one that the device does not recover from, such as an illegal
+    address: after it no other candidate can run either.
     """
     try:
         run()
-    except torch.OutOfMemoryError as error:
-        return error
+        synchronize(device)  # an error that the run caused on the device is raised here, as its own
     except Exception as error:
-        if _is_triton_error(error):
-            return error
-        raise
+        if not _is_of_the_candidate(error):
+            raise
+        try:
+            synchronize(device)  # CUDA repeats an error that lasts at each later call
+        except RuntimeError:
+            raise error from None
+        return error
     return None
 
 
-def _is_triton_error(error: Exception) -> bool:
+def _is_of_the_candidate(error: Exception) -> bool:
     try:
         from triton.errors import TritonError
     except ImportError:
-        return False
-    return isinstance(error, TritonError) or "PassManager::run failed" in str(error)
+        return isinstance(error, RuntimeError)
+    return isinstance(error, RuntimeError | TritonError)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; an error of that is raised."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def medians(candidates: Mapping[str, Run], clock: Clock, device: torch.device) -> dict[str, float]:

@@ -83,9 +83,13 @@ class Batches:
         return math.ceil(self.examples / self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(self.draw, self.indices())
+
+    def indices(self) -> Iterator[Tensor]:
+        """An epoch as the batches' places in the set, int64 (B,) each, on the device: `draw` makes batches of them."""
         order = self._order(self.epoch)
         self.epoch += 1
-        return (self._batch(index) for index in order[: self.examples].split(self.batch_size) if len(index))
+        return (index for index in order[: self.examples].split(self.batch_size) if len(index))
 
     def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:
@@ -95,7 +99,8 @@ class Batches:
         generator = torch.Generator().manual_seed(int(state[0]))
         return torch.randperm(len(self.images), generator=generator).to(self.images.device)
 
-    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, labels) at these places in the set, as an iteration yields them. Nothing waits for the device."""
         x = self.images[index].unsqueeze(1).float().div_(255)
         if self.resize != x.shape[-1]:
             x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)

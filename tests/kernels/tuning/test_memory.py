@@ -200,9 +200,110 @@ def test_a_choice_made_for_want_of_memory_is_for_this_process_only(path):
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+        "Triton Error [CUDA]: invalid argument",
+        "PassManager::run failed",
+        "CUDA error: too many resources requested for launch",
+    ],
+)
+def test_a_candidate_that_pytorch_or_triton_refuses_is_left_out(path, message):
+    runs = {"refused": failing(RuntimeError(message)), **slow_and_fast().runs}
+    assert Choices(path).choose(KEY, runs, DEVICE) == "fast"
+
+
 def test_any_other_error_is_raised(path):
     with pytest.raises(ZeroDivisionError):
         Choices(path).choose(KEY, {"wrong": failing(ZeroDivisionError()), **slow_and_fast().runs}, DEVICE)
+
+
+class Broken:
+    """Stands in for a device that a launch broke: the next synchronisation fails, and with `lasting` each later one."""
+
+    def __init__(self, monkeypatch, lasting: bool):
+        self.error = None
+        self.lasting = lasting
+        monkeypatch.setattr(timing, "synchronize", self.synchronize)
+
+    def launch(self) -> None:
+        self.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize(self, device: torch.device) -> None:
+        if (error := self.error) is not None:
+            self.error = error if self.lasting else None
+            raise error
+
+
+def test_an_error_of_the_device_is_charged_to_the_candidate_that_caused_it(path, monkeypatch):
+    device, waiting = Broken(monkeypatch, lasting=False), slow_and_fast()
+    assert Choices(path).choose(KEY, {"fast": waiting.runs["fast"], "wrong": device.launch}, DEVICE) == "fast"
+    assert Choices(None).choose(KEY, {"wrong": device.launch, "fast": waiting.runs["fast"]}, DEVICE) == "fast"
+
+
+def test_an_error_that_the_device_does_not_recover_from_is_raised_at_once(path, monkeypatch):
+    device, waiting = Broken(monkeypatch, lasting=True), slow_and_fast()
+    with pytest.raises(RuntimeError, match=r"^CUDA error: an illegal memory access"):
+        Choices(path).choose(KEY, {"wrong": device.launch, **waiting.runs}, DEVICE)
+    assert not any(waiting.count.values()) and not path.exists()
+
+
+def test_so_is_one_that_its_launch_reports(path, monkeypatch):
+    device, waiting = Broken(monkeypatch, lasting=True), slow_and_fast()
+
+    def launch():
+        device.launch()
+        raise RuntimeError("Triton Error [CUDA]: misaligned address")
+
+    with pytest.raises(RuntimeError, match=r"^Triton Error \[CUDA\]: misaligned address$"):
+        Choices(path).choose(KEY, {"wrong": launch, **waiting.runs}, DEVICE)
+    assert not any(waiting.count.values())
+
+
+# ---- while a CUDA graph is captured ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """As within `torch.cuda.graph`."""
+    monkeypatch.setattr(timing, "capturing", lambda device: True)
+
+
+def test_an_open_choice_in_a_capture_is_an_error_that_names_the_key_and_what_to_do(path, captured):
+    memory, waiting = Choices(path), slow_and_fast()
+    with pytest.raises(RuntimeError, match="run one step of this shape first") as error:
+        memory.choose(KEY, waiting.runs, DEVICE)
+    assert str(error.value).startswith(f"{KEY}: ")
+    assert not any(waiting.count.values()) and memory.remembered(KEY, DEVICE) is None
+
+
+def test_what_was_chosen_before_holds_in_a_capture(path, monkeypatch):
+    memory = Choices(path)
+    memory.choose(KEY, slow_and_fast().runs, DEVICE)
+    monkeypatch.setattr(timing, "capturing", lambda device: True)
+    waiting = slow_and_fast()
+    assert memory.choose(KEY, waiting.runs, DEVICE) == "fast"
+    assert Choices(path).choose(KEY, waiting.runs, DEVICE) == "fast", "from the file"
+    assert not any(waiting.count.values())
+
+
+def test_where_nothing_would_be_timed_the_first_is_taken_in_a_capture_and_not_remembered(path, captured):
+    for memory, candidates in ((Choices(path, timed=False), slow_and_fast()), (Choices(path), Waiting(slow=4.0))):
+        assert memory.choose(KEY, candidates.runs, DEVICE) == "slow"
+        assert not any(candidates.count.values()) and memory.remembered(KEY, DEVICE) is None
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+def test_a_capture_on_a_gpu_is_noticed(path):
+    x = torch.zeros(8, device=DEVICE)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.add_(1)
+        assert timing.capturing(DEVICE)
+        with pytest.raises(RuntimeError, match="run one step of this shape first"):
+            Choices(path).choose(KEY, slow_and_fast().runs, DEVICE)
+    assert not timing.capturing(DEVICE)
 
 
 # ---- switched off ------------------------------------------------------------------------------------------------
