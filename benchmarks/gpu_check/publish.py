@@ -70,8 +70,6 @@ def summary_table(net: Results) -> str:
             ours, *rivals = (row[key][0] for row in (fused, eager, compiled))
             cells = [f"{rival:.2f} ms (**{rival / ours:.2f}x**)" for rival in rivals]
             rows.append((f"{label}, {how}", f"{ours:.2f} ms", *cells))
-        peaks = [row["peak_bytes"] / 2**20 for row in (fused, eager, compiled)]
-        rows.append((f"{label}, peak memory", *(f"{peak:.0f} MiB" for peak in peaks)))
     return table(("", "fused", "eager", "torch.compile"), rows)
 
 

@@ -100,10 +100,9 @@ def times_table(found: Results, prefix: str) -> str:
     for name, row in found.items():
         if not name.startswith(prefix) or not isinstance(row, dict):
             continue
-        peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "-"
-        cells = (_quantiles(row.get("replayed_ms")), _quantiles(row.get("launched_ms")), peak)
-        rows.append((name.removeprefix(prefix), *(cells if "error" not in row else (row["error"][:80], "-", "-"))))
-    return table(("", "CUDA graph, ms", "launched, ms", "peak, MiB"), rows) if rows else ""
+        cells = (_quantiles(row.get("replayed_ms")), _quantiles(row.get("launched_ms")))
+        rows.append((name.removeprefix(prefix), *(cells if "error" not in row else (row["error"][:80], "-"))))
+    return table(("", "CUDA graph, ms", "launched, ms"), rows) if rows else ""
 
 
 def _quantiles(times: list[float] | None) -> str:

@@ -158,6 +158,7 @@ def replayed(step: Step) -> Step:
 def measured(row: Row, scale: Scale, make: Callable[[], Step]) -> dict[str, object]:
     """Milliseconds of a row's step, launched and replayed, and the bytes at its peak; or the error that it met."""
     result: dict[str, object] = {}
+    before = torch.cuda.memory_allocated() if scale.on_gpu else 0  # what an earlier row has left
     try:
         with row.scope(scale):
             start = time.perf_counter()
@@ -170,7 +171,7 @@ def measured(row: Row, scale: Scale, make: Callable[[], Step]) -> dict[str, obje
             if scale.on_gpu:
                 torch.cuda.reset_peak_memory_stats()
                 step()
-                result["peak_bytes"] = torch.cuda.max_memory_allocated()
+                result["peak_bytes"] = torch.cuda.max_memory_allocated() - before
                 if not row.mode.startswith(("reduce", "max")):  # these are graphs of their own
                     result["replayed_ms"] = milliseconds(replayed(step), scale)
     except Exception as error:

@@ -170,3 +170,12 @@ def test_tables_replace_what_stands_between_their_marks_and_nothing_else():
 def test_a_block_that_no_table_is_for_is_an_error():
     with pytest.raises(KeyError, match="sumary"):
         publish.rewritten("<!-- gpu: sumary -->\n<!-- end -->", {"summary": ""})
+
+
+def test_the_documents_tables_are_those_of_the_results_that_were_kept_last():
+    """Fails where a table was typed, or left behind by newer results."""
+    kept = max(publish.KEPT.glob("*.json"), key=lambda path: path.stem[-10:])
+    blocks = publish.tables(json.loads(kept.read_text()))
+    for document in publish.DOCUMENTS:
+        text = document.read_text()
+        assert publish.rewritten(text, blocks) == text, document.name
