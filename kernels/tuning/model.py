@@ -297,10 +297,10 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
 
     The forward holds a shortcut's second product beside the masks of ragged channels. Grad-weight holds accumulators,
     what moves from tap to tap (more of it where tensor cores take operands from registers alone), and what its prologue
-    recomputes. The stem's grad-weight holds masks of ragged channels
-    beside a large tile, which is too much in float32. Grad-input holds up to 64 accumulators beside the tiles that its
-    epilogue loads (32 in a tile of more columns than rows whose ReLU's mask has scale, shift and mean of each column),
-    and up to 16 values of dout that the shortcut's mask brings into registers.
+    recomputes. The stem's grad-weight holds masks of ragged channels beside a large tile, which is too much in float32.
+    Grad-input holds up to 64 accumulators beside the tiles that its epilogue loads (32 in a tile of more columns than
+    rows whose ReLU's mask has scale, shift and mean of each column), and up to 16 values of dout that the shortcut's
+    mask brings into registers.
     """
     epilogue = gemm.switch("epilogue", Epilogue.NONE)
     threads = 32 * config.num_warps
