@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import common, compare, gpu_check, plot, roofline, turns, verdict
+from benchmarks import common, compare, plot, roofline, turns, verdict
 from benchmarks.common import Implementation
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import publish
 from resnet import FusedResidual, Residual, current_backend
 from resnet.kernels import tuning
 from tests.conftest import ROOT
@@ -420,7 +422,7 @@ def test_disabled_each_row_runs_once(made_up_suite):
 # ---- the commands ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [compare, gpu_check, roofline])
+@pytest.mark.parametrize("command", [compare, gpu_check, publish, roofline])
 def test_help_prints_the_usage_and_succeeds(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")  # argparse breaks lines to the terminal's width
     with pytest.raises(SystemExit) as exit_:
