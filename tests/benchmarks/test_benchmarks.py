@@ -428,7 +428,8 @@ def test_help_prints_the_usage_and_succeeds(command, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         command.main(["--help"])
     assert exit_.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: python -m {command.__name__} ")
+    name = command.__name__.removesuffix(".__main__")
+    assert capsys.readouterr().out.startswith(f"usage: python -m {name} ")
 
 
 # ---- benchmarks.compare ---------------------------------------------------------------------------------------
