@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 from resnet.kernels.host import plan
 from resnet.kernels.host.launcher import launch
 from tests.conftest import DEVICE
+from tests.helpers.replays import replays
 
 
 @triton.jit
@@ -30,17 +30,8 @@ def scaled(x: Tensor, factor: float, out: Tensor | None = None) -> Tensor:
 
 def run(function: Callable[..., list], *arguments, environment: tuple = ()) -> tuple[list[Tensor | None], int]:
     """The outputs, and how many functions of plans were called for them."""
-    calls = []
-
-    def watch(frame, event, _):
-        if event == "call" and frame.f_code.co_filename == "<plan>" and frame.f_code.co_name == "replay":
-            calls.append(frame)
-
-    sys.setprofile(watch)
-    try:
+    with replays() as calls:
         outputs = plan.run(function, arguments, environment)
-    finally:
-        sys.setprofile(None)
     return outputs, len(calls)
 
 

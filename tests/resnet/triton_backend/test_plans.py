@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from resnet.kernels.tuning import memory
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, infer, snapshot, step, trio
 from tests.helpers.fused_cases import assert_refused
+from tests.helpers.replays import replays
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +28,6 @@ def kernels():
     """The convolutions are PyTorch's where kernels are interpreted, which takes seconds for a Triton one."""
     with resnet.backend("triton"), resnet.convolution("triton" if DEVICE.type == "cuda" else "pytorch"):
         yield
-
-
-@contextlib.contextmanager
-def replays() -> Iterator[list]:
-    """Gives a list with an entry for each call of a plan in this thread."""
-    calls = []
-
-    def watch(frame, event, _):
-        if event == "call" and frame.f_code.co_filename == "<plan>" and frame.f_code.co_name == "replay":
-            calls.append(frame)
-
-    sys.setprofile(watch)
-    try:
-        yield calls
-    finally:
-        sys.setprofile(None)
 
 
 class Pair:
