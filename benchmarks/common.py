@@ -119,14 +119,14 @@ def compile_unavailable(device_type: str) -> str | None:
     return None
 
 
-def compiled(function: Callable) -> Callable:
-    """torch.compile of `function` for one shape, as one graph.
+def compiled(function: Callable, mode: str | None = None) -> Callable:
+    """torch.compile of `function` for one shape, as one graph; `mode` is torch.compile's.
 
     What was compiled before is forgotten: each code object may have but a few graphs, past which torch.compile
     silently runs eager code.
     """
     torch.compiler.reset()
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
 
 # ---- workloads ------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ import os
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +36,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu_check import environment, launches, parity, report, times
+from benchmarks.gpu_check.errors import noted
 from benchmarks.gpu_check.scale import Scale, full, rehearsal
 from resnet.commands import Parser
 from resnet.kernels.host.files import write_atomically
@@ -75,7 +75,7 @@ class Check:
                 )
                 self.save()
         except Exception as error:  # of what gives the measurements
-            found["stage"] = _noted(error)
+            found["stage"] = noted(error)
         self.results.setdefault("seconds", {})[name] = round(time.monotonic() - start, 1)
         self.save()
 
@@ -89,12 +89,7 @@ def _result(measure: Callable[[], object]) -> object:
     try:
         return measure()
     except Exception as error:
-        return _noted(error)
-
-
-def _noted(error: Exception) -> dict[str, str]:
-    traceback.print_exception(error)
-    return {"error": f"{type(error).__name__}: {error}"[:500]}
+        return noted(error)
 
 
 # ---- the stages that are made of more than one file ------------------------------------------------------------

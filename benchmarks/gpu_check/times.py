@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import statistics
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 import resnet
+from benchmarks import common
+from benchmarks.common import Implementation
+from benchmarks.gpu_check.errors import noted
 from benchmarks.gpu_check.scale import Scale
-from resnet import FusedResidual, Residual, resnet18
+from resnet.graphs import capture
 
 Step = Callable[[], object]
 
@@ -36,27 +37,19 @@ class Row:
         words = [self.kind, self.mode, "" if self.channels_last else "NCHW"]
         return " ".join(word for word in words if word)
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+    def implementation(self, scale: Scale) -> Implementation:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return Implementation(self.kind, scale.device, scale.dtype, layout)
 
-    def module(self, build: Callable[[type[nn.Module]], nn.Module], scale: Scale) -> nn.Module:
-        """`build` of the row's kind of block, with the same weights for all kinds."""
-        torch.manual_seed(0)
-        module = build(FusedResidual if self.kind == "fused" else Residual)
-        return module.to(scale.device, memory_format=self.memory_format)
-
-    def compiled(self, module: nn.Module) -> Callable:
-        if self.kind != "compile":
-            return module
-        torch.compiler.reset()
-        return torch.compile(module, mode=self.mode or None, dynamic=False)
+    def callable(self, module: nn.Module, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`run`, or the module compiled in the row's mode."""
+        return common.compiled(module, self.mode) if self.kind == "compile" and self.mode else run
 
     def scope(self, scale: Scale) -> AbstractContextManager:
         """What the row is built and run in."""
         stack = ExitStack()
+        stack.enter_context(self.implementation(scale).scope())
         if self.kind == "fused":
-            stack.enter_context(resnet.backend("triton" if scale.on_gpu else "torch"))
             stack.enter_context(resnet.convolution(self.mode or "auto"))
         return stack
 
@@ -74,44 +67,24 @@ BLOCK_ROWS = ROWS[:3]
 
 def net_step(row: Row, scale: Scale, train: bool) -> Step:
     """A training step (forward, loss, backward, SGD) of ResNet-18, or its inference, on one batch."""
-    net = row.module(lambda block: resnet18(block=block), scale).train(train)
-    run = row.compiled(net)
-    images = torch.rand(scale.batch, 1, scale.resize, scale.resize, device=scale.device)
-    images = images.contiguous(memory_format=row.memory_format)
+    implementation = row.implementation(scale)
+    net, run = common.net(implementation)
+    run = row.callable(net, run)
+    images = common.activations(implementation, scale.batch, 1, scale.resize, scale.resize)
+    if not train:
+        net.eval()
+        return common.inference(implementation, run, images)
     labels = torch.randint(10, (scale.batch,), device=scale.device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-
-    def training() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(scale.device.type, scale.dtype):
-            loss = F.cross_entropy(run(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    def inference() -> None:
-        with torch.no_grad(), torch.autocast(scale.device.type, scale.dtype):
-            run(images)
-
-    return training if train else inference
+    return common.training_step(implementation, net, run, [(images, labels)])
 
 
 def block_step(row: Row, scale: Scale, shape: tuple[int, int, int, int]) -> Step:
     """Forward and backward of a residual block in training."""
     C, K, stride, size = shape
-    block = row.module(lambda block: block(C, K, stride != 1, stride), scale)
-    run = row.compiled(block)
-    x = torch.randn(scale.block_batch, C, size, size, device=scale.device).relu().to(scale.dtype)
-    x = x.contiguous(memory_format=row.memory_format).requires_grad_()
-    leaves = [x, *block.parameters()]
-
-    def step() -> None:
-        with torch.autocast(scale.device.type, scale.dtype):
-            out = run(x)
-        torch.autograd.backward(out, torch.ones_like(out), inputs=leaves)
-        for leaf in leaves:
-            leaf.grad = None
-
-    return step
+    implementation = row.implementation(scale)
+    block, run = common.residual(implementation, C, K, stride)
+    x = common.activations(implementation, scale.block_batch, C, size, size, dtype=scale.dtype)
+    return common.forward_backward(implementation, row.callable(block, run), x, block.parameters())
 
 
 # ---- how it is timed -------------------------------------------------------------------------------------------
@@ -141,20 +114,6 @@ def _round(step: Step, scale: Scale) -> float:
     return start.elapsed_time(end) / scale.calls
 
 
-def replayed(step: Step) -> Step:
-    """A CUDA graph of `step`, as a function."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 def measured(row: Row, scale: Scale, make: Callable[[], Step]) -> dict[str, object]:
     """Milliseconds of a row's step, launched and replayed, and the bytes at its peak; or the error that it met."""
     result: dict[str, object] = {}
@@ -173,10 +132,9 @@ def measured(row: Row, scale: Scale, make: Callable[[], Step]) -> dict[str, obje
                 step()
                 result["peak_bytes"] = torch.cuda.max_memory_allocated() - before
                 if not row.mode.startswith(("reduce", "max")):  # these are graphs of their own
-                    result["replayed_ms"] = milliseconds(replayed(step), scale)
+                    result["replayed_ms"] = milliseconds(capture(step, scale.device)[0], scale)
     except Exception as error:
-        traceback.print_exc()
-        result["error"] = f"{type(error).__name__}: {error}"[:500]
+        result |= noted(error)
     return result
 
 
