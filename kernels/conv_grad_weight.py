@@ -38,6 +38,7 @@ from .device.reductions import column_sums
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape, product_precision
 from .host.launcher import launch
 from .host.shapes import ConvShape
+from .host.tiling import reduction_splits
 from .tuning import Config
 
 # ---- the kernels -----------------------------------------------------------------------------------------------
@@ -328,8 +329,6 @@ def merge_splits_kernel(
 
 # ---- the tiling ------------------------------------------------------------------------------------------------
 
-_PROGRAMS = 256  # programs that a launch should have: two for each SM of a large GPU
-_MIN_STEPS = 4  # steps of a split, at least
 _MAX_SPAN = 2**31  # elements that 32-bit offsets reach
 
 
@@ -396,14 +395,11 @@ def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> Gr
 def _splits(shape: ConvShape, tiles: int, steps: int, itemsize: int) -> int:
     """Splits that the reduction's `steps` should make.
 
-    They are enough for _PROGRAMS programs. Where the partials would then have more than a quarter of the activations'
-    bytes, they are fewer, though enough for half as many programs. Where tensors are huge, they are so many that 32-bit
-    offsets reach all of a split.
+    Where tensors are huge, they are so many that 32-bit offsets reach all of a split.
     """
     activations = shape.N * (shape.H * shape.W * shape.C + shape.P * shape.Q * shape.K)
     partial = shape.K * shape.R * shape.S * shape.C * max(4, itemsize)
-    affordable = max(activations * itemsize // (4 * partial), _PROGRAMS // 2 // tiles)
-    splits = max(1, min(_PROGRAMS // tiles, affordable, steps // _MIN_STEPS))
+    splits = reduction_splits(tiles, steps, activations * itemsize, partial)
     return max(splits, min(steps, triton.cdiv(4 * activations, _MAX_SPAN)))
 
 

@@ -14,6 +14,8 @@ ELEMENTS = 2048  # elements of a tile with 4 warps: 16 for each thread, two 16-b
 _PROGRAMS = 1024  # programs that a reduction should have: several for each SM of the largest GPU
 MAX_PARTIALS = 512  # partials that one program of a merge reads in a few steps; more of them take two merges
 GROUP = 256  # partials that the first of these two merges into one
+SPLIT_PROGRAMS = 256  # programs that a product over pixels should have: two for each SM of a large GPU
+MIN_STEPS = 4  # steps of a split of its reduction, at least
 _MIN_ROWS = 256  # rows of a partial, at least: its 8 bytes per channel are below 2% of the 16-bit values that were read
 
 
@@ -77,6 +79,19 @@ def tiling(M: int, C: int, elements: int = ELEMENTS) -> Tiling:
         partials=triton.cdiv(M, tiles * BLOCK_M),
         num_warps=max(1, 4 * BLOCK_M * BLOCK_C // elements),
     )
+
+
+def reduction_splits(tiles: int, steps: int, activations: int, partial: int) -> int:
+    """Splits that the reduction of a product over pixels should make, of which `tiles` tiles need `steps` steps.
+
+    They are enough for SPLIT_PROGRAMS programs. Where the partials would then have more than a quarter of the
+    activations' bytes, they are fewer, though enough for half as many programs.
+
+    Args:
+        activations, partial: bytes of the activations, and of the partial results of one split.
+    """
+    affordable = max(activations // (4 * partial), SPLIT_PROGRAMS // 2 // tiles)
+    return max(1, min(SPLIT_PROGRAMS // tiles, affordable, steps // MIN_STEPS))
 
 
 def merge_blocks(partials: int, C: int, itemsize: int) -> dict[str, int]:

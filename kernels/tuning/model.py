@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 
 from ..host.shapes import ConvShape
+from ..host.tiling import reduction_splits
 from .devices import ANY, Device
 from .table import MAX_ACCUMULATORS, TABLE, Config
 
@@ -132,10 +133,6 @@ _OVERLAP = 4  # 1: a wave takes the sum of what bounds it; infinity: the largest
 _GATHER = 16  # instructions for each element that has an address of its own
 _MERGE = 5e-6  # seconds of the kernel that adds the splits of a reduction
 
-# `conv_grad_weight` splits its reduction alike on every device.
-_PROGRAMS = 256
-_LEAST_STEPS = 4
-
 
 def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
     """Bytes of the pipeline's tiles, with the one that a prologue recomputes. The epilogue's tiles take their place."""
@@ -194,9 +191,8 @@ def _grid(config: Config, gemm: Gemm, share: float) -> tuple[int, int, int]:
         return programs, taps * -(-reduction // config.BLOCK_K) + shortcut, 1
     tiles = -(-rows // config.BLOCK_M) * -(-columns // config.BLOCK_N) * -(-taps // _taps_at_once(config, gemm))
     steps = math.ceil(reduction * share / config.BLOCK_K)
-    activations = gemm.pixels * share * (gemm.stride**2 * gemm.C + gemm.K) * _SIZES[gemm.kind]
-    affordable = max(int(activations / (4 * 4 * rows * columns * taps)), _PROGRAMS // 2 // tiles)
-    splits = max(1, min(steps // _LEAST_STEPS, _PROGRAMS // tiles, affordable))
+    activations = int(gemm.pixels * share * (gemm.stride**2 * gemm.C + gemm.K) * _SIZES[gemm.kind])
+    splits = reduction_splits(tiles, steps, activations, 4 * rows * columns * taps)
     return tiles * splits, -(-steps // splits), splits
 
 

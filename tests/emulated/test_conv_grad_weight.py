@@ -7,6 +7,7 @@ import torch
 
 from resnet.kernels import conv_grad_weight as kernels
 from resnet.kernels import tuning
+from resnet.kernels.host import tiling
 from resnet.kernels.host.shapes import ConvShape
 from tests.helpers.blocks import name_of
 from tests.helpers.emulated_limits import (
@@ -67,7 +68,7 @@ def test_grad_weight_is_as_exact_as_eager(emulate, name, dtype, prologue):
 @pytest.fixture
 def long_splits(monkeypatch):
     """Splits have 18 steps, as with a batch of 256; so few pixels would be cut into shorter ones."""
-    monkeypatch.setattr(kernels, "_MIN_STEPS", 18)
+    monkeypatch.setattr(tiling, "MIN_STEPS", 18)
     kernels.plan.cache_clear()
     yield
     kernels.plan.cache_clear()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from resnet.kernels import conv_grad_weight as kernels
 from resnet.kernels import tuning
+from resnet.kernels.host import tiling
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.conftest import DEVICE
@@ -117,7 +118,7 @@ def test_every_split_and_tile_is_added_once(monkeypatch, prologue):
     shape = ConvShape(2, 5, 7, 20, 24, 3, 3, 1, 1)
     config = Config(16, 16, 16, num_warps=1, num_stages=2)
     monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (config,))
-    monkeypatch.setattr(kernels, "_MIN_STEPS", 2)
+    monkeypatch.setattr(tiling, "MIN_STEPS", 2)
     kernels.plan.cache_clear()
     launch = kernels.plan(shape, config, 4, activated=False)
     assert launch.splits > 1 and launch.tiles > 9 and launch.splits * launch.steps * 16 > launch.pixels + 16
