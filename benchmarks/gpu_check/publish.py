@@ -21,10 +21,12 @@ _BLOCK = re.compile(r"(<!-- gpu: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def keep(folder: Path) -> Path:
-    """Copies a check's results, without the list of each kernel's every launch; where they are kept."""
+    """Copies a check's results; where they are kept. Not each kernel's every launch, nor the folder of the data set."""
     results = json.loads((folder / "results.json").read_text())
     for found in results.get("kernels", {}).values():
         found.pop("rows", None)
+    for found in results.get("textbook", {}).values():
+        found.pop("data", None)
     known = results["environment"]["environment"]
     device = re.sub(r"\W+", "-", known["devices"][0]["name"].lower())
     path = KEPT / f"{device}-{known['time'][:10]}.json"
