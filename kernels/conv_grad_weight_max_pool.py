@@ -39,6 +39,7 @@ from .host.launch import (
 )
 from .host.launcher import launch
 from .host.shapes import ConvShape
+from .host.tiling import pooled_steps
 
 MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
 
@@ -125,8 +126,6 @@ def conv_grad_weight_max_pool_kernel(
 
 # ---- the launcher ----------------------------------------------------------------------------------------------
 
-_PROGRAMS = 512  # programs that a launch should have: four for each SM of a large GPU
-
 
 def conv_grad_weight_max_pool(
     dout: Tensor,
@@ -183,7 +182,7 @@ def conv_grad_weight_max_pool(
         columns = shape.R * shape.S * shape.C
         grid = triton.cdiv(columns, config.BLOCK_N), triton.cdiv(shape.K, config.BLOCK_M)
         tiles = triton.cdiv(pooled[2] * pooled[3], config.BLOCK_K)
-        steps = triton.cdiv(shape.N * tiles * grid[0] * grid[1], _PROGRAMS)
+        steps = pooled_steps(grid[0] * grid[1], shape.N * tiles)
         splits = triton.cdiv(shape.N * tiles, steps)
         partial = torch.empty((splits, dw.numel()), dtype=dtype, device=x.device)
         launch(

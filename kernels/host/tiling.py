@@ -15,6 +15,7 @@ _PROGRAMS = 1024  # programs that a reduction should have: several for each SM o
 MAX_PARTIALS = 512  # partials that one program of a merge reads in a few steps; more of them take two merges
 GROUP = 256  # partials that the first of these two merges into one
 SPLIT_PROGRAMS = 256  # programs that a product over pixels should have: two for each SM of a large GPU
+POOLED_PROGRAMS = 512  # the same where each step first computes what it multiplies, and nothing is pipelined
 MIN_STEPS = 4  # steps of a split of its reduction, at least
 _MIN_ROWS = 256  # rows of a partial, at least: its 8 bytes per channel are below 2% of the 16-bit values that were read
 
@@ -92,6 +93,11 @@ def reduction_splits(tiles: int, steps: int, activations: int, partial: int) -> 
     """
     affordable = max(activations // (4 * partial), SPLIT_PROGRAMS // 2 // tiles)
     return max(1, min(SPLIT_PROGRAMS // tiles, affordable, steps // MIN_STEPS))
+
+
+def pooled_steps(tiles: int, steps: int) -> int:
+    """Steps of a program of the stem's grad-weight, whose splits share the `steps` steps of each of `tiles` tiles."""
+    return triton.cdiv(steps * tiles, POOLED_PROGRAMS)
 
 
 def merge_blocks(partials: int, C: int, itemsize: int) -> dict[str, int]:

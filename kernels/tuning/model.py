@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from ..host.shapes import ConvShape
-from ..host.tiling import reduction_splits
+from ..host.tiling import pooled_steps, reduction_splits
 from .devices import ANY, Device
 from .table import MAX_ACCUMULATORS, TABLE, Config
 
@@ -76,6 +76,11 @@ class Gemm(NamedTuple):
     @property
     def reduces_pixels(self) -> bool:
         return self.operation.startswith("grad_weight")
+
+    @property
+    def pooled(self) -> bool:
+        """Whether dy is computed from a max-pool's windows. Each load of windows serves the products of four pixels."""
+        return self.operation == "grad_weight_max_pool"
 
     @property
     def dy_moves(self) -> bool:
@@ -170,7 +175,8 @@ def _resident(config: Config, gemm: Gemm, device: Device) -> int:
     size, threads = _SIZES[gemm.kind], 32 * config.num_warps
     accumulators = _area(config, gemm) * max(size, 4) / 4 / threads
     chunks = (config.BLOCK_M + config.BLOCK_N) * config.BLOCK_K * size / 16 / threads
-    operand = config.BLOCK_M * config.BLOCK_K * size / 4 / threads if gemm.switch("prologue") else 0
+    computed = 8 if gemm.pooled else 1 / 4 if gemm.switch("prologue") else 0  # registers for each byte
+    operand = config.BLOCK_M * config.BLOCK_K * size * computed / threads
     registers = min(40 + accumulators + 1.5 * chunks + operand, _REGISTERS)
     shared = shared_bytes(config, gemm, device)
     by_shared = (device.shared_memory + _RESERVED) // (shared + _RESERVED)
@@ -191,6 +197,10 @@ def _grid(config: Config, gemm: Gemm, share: float) -> tuple[int, int, int]:
         return programs, taps * -(-reduction // config.BLOCK_K) + shortcut, 1
     tiles = -(-rows // config.BLOCK_M) * -(-columns // config.BLOCK_N) * -(-taps // _taps_at_once(config, gemm))
     steps = math.ceil(reduction * share / config.BLOCK_K)
+    if gemm.pooled:
+        steps = math.ceil(steps / 4)  # each of four products
+        each = pooled_steps(tiles, steps)
+        return tiles * -(-steps // each), 4 * each, -(-steps // each)
     activations = int(gemm.pixels * share * (gemm.stride**2 * gemm.C + gemm.K) * _SIZES[gemm.kind])
     splits = reduction_splits(tiles, steps, activations, 4 * rows * columns * taps)
     return tiles * splits, -(-steps // splits), splits

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resnet.kernels import conv_grad_weight_max_pool as kernels
 from resnet.kernels.batch_norm_max_pool_backward import batch_norm_max_pool_backward_apply
+from resnet.kernels.host import tiling
 from resnet.kernels.host.shapes import ConvShape
+from resnet.kernels.tuning.model import candidates
 from tests.helpers.blocks import SIXTEEN_BIT, name_of
 from tests.helpers.emulated_limits import (
     INSTRUCTIONS_PER_PRODUCT,
@@ -48,8 +49,11 @@ def test_grad_weight_through_the_pool_is_as_exact_as_eager(emulate, name, dtype,
 
 @pytest.mark.parametrize("C", (1, 3), ids="{} channels".format)
 def test_y_is_read_once_on_tensor_cores_without_a_spill(emulate, C):
-    """dout, out, tap and x are read once too, whatever the number of the kernel's columns."""
-    case, _, _, report = launch(emulate, ConvShape(2, 32, 32, C, 64, 7, 7, 2, 3), torch.float16, training=True)
+    """dout, out, tap and x are read once too, whatever the number of the kernel's columns.
+
+    A launch of fewer pixels takes as long as its loads, whatever it reads: there a smaller tile ends sooner.
+    """
+    case, _, _, report = launch(emulate, ConvShape(4, 96, 96, C, 64, 7, 7, 2, 3), torch.float16, training=True)
     tensors = (case.y, case.dout, case.out, case.tap, case.x, case.stats, case.sums)
     floor = sum(t.numel() * t.element_size() for t in tensors)
     assert 32 * report.unique_read_sectors <= TRAFFIC_OVER_FLOOR * floor
@@ -63,8 +67,10 @@ def test_y_is_read_once_on_tensor_cores_without_a_spill(emulate, C):
 def test_shared_memory_has_no_bank_conflicts_and_instructions_stay_within_the_limit(
     emulate, request, monkeypatch, C, dtype
 ):
-    """The programs have as many steps as on a device that is full."""
-    monkeypatch.setattr(kernels, "_PROGRAMS", 2 * C)
+    """The programs have as many steps, and so the tile, as on a device that is full."""
+    monkeypatch.setattr(tiling, "POOLED_PROGRAMS", 2 * C)
+    candidates.cache_clear()
+    request.addfinalizer(candidates.cache_clear)
     *_, report = launch(emulate, ConvShape(1, 96, 96, C, 64, 7, 7, 2, 3), dtype, training=True)
     assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL
     limit = INSTRUCTIONS_PER_PRODUCT["stem's grad-weight"][request.node.callspec.params["emulate"]]
