@@ -2,7 +2,9 @@
 
 oneDNN's direct convolution is slow where a map has few pixels and many channels: at 3x3 pixels (ResNet-18's last stage
 at 96x96) 32 of its 81 products of a pixel and a tap meet padding. There the convolution is one matrix product per tap,
-over the pixels whose tap lies within the map. oneDNN's grad-weight is slow on larger maps too.
+over the pixels whose tap lies within the map. Where a batch has few pixels altogether, oneDNN spends its time on
+bringing the weight into its own layout. There one product of all windows takes the weight as it is. oneDNN's
+grad-weight is slow on larger maps too.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-# Products per tap were faster up to so many pixels of an output map, from so many channels on, at batches of 8 to 128.
-# The second number of pixels holds where products lag. Grad-weight's limits were measured at batches of 16 and 32, its
-# second number at 8 and 32.
-_PIXELS, _CHANNELS = (16, 4), 128
-_GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS = (64, 9), 256
+# Where products are faster than oneDNN's convolution, measured at batches of 1 to 128 with AVX2 and 2 threads. Of two
+# numbers of pixels of an output map the second one holds where products lag.
+_IMAGES, _CHANNELS = 4, 256  # at least
+_PIXELS, _WEIGHTS = (16, 4), 1 << 14  # of products per tap, forward and for grad-input; weights of a tap for each pixel
+_GRAD_WEIGHT_PIXELS = 64, 9
+_ROWS, _WINDOW_CHANNELS = range(32, 257), 512  # of windows: output pixels of a batch, and output channels
+_GRAD_WEIGHT_ROWS = 512  # at most, for one product of windows and not one per tap
 
 
 def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -> int | torch.SymInt:
@@ -40,18 +45,24 @@ def products_lag() -> bool:
     return "AMD" in capabilities.get("cpu_name", "")
 
 
-def _is_at_most(pixels: tuple[int, int], channels: int, x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether x is float32 on the CPU, its output maps have so few pixels, and there are so many channels."""
-    if not is_single_on_cpu(x):
-        return False
-    K, C, R, S = weight.shape
-    P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
-    return min(C, K) >= channels and R * S > 1 and pixels[products_lag()] >= P * Q
+def _map_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
+    """Pixels of an output map; 0 where PyTorch's convolution is never replaced."""
+    (_, _, H, W), (K, C, R, S) = x.shape, weight.shape
+    if not is_single_on_cpu(x) or min(C, K) < _CHANNELS or R * S == 1:
+        return 0
+    return out_size(H, R, stride, padding) * out_size(W, S, stride, padding)
 
 
 def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether products per tap are faster than oneDNN's convolution, forward and for grad-input."""
-    return _is_at_most(_PIXELS, _CHANNELS, x, weight, stride, padding)
+    size, (K, C, _, _) = _map_size(x, weight, stride, padding), weight.shape
+    return 0 < size <= _PIXELS[products_lag()] and x.shape[0] >= _IMAGES and size * _WEIGHTS <= C * K
+
+
+def is_mostly_weight(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether one product of windows is faster than oneDNN's convolution, forward: few pixels meet a large weight."""
+    size = _map_size(x, weight, stride, padding)
+    return x.shape[0] * size in _ROWS and weight.shape[0] >= _WINDOW_CHANNELS and not products_lag()
 
 
 def overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -94,13 +105,26 @@ def _add_product(to: Tensor, index: tuple, pixels: Tensor, matrix: Tensor) -> No
     to[index].add_((pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1))
 
 
+def windows(x: Tensor, kernel: tuple[int, int], stride: int, padding: int) -> Tensor:
+    """What the convolution's window meets at each output pixel: (N, P, Q, R, S, C), a view of x with its padding."""
+    (N, C, H, W), (R, S) = x.shape, kernel
+    padded = F.pad(_nhwc(x), [0, 0, *[padding] * 4])
+    n, h, w, c = padded.stride()
+    size = N, out_size(H, R, stride, padding), out_size(W, S, stride, padding), R, S, C
+    return padded.as_strided(size, (n, stride * h, stride * w, h, w, c))
+
+
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """conv(x, weight) + bias, (N, K, P, Q) channels_last, from x (N, C, H, W) channels_last and weight (K, C, R, S)."""
-    if not is_small(x, weight, stride, padding):
+    small = is_small(x, weight, stride, padding)
+    if not small and not is_mostly_weight(x, weight, stride, padding):
         y = torch.conv2d(x, weight, bias, stride, padding)
         return y.contiguous(memory_format=torch.channels_last)
     (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
     P, Q = out_size(H, R, stride, padding), out_size(W, S, stride, padding)
+    if not small:
+        y = F.linear(windows(x, (R, S), stride, padding).flatten(3), _nhwc(weight).flatten(1), bias)
+        return y.permute(0, 3, 1, 2)
     y = x.new_zeros(N, P, Q, K) if bias is None else bias.expand(N, P, Q, K).contiguous()
     for tap, outputs, inputs in _taps(x, weight, stride, padding):
         _add_product(y, outputs, _nhwc(x)[inputs], weight[tap].t())
@@ -124,8 +148,8 @@ def convolve_backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight) of `convolve`, channels_last, None where not needed; dy (N, K, P, Q) is channels_last."""
     small = is_small(x, weight, stride, padding)
-    per_tap = small or _is_at_most(_GRAD_WEIGHT_PIXELS, _GRAD_WEIGHT_CHANNELS, x, weight, stride, padding)
-    own_weight = needs_weight and (per_tap or overruns(x, weight, stride))
+    few = 0 < _map_size(x, weight, stride, padding) <= _GRAD_WEIGHT_PIXELS[products_lag()] and x.shape[0] >= _IMAGES
+    own_weight = needs_weight and (few or overruns(x, weight, stride))
     own_x = needs_x and small
     wanted = [needs_x and not own_x, needs_weight and not own_weight, False]  # with none PyTorch computes nothing
     dx, dweight, _ = torch.ops.aten.convolution_backward(
@@ -146,6 +170,10 @@ def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int
 
 
 def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    (N, K, P, Q), (_, C, R, S) = dy.shape, weight.shape
+    if N * P * Q <= _GRAD_WEIGHT_ROWS and P * Q > 1:
+        met = windows(x, (R, S), stride, padding).reshape(N * P * Q, R * S * C)
+        return (_nhwc(dy).flatten(0, 2).t() @ met).view(K, R, S, C).permute(0, 3, 1, 2)
     dweight = torch.zeros_like(weight, memory_format=torch.channels_last)
     for tap, outputs, inputs in _taps(x, weight, stride, padding):
         dweight[tap] = _nhwc(dy)[outputs].flatten(0, 2).t() @ _nhwc(x)[inputs].flatten(0, 2)

@@ -5,29 +5,34 @@ import torch
 from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet.torch_backend.convolution import convolve, convolve_backward, is_small
+from resnet.torch_backend.convolution import convolve, convolve_backward, is_mostly_weight, is_small
 from tests.helpers.parity import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.usefixtures("products_keep_up")
 
 # N, C, K, H, W, R, stride, padding
 SMALL = {
-    "last stage": (3, 128, 128, 3, 3, 3, 1, 1),
-    "into the last stage": (2, 128, 160, 6, 6, 3, 2, 1),
-    "odd and stride 2": (2, 128, 128, 7, 5, 3, 2, 1),
-    "one pixel": (4, 128, 128, 1, 1, 3, 1, 1),
-    "no padding": (2, 128, 128, 5, 4, 3, 1, 0),
-    "5x5 kernel": (1, 128, 128, 4, 4, 5, 1, 2),
+    "last stage": (4, 512, 512, 3, 3, 3, 1, 1),
+    "into the last stage": (4, 256, 512, 4, 4, 3, 2, 1),
+    "odd and stride 2": (4, 512, 512, 7, 5, 3, 2, 1),
+    "one pixel": (4, 256, 272, 1, 1, 3, 1, 1),
+    "no padding": (5, 512, 512, 5, 4, 3, 1, 0),
+    "5x5 kernel": (4, 256, 256, 2, 2, 5, 1, 2),
 }
-# Only grad-weight is a product per tap.
+MOSTLY_WEIGHT = {  # forward
+    "one image": (1, 256, 512, 7, 7, 3, 1, 1),
+    "two images, stride 2": (2, 272, 512, 13, 11, 3, 2, 1),
+}
 GRAD_WEIGHT = {
-    "many channels": (2, 256, 256, 6, 6, 3, 1, 1),
-    "many channels, stride 2": (2, 256, 272, 13, 11, 3, 2, 1),
+    "few pixels": (4, 256, 256, 6, 6, 3, 1, 1),
+    "few pixels, stride 2": (4, 256, 272, 13, 11, 3, 2, 1),
+    "many pixels": (16, 256, 256, 6, 6, 3, 1, 1),
 }
 OTHER = {
-    "many pixels": (2, 128, 128, 6, 6, 3, 1, 1),
-    "few channels": (2, 64, 64, 3, 3, 3, 1, 1),
-    "1x1 kernel": (2, 128, 128, 4, 4, 1, 2, 0),
+    "large maps": (4, 256, 256, 9, 9, 3, 1, 1),
+    "few channels": (4, 128, 128, 3, 3, 3, 1, 1),
+    "few images": (3, 512, 512, 3, 3, 3, 1, 1),
+    "1x1 kernel": (4, 512, 512, 4, 4, 1, 2, 0),
 }
 
 
@@ -59,18 +64,23 @@ class GradsAsked(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("shape", [*SMALL.values(), *GRAD_WEIGHT.values()], ids=[*SMALL, *GRAD_WEIGHT])
-def test_products_per_tap_are_as_exact_as_pytorch(shape):
+@pytest.mark.parametrize(
+    "shape",
+    [*SMALL.values(), *MOSTLY_WEIGHT.values(), *GRAD_WEIGHT.values()],
+    ids=[*SMALL, *MOSTLY_WEIGHT, *GRAD_WEIGHT],
+)
+def test_products_in_place_of_convolutions_are_as_exact_as_pytorch(shape):
     *_, stride, padding = shape
-    small = shape in SMALL.values()
+    small, mostly_weight = shape in SMALL.values(), shape in MOSTLY_WEIGHT.values()
     results = []
     for seed in range(3):
         x, weight, bias, dy = _draw(*shape, seed=seed)
         assert is_small(x, weight, stride, padding) == small
+        assert small or is_mostly_weight(x, weight, stride, padding) == mostly_weight
         y = convolve(x, weight, bias, stride, padding)
         with GradsAsked() as asked:
             fused = (y, *convolve_backward(dy, x, weight, stride, padding, True, True))
-        assert asked.masks == [[not small, False, False]]
+        assert asked.masks == [[not small, mostly_weight, False]]
         exact = _reference(*(t.double() for t in (x, weight, bias, dy)), stride, padding)
         results.append((fused, _reference(x, weight, bias, dy, stride, padding), exact))
     for i, name in enumerate(("y", "dx", "dweight")):
@@ -79,10 +89,10 @@ def test_products_per_tap_are_as_exact_as_pytorch(shape):
 
 
 @pytest.mark.parametrize("shape", OTHER.values(), ids=OTHER)
-def test_large_maps_few_channels_and_1x1_kernels_are_pytorchs_convolution(shape):
+def test_large_maps_few_channels_few_images_and_1x1_kernels_are_pytorchs_convolution(shape):
     *_, stride, padding = shape
     x, weight, bias, dy = _draw(*shape, seed=0)
-    assert not is_small(x, weight, stride, padding)
+    assert not is_small(x, weight, stride, padding) and not is_mostly_weight(x, weight, stride, padding)
     y, dx, dweight = _reference(x, weight, bias, dy, stride, padding)
     assert torch.equal(convolve(x, weight, bias, stride, padding), y)
     got = convolve_backward(dy, x, weight, stride, padding, True, True)
@@ -125,11 +135,12 @@ def test_only_the_smallest_maps_are_products_on_a_cpu_whose_products_lag(monkeyp
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    draw = lambda channels, size: _draw(64, channels, channels, size, size, 3, 1, 1, seed=0)[:2]  # noqa: E731
-    assert is_small(*draw(128, 2), 1, 1)
-    assert is_small(*draw(128, 3), 1, 1) == (not lag)
+    draw = lambda N, size: _draw(N, 512, 512, size, size, 3, 1, 1, seed=0)[:2]  # noqa: E731
+    assert is_small(*draw(4, 2), 1, 1)
+    assert is_small(*draw(4, 3), 1, 1) == (not lag)
+    assert is_mostly_weight(*draw(1, 7), 1, 1) == (not lag)
     for size, own in ((3, True), (6, not lag)):
-        x, weight, _, dy = _draw(2, 256, 256, size, size, 3, 1, 1, seed=0)
+        x, weight, _, dy = _draw(4, 256, 256, size, size, 3, 1, 1, seed=0)
         with GradsAsked() as asked:
             convolve_backward(dy, x, weight, 1, 1, False, True)
         assert asked.masks == [[False, not own, False]]
