@@ -38,8 +38,7 @@ def freeze(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def scale_shift(mean: Tensor, invstd: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(scale, shift), (C,) each: batch_norm(x) = x * scale + shift."""
     scale = invstd if norm.weight is None else invstd * norm.weight
-    shift = -mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+    return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
 
 
 def _stats(x: Tensor, norm: Norm) -> Tensor:

@@ -29,7 +29,7 @@ KINDS = {
     "grey stem": (Stem, 1, 16),  # on the CPU a product of windows
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-MANY = (2, 24, 20)  # enough pixels for the CPU to fold BatchNorm into the convolution
+MANY = (2, 24, 20)
 FEW = (2, 5, 6)
 
 
