@@ -79,13 +79,16 @@ def forward(
     return out.relu_() if relu else out, stats
 
 
+EAGER_DTYPES = (torch.float32, torch.float64)
+
+
 def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
     """Whether `eager` keeps and computes what `forward` and `backward` do, with less of Python around it.
 
     PyTorch takes the statistics in the type of the vectors, and an empty batch changes the running ones.
     """
     dtype = x.dtype
-    if dtype not in (torch.float32, torch.float64) or x.numel() == 0:
+    if dtype not in EAGER_DTYPES or x.numel() == 0:
         return False
     return all(v is None or v.dtype == dtype for v in norm[:4])
 
