@@ -43,7 +43,7 @@ def every_candidate(like: Device = ANY) -> Iterator[None]:
 
 def state() -> tuple:
     """What choices depend on beside their keys. While it is the same, so are they."""
-    return memory.Choices.generation, _every
+    return memory.Choices.generation, memory.process_choices.times(), _every
 
 
 def gemm_config(

@@ -11,9 +11,12 @@ times, so it must not change what it reads. Environment variables, read at impor
                             first; "full": all of its tiles; "off": nothing is timed and no file is read, the first
                             candidate that runs is taken
 
-In the file a choice counts for one device name, one version of triton and of torch, and one state of the files that
-hold kernels: another device or an update times again. Processes may share the file; the first to finish timing a key
-decides for those that come later, so that the ranks of a job agree.
+Nothing is timed either while `torch.use_deterministic_algorithms` is on, and what was timed before does not count: the
+first candidate that runs is taken.
+
+In the file a choice counts for one device name, one version of triton, of torch and of ptxas, and one state of the
+files that hold kernels: another device or an update times again. Processes may share the file; the first to finish
+timing a key decides for those that come later, so that the ranks of a job agree.
 """
 
 from __future__ import annotations
@@ -61,15 +64,36 @@ def hash_kernels(folder: Path) -> str:
     return sources.hexdigest()[:12]
 
 
-@cache
 def _environment(device: torch.device) -> str:
     """Where a choice in the file counts: the device, the versions and the kernels that it was timed with."""
+    return f"{_platform(device)}{_assembler(device)}, kernels {_kernels()}"
+
+
+@cache
+def _platform(device: torch.device) -> str:
     try:
         from triton import __version__ as triton
     except ImportError:
         triton = "none"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}, torch {torch.__version__}, triton {triton}, kernels {hash_kernels(Path(__file__).parents[1])}"
+    return f"{name}, torch {torch.__version__}, triton {triton}"
+
+
+@cache
+def _kernels() -> str:
+    return hash_kernels(Path(__file__).parents[1])
+
+
+def _assembler(device: torch.device) -> str:
+    """The version of ptxas where it compiles. It may change within a process: `TRITON_PTXAS_PATH` names another."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return ""
+    try:
+        from triton import knobs
+    except ImportError:
+        return ""
+    blackwell = torch.cuda.get_device_capability(device) >= (10, 0)
+    return f", ptxas {(knobs.nvidia.ptxas_blackwell if blackwell else knobs.nvidia.ptxas).version}"
 
 
 def _parse(text: str) -> dict[str, dict[str, Choice]]:
@@ -104,20 +128,24 @@ class Choices:
     def __init__(self, path: Path | None, timed: bool = True):
         self.path = path
         self._timed = timed
-        self._names: dict[tuple[torch.device, tuple], str] = {}
+        self._names: dict[tuple[bool, torch.device, tuple], str] = {}  # the first: whether it may come from a timing
         self._file: dict[str, dict[str, Choice]] | None = None
         self._lock = threading.RLock()  # a candidate may have choices of its own
 
+    def times(self) -> bool:
+        """Whether choices are timed now."""
+        return self._timed and not torch.are_deterministic_algorithms_enabled()
+
     def remembered(self, key: tuple, device: torch.device) -> str | None:
         """What this process chose, or None; no file is touched."""
-        return self._names.get((device, key))
+        return self._names.get((self.times(), device, key))
 
     def choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, timed: int | None = None) -> str:
         """The name of the fastest of `candidates` on `device`, or of the first one where nothing can be timed.
 
-        Nothing is timed on the CPU or with timing switched off. A candidate that cannot run on the device is left out.
-        While a CUDA graph is captured no candidate can be run: what is not known by then and would have to be timed is
-        an error, since the graph would keep whatever was taken instead.
+        Nothing is timed on the CPU, with timing switched off, or with deterministic algorithms. A candidate that cannot
+        run on the device is left out. While a CUDA graph is captured no candidate can be run: what is not known by then
+        and would have to be timed is an error, since the graph would keep whatever was taken instead.
 
         Args:
             key: hashable; everything that the times depend on, the device aside. Its repr is the key in the file.
@@ -127,28 +155,28 @@ class Choices:
             RuntimeError: no candidate can run on the device (torch.OutOfMemoryError where memory is why), or a choice
                 is still open while a CUDA graph is captured.
         """
-        name = self._names.get((device, key))
+        name = self.remembered(key, device)
         return self._choose(key, candidates, device, timed) if name is None else name
 
     def _choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, timed: int | None) -> str:
         with self._lock:
-            name = self._names.get((device, key))  # another thread may have been here
+            name = self.remembered(key, device)  # another thread may have been here
             clock = timing.CLOCKS.get(device.type)
             if name is None and clock is None:
                 return next(iter(candidates))
             Choices.generation += 1
-            if name is None and self._timed:
+            if name is None and self.times():
                 name = self._from_file(key, candidates, device)
             if name is None:
                 if timing.capturing(device):
                     return self._untimed(key, candidates)
                 name = self._first_time(key, candidates, device, clock, timed)
-            self._names[device, key] = name
+            self._names[self.times(), device, key] = name
             return name
 
     def _untimed(self, key: tuple, candidates: Mapping[str, Run]) -> str:
         """What is taken, and not remembered, where no candidate can be run."""
-        if self._timed and len(candidates) > 1:
+        if self.times() and len(candidates) > 1:
             raise RuntimeError(
                 f"{key}: which of {len(candidates)} candidates is fastest is not known yet, and nothing can be timed "
                 "while a CUDA graph is captured: run one step of this shape first, outside of the capture"
@@ -163,7 +191,7 @@ class Choices:
             error = timing.fails(run, device)
             if error is not None:
                 errors.append(error)
-            elif not self._timed or len(candidates) == 1:
+            elif not self.times() or len(candidates) == 1:
                 return name
             else:
                 runnable[name] = run

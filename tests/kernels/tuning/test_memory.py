@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ import torch
 
 from resnet.kernels.host.files import cache_folder
 from resnet.kernels.tuning import __main__ as tuning_command
+from resnet.kernels.tuning import choice, timing
 from resnet.kernels.tuning import memory as process_memory
-from resnet.kernels.tuning import timing
 from resnet.kernels.tuning.memory import Choices, hash_kernels
 from tests.conftest import DEVICE, ROOT
 
@@ -112,6 +113,43 @@ def test_a_choice_of_this_process_is_looked_up_without_the_file(path):
     path.parent.rmdir()
     memory.path = None  # a use of it would fail
     assert memory.remembered(KEY, DEVICE) == memory.choose(KEY, {}, DEVICE) == "fast"
+
+
+@contextmanager
+def deterministic_algorithms():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_with_deterministic_algorithms_nothing_is_timed_and_the_first_that_runs_is_taken(path):
+    waiting = slow_and_fast()
+    runs = {"large": failing(out_of_resources()), **waiting.runs}
+    memory = Choices(path)
+    with deterministic_algorithms():
+        assert memory.choose(KEY, runs, DEVICE) == memory.remembered(KEY, DEVICE) == "slow"
+    assert waiting.count == {"slow": 1, "fast": 0} and not path.exists()
+
+
+def test_deterministic_algorithms_set_aside_what_was_timed_and_leave_it_for_later(path):
+    """In this process and in the file."""
+    memory, waiting = Choices(path), slow_and_fast()
+    memory.choose(KEY, waiting.runs, DEVICE)
+    with deterministic_algorithms():
+        for choices in (memory, Choices(path)):
+            assert choices.remembered(KEY, DEVICE) is None
+            assert choices.choose(KEY, waiting.runs, DEVICE) == "slow"
+    assert memory.remembered(KEY, DEVICE) == "fast"
+
+
+def test_deterministic_algorithms_make_another_state_of_choices():
+    """So that a recorded launch, with its tile, is not replayed."""
+    before = choice.state()
+    with deterministic_algorithms():
+        assert choice.state() != before
+    assert choice.state() == before
 
 
 def test_nothing_is_remembered_of_a_key_that_was_not_asked_for(path):
