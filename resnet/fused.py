@@ -142,11 +142,6 @@ def _weight_shape(conv: nn.Conv2d) -> tuple[int, ...]:
     return (conv.out_channels, conv.in_channels, *conv.kernel_size)
 
 
-def to_channels_last(module: nn.Module) -> None:
-    """Hold the convolutions' weights as K, R, S, C, so that no call has to convert them."""
-    module.to(memory_format=torch.channels_last)
-
-
 def check_identity_shortcut(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int) -> None:
     """ValueError for a shortcut that is the identity where the block's output has another shape than its input."""
     if not use_1x1conv and (input_channels != num_channels or strides != 1):
@@ -246,7 +241,7 @@ def _remember(state: tuple, recent: Recent) -> None:
 
 def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> Tensor:
     weight = _tensor(conv, "_parameters", "weight")
-    return weight.to(x.dtype) if cast else weight
+    return weight.to(x.dtype, memory_format=torch.channels_last) if cast else weight
 
 
 class FusedStem(_Fused, Stem):
@@ -258,10 +253,6 @@ class FusedStem(_Fused, Stem):
     """
 
     _operator = "stem"
-
-    def __init__(self, in_channels: int, channels: int = 64):
-        super().__init__(in_channels, channels)
-        to_channels_last(self)
 
     def _state(self) -> tuple:
         conv, bn, relu, pool = self
@@ -319,7 +310,6 @@ class FusedResidual(_Fused, Residual):
     def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
         check_identity_shortcut(input_channels, num_channels, use_1x1conv, strides)
         super().__init__(input_channels, num_channels, use_1x1conv, strides)
-        to_channels_last(self)
 
     def _reason_not_to_fuse(self) -> str | None:
         reason = (

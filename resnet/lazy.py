@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from resnet.checks import check_activation
-from resnet.fused import FusedResidual, FusedStem, check_identity_shortcut, to_channels_last
+from resnet.fused import FusedResidual, FusedStem, check_identity_shortcut
 
 
 def _initialize(child: nn.Module, channels: int) -> None:
@@ -23,7 +23,6 @@ def _initialize(child: nn.Module, channels: int) -> None:
         child.num_features = child.num_features or channels
     else:
         child.in_channels = child.in_channels or child.groups * child.weight.shape[1]
-        to_channels_last(child)
 
 
 def _initialize_pairs(pairs: Iterable[tuple[nn.Module, nn.Module]], channels: int) -> None:

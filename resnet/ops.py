@@ -261,8 +261,15 @@ def _once(name: str) -> type[torch.autograd.Function]:
 
 
 def _like(t: Tensor) -> Tensor:
-    """An empty gradient or activation for t: channels_last where it has four axes."""
-    return torch.empty_like(t, memory_format=torch.channels_last if t.dim() == 4 else torch.contiguous_format)
+    """An empty gradient or activation for t, in the layout of t where it has four axes."""
+    return torch.empty_like(t, memory_format=torch.preserve_format if t.dim() == 4 else torch.contiguous_format)
+
+
+def _laid_out(grad: Tensor | None, weight: Tensor) -> Tensor | None:
+    """A convolution's grad-weight in the layout of the weight. Strides of single values do not count."""
+    if grad is None or all(n == 1 or s == t for n, s, t in zip(grad.shape, grad.stride(), weight.stride())):
+        return grad
+    return _like(weight).copy_(grad)
 
 
 def _empty_map(x: Tensor, channels: int, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
@@ -359,7 +366,7 @@ def _stem(arguments: Stem) -> StemOutput:
 def _stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> Stem:
     grad = backends.implementation(kept.x).stem_backward(dout, kept, needs)
     norm_grads = _norm_grads(kept.norm, grad.weight, grad.bias, kept.output.stats, grad.sum_g, needs.norm)
-    return Stem(grad.x, grad.conv, None, None, norm_grads)
+    return Stem(grad.x, _laid_out(grad.conv, kept.weight), None, None, norm_grads)
 
 
 _Differentiable(
@@ -393,10 +400,11 @@ def _block(arguments: Block) -> BlockOutput:
 def _block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> Block:
     _, output, convs, norm1, norm2 = kept
     grad = backends.implementation(kept.x).block_backward(dout, kept, needs)
+    dconvs = (_laid_out(g, w) for g, w in zip((grad.conv1, grad.conv2, grad.conv3), convs[:3], strict=True))
     dconv3_bias = grad.sum_g2.to(convs.conv3_bias.dtype, copy=True) if needs.convs.conv3_bias else None
     return Block(
         grad.x,
-        Convolutions(grad.conv1, grad.conv2, grad.conv3, dconv3_bias, None),
+        Convolutions(*dconvs, dconv3_bias, None),
         _norm_grads(norm1, grad.weight1, grad.bias1, output.stats1, grad.sum_g1, needs.norm1),
         _norm_grads(norm2, grad.weight2, grad.bias2, output.stats2, grad.sum_g2, needs.norm2),
     )

@@ -115,13 +115,17 @@ def windows(x: Tensor, kernel: tuple[int, int], stride: int, padding: int) -> Te
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
-    """conv(x, weight) + bias, (N, K, P, Q) channels_last, from x (N, C, H, W) channels_last and weight (K, C, R, S)."""
+    """conv(x, weight) + bias, (N, K, P, Q) channels_last, from x (N, C, H, W) channels_last and weight (K, C, R, S).
+
+    The weight may lie in memory in any way.
+    """
     small = is_small(x, weight, stride, padding)
     if not small and not is_mostly_weight(x, weight, stride, padding):
         y = torch.conv2d(x, weight, bias, stride, padding)
         return y.contiguous(memory_format=torch.channels_last)
     (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
     P, Q = out_size(H, R, stride, padding), out_size(W, S, stride, padding)
+    weight = weight.contiguous(memory_format=torch.channels_last)
     if not small:
         y = F.linear(windows(x, (R, S), stride, padding).flatten(3), _nhwc(weight).flatten(1), bias)
         return y.permute(0, 3, 1, 2)
@@ -146,7 +150,7 @@ def add_projected(to: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
 def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dweight) of `convolve`, channels_last, None where not needed; dy (N, K, P, Q) is channels_last."""
+    """(dx, dweight) of `convolve`, None where not needed; dx is channels_last, as dy (N, K, P, Q) is."""
     small = is_small(x, weight, stride, padding)
     few = 0 < _map_size(x, weight, stride, padding) <= _GRAD_WEIGHT_PIXELS[products_lag()] and x.shape[0] >= _IMAGES
     own_weight = needs_weight and (few or overruns(x, weight, stride))
@@ -156,10 +160,10 @@ def convolve_backward(
         dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
     )
     if own_x:
-        dx = _grad_input(dy, x, weight, stride, padding)
+        dx = _grad_input(dy, x, weight.contiguous(memory_format=torch.channels_last), stride, padding)
     if own_weight:
         dweight = _grad_weight(dy, x, weight, stride, padding)
-    return tuple(g.contiguous(memory_format=torch.channels_last) if g is not None else None for g in (dx, dweight))
+    return None if dx is None else dx.contiguous(memory_format=torch.channels_last), dweight
 
 
 def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:

@@ -60,6 +60,11 @@ def run_picked(direction: str, x: Tensor, weight: Tensor, fused: tuple, **varian
     return pick(direction, key, variants, x.device)()
 
 
+def in_nhwc(weight: Tensor | None) -> Tensor | None:
+    """The weight as the kernels read it, K, R, S, C in memory: a copy where it lies otherwise."""
+    return None if weight is None else weight.contiguous(memory_format=torch.channels_last)
+
+
 # ---- the ways ----------------------------------------------------------------------------------------------------
 
 

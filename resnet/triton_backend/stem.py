@@ -23,7 +23,7 @@ from resnet.triton_backend.batch_norm import frozen_stats, norm_stats
 
 def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> StemOutput:
     """See `torch_backend.stem_forward`."""
-    y, moments, _, _ = convolution.forward(x, weight, stride, padding, norm.training)
+    y, moments, _, _ = convolution.forward(x, convolution.in_nhwc(weight), stride, padding, norm.training)
     stats = norm_stats(y, moments, norm)
     out, tap = batch_norm_max_pool(y, stats)
     return StemOutput(out, y, tap, stats)
@@ -32,6 +32,7 @@ def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: in
 def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """See `torch_backend.stem_backward`. dy is written only where something reads it."""
     x, (out, y, tap, stats), weight, norm, stride, padding = kept
+    weight = convolution.in_nhwc(weight)
     dweight, dbias = empty_grads(norm)
     sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias)
     used = sums if norm.training else None
@@ -74,5 +75,5 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
 
 def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
     """See `torch_backend.stem_inference`. The pool is ours: PyTorch's takes three times as long for such a map."""
-    y = convolution.forward(x, weight, stride, padding, moments=False).y
+    y = convolution.forward(x, convolution.in_nhwc(weight), stride, padding, moments=False).y
     return batch_norm_max_pool(y, frozen_stats(norm, y.dtype))[0]

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import resnet
 from resnet import FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
-from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, name_of, same, step, trio
+from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, infer, name_of, same, step, trio
 from tests.helpers.fused_cases import STRIDED, images, inference_trio, kinds, train_and_eval
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
@@ -51,11 +52,55 @@ def test_any_layout_of_the_input_gives_the_same_bits_channels_last(any_backend, 
         assert is_channels_last(got["dx"])
 
 
-def test_conv_weights_are_held_channels_last():
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    return [m.weight for m in module.modules() if isinstance(m, nn.Conv2d)]
+
+
+def test_weights_are_made_as_pytorchs_convolution_makes_them_and_stay_as_the_user_lays_them_out():
     for module in (FusedResidual(*STRIDED), FusedStem(3, 4)):
-        assert all(is_channels_last(p) for p in module.parameters() if p.dim() == 4)
+        assert all(p.is_contiguous() for p in module.parameters())
+        assert len(nn.utils.parameters_to_vector(module.parameters())) == sum(p.numel() for p in module.parameters())
+        module.to(memory_format=torch.channels_last)
         module.load_state_dict({k: v.contiguous() for k, v in module.state_dict().items()})
-        assert all(is_channels_last(p) for p in module.parameters() if p.dim() == 4)
+        assert all(is_channels_last(w) for w in weights_of(module))
+        module.to(memory_format=torch.contiguous_format)
+        assert all(w.is_contiguous() for w in weights_of(module))
+
+
+@kinds
+@pytest.mark.parametrize(
+    "backend, convolution, layout",
+    [
+        *(("torch", "auto", layout) for layout in ("nchw", "transposed", "every other")),
+        ("triton", "pytorch", "every other"),
+        ("triton", "triton", "nchw"),
+    ],
+)
+def test_any_layout_of_the_weights_gives_the_same_values_and_gradients_laid_out_alike(
+    backend, convolution, layout, kind
+):
+    fused = inference_trio(kind, dtype=torch.float64).fused
+    other = copy.deepcopy(fused)
+    for w in weights_of(other):
+        w.data = LAYOUTS[layout](w.data)
+    x = images(kind, (2, 5, 4), dtype=torch.float64)
+    with resnet.backend(backend), resnet.convolution(convolution):
+        torch.testing.assert_close(infer(other, x), infer(fused, x), atol=1e-11, rtol=1e-9)
+        got = step(other.train(), x)
+        torch.testing.assert_close(got, step(fused.train(), x), atol=1e-11, rtol=1e-9)
+    for name, w in other.named_parameters():
+        grad, dense = got[f"d {name}"], torch.empty_like(w)
+        assert all(n == 1 or s == t for n, s, t in zip(w.shape, grad.stride(), dense.stride(), strict=True)), name
+
+
+@kinds
+def test_weights_may_be_assigned_in_another_layout(any_backend, kind):
+    fused = inference_trio(kind).fused.to(memory_format=torch.channels_last)
+    x = images(kind, (2, 7, 6))
+    expected = step(copy.deepcopy(fused), x)
+    fused.load_state_dict({k: v.contiguous() for k, v in fused.state_dict().items()}, assign=True)
+    assert all(w.is_contiguous() for w in weights_of(fused))
+    torch.testing.assert_close(step(fused, x), expected, atol=1e-5, rtol=1e-5)
 
 
 # ---- autocast ---------------------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ def test_first_weights_of_a_seed_are_eagers():
 def test_a_checkpoint_with_nchw_weights_is_as_exact_as_eager(any_backend, train, assign):
     trios = [trio(Residual, *STRIDED, seed=seed, train=train) for seed in range(3)]
     for t in trios:
+        t.fused.to(memory_format=torch.channels_last)
         t.fused.load_state_dict(copy.deepcopy(t.eager.state_dict()), assign=assign, strict=True)
         assert t.fused.conv1.weight.is_contiguous() == assign, "the layout that this test is about"
     assert_trios_parity(trios, (2, 4, 6, 5))
