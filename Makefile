@@ -71,8 +71,8 @@ test-matrix: $(TRITONS:%=$(MATRIX)/%/.installed)
 gpu-check: $(STAMP)
 	@env -u TRITON_INTERPRET $(RUN) benchmarks.gpu_check
 
-# What every kernel asks of four devices, compiled for them: registers, spills, access widths, tensor cores. A file is
-# one worker's, since the tests of test_gate.py share a report.
+# What every kernel asks of four devices, compiled for them: registers, spills, access widths, tensor cores. And what a
+# replayed step asks of the host. A file is one worker's, since the tests of test_gate.py share a report.
 gate: $(STAMP)
 	@env -u TRITON_INTERPRET $(RUN) pytest $(PARALLEL) --dist loadfile tests/gate
 

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import torch
 from torch import Tensor, nn
 
-from benchmarks import common
+from benchmarks import common, turns
 from benchmarks.common import Implementation, Workload
 
 BATCH = 4 if common.QUICK else 32
@@ -72,6 +73,19 @@ def bench_training_forward_backward(measure, shape):
         )
 
     measure(build)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU the host's time is part of a step's")
+@pytest.mark.benchmark(timer=turns.HostClock(torch.cuda.synchronize), disable_gc=True)
+def bench_training_host(measure):
+    """What the host needs to queue a step, however long the GPU takes for it."""
+
+    def build(implementation: Implementation) -> Workload:
+        b = block(implementation, "64@24x24")
+        step = common.forward_backward(implementation, b.run, b.x, b.module.train().parameters())
+        return Workload(step, f"{b.group} training forward + backward, host", len(b.x))
+
+    measure(build, calls=4)  # so few that the queue never fills, where the host would wait for the GPU
 
 
 @of_every_shape

@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "measure" in getattr(item, "fixturenames", ()):
+        if "measure" in getattr(item, "fixturenames", ()):  # a suite's own mark comes before this one
             item.add_marker(pytest.mark.benchmark(timer=turns.clock(DEVICE), disable_gc=True))
 
 
@@ -91,13 +91,15 @@ def _waiting() -> dict[tuple, Measured | Exception]:
 def measure(request: pytest.FixtureRequest, benchmark, implementation: Implementation, _waiting):
     """measure(build): times `build(implementation).run`, in turns with the other rows of the group.
 
+    A turn has as many calls as last TURN_SECONDS, or `calls` where that is given.
+
     Rows of a group differ in nothing but the implementation. The first of them to run measures all that were selected;
     each row then enters its own times, or raises its own error.
     """
     if reason := common.unavailable(implementation):
         pytest.skip(reason)
 
-    def run(build: Callable[[Implementation], Workload]) -> None:
+    def run(build: Callable[[Implementation], Workload], calls: int | None = None) -> None:
         if benchmark.disabled:
             with implementation.scope():
                 benchmark.pedantic(build(implementation).run)
@@ -109,7 +111,8 @@ def measure(request: pytest.FixtureRequest, benchmark, implementation: Implement
             selected = [item.callspec.params["implementation"] for item in peers]
             usable = [each for each in selected if not common.unavailable(each)]
             options = request.config._benchmarksession.options
-            results = _measure_group(build, usable, options["min_rounds"], float(options["max_time"]))
+            rounds, seconds = options["min_rounds"], float(options["max_time"])
+            results = _measure_group(build, usable, rounds, seconds, benchmark._timer, calls)
             _waiting.update({(*group, each): result for each, result in results.items()})
         result = _waiting.pop((*group, implementation))
         if isinstance(result, Exception):
@@ -131,9 +134,10 @@ def _measure_group(
     implementations: list[Implementation],
     min_rounds: int,
     max_seconds: float,
+    now: Callable[[], float],
+    asked_calls: int | None,
 ) -> dict[Implementation, Measured | Exception]:
     """Builds and measures a group; an implementation that fails has its error, and the others go on without it."""
-    now = turns.clock(DEVICE)
     results: dict[Implementation, Measured | Exception] = {}
     members: dict[Implementation, tuple[Workload, turns.Side, float]] = {}
     for implementation in implementations:
@@ -146,7 +150,7 @@ def _measure_group(
             results[implementation] = error
     while members:
         workloads, sides, warm_seconds = zip(*members.values())
-        calls = turns.calls_per_turn(TURN_SECONDS, warm_seconds)
+        calls = asked_calls or turns.calls_per_turn(TURN_SECONDS, warm_seconds)
         budget = max_seconds * len(sides)
         try:
             taken = turns.take_turns(sides, calls=calls, rounds=min_rounds, now=now, budget=budget)

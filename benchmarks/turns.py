@@ -34,6 +34,23 @@ class CudaClock:
         return self._seconds
 
 
+class HostClock:
+    """Seconds of the host's own work. Each reading calls `wait`, which lets queued work end, and leaves that out."""
+
+    __name__ = "HostClock"
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self._wait = wait
+        self._waited = 0.0
+
+    def __call__(self) -> float:
+        reached = time.perf_counter()
+        seconds = reached - self._waited
+        self._wait()
+        self._waited += time.perf_counter() - reached
+        return seconds
+
+
 def clock(device: torch.device) -> Callable[[], float]:
     """A clock for work on `device`, in seconds."""
     return CudaClock() if device.type == "cuda" else time.perf_counter

@@ -100,7 +100,7 @@ class RecordedLaunch:
         return _unwrapped(getattr(importlib.import_module(self.module), self.kernel))
 
 
-class _Driver:
+class Driver:
     """Stands for the driver of a device that is not here. Each target has a name of its own, so launch caches too."""
 
     def __init__(self, target: GPUTarget, properties: dict[str, int]):
@@ -172,7 +172,7 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
         return True  # Triton then neither compiles nor launches
 
     before, hook = driver._active, knobs.runtime.jit_cache_hook
-    driver.set_active(_Driver(target, properties or {}))
+    driver.set_active(Driver(target, properties or {}))
     knobs.runtime.jit_cache_hook, jit.JITFunction.run = append, remember
     try:
         yield launches

@@ -12,6 +12,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +128,21 @@ def test_a_turn_is_timed_by_the_clock_it_is_given_per_call():
     taken = turns.take_turns([side(lambda: next(hours)) for _ in range(2)], calls=3, rounds=2, now=lambda: next(hours))
     # Between the two readings are three calls, which read it too.
     assert [own.seconds for own in taken] == [[4 / 3] * 2] * 2
+
+
+def test_the_hosts_clock_leaves_out_the_wait_for_what_it_queued(monkeypatch):
+    hour, queued = [0], [3]
+
+    def wait():
+        hour[0] += queued.pop()
+
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: hour[0]))
+    clock = turns.HostClock(wait)
+    start = clock()
+    hour[0] += 2
+    queued.append(5)
+    assert clock() - start == 2
+    assert hour[0] == 3 + 2 + 5
 
 
 def test_a_side_is_in_its_own_scope_when_it_runs():
@@ -390,13 +406,18 @@ def bench_it(measure):
 """
 
 
+def run_suite(folder, source, *options):
+    """pytest on a suite of that source; torch.compile finds no compiler."""
+    suite = folder / "bench_made_up.py"
+    suite.write_text(source)
+    command = ["pytest", "-c", "pyproject.toml", "-p", "benchmarks.conftest", str(suite), "-v", "-rA"]
+    return run(*command, *options, BENCH_QUICK="1", CXX=str(folder / "no-compiler"))
+
+
 @pytest.fixture
 def made_up_suite(tmp_path):
-    """run(*options) of a suite whose eager row fails in its turns; torch.compile finds no compiler."""
-    suite = tmp_path / "bench_made_up.py"
-    suite.write_text(MADE_UP_SUITE)
-    command = ["pytest", "-c", "pyproject.toml", "-p", "benchmarks.conftest", str(suite), "-v", "-rA"]
-    return lambda *options: run(*command, *options, BENCH_QUICK="1", CXX=str(tmp_path / "no-compiler"))
+    """run(*options) of a suite whose eager row fails in its turns."""
+    return lambda *options: run_suite(tmp_path, MADE_UP_SUITE, *options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU torch.compile needs no C++ compiler")
@@ -417,6 +438,28 @@ def test_disabled_each_row_runs_once(made_up_suite):
     done = made_up_suite("--benchmark-disable", "-k", "not compile")
     assert done.returncode == 0, done.stdout
     assert [line for line in done.stdout.splitlines() if line.startswith("ran ")] == ["ran eager", "ran fused"]
+
+
+HOST_SUITE = """
+import pytest
+from benchmarks import turns
+from benchmarks.common import Workload
+
+@pytest.mark.benchmark(timer=turns.HostClock(lambda: print("waited")), disable_gc=True)
+def bench_it(measure):
+    measure(lambda implementation: Workload(lambda: print("ran"), "group", examples=1), calls=3)
+"""
+
+
+def test_a_suite_may_have_a_clock_and_a_number_of_calls_of_its_own(tmp_path):
+    report = tmp_path / "out.json"
+    options = ["--benchmark-only", "--benchmark-min-rounds=2", f"--benchmark-json={report}", "-k", "not compile"]
+    done = run_suite(tmp_path, HOST_SUITE, *options)
+    assert done.returncode == 0, done.stdout
+    benchmarks = json.loads(report.read_text())["benchmarks"]
+    assert {(each["options"]["timer"], each["stats"]["iterations"]) for each in benchmarks} == {("HostClock", 3)}
+    lines = [line for line in done.stdout.splitlines() if line in ("ran", "waited")]
+    assert "".join(line[0] for line in lines).endswith("wrrrw" * 2 * len(benchmarks))
 
 
 # ---- the commands ---------------------------------------------------------------------------------------------
