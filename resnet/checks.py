@@ -76,6 +76,9 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -
     for field, t in zip(_VECTORS, norm):
         if t is not None:
             check_vector(f"{name}.{field}", t, x, channels)
+    for field, t in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
+        if norm.training and t is not None and channels > 1 and t.stride(0) == 0:
+            raise ValueError(f"{name}.{field}: expected {channels} values in memory to update, got one value expanded")
 
 
 def check_values_per_channel(norm: Norm, shape: tuple[int, int, int, int], name: str = "batch_norm") -> None:

@@ -103,7 +103,7 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
     if N == 0 or C < 2 or H * W < 2:  # empty, or of strides that channels_last leaves open
         return False
     channels = shape[1:2]
-    for v in norm[:4]:  # noqa: SIM110 (a generator takes a microsecond more)
-        if v is not None and (v.dtype is not dtype or not v.is_cpu or v.shape != channels):
+    for v in norm[:4]:
+        if v is not None and (v.dtype is not dtype or not v.is_cpu or v.shape != channels or not v.is_contiguous()):
             return False
     return True

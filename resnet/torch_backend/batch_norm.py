@@ -85,12 +85,13 @@ EAGER_DTYPES = (torch.float32, torch.float64)
 def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
     """Whether `eager` keeps and computes what `forward` and `backward` do, with less of Python around it.
 
-    PyTorch takes the statistics in the type of the vectors, and an empty batch changes the running ones.
+    PyTorch takes the statistics in the type of the vectors, an empty batch changes the running ones, and backward on
+    the CPU reads a weight with strides as if it had none.
     """
     dtype = x.dtype
     if dtype not in EAGER_DTYPES or x.numel() == 0:
         return False
-    return all(v is None or v.dtype == dtype for v in norm[:4])
+    return all(v is None or (v.dtype == dtype and v.is_contiguous()) for v in norm[:4])
 
 
 def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
@@ -130,7 +131,8 @@ def backward(
         g = aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
     else:
         g = aten.threshold_backward(dout, out, 0)
-    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype)
+    # The CPU's operator reads a weight with strides as if it had none.
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype).contiguous()
     if norm.training:
         running, eps = (None, None), norm.eps
     else:

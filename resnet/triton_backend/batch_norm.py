@@ -29,22 +29,34 @@ def _stats(x: Tensor, norm: Norm) -> Tensor:
     return batch_stats(batch_norm_statistics(x), norm) if norm.training else frozen_stats(norm, x.dtype)
 
 
+def dense(norm: Norm) -> Norm:
+    """The norm with its vectors as the kernels read them: copies of those that are views with strides."""
+    vectors = ("weight", "bias", "running_mean", "running_var", "conv_bias")
+    return norm._replace(**{name: v.contiguous() for name in vectors if (v := getattr(norm, name)) is not None})
+
+
 def batch_stats(moments: Moments, norm: Norm) -> Tensor:
     """stats (4, C) from the batch's moments; updates the running statistics in place."""
-    return batch_norm_finalize(
+    vectors = dense(norm)
+    stats = batch_norm_finalize(
         *moments,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
+        vectors.weight,
+        vectors.bias,
+        vectors.running_mean,
+        vectors.running_var,
         norm.momentum,
         norm.eps,
-        norm.conv_bias,
+        vectors.conv_bias,
     )
+    for given, updated in ((norm.running_mean, vectors.running_mean), (norm.running_var, vectors.running_var)):
+        if given is not updated:
+            given.copy_(updated)
+    return stats
 
 
 def frozen_stats(norm: Norm, dtype: torch.dtype) -> Tensor:
     """stats (4, C) from the running statistics, for activations of `dtype`."""
+    norm = dense(norm)
     return batch_norm_freeze(
         norm.running_mean,
         norm.running_var,

@@ -24,13 +24,15 @@ from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import norm_stats
 
 
-def _in_nhwc(convs: Convolutions) -> Convolutions:
-    return convs._replace(**{name: convolution.in_nhwc(getattr(convs, name)) for name in ("conv1", "conv2", "conv3")})
+def _as_read(convs: Convolutions) -> Convolutions:
+    """The convolutions as the kernels read them."""
+    weights = [convolution.in_nhwc(weight) for weight in (convs.conv1, convs.conv2, convs.conv3)]
+    return Convolutions(*weights, None if convs.conv3_bias is None else convs.conv3_bias.contiguous(), convs.stride)
 
 
 def block_forward(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> BlockOutput:
     """See `torch_backend.block_forward`."""
-    convs = _in_nhwc(convs)
+    convs = _as_read(convs)
     first = convolution.forward(x, convs.conv1, convs.stride, 1, norm1.training, conv3=convs.conv3)
     stats1 = norm_stats(first.y, first.moments, norm1)
     second = convolution.forward(first.y, convs.conv2, 1, 1, norm2.training, stats1)
@@ -43,7 +45,7 @@ def block_forward(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> B
 def block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> BlockGrad:
     """See `torch_backend.block_backward`."""
     x, (out, y1, y2, stats1, stats2), convs, norm1, norm2 = kept
-    convs = _in_nhwc(convs)
+    convs = _as_read(convs)
     needs_a1 = needs.x or needs.convs.conv1 or any(needs.norm1)
     dweight2, dbias2 = empty_grads(norm2)
     sums2 = batch_norm_backward_reduce(dout, y2, out, stats2, dweight=dweight2, dbias=dbias2)
@@ -69,7 +71,7 @@ def block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> BlockGrad:
 
 def block_inference(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> Tensor:
     """See `torch_backend.block_inference`. Two launches where the own convolutions run."""
-    convs = _in_nhwc(convs)
+    convs = _as_read(convs)
     shortcut = None if convs.conv3 is None else Shortcut(convs.conv3, convs.conv3_bias)
     a1, z = convolution.inference(x, convs.conv1, norm1, convs.stride, 1, shortcut=shortcut, relu=True)
     return convolution.inference(a1, convs.conv2, norm2, 1, 1, skip=x if z is None else z, relu=True)[0]

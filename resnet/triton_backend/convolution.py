@@ -25,7 +25,7 @@ from resnet.kernels.host.shapes import conv_shape
 from resnet.kernels.tuning import bucket, memory
 from resnet.norm import Norm
 from resnet.torch_backend.convolution import convolve, convolve_backward
-from resnet.triton_backend.batch_norm import frozen_stats
+from resnet.triton_backend.batch_norm import dense, frozen_stats
 
 T = TypeVar("T")
 
@@ -174,6 +174,7 @@ def inference(
     relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """relu(batch_norm(conv(x)) [+ skip]), and the shortcut's convolution of x."""
+    norm = dense(norm)
 
     def fused() -> tuple[Tensor, Tensor | None]:
         frozen = Frozen(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.conv_bias, norm.eps)

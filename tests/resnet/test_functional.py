@@ -292,6 +292,18 @@ def test_any_layout_of_input_and_shortcut_gives_the_same_bits_channels_last(any_
     assert all(is_channels_last(result[name]) for name in ("out", "dx", "dshortcut"))
 
 
+@pytest.mark.parametrize("stride", [2, 0])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_weight_and_bias_may_be_views_with_strides(any_backend, training, stride):
+    x = draw(2, 4, 3, 3)
+    values = draw(2, 7, seed=1)
+    views = [v.as_strided((4,), (stride,)) for v in values.abs() + 1]
+    running = draw(4, seed=2), draw(4, seed=3).abs() + 1
+    got = batch_norm_add_relu(x, *(r.clone() for r in running), *views, training=training)
+    dense = [v.clone(memory_format=torch.contiguous_format) for v in views]
+    torch.testing.assert_close(got, reference.batch_norm_add_relu(x, *running, *dense, training=training))
+
+
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
 @pytest.mark.parametrize("relu", [True, False], ids=["relu", "linear"])
 def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, layout, relu):

@@ -12,7 +12,7 @@ import resnet
 from resnet import FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
 from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, infer, name_of, same, step, trio
-from tests.helpers.fused_cases import STRIDED, images, inference_trio, kinds, train_and_eval
+from tests.helpers.fused_cases import STRIDED, assert_refused, images, inference_trio, kinds, train_and_eval
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 # ---- memory formats ---------------------------------------------------------------------------------------------
@@ -101,6 +101,46 @@ def test_weights_may_be_assigned_in_another_layout(any_backend, kind):
     fused.load_state_dict({k: v.contiguous() for k, v in fused.state_dict().items()}, assign=True)
     assert all(w.is_contiguous() for w in weights_of(fused))
     torch.testing.assert_close(step(fused, x), expected, atol=1e-5, rtol=1e-5)
+
+
+def every_other(v: Tensor) -> Tensor:
+    """v as every other value of a larger tensor, whose other values are NaN."""
+    return torch.stack((v, torch.full_like(v, torch.nan)), dim=1)[:, 0]
+
+
+@kinds
+@train_and_eval
+@pytest.mark.parametrize("backend, convolution", [("torch", "auto"), ("triton", "pytorch"), ("triton", "triton")])
+def test_vectors_with_strides_give_the_same_values_and_are_updated_in_place(backend, convolution, train, kind):
+    fused = inference_trio(kind, dtype=torch.float64).fused.train(train)
+    other = copy.deepcopy(fused)
+    for m in other.modules():
+        for p in m.parameters(recurse=False):
+            if p.dim() == 1:
+                p.data = every_other(p.data)
+        for name, b in m.named_buffers(recurse=False):
+            if b.dim() == 1:
+                setattr(m, name, every_other(b))
+    before = {name: b.data_ptr() for name, b in other.named_buffers()}
+    x = images(kind, (2, 5, 4), dtype=torch.float64)
+    with resnet.backend(backend), resnet.convolution(convolution):
+        torch.testing.assert_close(step(other, x), step(fused, x), atol=1e-11, rtol=1e-9)
+        torch.testing.assert_close(infer(other.eval(), x), infer(fused.eval(), x), atol=1e-11, rtol=1e-9)
+    assert {name: b.data_ptr() for name, b in other.named_buffers()} == before
+    for name, b in other.named_buffers():
+        if b.dim() == 1:
+            assert b.as_strided(b.shape, b.stride(), 1).isnan().all(), f"{name}: what lies between was written"
+
+
+@kinds
+def test_an_expanded_running_statistic_is_refused_where_it_would_be_updated(any_backend, kind):
+    """All its values are one in memory. PyTorch refuses to write to such a tensor."""
+    fused = inference_trio(kind).fused
+    bn = fused[1] if "stem" in kind else fused.bn2
+    bn.running_mean = torch.zeros(1, device=DEVICE).expand(bn.num_features)
+    x = images(kind, (2, 5, 4))
+    infer(fused, x)
+    assert_refused(fused.train(), x, ValueError, "running_mean: expected 16 values in memory to update")
 
 
 # ---- autocast ---------------------------------------------------------------------------------------------------
