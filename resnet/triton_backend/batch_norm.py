@@ -40,6 +40,7 @@ def batch_stats(moments: Moments, norm: Norm) -> Tensor:
         norm.momentum,
         norm.eps,
         norm.conv_bias,
+        norm.num_batches_tracked,
     )
 
 
