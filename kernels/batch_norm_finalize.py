@@ -57,6 +57,7 @@ def finalize_kernel(
     conv_bias,  # (C,) or None: the bias of the convolution that made x, which did not add it
     running_mean,  # (C,) or None
     running_var,  # (C,) or None
+    num_batches_tracked,  # () int64 or None: momentum is 1 over it, in place of the argument
     stats,  # (4, C)
     M,
     T,
@@ -78,6 +79,8 @@ def finalize_kernel(
     mean, _, m2, count = merge_partials(partial, 0, T, M, T, ROWS, cols, PLANES, C, ACC, BLOCK_T, BLOCK_C)
     invstd = inverse_std(m2 / count, eps)
     store_stats(stats, weight, bias, mean, invstd, cols, C)
+    if num_batches_tracked is not None:
+        momentum = (1.0 / tl.load(num_batches_tracked).to(tl.float64)).to(ACC)
     if running_mean is not None:
         shifted = mean
         if conv_bias is not None:
@@ -119,8 +122,12 @@ def batch_norm_finalize(
     momentum: float,
     eps: float,
     conv_bias: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
 ) -> Tensor:
     """stats (4, C) from the partials of M rows; the running statistics are updated in place.
+
+    With num_batches_tracked, () int64 and this batch included, they become the averages over that many batches:
+    momentum is 1 over it. It is read on the device, where it counts on in each replay of a CUDA graph.
 
     partial is (2, T, C) or (3, T, C), float32 or float64, contiguous. It holds the mean and M2 = sum (x - mean)^2 of
     each `rows` rows in turn, of fewer in the last: (T - 1) * rows < M <= T * rows. The third plane is what rounding
@@ -140,6 +147,7 @@ def batch_norm_finalize(
         conv_bias,
         running_mean,
         running_var,
+        num_batches_tracked,
         stats,
         M,
         T,

@@ -68,7 +68,10 @@ def check_vector(name: str, t: Tensor, x: Tensor, channels: int) -> None:
 
 
 def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -> None:
-    """ValueError or TypeError unless the norm is complete for its mode and each vector passes `check_vector`."""
+    """ValueError or TypeError unless the norm is complete for its mode and each vector passes `check_vector`.
+
+    A count is () int64 on x's device.
+    """
     if (norm.running_mean is None) != (norm.running_var is None):
         raise ValueError(f"{name}: expected running_mean and running_var both or neither")
     if not norm.training and norm.running_mean is None:
@@ -79,6 +82,16 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -
     for field, t in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
         if norm.training and t is not None and channels > 1 and t.stride(0) == 0:
             raise ValueError(f"{name}.{field}: expected {channels} values in memory to update, got one value expanded")
+    if norm.num_batches_tracked is not None:
+        _check_count(f"{name}.num_batches_tracked", norm.num_batches_tracked, x)
+
+
+def _check_count(name: str, t: Tensor, x: Tensor) -> None:
+    if t.dim() != 0:
+        raise ValueError(f"{name}: expected shape (), got {tuple(t.shape)}")
+    if t.dtype != torch.int64:
+        raise TypeError(f"{name}: expected torch.int64, got {t.dtype}")
+    _check_device(name, t, x)
 
 
 def check_values_per_channel(norm: Norm, shape: tuple[int, int, int, int], name: str = "batch_norm") -> None:

@@ -108,12 +108,20 @@ def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:
     return found[name] if name in found else getattr(module, name)
 
 
+def _count(bn: nn.BatchNorm2d) -> Tensor | None:
+    return _tensor(bn, "_buffers", "num_batches_tracked")
+
+
 def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
     """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing."""
     own = bn.__dict__
-    training, momentum = own["training"], own["momentum"]
+    training, momentum, count = own["training"], own["momentum"], None
     mean, var = _tensor(bn, "_buffers", "running_mean"), _tensor(bn, "_buffers", "running_var")
     tracked = not training or own["track_running_stats"]
+    if momentum is None:
+        momentum = 0.0
+        if training and tracked:
+            count = _count(bn)
     return Norm(
         _tensor(bn, "_parameters", "weight"),
         _tensor(bn, "_parameters", "bias"),
@@ -121,21 +129,19 @@ def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
         var if tracked else None,
         _tensor(conv, "_parameters", "bias"),
         training or mean is None,
-        0.0 if momentum is None else momentum,
+        momentum,
         own["eps"],
+        count,
     )
 
 
-def _count_batch(bn: nn.BatchNorm2d) -> float | None:
-    """Count the batch as `nn.BatchNorm2d` does; the momentum of a cumulative average, where bn takes one."""
+def _count_batch(bn: nn.BatchNorm2d) -> None:
+    """Count the batch as `nn.BatchNorm2d` does. Its value is not asked for: on a GPU that would wait for the device."""
     own = bn.__dict__
     if own["training"] and own["track_running_stats"]:
-        count = _tensor(bn, "_buffers", "num_batches_tracked")
+        count = _count(bn)
         if count is not None:
             count.add_(1)
-            if own["momentum"] is None:
-                return 1.0 / float(count)
-    return None
 
 
 def _weight_shape(conv: nn.Conv2d) -> tuple[int, ...]:
@@ -217,15 +223,16 @@ class _Fused:
             elif known is not None:
                 known.facts.passed.add(check)
         ensure_available(x)
-        batch_statistics = averaged = False
+        batch_statistics = False
         for i, (bn, _) in enumerate(pairs):
             batch_statistics |= norms[i].training
-            momentum = _count_batch(bn)
-            if momentum is not None:
-                norms[i], averaged = norms[i]._replace(momentum=momentum), True
-        if averaged:
-            flat = self._arguments(x, norms, dtype is not None)
-            known = known and recent.known(flat)
+            _count_batch(bn)
+            count = norms[i].num_batches_tracked
+            if count is not None and any(_count(other) is count for other, _ in pairs[i + 1 :]):
+                # The other will count the batch once more, and this average is over as many as there are now.
+                norms[i] = norms[i]._replace(num_batches_tracked=count.clone())
+                flat = self._arguments(x, norms, dtype is not None)
+                known = known and recent.known(flat)
         name = self._operator if batch_statistics or _records_gradient(flat) else f"{self._operator}_inference"
         if known is not None and dtype is None and x.dtype != torch.float64:
             return ops.call(name, flat, known)

@@ -15,6 +15,9 @@ class Norm(NamedTuple):
 
     `conv_bias` belongs to the convolution that made the input and was left out of it: with batch statistics it only
     shifts the running mean (its gradient is zero), with frozen ones it is part of the shift.
+
+    `num_batches_tracked`, in which this batch is counted already, makes the running statistics averages over as many
+    batches. It stays a tensor: a number would have to come from the device, and a CUDA graph would keep it.
     """
 
     weight: Tensor | None  # (C,)
@@ -25,6 +28,7 @@ class Norm(NamedTuple):
     training: bool  # normalise by batch statistics
     momentum: float
     eps: float
+    num_batches_tracked: Tensor | None = None  # () int64: the momentum is 1 over it, and `momentum` is not used
 
 
 class NormGrad(NamedTuple):

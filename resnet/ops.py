@@ -292,7 +292,7 @@ def _out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) 
 
 def _without_running(norm: Norm) -> Norm:
     """The norm as backward needs it: the statistics that were used are kept beside it."""
-    return norm._replace(running_mean=None, running_var=None)
+    return norm._replace(running_mean=None, running_var=None, num_batches_tracked=None)
 
 
 def _norm_grads(

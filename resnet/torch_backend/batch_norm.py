@@ -18,13 +18,32 @@ def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     accumulated = running
     if running[0] is None or running[0].dtype != dtype:
         accumulated = tuple(x.new_zeros(x.shape[1], dtype=dtype) if r is None else r.to(dtype) for r in running)
-    mean, var = aten.batch_norm_update_stats(x, *accumulated, norm.momentum)
-    if norm.conv_bias is not None:
-        accumulated[0].add_(norm.conv_bias, alpha=norm.momentum)
+    count = norm.num_batches_tracked
+    if count is None or count.is_cpu:
+        momentum = norm.momentum if count is None else 1.0 / float(count)
+        mean, var = aten.batch_norm_update_stats(x, *accumulated, momentum)
+        if norm.conv_bias is not None:
+            accumulated[0].add_(norm.conv_bias, alpha=momentum)
+    else:
+        mean, var = average_stats(x, *accumulated, count, norm.conv_bias)
     if running[0] is not None and accumulated is not running:
         for r, a in zip(running, accumulated, strict=True):
             r.copy_(a)
     return mean, (var + norm.eps).rsqrt_()
+
+
+def average_stats(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, count: Tensor, conv_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`batch_norm_update_stats` with a momentum of 1 / count, () int64, whose value the host does not wait for."""
+    batch = torch.zeros_like(running_mean), torch.zeros_like(running_var)
+    mean_var = aten.batch_norm_update_stats(x, *batch, 1.0)
+    if conv_bias is not None:
+        batch[0].add_(conv_bias)
+    momentum = count.double().reciprocal_()
+    for running, new in zip((running_mean, running_var), batch, strict=True):
+        running.mul_(1.0 - momentum).add_(new * momentum)
+    return mean_var
 
 
 def freeze(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -100,7 +119,7 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
     It keeps x and out for backward. Without the ReLU, whose backward makes dense what it gives, BatchNorm's would
     depend on the layout of the incoming gradient.
     """
-    weight, bias, mean, var, _, training, momentum, eps = norm
+    weight, bias, mean, var, _, training, momentum, eps, _ = norm
     out = torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
     return (out if shortcut is None else out.add_(shortcut)).relu_()
 

@@ -47,6 +47,7 @@ def batch_stats(moments: Moments, norm: Norm) -> Tensor:
         norm.momentum,
         norm.eps,
         vectors.conv_bias,
+        norm.num_batches_tracked,
     )
     for given, updated in ((norm.running_mean, vectors.running_mean), (norm.running_var, vectors.running_var)):
         if given is not updated:

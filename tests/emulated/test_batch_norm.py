@@ -233,6 +233,18 @@ def test_running_statistics_of_a_16_bit_type_are_rounded_once(emulate, dtype):
         assert ((fused.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("count", [3, 2**24 + 1])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=name_of)
+def test_a_count_on_the_device_is_as_good_as_a_momentum_of_one_over_it(emulate, dtype, count):
+    x = draw(3, 6, 7, 5, dtype=dtype)
+    moved, averaged = ([draw(6, seed=1, dtype=dtype), draw(6, seed=2, dtype=dtype).abs()] for _ in range(2))
+    with emulate():
+        batch_stats(x, None, None, *moved, 1.0 / count, EPS)
+        batch_stats(x, None, None, *averaged, 0.7, EPS, None, torch.tensor(count))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(averaged, moved, rtol=0 if dtype == torch.float64 else 2 * eps, atol=0)
+
+
 @per_dtype
 def test_a_result_that_replaces_the_incoming_gradient_has_the_same_bits(emulate, dtype):
     case = Case.of((3, 64, 10, 20), dtype)

@@ -11,7 +11,8 @@ import resnet
 from resnet import Residual
 from resnet.kernels.batch_norm_add_relu import apply_kernel
 from resnet.kernels.host import plan
-from tests.helpers.blocks import draw, snapshot, step, trio
+from tests.helpers.blocks import averaged, draw, snapshot, step, trio
+from tests.helpers.replays import replays
 
 
 def misaligned(t: Tensor) -> Tensor:
@@ -45,6 +46,19 @@ def test_replayed_launches_are_those_of_a_first_call_and_each_kind_of_input_has_
             torch.testing.assert_close(snapshot(t.fused), snapshot(t.eager), rtol=1e-4, atol=1e-4)
     assert counts[0] == counts[1] == counts[2] == counts[4]
     assert counts[3] == counts[5] == counts[6]
+
+
+@pytest.mark.parametrize("emulate", [80], ids=["sm_80"], indirect=True)
+def test_replayed_launches_read_how_many_batches_an_average_is_over(emulate):
+    plan.forget()
+    t, x = trio(Residual, 8, 8).each(averaged), draw(2, 8, 4, 3)
+    with emulate(), resnet.backend("triton"):
+        for seed in range(4):
+            with replays() as calls:
+                step(t.fused, x + seed)
+            step(t.eager, x + seed)
+            torch.testing.assert_close(snapshot(t.fused), snapshot(t.eager), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("emulate", [80], ids=["sm_80"], indirect=True)

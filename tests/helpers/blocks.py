@@ -59,6 +59,13 @@ def randomize(module: nn.Module) -> None:
                 bn.running_var.uniform_(0.3, 2.0)
 
 
+def averaged(module: nn.Module) -> None:
+    """The running statistics become averages over all batches."""
+    for bn in module.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            bn.momentum = None
+
+
 @dataclass
 class Trio:
     """One module three times: eager, fused, and eager in float64. `each` makes a change to all three."""

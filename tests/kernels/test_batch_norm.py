@@ -261,6 +261,25 @@ def test_any_number_of_partials_is_merged_as_exactly_as_eager(T, planes):
     same_bits(stats[0], mine[0])
 
 
+@pytest.mark.parametrize("count", [1, 3, 2**24 + 1, 2**31 + 1])
+@per_dtype
+def test_an_average_over_batches_counted_on_the_device_is_as_exact_as_eagers(dtype, count):
+    C, acc = RAGGED[1], statistics_dtype(dtype)
+    batches = torch.tensor(count, device=DEVICE)
+    results = []
+    for seed in range(DRAWS):
+        x = draw(*RAGGED, seed=seed, dtype=dtype)
+        start = [vector(C, seed + 1, dtype), vector(C, seed + 2, dtype).abs()]
+        mine, eager, exact = ([v.to(d, copy=True) for v in start] for d in (dtype, acc, torch.float64))
+        batch_stats(x, None, None, *mine, 0.7, EPS, None, batches)
+        F.batch_norm(x.to(acc), *eager, None, None, True, 1.0 / count, EPS)
+        F.batch_norm(x.double(), *exact, None, None, True, 1.0 / count, EPS)
+        eager = [v.to(dtype) for v in eager]
+        results.append(dict(zip(("running mean", "running var"), zip(mine, eager, exact))))
+    assert_parity(results)
+    assert batches == count
+
+
 @pytest.mark.parametrize("T", [1, 5, 512, 513, 1300])
 def test_any_number_of_partial_sums_is_merged(T):
     partial = draw(2, T, 3)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from resnet import Residual, Stem
+from resnet.graphs import Graphed
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, named, same, snapshot, trio
+from tests.helpers.blocks import averaged, draw, named, same, snapshot, trio
 from tests.helpers.fused_cases import (
     IDENTITY,
     MODES,
@@ -32,6 +33,53 @@ def test_running_statistics_follow_eagers_over_several_batches(any_backend, mome
     t = trio(Residual, *args, dtype=torch.float64).each(configure)
     for seed in range(3):
         assert_exact(t, draw(2, 4, 4, 5, seed=seed))
+
+
+@pytest.mark.parametrize("name", ["bn1 and bn2", "their counts"])
+def test_norms_that_share_a_count_each_average_over_what_is_counted_by_then(any_backend, name):
+    def share(module: nn.Module) -> None:
+        averaged(module)
+        if name == "bn1 and bn2":
+            module.bn2 = module.bn1
+        else:
+            module.bn2.num_batches_tracked = module.bn1.num_batches_tracked
+
+    t = trio(Residual, 4, 4, dtype=torch.float64).each(share)
+    for seed in range(3):
+        assert_exact(t, draw(2, 4, 4, 5, seed=seed))
+    assert t.fused.bn1.num_batches_tracked == 6
+
+
+COUNTS = {
+    "shape": (lambda count: count.view(1), ValueError, r"expected shape \(\), got \(1,\)"),
+    "type": (lambda count: count.int(), TypeError, "expected torch.int64, got torch.int32"),
+    "device": (lambda count: count.to("meta"), ValueError, "expected the input's device .*, got meta"),
+}
+
+
+@pytest.mark.parametrize("wrong", COUNTS)
+@pytest.mark.parametrize(("args", "name"), [((Residual, 4, 4), "bn2"), ((Stem, 4, 4), "1")], ids=["block", "stem"])
+def test_a_count_that_a_cumulative_average_cannot_take_is_refused(any_backend, args, name, wrong):
+    change, error, message = COUNTS[wrong]
+    module = trio(*args).each(averaged).fused
+    bn = module.get_submodule(name)
+    bn.num_batches_tracked = change(bn.num_batches_tracked)
+    assert_refused(module, draw(2, 4, 6, 6), error, rf"{name}\.num_batches_tracked: {message}")
+    module.eval()(draw(2, 4, 6, 6))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="CUDA graphs")
+@pytest.mark.parametrize("args", [(Residual, 4, 4), (Stem, 4, 4)], ids=["block", "stem"])
+def test_a_cumulative_average_counts_on_in_each_replay_of_a_cuda_graph(any_backend, args):
+    t = trio(*args, dtype=torch.float64).each(averaged)
+    x = draw(2, 4, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        step = Graphed(lambda x: (t.fused(x),), x)
+        t.exact.load_state_dict(t.fused.state_dict())
+        for seed in range(4):
+            x = draw(2, 4, 6, 6, seed=seed, dtype=torch.float64)
+            torch.testing.assert_close(step(x)[0], t.exact(x))
+    torch.testing.assert_close(snapshot(t.fused), snapshot(t.exact))
 
 
 SETTINGS = {

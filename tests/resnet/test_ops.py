@@ -14,7 +14,7 @@ from resnet.operands import BatchNormAddReluKept, BlockKept, BlockOutput, Convol
 from resnet.schema import pack
 from resnet.torch_backend import inference
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, randomize, step, trio
+from tests.helpers.blocks import averaged, draw, randomize, step, trio
 from tests.helpers.pairs import pairwise
 
 ops = torch.ops.fused_residual
@@ -35,7 +35,15 @@ def vector(C: int, seed: int, grad: bool = False) -> Tensor:
     return draw(C, seed=seed).requires_grad_(grad)
 
 
-def norm(C: int, seed: int, training: bool, affine: bool = True, running: bool = True, conv_bias: bool = False) -> list:
+def norm(
+    C: int,
+    seed: int,
+    training: bool,
+    affine: bool = True,
+    running: bool = True,
+    conv_bias: bool = False,
+    averaged: bool = False,
+) -> list:
     """The fields of a `resnet.norm.Norm`, in a schema's order."""
     return [
         vector(C, seed, grad=True) if affine else None,
@@ -46,6 +54,7 @@ def norm(C: int, seed: int, training: bool, affine: bool = True, running: bool =
         training,
         0.1,
         1e-5,
+        torch.tensor(3, device=DEVICE) if averaged else None,
     ]
 
 
@@ -74,7 +83,7 @@ def opcheck(op, args: list) -> None:
 BOTH = (True, False)
 
 
-@each(pairwise(training=BOTH, shortcut=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, relu=BOTH))
+@each(pairwise(training=BOTH, shortcut=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, relu=BOTH))
 def test_batch_norm_add_relu_passes_opcheck(any_backend, options):
     shortcut, relu = options["shortcut"], options["relu"]
     settings = {k: v for k, v in options.items() if k not in ("shortcut", "relu")}
@@ -97,7 +106,7 @@ def test_batch_norm_add_relu_backward_passes_opcheck(any_backend, options):
     opcheck(ops.batch_norm_add_relu_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
-@each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, size=((9, 7), (2, 5))))
+@each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, size=((9, 7), (2, 5))))
 def test_stem_passes_opcheck(any_backend, options):
     settings = {k: v for k, v in options.items() if k != "size"}
     x = draw(2, 2, *options["size"]).requires_grad_()
@@ -126,9 +135,9 @@ def block_arguments(projected: bool, stride: int) -> list:
 BLOCKS = ((False, 1), (True, 1), (True, 2))  # (a 1x1 convolution as the shortcut, stride)
 
 
-@each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH))
+@each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH))
 def test_residual_block_passes_opcheck(any_backend, options):
-    settings = {k: options[k] for k in ("affine", "running", "conv_bias")}
+    settings = {k: options[k] for k in ("affine", "running", "conv_bias", "averaged")}
     norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
     opcheck(ops.residual_block, [*block_arguments(*options["block"]), *norms[0], *norms[1]])
 
@@ -224,8 +233,12 @@ def assert_compiles(module: nn.Module, x: Tensor, compiler: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_compiled_in_one_graph_equals_uncompiled(any_backend, module):
-    assert_compiles(MODULES[module](), draw(2, 3, 7, 6), "aot_eager")
+@pytest.mark.parametrize("cumulative", [False, True], ids=["", "cumulative average"])
+def test_a_module_compiled_in_one_graph_equals_uncompiled(any_backend, module, cumulative):
+    module = MODULES[module]()
+    if cumulative:
+        averaged(module)
+    assert_compiles(module, draw(2, 3, 7, 6), "aot_eager")
 
 
 def small_net() -> nn.Sequential:

@@ -13,7 +13,7 @@ from resnet import Residual, Stem
 from resnet.kernels.host import plan
 from resnet.kernels.tuning import memory
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, infer, snapshot, step, trio
+from tests.helpers.blocks import averaged, draw, infer, snapshot, step, trio
 from tests.helpers.fused_cases import assert_refused
 from tests.helpers.replays import replays
 
@@ -68,6 +68,18 @@ def test_replayed_steps_and_inference_do_what_eager_does(args, train):
         assert calls
 
 
+@pytest.mark.parametrize("args", SHAPES.values(), ids=SHAPES)
+def test_steps_with_a_cumulative_average_are_replayed_and_count_on(args):
+    pair = Pair(*args)
+    pair.each(averaged)
+    for seed in range(6):
+        x = images(seed=seed)
+        with replays() as calls:
+            got = step(pair.fused, x)
+        assert len(calls) == (2 if seed > 1 else 0)  # forward and backward; the second step is recorded
+        torch.testing.assert_close(got, step(pair.eager, x))
+
+
 def replace(name: str, make):
     """A new tensor in a parameter's or buffer's place, made from the old one."""
 
@@ -112,6 +124,7 @@ CHANGES = {
     "a bias less": lambda m: setattr(m.conv2, "bias", None),
     "a hook": hook,
     "a shared norm": lambda m: setattr(m, "bn2", m.bn1),
+    "a shared norm with a cumulative average": lambda m: (setattr(m, "bn2", m.bn1), averaged(m)),
     "a list for a tuple": lambda m: setattr(m.conv1, "stride", [1, 1]),
     "another norm": lambda m: setattr(m, "bn2", nn.GroupNorm(2, 4).double().to(DEVICE)),
 }
