@@ -2,8 +2,8 @@
 
     name = memory.choose(key, {"one way": run_one_way, "another": run_another}, device)
 
-The first call of a key on a GPU times the candidates; every later one is a dict lookup. A candidate is called several
-times, so it must not change what it reads. Environment variables, read at import:
+The first call of a key on a GPU compiles the candidates side by side and times them; every later one is a dict lookup.
+A candidate is called several times, so it must not change what it reads. Environment variables, read at import:
 
     FUSED_RESIDUAL_CACHE    folder of the file, in place of $XDG_CACHE_HOME/fused-residual (by default
                             ~/.cache/fused-residual); "off": choices are kept in memory only
@@ -29,7 +29,8 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
@@ -159,6 +160,8 @@ class Choices:
         return self._choose(key, candidates, device, timed) if name is None else name
 
     def _choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, timed: int | None) -> str:
+        from ..host import launcher  # which needs Triton, as the command of choices does not
+
         with self._lock:
             name = self.remembered(key, device)  # another thread may have been here
             clock = timing.CLOCKS.get(device.type)
@@ -170,6 +173,12 @@ class Choices:
             if name is None:
                 if timing.capturing(device):
                     return self._untimed(key, candidates)
+                if self.times() and len(candidates) > 1:
+                    launcher.compile_ahead(
+                        partial(timing.fails, run, device) for run in islice(candidates.values(), timed)
+                    )
+                if launcher.compiles_only():  # a choice within a candidate
+                    return next(iter(candidates))
                 name = self._first_time(key, candidates, device, clock, timed)
             self._names[self.times(), device, key] = name
             return name

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from resnet.kernels.host import launcher
 from resnet.kernels.host.files import cache_folder
 from resnet.kernels.tuning import __main__ as tuning_command
 from resnet.kernels.tuning import choice, timing
@@ -200,6 +201,27 @@ def test_a_candidate_may_choose_itself(path):
 
     memory.choose(KEY, {"outer": outer, "slow": Waiting(slow=4.0).runs["slow"]}, DEVICE)
     assert memory.remembered("inner", DEVICE) == "fast"
+
+
+def test_those_that_are_timed_are_compiled_together_before_the_first_one_runs(path):
+    calls = []
+    runs = {name: lambda name=name: calls.append((name, launcher.compiles_only())) for name in ("a", "b", "c")}
+    Choices(path).choose(KEY, runs, DEVICE, timed=2)
+    assert calls[:2] == [("a", True), ("b", True)]
+    assert set(calls[2:]) == {("a", False), ("b", False)}
+
+
+def test_a_choice_within_a_candidate_is_compiled_with_it_and_made_later(path):
+    memory, calls = Choices(path), []
+
+    def outer():
+        inner = {name: lambda name=name: calls.append((name, launcher.compiles_only())) for name in ("a", "b")}
+        memory.choose("inner", inner, DEVICE)
+        return calls.append(memory.remembered("inner", DEVICE))
+
+    memory.choose(KEY, {"outer": outer, "other": int}, DEVICE)
+    assert calls[:3] == [("a", True), ("b", True), None]
+    assert memory.remembered("inner", DEVICE) in ("a", "b")
 
 
 # ---- candidates that cannot run ----------------------------------------------------------------------------------
