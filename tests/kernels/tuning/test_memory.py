@@ -389,6 +389,23 @@ def test_the_next_process_times_nothing(path):
     assert not any(waiting.count.values())
 
 
+def test_a_shipped_choice_counts_after_the_user_s_own(path, tmp_path):
+    folder = tmp_path / "shipped"
+    Choices(folder / "a.json").choose(KEY, slow_and_fast().runs, DEVICE)
+    waiting = Waiting(slow=0.0, fast=4.0)
+    assert Choices(path, shipped=folder).choose(KEY, waiting.runs, DEVICE) == "fast"
+    assert not any(waiting.count.values()) and not path.exists()
+    Choices(path).choose(KEY, waiting.runs, DEVICE)
+    assert Choices(path, shipped=folder).choose(KEY, waiting.runs, DEVICE) == "slow"
+
+
+def test_a_shipped_choice_of_another_device_or_version_does_not_count(path, tmp_path):
+    (tmp_path / "a.json").write_text(
+        json.dumps({"another device": {repr(KEY): {"name": "slow", "milliseconds": {"slow": 1.0}}}})
+    )
+    assert Choices(path, shipped=tmp_path).choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
+
+
 def test_another_version_or_device_times_again_and_keeps_what_the_first_stored(path):
     Choices(path).choose(KEY, slow_and_fast().runs, DEVICE)
     [(environment, section)] = json.loads(path.read_text()).items()
