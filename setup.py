@@ -30,7 +30,10 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["resnet", "resnet.*"]),
-    package_data={"resnet": ["py.typed", "data/fashion_mnist_sample/*"]},
+    package_data={
+        "resnet": ["py.typed", "data/fashion_mnist_sample/*"],
+        "resnet.kernels.tuning": ["choices/*.json"],
+    },
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",  # there are no wheels for other systems

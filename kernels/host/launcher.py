@@ -8,7 +8,9 @@ kernel and gives its launcher alone. So it may be used only while all that a key
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import Context
 from typing import NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from triton.runtime.jit import JITFunction
 _KNOWN = ("3.6.", "3.7.", "3.9.")  # versions whose sources were read for this module
 _OWN_RUN = JITFunction.run
 
-_watched = threading.local()
+_thread = threading.local()  # by: the watcher; compiles: whether launches are compiled and not made
 
 
 class Launch(NamedTuple):
@@ -35,8 +37,11 @@ class Launch(NamedTuple):
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *args: object, **constants: object) -> None:
     """`kernel[grid](*args, **constants)` on the device of args[0], a tensor. The thread's watcher, if any, makes it."""
-    watcher = getattr(_watched, "by", None)
-    if watcher is None:
+    watcher = getattr(_thread, "by", None)
+    if compiles_only():
+        with torch.cuda.device_of(args[0]):
+            kernel.warmup(*args, grid=grid, **constants)
+    elif watcher is None:
         _launch(kernel, grid, args, constants)
     else:
         watcher(lambda: Launch(kernel, grid, args, constants, _launch(kernel, grid, args, constants)))
@@ -49,15 +54,43 @@ def _launch(kernel: JITFunction, grid: tuple[int, ...], args: tuple, constants: 
 
 def watch(watcher: Callable[[Callable[[], Launch]], None] | None) -> None:
     """From now on this thread's launches are made by `watcher`, which gets each as a function; None ends it."""
-    _watched.by = watcher
+    _thread.by = watcher
+
+
+def compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
+    """Compile what the functions launch, side by side in threads, and launch none of it.
+
+    All else that they do is done, with tensors that no kernel has written. An error of a compilation is left for the
+    launch, which meets it again.
+    """
+    if compiles_only():
+        for run in runs:
+            run()
+    else:
+        Context().run(_compile_ahead, runs)  # Triton's mode is of a context, and after Ctrl-C it goes with this one
+
+
+def compiles_only() -> bool:
+    """Whether this thread is in `compile_ahead`."""
+    return getattr(_thread, "compiles", False)
+
+
+def _compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
+    with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        _thread.compiles = True
+        try:
+            compile_ahead(runs)
+        finally:
+            _thread.compiles = False
 
 
 def is_plain() -> bool:
-    """Whether a launch is nothing but a launch now: nobody has put hooks or another `run` in its way."""
+    """Whether a launch is nothing but a launch now: made, with neither hooks nor another `run` in its way."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return (
-        JITFunction.run is _OWN_RUN
+        not compiles_only()
+        and JITFunction.run is _OWN_RUN
         and not (enter is not None and getattr(enter, "calls", True))
         and not (leave is not None and getattr(leave, "calls", True))
     )

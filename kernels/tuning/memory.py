@@ -2,8 +2,8 @@
 
     name = memory.choose(key, {"one way": run_one_way, "another": run_another}, device)
 
-The first call of a key on a GPU times the candidates; every later one is a dict lookup. A candidate is called several
-times, so it must not change what it reads. Environment variables, read at import:
+The first call of a key on a GPU compiles the candidates side by side and times them; every later one is a dict lookup.
+A candidate is called several times, so it must not change what it reads. Environment variables, read at import:
 
     FUSED_RESIDUAL_CACHE    folder of the file, in place of $XDG_CACHE_HOME/fused-residual (by default
                             ~/.cache/fused-residual); "off": choices are kept in memory only
@@ -16,7 +16,8 @@ first candidate that runs is taken.
 
 In the file a choice counts for one device name, one version of triton, of torch and of ptxas, and one state of the
 files that hold kernels: another device or an update times again. Processes may share the file; the first to finish
-timing a key decides for those that come later, so that the ranks of a job agree.
+timing a key decides for those that come later, so that the ranks of a job agree. Files of the same form in the folder
+`choices` beside this module come with the package: they count likewise, after the user's own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, TypedDict
 
@@ -116,8 +118,20 @@ def _parse(text: str) -> dict[str, dict[str, Choice]]:
     return stored
 
 
+@cache
+def _shipped(folder: Path | None) -> dict[str, dict[str, Choice]]:
+    """What the files of choices in `folder` hold, by environment and key."""
+    found: dict[str, dict[str, Choice]] = {}
+    for path in sorted(folder.glob("*.json")) if folder else ():
+        for environment, section in _parse(path.read_text(encoding="utf-8")).items():
+            found.setdefault(environment, {}).update(section)
+    return found
+
+
 class Choices:
     """Remembered choices: in memory, and in the file at `path` unless that is None.
+
+    What that file does not know is looked up in those of `shipped`, a folder that is only read.
 
     A file that cannot be read as such is renamed, with a warning; where it cannot be written, one warning is given and
     the memory goes on without it.
@@ -125,8 +139,9 @@ class Choices:
 
     generation: ClassVar[int] = 0  # counts what was chosen and forgotten; with another count, choices may be others
 
-    def __init__(self, path: Path | None, timed: bool = True):
+    def __init__(self, path: Path | None, timed: bool = True, shipped: Path | None = None):
         self.path = path
+        self._folder = shipped
         self._timed = timed
         self._names: dict[tuple[bool, torch.device, tuple], str] = {}  # the first: whether it may come from a timing
         self._file: dict[str, dict[str, Choice]] | None = None
@@ -159,6 +174,8 @@ class Choices:
         return self._choose(key, candidates, device, timed) if name is None else name
 
     def _choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, timed: int | None) -> str:
+        from ..host import launcher  # which needs Triton, as the command of choices does not
+
         with self._lock:
             name = self.remembered(key, device)  # another thread may have been here
             clock = timing.CLOCKS.get(device.type)
@@ -170,6 +187,12 @@ class Choices:
             if name is None:
                 if timing.capturing(device):
                     return self._untimed(key, candidates)
+                if self.times() and len(candidates) > 1:
+                    launcher.compile_ahead(
+                        partial(timing.fails, run, device) for run in islice(candidates.values(), timed)
+                    )
+                if launcher.compiles_only():  # a choice within a candidate
+                    return next(iter(candidates))
                 name = self._first_time(key, candidates, device, clock, timed)
             self._names[self.times(), device, key] = name
             return name
@@ -235,8 +258,11 @@ class Choices:
         if self._file is None:
             with self._writable():
                 self._file = self.entries()
-        choice = (self._file or {}).get(_environment(device), {}).get(repr(key))
-        return choice["name"] if choice is not None and choice["name"] in candidates else None
+        for stored in (self._file or {}, _shipped(self._folder)):
+            choice = stored.get(_environment(device), {}).get(repr(key))
+            if choice is not None and choice["name"] in candidates:
+                return choice["name"]
+        return None
 
     def _store(self, key: tuple, choice: Choice, candidates: Mapping[str, Run], device: torch.device) -> str:
         """Add a choice to the file, unless another process was there before; the name that counts."""
@@ -319,5 +345,7 @@ def tuning_mode(environment: Mapping[str, str]) -> str:
 
 _folder = cache_folder()
 mode = tuning_mode(os.environ)
-process_choices = Choices(_folder and _folder / "choices.json", mode != "off")
+process_choices = Choices(
+    _folder and _folder / "choices.json", mode != "off", shipped=Path(__file__).with_name("choices")
+)
 choose, remembered = process_choices.choose, process_choices.remembered

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from resnet.kernels.host import launcher
 from resnet.kernels.host.files import cache_folder
 from resnet.kernels.tuning import __main__ as tuning_command
 from resnet.kernels.tuning import choice, timing
@@ -202,6 +203,27 @@ def test_a_candidate_may_choose_itself(path):
     assert memory.remembered("inner", DEVICE) == "fast"
 
 
+def test_those_that_are_timed_are_compiled_together_before_the_first_one_runs(path):
+    calls = []
+    runs = {name: lambda name=name: calls.append((name, launcher.compiles_only())) for name in ("a", "b", "c")}
+    Choices(path).choose(KEY, runs, DEVICE, timed=2)
+    assert calls[:2] == [("a", True), ("b", True)]
+    assert set(calls[2:]) == {("a", False), ("b", False)}
+
+
+def test_a_choice_within_a_candidate_is_compiled_with_it_and_made_later(path):
+    memory, calls = Choices(path), []
+
+    def outer():
+        inner = {name: lambda name=name: calls.append((name, launcher.compiles_only())) for name in ("a", "b")}
+        memory.choose("inner", inner, DEVICE)
+        return calls.append(memory.remembered("inner", DEVICE))
+
+    memory.choose(KEY, {"outer": outer, "other": int}, DEVICE)
+    assert calls[:3] == [("a", True), ("b", True), None]
+    assert memory.remembered("inner", DEVICE) in ("a", "b")
+
+
 # ---- candidates that cannot run ----------------------------------------------------------------------------------
 
 
@@ -365,6 +387,23 @@ def test_the_next_process_times_nothing(path):
     waiting = slow_and_fast()
     assert Choices(path).choose(KEY, waiting.runs, DEVICE) == "fast"
     assert not any(waiting.count.values())
+
+
+def test_a_shipped_choice_counts_after_the_user_s_own(path, tmp_path):
+    folder = tmp_path / "shipped"
+    Choices(folder / "a.json").choose(KEY, slow_and_fast().runs, DEVICE)
+    waiting = Waiting(slow=0.0, fast=4.0)
+    assert Choices(path, shipped=folder).choose(KEY, waiting.runs, DEVICE) == "fast"
+    assert not any(waiting.count.values()) and not path.exists()
+    Choices(path).choose(KEY, waiting.runs, DEVICE)
+    assert Choices(path, shipped=folder).choose(KEY, waiting.runs, DEVICE) == "slow"
+
+
+def test_a_shipped_choice_of_another_device_or_version_does_not_count(path, tmp_path):
+    (tmp_path / "a.json").write_text(
+        json.dumps({"another device": {repr(KEY): {"name": "slow", "milliseconds": {"slow": 1.0}}}})
+    )
+    assert Choices(path, shipped=tmp_path).choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
 
 
 def test_another_version_or_device_times_again_and_keeps_what_the_first_stored(path):

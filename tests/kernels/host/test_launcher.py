@@ -1,0 +1,71 @@
+"""Kernels that are compiled ahead of their launches. `tests/gate` has what is compiled."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from resnet.kernels.host import plan
+from resnet.kernels.host.launcher import compile_ahead, compiles_only, launch
+from tests.conftest import DEVICE
+
+pytestmark = pytest.mark.core
+
+
+@triton.jit
+def add_kernel(x, AMOUNT: tl.constexpr):
+    tl.store(x, tl.load(x) + AMOUNT)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.zeros(1, device=DEVICE)
+
+
+def test_what_is_compiled_ahead_is_not_launched(x):
+    compile_ahead([lambda: launch(add_kernel, (1,), x, AMOUNT=1), lambda: launch(add_kernel, (1,), x, AMOUNT=2)])
+    assert x.item() == 0
+    launch(add_kernel, (1,), x, AMOUNT=2)
+    assert x.item() == 2
+
+
+def test_nor_is_what_is_compiled_ahead_within(x):
+    def run():
+        compile_ahead([lambda: launch(add_kernel, (1,), x, AMOUNT=1)])
+        launch(add_kernel, (1,), x, AMOUNT=3)
+
+    compile_ahead([run])
+    assert x.item() == 0
+
+
+def test_no_plan_is_made_of_it(x):
+    def function(x):
+        launch(add_kernel, (1,), x, AMOUNT=1)
+        return [x]
+
+    compile_ahead([lambda: plan.run(function, (x,), ())] * 3)
+    assert x.item() == 0
+    for count in range(1, 5):
+        plan.run(function, (x,), ())
+        assert x.item() == count
+
+
+def test_after_an_error_launches_are_made_again(x):
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_ahead([fail])
+    assert not compiles_only()
+    launch(add_kernel, (1,), x, AMOUNT=1)
+    assert x.item() == 1
+
+
+def test_it_may_be_asked_for_where_triton_compiles_asynchronously_already(x):
+    with ThreadPoolExecutor(1) as threads, triton.AsyncCompileMode(threads):
+        compile_ahead([lambda: launch(add_kernel, (1,), x, AMOUNT=4)])
+    assert x.item() == 0
