@@ -1,9 +1,10 @@
 """Inference on PyTorch's operators; on the CPU with BatchNorm folded into the convolution where that moves less.
 
 Folding scales the weight, at every call: it pays where the convolution's output has more elements than its weight. A
-folded weight that was kept would have to be checked against all that it was made from, which takes as long. The
-residual add and the ReLU are passes of their own, in place. Fused to oneDNN's convolution the add takes
-longer (by 2 to 9% of both, with AVX2), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
+folded weight that was kept would have to be checked against all that it was made from, which takes as long.
+
+The residual add and the ReLU are passes of their own, in place. Fused to oneDNN's convolution the add takes longer (by
+2 to 9% of both, with AVX2), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
 
 The stem of one channel is a matrix product of windows, for which oneDNN's convolution takes longer where there are
 many: a few images at a time, pooled while their rows are in the cache.
@@ -19,7 +20,7 @@ from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import convolve, is_single_on_cpu, out_size, windows
 
 _FOLDED = 1 << 16  # elements of the output; with fewer, a pass over it takes less time than the calls that fold
-_MANY_WINDOWS = 1 << 14
+_MANY_WINDOWS = 1 << 14  # of the stem; with fewer, oneDNN's convolution takes no longer
 _WINDOWS = 4608  # that are multiplied at a time; they and their products stay in the cache
 
 
