@@ -51,7 +51,7 @@ class _Choice:
 
     def __init_subclass__(cls, names: tuple[str, ...], variable: str):
         cls.names = names
-        cls.current = cls._checked(os.environ.get(variable, "auto"), variable)
+        cls.current = cls._checked(os.environ.get(variable) or "auto", variable)
 
     @classmethod
     def _checked(cls, name: str, source: str) -> str:

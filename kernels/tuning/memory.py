@@ -337,7 +337,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def tuning_mode(environment: Mapping[str, str]) -> str:
     """What `FUSED_RESIDUAL_TUNING` says; ValueError for anything but "on", "off" and "full"."""
-    value = environment.get("FUSED_RESIDUAL_TUNING", "on")
+    value = environment.get("FUSED_RESIDUAL_TUNING") or "on"
     if value not in ("on", "off", "full"):
         raise ValueError(f"FUSED_RESIDUAL_TUNING: expected 'on', 'off' or 'full', got {value!r}")
     return value

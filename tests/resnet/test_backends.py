@@ -201,6 +201,15 @@ def test_without_the_variable_the_backend_starts_as_auto():
     assert run.stdout == "auto\n", run.stderr
 
 
+def test_an_empty_variable_counts_as_unset():
+    run = python(
+        "import resnet; print(resnet.current_backend(), resnet.current_convolution())",
+        FUSED_RESIDUAL_BACKEND="",
+        FUSED_RESIDUAL_CONV="",
+    )
+    assert run.stdout == "auto auto\n", run.stderr
+
+
 def test_the_environment_sets_the_convolutions_start_value():
     run = python("import resnet; print(resnet.current_convolution())", FUSED_RESIDUAL_CONV="epilogue")
     assert run.stdout == "epilogue\n", run.stderr

@@ -593,7 +593,7 @@ def test_a_user_without_a_home_has_no_folder(monkeypatch):
 
 
 def test_the_environment_says_what_is_timed():
-    assert process_memory.tuning_mode({}) == "on"
+    assert process_memory.tuning_mode({}) == process_memory.tuning_mode({"FUSED_RESIDUAL_TUNING": ""}) == "on"
     for mode in ("on", "off", "full"):
         assert process_memory.tuning_mode({"FUSED_RESIDUAL_TUNING": mode}) == mode
 
