@@ -82,6 +82,9 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -
     for field, t in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
         if norm.training and t is not None and channels > 1 and t.stride(0) == 0:
             raise ValueError(f"{name}.{field}: expected {channels} values in memory to update, got one value expanded")
+    if norm.eps < 0 or (norm.training and norm.eps == 0):
+        least = "above 0 in training" if norm.training else "of at least 0"
+        raise ValueError(f"{name}.eps: expected a number {least}, got {norm.eps}")
     if norm.num_batches_tracked is not None:
         _check_count(f"{name}.num_batches_tracked", norm.num_batches_tracked, x)
 

@@ -100,7 +100,7 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
     ):
         return False
     N, C, H, W = shape
-    if N == 0 or C < 2 or H * W < 2:  # empty, or of strides that channels_last leaves open
+    if N == 0 or C < 2 or H * W < 2 or norm.eps <= 0:  # empty, of strides that channels_last leaves open, or refused
         return False
     channels = shape[1:2]
     for v in norm[:4]:

@@ -554,6 +554,15 @@ def test_bad_input_is_named_before_anything_changes(any_backend, bad):
     same(kept, before)
 
 
+@pytest.mark.parametrize(("eps", "training"), [(0.0, True), (-1e-3, True), (-2.0, False)])
+def test_an_eps_that_pytorch_refuses_is_refused_before_anything_changes(any_backend, eps, training):
+    x, running = draw(2, 3, 4, 4), (torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE))
+    with pytest.raises(ValueError, match=f"batch_norm.eps: expected a number .*, got {eps}"):
+        batch_norm_add_relu(x, *running, training=training, eps=eps)
+    assert torch.equal(running[0], torch.zeros_like(running[0]))
+    assert batch_norm_add_relu(x, *running, eps=0.0).isfinite().all()
+
+
 def test_evaluation_needs_running_statistics(any_backend):
     with pytest.raises(ValueError, match="expected running_mean and running_var, since training is False, got None"):
         batch_norm_add_relu(draw(2, 3, 4, 4), None, None, training=False)
