@@ -5,11 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet import (
-    backends,
-    ops,  # noqa: F401  (registers the operators)
-    torch_backend,
-)
+from resnet import backends, ops, reference, torch_backend
 from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
 from resnet.norm import Norm
 from resnet.operands import BatchNormAddRelu
@@ -64,6 +60,9 @@ def batch_norm_add_relu(
         ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
         RuntimeError: on double backward through a kernel.
     """
+    if not torch.compiler.is_compiling() and ops.is_transformed():
+        settings = weight, bias, shortcut, training, momentum, eps, relu
+        return reference.batch_norm_add_relu(x, running_mean, running_var, *settings)
     norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
     if relu and _needs_no_check(x, shortcut, norm) and backends.implementation(x) is torch_backend:
         return eager(x, norm, shortcut)

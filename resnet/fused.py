@@ -195,7 +195,10 @@ class _Fused:
     """
 
     def forward(self, X: Tensor) -> Tensor:
-        state = None if torch.compiler.is_compiling() else self._state()
+        compiling = torch.compiler.is_compiling()
+        if not compiling and ops.is_transformed():
+            return super().forward(X)
+        state = None if compiling else self._state()
         recent = _fusable.get(state)
         if recent is None:
             reason = self._reason_not_to_fuse()

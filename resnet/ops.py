@@ -27,6 +27,7 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
 from resnet import backends
@@ -83,6 +84,11 @@ def _below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, 
 def is_direct() -> bool:
     """Whether an operator may be called without PyTorch's dispatcher: it would only pass the call on to here."""
     return is_plain() and not torch._C._autograd._profiler_enabled()  # a profile names the operators
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or a level of forward-mode AD is active, which PyTorch's operators follow."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def call(name: str, flat: Sequence, known: Known | None) -> Tensor:
