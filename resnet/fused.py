@@ -196,7 +196,8 @@ class _Fused:
 
     def forward(self, X: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        if not compiling and ops.is_transformed():
+        direct = not compiling and ops.is_direct()
+        if not (compiling or direct) and ops.is_transformed():
             return super().forward(X)
         state = None if compiling else self._state()
         recent = _fusable.get(state)
@@ -215,7 +216,7 @@ class _Fused:
         dtype = _autocast_dtype(X)
         x = X if dtype is None else X.to(dtype)
         flat = self._arguments(x, norms, dtype is not None)
-        known = recent.known(flat) if state is not None and ops.is_direct() else None
+        known = recent.known(flat) if direct else None
         check = (recent, X.dtype, dtype)
         if known is None or check not in known.facts.passed:
             self._check(X, x, norms, dtype is not None)

@@ -89,7 +89,7 @@ def is_plain() -> bool:
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return (
-        not compiles_only()
+        not getattr(_thread, "compiles", False)
         and JITFunction.run is _OWN_RUN
         and not (enter is not None and getattr(enter, "calls", True))
         and not (leave is not None and getattr(leave, "calls", True))
