@@ -83,7 +83,8 @@ def _below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, 
 
 def is_direct() -> bool:
     """Whether an operator may be called without PyTorch's dispatcher: it would only pass the call on to here."""
-    return is_plain() and not torch._C._autograd._profiler_enabled()  # a profile names the operators
+    plain = is_plain() and forward_ad._current_level < 0
+    return plain and not torch._C._autograd._profiler_enabled()  # a profile names the operators
 
 
 def is_transformed() -> bool:
