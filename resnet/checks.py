@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.norm import Norm, statistics_dtype
+from resnet.norm import VECTORS, Norm, statistics_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_VECTORS = ("weight", "bias", "running_mean", "running_var", "conv_bias")  # the first fields of a Norm
 
 
 def check_activation(x: Tensor, channels: int | None, name: str = "input") -> None:
@@ -76,7 +75,7 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -
         raise ValueError(f"{name}: expected running_mean and running_var both or neither")
     if not norm.training and norm.running_mean is None:
         raise ValueError(f"{name}: expected running_mean and running_var, since training is False, got None")
-    for field, t in zip(_VECTORS, norm):
+    for field, t in zip(VECTORS, norm):
         if t is not None:
             check_vector(f"{name}.{field}", t, x, channels)
     for field, t in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):

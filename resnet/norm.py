@@ -31,6 +31,9 @@ class Norm(NamedTuple):
     num_batches_tracked: Tensor | None = None  # () int64: the momentum is 1 over it, and `momentum` is not used
 
 
+VECTORS = Norm._fields[:5]  # (C,) each, where they are there
+
+
 class NormGrad(NamedTuple):
     dx: Tensor  # (N, C, H, W)
     dweight: Tensor | None  # (C,)

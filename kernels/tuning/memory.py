@@ -174,8 +174,6 @@ class Choices:
         return self._choose(key, candidates, device, timed) if name is None else name
 
     def _choose(self, key: tuple, candidates: Mapping[str, Run], device: torch.device, timed: int | None) -> str:
-        from ..host import launcher  # which needs Triton, as the command of choices does not
-
         with self._lock:
             name = self.remembered(key, device)  # another thread may have been here
             clock = timing.CLOCKS.get(device.type)
@@ -185,6 +183,8 @@ class Choices:
             if name is None and self.times():
                 name = self._from_file(key, candidates, device)
             if name is None:
+                from ..host import launcher  # which needs Triton, as the command of choices does not
+
                 if timing.capturing(device):
                     return self._untimed(key, candidates)
                 if self.times() and len(candidates) > 1:
@@ -258,8 +258,9 @@ class Choices:
         if self._file is None:
             with self._writable():
                 self._file = self.entries()
+        environment = _environment(device)
         for stored in (self._file or {}, _shipped(self._folder)):
-            choice = stored.get(_environment(device), {}).get(repr(key))
+            choice = stored.get(environment, {}).get(repr(key))
             if choice is not None and choice["name"] in candidates:
                 return choice["name"]
         return None

@@ -200,7 +200,8 @@ def _grid(config: Config, gemm: Gemm, share: float) -> tuple[int, int, int]:
     if gemm.pooled:
         steps = math.ceil(steps / 4)  # each of four products
         each = pooled_steps(tiles, steps)
-        return tiles * -(-steps // each), 4 * each, -(-steps // each)
+        splits = -(-steps // each)
+        return tiles * splits, 4 * each, splits
     activations = int(gemm.pixels * share * (gemm.stride**2 * gemm.C + gemm.K) * _SIZES[gemm.kind])
     splits = reduction_splits(tiles, steps, activations, 4 * rows * columns * taps)
     return tiles * splits, -(-steps // splits), splits

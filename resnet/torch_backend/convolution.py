@@ -29,6 +29,12 @@ def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -
     return (size + 2 * padding - kernel) // stride + 1
 
 
+def out_map(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+    """(P, Q), the pixels of an output map of conv(x, weight)."""
+    (_, _, H, W), (_, _, R, S) = x.shape, weight.shape
+    return out_size(H, R, stride, padding), out_size(W, S, stride, padding)
+
+
 def is_single_on_cpu(x: Tensor) -> bool:
     """Whether x is float32 on the CPU, where this module replaces some of PyTorch's convolutions."""
     return x.device.type == "cpu" and x.dtype == torch.float32
@@ -47,10 +53,11 @@ def products_lag() -> bool:
 
 def _map_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
     """Pixels of an output map; 0 where PyTorch's convolution is never replaced."""
-    (_, _, H, W), (K, C, R, S) = x.shape, weight.shape
+    K, C, R, S = weight.shape
     if not is_single_on_cpu(x) or min(C, K) < _CHANNELS or R * S == 1:
         return 0
-    return out_size(H, R, stride, padding) * out_size(W, S, stride, padding)
+    P, Q = out_map(x, weight, stride, padding)
+    return P * Q
 
 
 def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
@@ -91,7 +98,7 @@ def _inside(size: int, tap: int, out: int, stride: int, padding: int) -> tuple[s
 def _taps(x: Tensor, weight: Tensor, stride: int, padding: int) -> Iterator[tuple[tuple, tuple, tuple]]:
     """For each tap that meets a pixel: indices into the (K, C, R, S) weight, the NHWC output and the NHWC input."""
     R, S = weight.shape[2:]
-    P, Q = out_size(x.shape[2], R, stride, padding), out_size(x.shape[3], S, stride, padding)
+    P, Q = out_map(x, weight, stride, padding)
     for r in range(R):
         rows_out, rows = _inside(x.shape[2], r, P, stride, padding)
         for s in range(S):
@@ -105,12 +112,12 @@ def _add_product(to: Tensor, index: tuple, pixels: Tensor, matrix: Tensor) -> No
     to[index].add_((pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1))
 
 
-def windows(x: Tensor, kernel: tuple[int, int], stride: int, padding: int) -> Tensor:
+def windows(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     """What the convolution's window meets at each output pixel: (N, P, Q, R, S, C), a view of x with its padding."""
-    (N, C, H, W), (R, S) = x.shape, kernel
+    N, C, R, S = *x.shape[:2], *weight.shape[2:]
     padded = F.pad(_nhwc(x), [0, 0, *[padding] * 4])
     n, h, w, c = padded.stride()
-    size = N, out_size(H, R, stride, padding), out_size(W, S, stride, padding), R, S, C
+    size = N, *out_map(x, weight, stride, padding), R, S, C
     return padded.as_strided(size, (n, stride * h, stride * w, h, w, c))
 
 
@@ -123,12 +130,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     if not small and not is_mostly_weight(x, weight, stride, padding):
         y = torch.conv2d(x, weight, bias, stride, padding)
         return y.contiguous(memory_format=torch.channels_last)
-    (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
-    P, Q = out_size(H, R, stride, padding), out_size(W, S, stride, padding)
     weight = weight.contiguous(memory_format=torch.channels_last)
     if not small:
-        y = F.linear(windows(x, (R, S), stride, padding).flatten(3), _nhwc(weight).flatten(1), bias)
+        y = F.linear(windows(x, weight, stride, padding).flatten(3), _nhwc(weight).flatten(1), bias)
         return y.permute(0, 3, 1, 2)
+    N, K = x.shape[0], weight.shape[0]
+    P, Q = out_map(x, weight, stride, padding)
     y = x.new_zeros(N, P, Q, K) if bias is None else bias.expand(N, P, Q, K).contiguous()
     for tap, outputs, inputs in _taps(x, weight, stride, padding):
         _add_product(y, outputs, _nhwc(x)[inputs], weight[tap].t())
@@ -176,7 +183,7 @@ def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int
 def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     (N, K, P, Q), (_, C, R, S) = dy.shape, weight.shape
     if N * P * Q <= _GRAD_WEIGHT_ROWS and P * Q > 1:
-        met = windows(x, (R, S), stride, padding).reshape(N * P * Q, R * S * C)
+        met = windows(x, weight, stride, padding).reshape(N * P * Q, R * S * C)
         return (_nhwc(dy).flatten(0, 2).t() @ met).view(K, R, S, C).permute(0, 3, 1, 2)
     dweight = torch.zeros_like(weight, memory_format=torch.channels_last)
     for tap, outputs, inputs in _taps(x, weight, stride, padding):

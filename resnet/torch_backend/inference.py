@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resnet.norm import Norm
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.convolution import convolve, is_single_on_cpu, out_size, windows
+from resnet.torch_backend.convolution import convolve, is_single_on_cpu, out_map, out_size, windows
 
 _FOLDED = 1 << 16  # elements of the output; with fewer, a pass over it takes less time than the calls that fold
 _MANY_WINDOWS = 1 << 14  # of the stem; with fewer, oneDNN's convolution takes no longer
@@ -32,8 +32,8 @@ def _folded(weight: Tensor, norm: Norm, more: Tensor | None = None) -> tuple[Ten
 
 def _outputs(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
     """Elements of conv(x, weight)."""
-    (N, _, H, W), (K, _, R, S) = x.shape, weight.shape
-    return N * K * out_size(H, R, stride, padding) * out_size(W, S, stride, padding)
+    P, Q = out_map(x, weight, stride, padding)
+    return x.shape[0] * weight.shape[0] * P * Q
 
 
 def conv_batch_norm(
@@ -60,14 +60,14 @@ def conv_batch_norm(
 
 def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
     """The stem: relu(max_pool(batch_norm(conv(x)))), the pool 3x3 with stride 2, padding 1; channels_last as x is."""
-    (N, C, *size), (K, _, R, S) = x.shape, weight.shape
+    N, K, C = x.shape[0], *weight.shape[:2]
     if C > 1 or not is_single_on_cpu(x) or _outputs(x, weight, stride, padding) < K * _MANY_WINDOWS:
         return torch.max_pool2d(conv_batch_norm(x, weight, norm, stride, padding), 3, 2, 1).relu_()
     weight, bias = _folded(weight, norm)
-    P, Q = out_size(size[0], R, stride, padding), out_size(size[1], S, stride, padding)
-    met = windows(x, (R, S), stride, padding).flatten(4)
+    P, Q = out_map(x, weight, stride, padding)
+    met = windows(x, weight, stride, padding).flatten(4)
     images = max(1, _WINDOWS // (P * Q))
-    gathered, z = x.new_empty(images * P * Q, R * S), x.new_empty(images * P * Q, K)
+    gathered, z = x.new_empty(images * P * Q, weight[0].numel()), x.new_empty(images * P * Q, K)
     pooled = x.new_empty(N, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1), K)
     for some, out in zip(met.split(images), pooled.split(images)):
         rows = len(some) * P * Q

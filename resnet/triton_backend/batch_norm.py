@@ -10,7 +10,7 @@ from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
 from resnet.kernels.batch_norm_statistics import Moments, batch_norm_statistics
-from resnet.norm import Norm, NormGrad, empty_grads, statistics_dtype
+from resnet.norm import VECTORS, Norm, NormGrad, empty_grads, statistics_dtype
 
 
 def forward(
@@ -31,8 +31,7 @@ def _stats(x: Tensor, norm: Norm) -> Tensor:
 
 def dense(norm: Norm) -> Norm:
     """The norm with its vectors as the kernels read them: copies of those that are views with strides."""
-    vectors = ("weight", "bias", "running_mean", "running_var", "conv_bias")
-    return norm._replace(**{name: v.contiguous() for name in vectors if (v := getattr(norm, name)) is not None})
+    return norm._replace(**{name: v.contiguous() for name, v in zip(VECTORS, norm) if v is not None})
 
 
 def batch_stats(moments: Moments, norm: Norm) -> Tensor:

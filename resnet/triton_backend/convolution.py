@@ -174,10 +174,12 @@ def inference(
     relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """relu(batch_norm(conv(x)) [+ skip]), and the shortcut's convolution of x."""
-    norm = dense(norm)
 
     def fused() -> tuple[Tensor, Tensor | None]:
-        frozen = Frozen(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.conv_bias, norm.eps)
+        vectors = dense(norm)
+        frozen = Frozen(
+            vectors.running_mean, vectors.running_var, vectors.weight, vectors.bias, vectors.conv_bias, norm.eps
+        )
         output = conv_forward(
             x, weight, stride, padding, frozen=frozen, skip=skip, relu=relu, shortcut=shortcut, tf32=tf32(x)
         )
