@@ -10,7 +10,7 @@ from resnet.checks import check_activation, check_norm, check_shortcut, check_va
 from resnet.norm import Norm
 from resnet.operands import BatchNormAddRelu
 from resnet.schema import pack
-from resnet.torch_backend.batch_norm import EAGER_DTYPES, eager, is_eager_as_good
+from resnet.torch_backend.batch_norm import EAGER_DTYPES, eager, is_eager_as_good, keeps_digits
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -100,6 +100,8 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
         return False
     N, C, H, W = shape
     if N == 0 or C < 2 or H * W < 2 or norm.eps <= 0:  # empty, of strides that channels_last leaves open, or refused
+        return False
+    if not keeps_digits(x, norm.training):
         return False
     channels = shape[1:2]
     for v in norm[:4]:

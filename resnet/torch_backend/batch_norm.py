@@ -10,40 +10,79 @@ from resnet.norm import Norm, NormGrad, statistics_dtype
 aten = torch.ops.aten
 
 
+# On the CPU PyTorch adds up a channels_last map pixel by pixel in float32, and loses more digits the more there are. So
+# they are taken in groups, each a channel of its own, and the groups are merged.
+_PIXELS = 128  # of a group, at most
+_SUMS = 1 << 12  # that PyTorch holds at a time: with more of them the pixels leave the cache
+
+
+def _are_few(x: Tensor) -> bool:
+    """Whether PyTorch's own sums over the pixels of x (N, C, H, W) keep their digits."""
+    return x.numel() <= _PIXELS * x.shape[1] or not x.is_cpu
+
+
+def _parts(x: Tensor) -> list[tuple[Tensor, int]]:
+    """The pixels of x (N, C, H, W) channels_last, some after some, (n, C), and how many of these make a group."""
+    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
+    count, C = pixels.shape
+    size, left = divmod(count, -(-count // _PIXELS))
+    parts = [(some, size) for some in pixels[left:].split(max(1, _SUMS // C) * size)]
+    return [*parts, (pixels[:left], left)] if left else parts
+
+
+def _grouped(pixels: Tensor, size: int) -> Tensor:
+    """(n, C) as a map of n / size groups' channels: of k groups, group i has the pixels i, i + k, i + 2 k, ..."""
+    return pixels.view(size, -1).t()[None, :, None]
+
+
+def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(mean, variance) of the batch, (C,) each in `dtype`; the variance is M2 over the number of pixels.
+
+    x (N, C, H, W) is channels_last.
+    """
+    if _are_few(x):
+        return _moments_of_few(x, dtype)
+    parts = _parts(x)
+    # A large mean would leave few digits for what differs.
+    pivot = parts[0][0][0].to(dtype).nan_to_num_(0.0, 0.0, 0.0)
+    room = pivot.new_empty(parts[0][0].shape)
+    moments = []
+    for pixels, size in parts:
+        shifted = torch.sub(pixels, pivot, out=room[: len(pixels)])
+        moments.append([m.view(-1, x.shape[1]) for m in _moments_of_few(_grouped(shifted, size), dtype)])
+    left = moments.pop() if parts[-1][1] < parts[0][1] else None
+    means, variances = map(torch.cat, zip(*moments))
+    between, mean = torch.var_mean(means, 0, correction=0)  # its sums are float64
+    variance = variances.mean(0).add_(between)
+    if left is not None:
+        weight = parts[-1][1] / (x.numel() // x.shape[1])
+        step = left[0][0] - mean
+        mean.add_(step, alpha=weight)
+        variance.lerp_(left[1][0], weight).addcmul_(step, step, value=weight * (1 - weight))
+    return mean.add_(pivot), variance
+
+
+def _moments_of_few(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`_moments` by PyTorch's operator, which takes statistics in the type of the running ones."""
+    running = (None, None) if dtype == x.dtype else (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
+    return aten.batch_norm_update_stats(x, *running, 0.0)
+
+
 def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(mean, invstd) of the batch, (C,) each; updates the running statistics in place."""
-    dtype = statistics_dtype(x.dtype)
-    running = norm.running_mean, norm.running_var
-    # PyTorch takes the batch's statistics in the type of the running ones: float32 ones where those are not.
-    accumulated = running
-    if running[0] is None or running[0].dtype != dtype:
-        accumulated = tuple(x.new_zeros(x.shape[1], dtype=dtype) if r is None else r.to(dtype) for r in running)
-    count = norm.num_batches_tracked
-    if count is None or count.is_cpu:
-        momentum = norm.momentum if count is None else 1.0 / float(count)
-        mean, var = aten.batch_norm_update_stats(x, *accumulated, momentum)
-        if norm.conv_bias is not None:
-            accumulated[0].add_(norm.conv_bias, alpha=momentum)
-    else:
-        mean, var = average_stats(x, *accumulated, count, norm.conv_bias)
-    if running[0] is not None and accumulated is not running:
-        for r, a in zip(running, accumulated, strict=True):
-            r.copy_(a)
-    return mean, (var + norm.eps).rsqrt_()
-
-
-def average_stats(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, count: Tensor, conv_bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`batch_norm_update_stats` with a momentum of 1 / count, () int64, whose value the host does not wait for."""
-    batch = torch.zeros_like(running_mean), torch.zeros_like(running_var)
-    mean_var = aten.batch_norm_update_stats(x, *batch, 1.0)
-    if conv_bias is not None:
-        batch[0].add_(conv_bias)
-    momentum = count.double().reciprocal_()
-    for running, new in zip((running_mean, running_var), batch, strict=True):
-        running.mul_(1.0 - momentum).add_(new * momentum)
-    return mean_var
+    mean, variance = _moments(x, statistics_dtype(x.dtype))
+    if norm.running_mean is not None:
+        count, values = norm.num_batches_tracked, x.numel() // x.shape[1]
+        # A count stays a tensor: on a GPU the host does not wait for it.
+        momentum = norm.momentum if count is None else count.to(mean.dtype).reciprocal_()
+        shifted = mean + (0.0 if norm.conv_bias is None else norm.conv_bias)
+        batch = shifted, variance * (values / (values - 1))
+        for running, new in zip((norm.running_mean, norm.running_var), batch, strict=True):
+            averaged = running.to(new.dtype)
+            averaged.mul_(1.0 - momentum).add_(new.mul_(momentum))
+            if averaged is not running:
+                running.copy_(averaged)
+    return mean, (variance + norm.eps).rsqrt_()
 
 
 def freeze(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -99,16 +138,22 @@ def forward(
 
 
 EAGER_DTYPES = (torch.float32, torch.float64)
+_EAGER_PIXELS = 512  # at most: with more, PyTorch's statistics lose too many digits
+
+
+def keeps_digits(x: Tensor, training: bool) -> bool:
+    """Whether PyTorch's BatchNorm of x (N, C, H, W) is about as exact as `forward`."""
+    return not training or not x.is_cpu or x.numel() <= _EAGER_PIXELS * x.shape[1]
 
 
 def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
     """Whether `eager` keeps and computes what `forward` and `backward` do, with less of Python around it.
 
-    PyTorch takes the statistics in the type of the vectors, an empty batch changes the running ones, and backward on
-    the CPU reads a weight with strides as if it had none.
+    PyTorch takes the statistics in the type of the vectors, of many pixels with few digits; an empty batch changes the
+    running ones, and backward on the CPU reads a weight with strides as if it had none.
     """
     dtype = x.dtype
-    if dtype not in EAGER_DTYPES or x.numel() == 0:
+    if dtype not in EAGER_DTYPES or x.numel() == 0 or not keeps_digits(x, norm.training):
         return False
     return all(v is None or (v.dtype == dtype and v.is_contiguous()) for v in norm[:4])
 
@@ -143,23 +188,13 @@ def backward(
 
     `consume` allows to overwrite dout.
     """
-    mean, invstd = stats[0], stats[1]
     if not relu:
         g = dout
     elif consume:
         g = aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
     else:
         g = aten.threshold_backward(dout, out, 0)
-    # The CPU's operator reads a weight with strides as if it had none.
-    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype).contiguous()
-    if norm.training:
-        running, eps = (None, None), norm.eps
-    else:
-        running, eps = (mean, invstd**-2), 0.0
-    # CUDA's operator reads what was saved in evaluation, too.
-    dx, dweight, sum_g = aten.native_batch_norm_backward(
-        g, x, weight, *running, mean, invstd, norm.training, eps, [True, True, True]
-    )
+    dx, dweight, sum_g = (_backward_of_few if _are_few(x) else _backward_of_many)(g, x, stats, norm)
     return NormGrad(
         dx,
         None if norm.weight is None else dweight.to(norm.weight.dtype),
@@ -167,6 +202,44 @@ def backward(
         sum_g,
         g if shortcut and relu else None,
     )
+
+
+def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, sum of g) of BatchNorm by PyTorch's operator."""
+    mean, invstd = stats[0], stats[1]
+    # The CPU's operator reads a weight with strides as if it had none.
+    weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype).contiguous()
+    if norm.training:
+        running, eps = (None, None), norm.eps
+    else:
+        running, eps = (mean, invstd**-2), 0.0
+    # CUDA's operator reads what was saved in evaluation, too.
+    return aten.native_batch_norm_backward(g, x, weight, *running, mean, invstd, norm.training, eps, [True, True, True])
+
+
+def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """`_backward_of_few` with sums that keep their digits; dx while a part is in the cache."""
+    mean, invstd, scale, _ = stats
+    C, parts = x.shape[1], list(zip(_parts(g), _parts(x)))
+    sums = []
+    for (some_g, size), (some_x, _) in parts:
+        saved = (v.repeat(len(some_g) // size) for v in (mean, invstd))
+        operands = _grouped(some_g, size), _grouped(some_x, size), None, None, None, *saved
+        _, *some = aten.native_batch_norm_backward(*operands, True, norm.eps, [False, True, True])
+        sums.append([v.view(-1, C) for v in some])
+    dweight, sum_g = (torch.cat(some).sum(0) for some in zip(*sums))
+    if not norm.training:
+        return g * scale.to(g.dtype).view(-1, 1, 1), dweight, sum_g
+    # dx = scale * (g - sum_g / n - (x - mean) * invstd * dweight / n)
+    n = x.numel() // C
+    slope, level = invstd * dweight * scale / -n, scale * sum_g / -n
+    dx = torch.empty_like(x)
+    room = mean.new_empty(parts[0][0][0].shape)
+    for ((some_g, _), (some_x, _)), (some_dx, _) in zip(parts, _parts(dx)):
+        shifted = torch.sub(some_x, mean, out=room[: len(some_x)])
+        torch.addcmul(level, shifted, slope, out=shifted)
+        torch.addcmul(shifted, some_g, scale, out=some_dx)
+    return dx, dweight, sum_g
 
 
 def _window_origins(size: tuple[int, int], width: int, device: torch.device) -> Tensor:

@@ -1,12 +1,15 @@
-"""BatchNorm's statistics on PyTorch's operators, with the cumulative average as a device without the host has it."""
+"""BatchNorm's statistics on PyTorch's operators."""
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from resnet.norm import statistics_dtype
-from resnet.torch_backend.batch_norm import average_stats
+from resnet.norm import Norm, statistics_dtype
+from resnet.torch_backend import batch_norm
 from tests.conftest import DEVICE
 from tests.helpers.blocks import DTYPES, draw, name_of
+from tests.helpers.parity import assert_as_exact_as_eager
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -15,11 +18,58 @@ from tests.helpers.blocks import DTYPES, draw, name_of
 def test_statistics_averaged_by_a_tensor_are_those_averaged_by_a_number(dtype, conv_bias, count):
     C, acc = 5, statistics_dtype(dtype)
     x, bias = draw(3, C, 4, 6, dtype=dtype), draw(C, seed=1, dtype=dtype) if conv_bias else None
-    expected, got = ([draw(C, seed=2, dtype=acc), draw(C, seed=3, dtype=acc).abs()] for _ in range(2))
-    mean_var = torch.ops.aten.batch_norm_update_stats(x, *expected, 1.0 / count)
-    if conv_bias:
-        expected[0].add_(bias, alpha=1.0 / count)
-    batches = torch.tensor(count, device=DEVICE)
-    torch.testing.assert_close(average_stats(x, *got, batches, bias), mean_var, rtol=0, atol=0)
-    torch.testing.assert_close(got, expected, rtol=4 * torch.finfo(acc).eps, atol=torch.finfo(acc).eps)
-    assert batches == count
+
+    def averaged(momentum: float, batches: Tensor | None) -> list[Tensor]:
+        running = draw(C, seed=2, dtype=acc), draw(C, seed=3, dtype=acc).abs()
+        norm = Norm(None, None, *running, bias, True, momentum, 1e-5, batches)
+        return [*running, *batch_norm.forward(x, norm)]
+
+    got, expected = averaged(0.0, torch.tensor(count, device=DEVICE)), averaged(1.0 / count, None)
+    torch.testing.assert_close(got, expected, rtol=2 * torch.finfo(acc).eps, atol=torch.finfo(acc).eps)
+
+
+MANY = {
+    "one group": (2, 64, 8, 8),
+    "two groups": (4, 64, 8, 8),
+    "no whole group": (7, 40, 23, 31),
+    "more channels than sums are held": (1, 4100, 13, 13),
+    "few channels": (16, 4, 96, 96),
+    "large maps": (2, 16, 200, 200),
+}
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="PyTorch's sums over pixels lose digits on the CPU alone")
+@pytest.mark.parametrize("shape", MANY.values(), ids=MANY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("mean", [1.0, 4.0])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_any_number_of_pixels_is_as_exact_as_eager_in_the_default_layout(shape, dtype, mean, training):
+    """Eager in channels_last is not: it is no measure for itself."""
+    names = "out", "running_mean", "running_var", "dx", "dweight", "dbias"
+
+    def results(function, d: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
+        x, dout = (t.to(d).contiguous(memory_format=layout) for t in given)
+        acc = statistics_dtype(d)
+        weight, bias, running_mean, running_var = (v.to(acc) for v in vectors)
+        out, grads = function(x, dout, weight, bias, running_mean, running_var)
+        return [out, running_mean, running_var, *grads]
+
+    def eager(x, dout, weight, bias, *running):
+        wanted = [t.requires_grad_() for t in (x, weight, bias)]
+        out = F.batch_norm(x, *running, weight, bias, training, momentum=1.0)
+        return out.detach(), torch.autograd.grad(out, wanted, dout)
+
+    def fused(x, dout, weight, bias, *running):
+        norm = Norm(weight, bias, *running, None, training, 1.0, 1e-5)
+        out, stats = batch_norm.forward(x, norm, relu=False)
+        grad = batch_norm.backward(dout, x, out, stats, norm, relu=False)
+        return out, (grad.dx, grad.dweight, grad.dbias)
+
+    given = [t.to(dtype) for t in (1.5 * draw(*shape) + mean, draw(*shape, seed=1))]
+    vectors = [1 + draw(shape[1], seed=2).abs(), draw(shape[1], seed=3), mean + draw(shape[1], seed=4) / 4]
+    vectors.append(1 + draw(shape[1], seed=5).abs())
+    got = results(fused, dtype, torch.channels_last)
+    expected = results(eager, dtype, torch.contiguous_format)
+    exact = results(eager, torch.float64, torch.contiguous_format)
+    for name, *values in zip(names, got, expected, exact, strict=True):
+        assert_as_exact_as_eager(name, *([v] for v in values))
