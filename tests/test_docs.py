@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
+import io
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,11 +122,19 @@ def targets() -> set[str]:
 @functools.cache
 def help_of(module: str) -> str:
     """What `python -m MODULE --help` prints; AssertionError where that is no usage."""
-    command = [sys.executable, "-m", module, "--help"]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-    printed = run.stdout + run.stderr
-    assert printed.startswith("usage: "), f"{' '.join(command)} printed:\n{printed}"
-    return printed
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as changes,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        warnings.catch_warnings(),
+        pytest.raises(SystemExit),
+    ):
+        warnings.filterwarnings("ignore", "'.*' found in sys.modules", RuntimeWarning)
+        changes.setattr(sys, "argv", [module, "--help"])
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    assert printed.getvalue().startswith("usage: "), f"python -m {module} --help printed:\n{printed.getvalue()}"
+    return printed.getvalue()
 
 
 def what_is_wrong_with(command: Command) -> str | None:
