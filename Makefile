@@ -23,10 +23,12 @@ $(STAMP): requirements.txt
 
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-# The kernels as compiled code, which the module ptxsim executes on the CPU. pytest's status 5 (nothing collected) is
-# what skipping whole files leaves where it is absent.
-EMULATED = { env -u TRITON_INTERPRET $(RUN) pytest $(PARALLEL) tests/emulated; code=$$?; \
-	[ $$code -eq 0 ] || { [ $$code -eq 5 ] && ! $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; }; }
+# The kernels as compiled code, which the module ptxsim executes on the CPU.
+EMULATED = if $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; then \
+	  env -u TRITON_INTERPRET $(RUN) pytest $(PARALLEL) tests/emulated; \
+	else \
+	  echo "tests/emulated is left out: it needs the module ptxsim, which is not published"; \
+	fi
 
 emulated: $(STAMP)
 	@$(EMULATED)
@@ -40,7 +42,7 @@ test: $(STAMP)
 	fi; \
 	status=0; \
 	env $$interpret $(RUN) pytest $$parallel tests --ignore=tests/emulated --ignore=tests/gate || status=1; \
-	$(EMULATED) || status=1; \
+	{ $(EMULATED); } || status=1; \
 	exit $$status
 
 # The core of the suite, interpreted and, where the module ptxsim is, compiled, with each supported version of Triton.
