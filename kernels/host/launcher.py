@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import Context
+from contextvars import Context, copy_context
 from typing import NamedTuple
 
 import torch
@@ -67,7 +67,16 @@ def compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
         for run in runs:
             run()
     else:
-        Context().run(_compile_ahead, runs)  # Triton's mode is of a context, and after Ctrl-C it goes with this one
+        _own_context().run(_compile_ahead, runs)
+
+
+def _own_context() -> Context:
+    """A copy of the caller's, without a mode of Triton's: a second is refused. After Ctrl-C ours goes with the copy."""
+    context = Context()
+    for variable, value in copy_context().items():
+        if not isinstance(value, triton.AsyncCompileMode):
+            context.run(variable.set, value)
+    return context
 
 
 def compiles_only() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import pytest
 import torch
@@ -63,6 +64,14 @@ def test_after_an_error_launches_are_made_again(x):
     assert not compiles_only()
     launch(add_kernel, (1,), x, AMOUNT=1)
     assert x.item() == 1
+
+
+def test_what_is_compiled_ahead_has_the_context_variables_of_its_caller():
+    variable, seen = ContextVar("variable"), []
+    token = variable.set("caller's")
+    compile_ahead([lambda: seen.append(variable.get(None)), lambda: variable.set("its own")])
+    assert seen == ["caller's"] and variable.get() == "caller's"
+    variable.reset(token)
 
 
 def test_it_may_be_asked_for_where_triton_compiles_asynchronously_already(x):
