@@ -60,11 +60,13 @@ def batch_norm_add_relu(
         ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
         RuntimeError: on double backward through a kernel.
     """
-    if not torch.compiler.is_compiling() and ops.is_transformed():
+    compiling = torch.compiler.is_compiling()  # then the operator asks for the backend, each time that it runs
+    if not compiling and ops.is_transformed():
         settings = weight, bias, shortcut, training, momentum, eps, relu
         return reference.batch_norm_add_relu(x, running_mean, running_var, *settings)
     norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
-    if relu and _needs_no_check(x, shortcut, norm) and backends.implementation(x) is torch_backend:
+    may_be_eager = relu and not compiling
+    if may_be_eager and _needs_no_check(x, shortcut, norm) and backends.implementation(x) is torch_backend:
         return eager(x, norm, shortcut)
     check_activation(x, None)
     check_norm(norm, x, x.shape[1])
@@ -74,7 +76,7 @@ def batch_norm_add_relu(
         check_shortcut(shortcut, x)
         shortcut = channels_last(shortcut)
     x = channels_last(x)
-    if relu and backends.implementation(x) is torch_backend and is_eager_as_good(x, norm):
+    if may_be_eager and backends.implementation(x) is torch_backend and is_eager_as_good(x, norm):
         return eager(x, norm, shortcut)
     arguments = BatchNormAddRelu(x, shortcut, norm, relu)
     return torch.ops.fused_residual.batch_norm_add_relu(*pack(arguments))[0]

@@ -45,8 +45,9 @@ def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], de
             only where they exist. With "auto" they are timed, so a call must change nothing that another one reads:
             running statistics are updated outside.
     """
-    if settings.current_convolution() != "auto":
-        asked = settings.VARIANTS.index(settings.current_convolution())
+    chosen = settings.current_convolution()
+    if chosen != "auto":
+        asked = settings.VARIANTS.index(chosen)
         return next(variants[name] for name in settings.VARIANTS[asked:] if name in variants)
     if len(variants) == 1 or device.type == "cpu":
         return next(iter(variants.values()))

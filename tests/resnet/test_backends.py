@@ -1,4 +1,4 @@
-"""`resnet.backend`: a setter and a context manager, its start value, and what it says where Triton cannot launch."""
+"""What `resnet.backend` and `resnet.convolution` choose, their start values, and where Triton cannot launch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,12 @@ import sys
 import pytest
 import torch
 
-import resnet
-from resnet import FusedResidual, backend, convolution, current_backend, current_convolution
+from resnet import FusedResidual, backend, convolution
 from resnet.kernels.tuning import memory
 from resnet.triton_backend import batch_norm as triton_batch_norm
 from resnet.triton_backend.convolution import pick
 from tests.conftest import DEVICE, ROOT
-from tests.helpers.blocks import draw, name_of_block, step, trio
-
-
-@pytest.fixture(autouse=True)
-def restored():
-    before = current_backend(), current_convolution()
-    yield
-    backend(before[0])
-    convolution(before[1])
+from tests.helpers.blocks import draw
 
 
 @pytest.fixture
@@ -33,49 +24,6 @@ def launches(monkeypatch):
     finalize = triton_batch_norm.batch_norm_finalize
     monkeypatch.setattr(triton_batch_norm, "batch_norm_finalize", lambda *args: (count.append(1), finalize(*args))[1])
     return count
-
-
-# ---- the choice ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["auto", "triton", "torch"])
-def test_backend_sets_the_choice_from_then_on(name):
-    backend(name)
-    assert current_backend() == name
-
-
-def test_backend_as_a_context_manager_restores_the_old_choice():
-    backend("torch")
-    with backend("triton"):
-        assert current_backend() == "triton"
-        with backend("auto"):
-            assert current_backend() == "auto"
-        assert current_backend() == "triton"
-    assert current_backend() == "torch"
-
-
-def test_an_exception_inside_the_context_restores_the_old_choice():
-    backend("auto")
-    with pytest.raises(KeyError), backend("triton"), backend("torch"):
-        raise KeyError
-    assert current_backend() == "auto"
-
-
-def test_a_setter_inside_a_context_lasts_as_long_as_the_context():
-    backend("auto")
-    with backend("triton"):
-        backend("torch")
-        assert current_backend() == "torch"
-    assert current_backend() == "auto"
-
-
-@pytest.mark.parametrize("name", ["cuda", "Triton", "", None, 3], ids=repr)
-def test_an_unknown_backend_is_an_error_that_lists_the_names_and_leaves_the_choice(name):
-    backend("torch")
-    with pytest.raises(ValueError, match=r"backend: expected one of 'auto', 'triton', 'torch', got ") as error:
-        backend(name)
-    assert str(error.value).endswith(repr(name))
-    assert current_backend() == "torch"
 
 
 # ---- what it chooses -------------------------------------------------------------------------------------------
@@ -99,22 +47,6 @@ def test_backend_auto_takes_pytorch_for_tensors_on_the_cpu(launches):
     assert not launches
 
 
-@pytest.mark.parametrize("first", ["triton", "torch"], ids=["triton first", "torch first"])
-@pytest.mark.parametrize("args", [(4, 4), (4, 6, True, 2)], ids=name_of_block)
-def test_backward_may_run_on_the_other_backend(first, args):
-    second = {"triton": "torch", "torch": "triton"}[first]
-    blocks = trio(resnet.Residual, *args, dtype=torch.float64)
-    x = draw(2, 4, 5, 5)
-
-    def forward(call):
-        with backend(first):
-            return call()
-
-    with backend(second):
-        got = step(blocks.fused, x, forward)
-    torch.testing.assert_close(got, step(blocks.exact, x))
-
-
 # ---- the convolutions ------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")
@@ -123,27 +55,6 @@ VARIANTS = {name: (lambda n=name: n) for name in ("triton", "epilogue", "pytorch
 
 def picked(*names: str, key: tuple = (), device: torch.device = CPU) -> str:
     return pick("forward", key, {name: VARIANTS[name] for name in names}, device)()
-
-
-@pytest.mark.parametrize("name", ["auto", "triton", "epilogue", "pytorch"])
-def test_convolution_sets_its_own_choice_and_restores_it_as_a_context_manager(name):
-    convolution("pytorch")
-    before = current_backend()
-    with convolution(name):
-        assert current_convolution() == name
-    assert current_convolution() == "pytorch" and current_backend() == before
-    convolution(name)
-    assert current_convolution() == name
-
-
-@pytest.mark.parametrize("name", ["torch", "cudnn", "", None], ids=repr)
-def test_an_unknown_convolution_is_an_error_that_lists_the_names_and_leaves_the_choice(name):
-    convolution("epilogue")
-    message = f"convolution: expected one of 'auto', 'triton', 'epilogue', 'pytorch', got {name!r}"
-    with pytest.raises(ValueError) as error:
-        convolution(name)
-    assert str(error.value) == message
-    assert current_convolution() == "epilogue"
 
 
 @pytest.mark.parametrize("name", ["triton", "epilogue", "pytorch"])

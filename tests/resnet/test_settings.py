@@ -1,0 +1,275 @@
+"""Choices and where they are in force: `resnet.backend` and `resnet.convolution`, called and in a `with`."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from functools import partial
+from threading import Barrier, Thread
+
+import pytest
+
+import resnet
+from resnet import current_backend, current_convolution
+
+NAMES = {
+    resnet.backend: ("auto", "triton", "torch"),
+    resnet.convolution: ("auto", "triton", "epilogue", "pytorch"),
+}
+CURRENT = {resnet.backend: current_backend, resnet.convolution: current_convolution}
+BARRED_FOR = 60  # seconds, after which a thread that waits for one that has failed fails too
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    before = {choice: current() for choice, current in CURRENT.items()}
+    yield
+    for choice, name in before.items():
+        choice(name)
+
+
+@pytest.fixture(params=NAMES, ids=lambda choice: choice.__name__)
+def choice(request) -> type:
+    """The choice, which is "auto" to begin with."""
+    request.param("auto")
+    return request.param
+
+
+@pytest.fixture
+def current(choice) -> Callable[[], str]:
+    return CURRENT[choice]
+
+
+@pytest.fixture
+def names(choice) -> tuple[str, str]:
+    """Two names of the choice, neither of which is "auto"."""
+    return NAMES[choice][-2:]
+
+
+def in_thread(*functions: Callable[[], object]) -> list:
+    """What the functions return, each in a new thread, side by side."""
+    results: dict[int, object] = {}
+
+    def run(i: int) -> None:
+        results[i] = functions[i]()
+
+    threads = [Thread(target=run, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [results[i] for i in range(len(functions))]
+
+
+# ---- a call ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("choice", "name"), [(c, n) for c, names in NAMES.items() for n in names], indirect=["choice"])
+def test_a_call_chooses_for_all_threads_from_then_on(choice, current, name):
+    choice(name)
+    assert current() == name
+    assert in_thread(current) == [name]
+
+
+def test_a_call_in_a_thread_counts_in_the_others(choice, current, names):
+    def choose() -> None:
+        choice(names[0])
+
+    in_thread(choose)
+    assert current() == names[0]
+
+
+def test_a_call_whose_object_is_kept_counts_as_long_as_no_later_one(choice, current, names):
+    kept = choice(names[0])
+    assert in_thread(current) == [names[0]]
+    choice(names[1])
+    assert current() == names[1]
+    del kept
+    assert current() == names[1]
+
+
+def test_one_choice_leaves_the_other_as_it_is(choice, names):
+    others = [current for other, current in CURRENT.items() if other is not choice]
+    before = [other() for other in others]
+    choice(names[0])
+    with choice(names[1]):
+        assert [other() for other in others] == before
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", "cudnn", "", None, 3, ["torch"]], ids=repr)
+def test_an_unknown_name_is_an_error_that_lists_the_names_and_leaves_the_choice(choice, current, names, name):
+    choice(names[0])
+    with pytest.raises(ValueError) as error:
+        choice(name)
+    listed = ", ".join(map(repr, NAMES[choice]))
+    assert str(error.value) == f"{choice.__name__}: expected one of {listed}, got {name!r}"
+    assert current() == names[0]
+
+
+@pytest.mark.parametrize("entered", [False, True], ids=["called", "entered"])
+def test_a_thousand_choices_leave_nothing_in_memory(choice, names, entered):
+    def choose() -> None:
+        for name in 500 * names:
+            made = choice(name)
+            if entered:
+                with made:
+                    pass
+
+    choose()
+    gc.collect()
+    before = len(gc.get_objects())
+    choose()
+    gc.collect()
+    grown = len(gc.get_objects()) - before
+    assert grown < 50
+
+
+# ---- a with ----------------------------------------------------------------------------------------------------
+
+
+def test_a_with_restores_the_old_choice(choice, current, names):
+    choice(names[0])
+    with choice(names[1]):
+        assert current() == names[1]
+        with choice("auto"):
+            assert current() == "auto"
+        assert current() == names[1]
+    assert current() == names[0]
+
+
+def test_an_exception_in_a_with_restores_the_old_choice(choice, current, names):
+    with pytest.raises(KeyError), choice(names[0]), choice(names[1]):
+        raise KeyError
+    assert current() == "auto"
+
+
+def test_an_object_may_be_made_before_it_is_entered(choice, current, names):
+    made = choice(names[0])
+    choice("auto")
+    with made:
+        assert current() == names[0]
+    assert current() == "auto"
+
+
+def test_an_object_that_is_entered_chooses_for_the_process_no_more(choice, current, names):
+    made = choice(names[0])
+    with made:
+        assert in_thread(current) == ["auto"]
+    assert current() == "auto"
+
+
+def test_an_object_may_be_entered_again_inside_and_after(choice, current, names):
+    made = choice(names[0])
+    for _ in range(2):
+        with made, choice(names[1]):
+            with made:
+                assert current() == names[0]
+            assert current() == names[1]
+        assert current() == "auto"
+
+
+def test_a_call_in_a_with_counts_for_the_process_and_here_when_the_with_ends(choice, current, names):
+    with choice(names[0]):
+        choice(names[1])
+        assert current() == names[0]
+        assert in_thread(current) == [names[1]]
+    assert current() == names[1]
+
+
+def test_of_two_generators_the_first_may_end_first(choice, current, names):
+    def inside(name: str) -> Iterator[None]:
+        with choice(name):
+            yield
+
+    first, second = map(inside, names)
+    next(first)
+    next(second)
+    first.close()
+    assert current() == names[1]
+    second.close()
+    assert current() == "auto"
+
+
+def test_an_exit_in_another_context_changes_none(choice, current, names):
+    made = choice(names[0])
+    with choice(names[1]):
+        context = copy_context()
+        context.run(made.__enter__)
+        made.__exit__(None, None, None)
+        assert current() == names[1]
+    assert current() == "auto" and context.run(current) == names[0]
+
+
+# ---- threads and coroutines ------------------------------------------------------------------------------------
+
+
+def test_threads_that_overlap_have_each_its_own_choice(choice, current, names):
+    turn = Barrier(2, timeout=BARRED_FOR).wait
+
+    def first() -> list[str]:
+        with choice(names[0]):
+            turn()
+            turn()
+            seen = current()
+        turn()
+        turn()
+        return [seen, current()]
+
+    def second() -> list[str]:
+        turn()
+        with choice(names[1]):
+            turn()
+            turn()
+            seen = current()
+        turn()
+        return [seen, current()]
+
+    assert in_thread(first, second) == [[names[0], "auto"], [names[1], "auto"]]
+    assert current() == "auto"
+
+
+def test_one_object_may_be_entered_in_threads_that_overlap(choice, current, names):
+    made, together = choice(names[0]), Barrier(2, timeout=BARRED_FOR)
+
+    def inside() -> list[str]:
+        with made:
+            together.wait()
+            seen = current()
+            together.wait()
+        return [seen, current()]
+
+    assert in_thread(inside, inside) == [[names[0], "auto"]] * 2
+
+
+def test_coroutines_that_overlap_have_each_its_own_choice(choice, current, names):
+    async def inside(name: str, turns: int) -> list[str]:
+        seen = []
+        with choice(name):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+                seen.append(current())
+        await asyncio.sleep(0)
+        return [*seen, current()]
+
+    async def both() -> list[list[str]]:
+        return await asyncio.gather(inside(names[0], 2), inside(names[1], 4))
+
+    assert asyncio.run(both()) == [[*[name] * turns, "auto"] for name, turns in zip(names, (2, 4))]
+    assert current() == "auto"
+
+
+def test_a_thread_started_in_a_with_has_the_choice_of_the_process_and_a_coroutine_the_withs(choice, current, names):
+    async def ask() -> str:
+        return current()
+
+    async def ask_in_a_task() -> str:
+        with choice(names[0]):
+            task = asyncio.create_task(ask())
+        return await task
+
+    with choice(names[0]):
+        assert in_thread(current) == ["auto"]
+        assert in_thread(partial(copy_context().run, current)) == [names[0]]  # unless it is given this context
+    assert asyncio.run(ask_in_a_task()) == names[0]
