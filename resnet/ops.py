@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
-from resnet import backends
+from resnet import backends, settings
 from resnet.kernels.host.facts import Known, is_plain
 from resnet.norm import Norm, statistics_dtype
 from resnet.operands import (
@@ -200,6 +200,7 @@ class _Differentiable:
                 outputs = _below_autograd(ops[0], by, flat)
                 ctx.mark_non_differentiable(*outputs[1:])
             kept = keep(flat, outputs)
+            ctx.chosen = settings.in_force()
             ctx.settings = pick_settings(kept)
             ctx.save_for_backward(*pick_tensors(kept))
             ctx.set_materialize_grads(False)
@@ -208,6 +209,12 @@ class _Differentiable:
         def backward(ctx, dout, *_):
             if dout is None:
                 return (None,) * len(ctx.needs_input_grad)
+            if ctx.chosen == settings.in_force():
+                return gradients(ctx, dout)
+            with settings.both(ctx.chosen):  # a GPU's backward has a thread of its own, without our context
+                return gradients(ctx, dout)
+
+        def gradients(ctx, dout):
             kept = in_order((*ctx.saved_tensors, *ctx.settings))
             passed_on = self.passed_on and self.passed_on(unpack(self.kept, kept))
             wanted = ctx.needs_input_grad[1:]

@@ -5,14 +5,24 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from threading import Barrier, Thread
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.overrides import BaseTorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 import resnet
-from resnet import current_backend, current_convolution
+from resnet import FusedResidual, FusedStem, Residual, current_backend, current_convolution
+from resnet.functional import batch_norm_add_relu
+from resnet.kernels.host import launcher, plan
+from tests.conftest import DEVICE
+from tests.helpers.blocks import draw, step, trio
 
 NAMES = {
     resnet.backend: ("auto", "triton", "torch"),
@@ -273,3 +283,139 @@ def test_a_thread_started_in_a_with_has_the_choice_of_the_process_and_a_coroutin
         assert in_thread(current) == ["auto"]
         assert in_thread(partial(copy_context().run, current)) == [names[0]]  # unless it is given this context
     assert asyncio.run(ask_in_a_task()) == names[0]
+
+
+# ---- what runs -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[str]:
+    """The names of the kernels that were launched, by whichever thread, other than by a plan."""
+    names = []
+    launch = launcher._launch
+
+    def record(kernel, *args):
+        names.append(kernel.__name__)
+        return launch(kernel, *args)
+
+    monkeypatch.setattr(launcher, "_launch", record)
+    plan.forget()
+    return names
+
+
+def kind_of(launched: list[str]) -> str:
+    """The backend and the convolutions that launch these kernels, which are then forgotten."""
+    convolutions = any(name.startswith("conv_") for name in launched)
+    kind = "torch" if not launched else "triton, epilogue" if convolutions else "triton, pytorch"
+    launched.clear()
+    return kind
+
+
+@contextmanager
+def chosen(kind: str) -> Iterator[None]:
+    """A `with` of what `kind_of` tells apart."""
+    backend, _, convolution = kind.partition(", ")
+    with resnet.backend(backend), resnet.convolution(convolution or "pytorch"):
+        yield
+
+
+KINDS = ("torch", "triton, pytorch", "triton, epilogue")
+per_pair = pytest.mark.parametrize(("inside", "outside"), [(a, b) for a in KINDS for b in KINDS if a != b])
+
+
+def small(seed: int = 0) -> Tensor:
+    return draw(1, 4, 3, 2, seed=seed, dtype=torch.float64)
+
+
+@pytest.fixture
+def block() -> nn.Module:
+    return trio(Residual, 4, 4, dtype=torch.float64).fused
+
+
+@pytest.mark.parametrize("mode", [nullcontext, BaseTorchFunctionMode], ids=["direct", "dispatched"])
+@per_pair
+def test_backward_runs_on_what_its_forward_ran_on(launched, inside, outside, mode):
+    blocks = trio(Residual, 4, 4, dtype=torch.float64)
+
+    def forward(call: Callable[[], Tensor]) -> Tensor:
+        with chosen(inside):
+            out = call()
+        assert kind_of(launched) == inside
+        return out
+
+    with mode(), chosen(outside):
+        got = step(blocks.fused, small(), forward)
+    assert kind_of(launched) == inside
+    torch.testing.assert_close(got, step(blocks.exact, small()))
+
+
+@pytest.mark.parametrize("module", [FusedStem, FusedResidual])
+def test_backward_of_a_stem_and_a_projected_block_too(launched, module):
+    fused = module(4, 5, **({"use_1x1conv": True, "strides": 2} if module is FusedResidual else {})).to(DEVICE)
+    with chosen("triton, pytorch"):
+        out = fused(draw(2, 4, 9, 8).requires_grad_())
+    launched.clear()
+    with chosen("torch"):
+        out.sum().backward()
+    assert kind_of(launched) == "triton, pytorch"
+
+
+def test_backward_of_the_function_too(launched):
+    x = small().requires_grad_()
+    with chosen("triton, pytorch"):
+        out = batch_norm_add_relu(x, None, None, training=True)
+    launched.clear()
+    with chosen("torch"):
+        out.sum().backward()
+    assert kind_of(launched) == "triton, pytorch"
+
+
+@pytest.mark.parametrize("inside", KINDS)
+def test_backward_in_another_thread_runs_on_what_its_forward_ran_on(launched, block, inside):
+    with chosen(inside):
+        out = block(small().requires_grad_())
+        launched.clear()
+        in_thread(out.sum().backward)
+    assert kind_of(launched) == inside
+
+
+def test_each_backward_of_a_graph_that_is_retained_runs_on_what_its_forward_ran_on(launched, block):
+    with chosen("triton, pytorch"):
+        out = block(small().requires_grad_()).sum()
+    launched.clear()
+    for outside in ("torch", "triton, epilogue"):
+        with chosen(outside):
+            out.backward(retain_graph=True)
+        assert kind_of(launched) == "triton, pytorch"
+
+
+def test_backward_from_tensors_saved_on_the_cpu_runs_on_what_its_forward_ran_on(launched, block):
+    with chosen("triton, pytorch"), save_on_cpu():
+        out = block(small().requires_grad_()).sum()
+    launched.clear()
+    with chosen("torch"):
+        out.backward()
+    assert kind_of(launched) == "triton, pytorch"
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "expected"), [(False, "triton, pytorch"), (True, "torch")], ids=["not reentrant", "reentrant"]
+)
+def test_a_checkpointed_block_is_run_again_on_its_forwards_choice_or_if_reentrant_on_backwards(
+    launched, block, reentrant, expected
+):
+    with chosen("triton, pytorch"):
+        out = checkpoint(block, small().requires_grad_(), use_reentrant=reentrant)
+    launched.clear()
+    with chosen("torch"):
+        out.sum().backward()
+    assert ("statistics_kernel" in launched) == (expected != "torch")
+    assert kind_of(launched) == expected  # backward, too, of what was run again
+
+
+def test_backward_leaves_the_choice_that_it_was_called_under(block):
+    with chosen("triton, pytorch"):
+        out = block(small().requires_grad_()).sum()
+    with chosen("torch"):
+        out.backward()
+        assert (current_backend(), current_convolution()) == ("torch", "pytorch")
