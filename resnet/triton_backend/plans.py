@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from torch import Tensor
 
@@ -15,5 +16,16 @@ from resnet.triton_backend import convolution
 
 def run(function: Callable[..., list], arguments: Sequence, known: Known | None = None) -> list[Tensor | None]:
     """function(*arguments), replayed from a plan where there is one; arguments[0] is a tensor."""
-    chosen = settings.current_backend(), settings.current_convolution(), tuning.choice.state()
-    return plan.run(function, arguments, (*chosen, convolution.tf32(arguments[0])), known)
+    environment = tuning.choice.state(), convolution.tf32(arguments[0])
+    return plan.run(_with_choices(function, settings.current_convolution()), arguments, environment, known)
+
+
+@cache
+def _with_choices(function: Callable[..., list], convolution: str) -> Callable[..., list]:
+    """The function on this backend, with these convolutions: what another thread chooses meanwhile is not recorded."""
+
+    def run(*arguments) -> list:
+        with settings.both(("triton", convolution)):
+            return function(*arguments)
+
+    return run

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from threading import Barrier, Thread
@@ -13,6 +14,7 @@ from threading import Barrier, Thread
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import save_on_cpu
 from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +23,10 @@ import resnet
 from resnet import FusedResidual, FusedStem, Residual, current_backend, current_convolution
 from resnet.functional import batch_norm_add_relu
 from resnet.kernels.host import launcher, plan
+from resnet.triton_backend import plans
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, step, trio
+from tests.helpers.blocks import draw, infer, step, trio
+from tests.helpers.replays import replays
 
 NAMES = {
     resnet.backend: ("auto", "triton", "torch"),
@@ -419,3 +423,94 @@ def test_backward_leaves_the_choice_that_it_was_called_under(block):
     with chosen("torch"):
         out.backward()
         assert (current_backend(), current_convolution()) == ("torch", "pytorch")
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------
+
+
+def called(kind: str) -> AbstractContextManager:
+    """`chosen` by calls, so that it stays."""
+    backend, _, convolution = kind.partition(", ")
+    resnet.backend(backend)
+    resnet.convolution(convolution or "pytorch")
+    return nullcontext()
+
+
+@pytest.mark.parametrize("scope", [chosen, called])
+def test_a_plan_is_replayed_only_under_the_choice_that_it_was_recorded_under(launched, scope):
+    blocks = trio(Residual, 4, 4, dtype=torch.float64, train=False)
+    runs: Counter[str] = Counter()
+    for kind in (*["triton, pytorch"] * 3, *["triton, epilogue"] * 3, "torch", "triton, pytorch", "triton, epilogue"):
+        with scope(kind), replays() as calls:
+            got = infer(blocks.fused, small())
+        torch.testing.assert_close(got, infer(blocks.exact, small()))
+        runs[kind] += 1
+        replayed = runs[kind] > 2
+        assert len(calls) == replayed
+        assert kind_of(launched) == ("torch" if replayed else kind)
+
+
+def test_an_operator_keeps_the_choices_that_it_began_with_when_another_thread_chooses():
+    seen = []
+
+    def operator(x: Tensor) -> list[Tensor]:
+        in_thread(lambda: called("torch"))
+        seen.append((current_backend(), current_convolution()))
+        return [x + 1]
+
+    called("triton, epilogue")
+    plans.run(operator, [small()])
+    assert seen == [("triton", "epilogue")]
+    assert (current_backend(), current_convolution()) == ("torch", "pytorch")
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counter() -> Iterator[CompileCounterWithBackend]:
+    torch.compiler.reset()
+    yield CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+
+
+@per_pair
+def test_a_compiled_block_runs_each_time_on_what_is_in_force(launched, counter, inside, outside):
+    blocks = trio(Residual, 4, 4, dtype=torch.float64)
+    compiled = torch.compile(blocks.fused, fullgraph=True, backend=counter)
+
+    def forward(call: Callable[[], Tensor]) -> Tensor:
+        with chosen(inside):
+            out = call()
+        assert kind_of(launched) == inside
+        return out
+
+    with chosen(outside), torch.autograd.set_multithreading_enabled(False):  # backward in this thread, on a GPU too
+        got = step(compiled, small(), forward)
+    assert kind_of(launched) == outside
+    expected = step(blocks.exact, small())
+    torch.testing.assert_close({name.replace("_orig_mod.", ""): value for name, value in got.items()}, expected)
+
+
+def test_what_is_compiled_once_runs_on_any_choice(launched, counter):
+    x = small()
+    compiled = torch.compile(lambda: batch_norm_add_relu(x, None, None, training=True), fullgraph=True, backend=counter)
+    expected = compiled()
+    for kind in ("triton, pytorch", "torch", "triton, pytorch"):
+        launched.clear()
+        with chosen(kind):
+            torch.testing.assert_close(compiled(), expected)
+        assert kind_of(launched) == kind
+    assert counter.frame_count == 1
+
+
+def test_a_with_in_a_compiled_function_counts(launched, counter, block):
+    def function(x: Tensor) -> Tensor:
+        with resnet.backend("triton"), resnet.convolution("pytorch"):
+            return block(x) + 1
+
+    compiled = torch.compile(function, backend=counter)
+    called("torch")
+    torch.testing.assert_close(compiled(small()), block(small()) + 1)
+    assert kind_of(launched) == "triton, pytorch"
+    assert (current_backend(), current_convolution()) == ("torch", "pytorch")
