@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from resnet import torch_backend
@@ -29,9 +28,3 @@ def implementation(x: Tensor) -> ModuleType:
 
     _triton = triton_backend
     return triton_backend
-
-
-def ensure_available(x: Tensor) -> None:
-    """Raises what `implementation` would raise, for callers that are about to change something."""
-    if not torch.compiler.is_compiling():
-        implementation(x)

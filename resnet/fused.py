@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet import ops
-from resnet.backends import ensure_available
+from resnet.backends import implementation
 from resnet.checks import check_activation, check_conv_weight, check_norm, check_values_per_channel, check_vector
 from resnet.functional import channels_last
 from resnet.kernels.host.facts import Recent
@@ -226,7 +226,8 @@ class _Fused:
                 known = known and recent.known(flat)
             elif known is not None:
                 known.facts.passed.add(check)
-        ensure_available(x)
+        if not compiling:
+            implementation(x)  # raises what the operator would, before anything changes
         batch_statistics = False
         for i, (bn, _) in enumerate(pairs):
             batch_statistics |= norms[i].training
