@@ -21,10 +21,12 @@ def merge_lanes(pivot, offset, m2, count, total_count):
     A lane has the mean pivot + offset, M2 and count. mean + rest is the merged mean in twice the precision, and only
     differences of means are squared: however large the mean is against the spread, its rounding does not enter M2.
     Where the mean is below the spread, rest would be no more than the rounding of its own sum, so there it is 0.
+
+    A lane without a row is as far from the mean as zero is, and the square of that may be Inf.
     """
     high, low = two_sum(pivot, offset)
     near = column_sums(high * count) / total_count
-    delta = (high - near[None, :]) + low
+    delta = tl.where(count > 0.0, (high - near[None, :]) + low, 0.0)
     rest = column_sums(delta * count) / total_count
     m2 = column_sums(tl.fma(delta * delta, count, m2))
     large = near * near * total_count > m2  # false for NaN, which the maximum would drop

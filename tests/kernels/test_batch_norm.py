@@ -238,6 +238,17 @@ def test_running_statistics_and_output_are_as_exact_as_eager_at_any_mean(mean):
     assert_parity(results)
 
 
+@pytest.mark.parametrize("pixels", [1, 7, 40, 1000])
+def test_a_mean_whose_square_is_infinite_has_a_variance(pixels):
+    """In lanes without a row, too, of which a few pixels leave many."""
+    x, C = 1e21 + 1e16 * draw(2, 16, pixels, 1), 16
+    running = torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)
+    batch_stats(x, None, None, *running, 1.0, EPS)
+    exact = x.double().mean((0, 2, 3)), x.double().var((0, 2, 3))
+    for mine, expected in zip(running, exact):
+        torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=0)
+
+
 def partials_of(x: Tensor, rows: int, planes: int) -> Tensor:
     """(planes, T, C) of a matrix x (M, C): what a convolution's tiles of `rows` rows would leave."""
     tiles = x.double().split(rows)
