@@ -45,29 +45,33 @@ test: $(STAMP)
 	{ $(EMULATED); } || status=1; \
 	exit $$status
 
-# The core of the suite, interpreted and, where the module ptxsim is, compiled, with each supported version of Triton.
+# The core of the suite, interpreted and, where the module ptxsim is, compiled, with each supported pair of PyTorch and
+# Triton: those that are made for each other, and the newest Triton.
 MATRIX := .venv-matrix
-TRITONS := 3.6.0 3.7.1 3.9.0
+STACKS := 2.11.0+3.6.0 2.13.0+3.7.1 2.13.0+3.9.0 2.14.1+3.8.0
+torch_of = $(firstword $(subst +, ,$(1)))
+triton_of = $(lastword $(subst +, ,$(1)))
 NUMPY_3.6.0 := numpy<2.4# with a newer one its interpreter fails
-NUMPY = $(or $(NUMPY_$*),numpy)
+numpy_of = $(or $(NUMPY_$(call triton_of,$(1))),numpy)
 
 $(MATRIX)/%/.installed: requirements.txt
-	@echo "making $(MATRIX)/$* with $$($(PYTHON) -V): a minute, once"
+	@echo "making $(MATRIX)/$* with $$($(PYTHON) -V): some minutes, once"
 	@$(PYTHON) -m venv --clear $(@D)
-	@grep -Ev '^(triton|numpy|matplotlib|ruff)\b' requirements.txt >$(@D)/requirements.txt
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/requirements.txt 'triton==$*' '$(NUMPY)'
+	@grep -Ev '^(torch|triton|numpy|matplotlib|ruff)\b' requirements.txt >$(@D)/requirements.txt
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/requirements.txt \
+	  'torch==$(call torch_of,$*)' 'triton==$(call triton_of,$*)' '$(call numpy_of,$*)'
 	@touch $@
 
-test-matrix: $(TRITONS:%=$(MATRIX)/%/.installed)
-	@failed=; for version in $(TRITONS); do \
-	  python=$(MATRIX)/$$version/bin/python; echo "triton $$version"; \
+test-matrix: $(STACKS:%=$(MATRIX)/%/.installed)
+	@failed=; for stack in $(STACKS); do \
+	  python=$(MATRIX)/$$stack/bin/python; echo "torch+triton $$stack"; \
 	  TRITON_INTERPRET=1 $$python -m pytest -q $(PARALLEL) -m core tests --ignore=tests/emulated --ignore=tests/gate || \
-	    failed="$$failed $$version"; \
+	    failed="$$failed $$stack"; \
 	  ! $$python -c 'import ptxsim' 2>/dev/null || \
 	    env -u TRITON_INTERPRET $$python -m pytest -q $(PARALLEL) -m core tests/emulated || \
-	    failed="$$failed $$version(compiled)"; \
+	    failed="$$failed $$stack(compiled)"; \
 	done; \
-	[ -z "$$failed" ] || { echo "failed with triton$$failed" >&2; exit 1; }
+	[ -z "$$failed" ] || { echo "failed with$$failed" >&2; exit 1; }
 
 # On a GPU: the whole suite compiled, compute-sanitizer, the benchmark report, in one folder to attach to a bug report.
 gpu-check: $(STAMP)

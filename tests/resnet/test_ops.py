@@ -17,6 +17,8 @@ from tests.conftest import DEVICE
 from tests.helpers.blocks import averaged, draw, randomize, step, trio
 from tests.helpers.pairs import pairwise
 
+pytestmark = pytest.mark.core
+
 ops = torch.ops.fused_residual
 
 

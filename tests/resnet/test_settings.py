@@ -28,6 +28,8 @@ from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, infer, step, trio
 from tests.helpers.replays import replays
 
+pytestmark = pytest.mark.core
+
 NAMES = {
     resnet.backend: ("auto", "triton", "torch"),
     resnet.convolution: ("auto", "triton", "epilogue", "pytorch"),

@@ -14,6 +14,8 @@ from tests.conftest import DEVICE
 from tests.helpers.blocks import draw
 from tests.helpers.fused_cases import images, inference_trio, kinds, train_and_eval
 
+pytestmark = pytest.mark.core
+
 SIZE = (3, 5, 4)
 
 

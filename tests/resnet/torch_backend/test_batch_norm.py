@@ -11,6 +11,8 @@ from tests.conftest import DEVICE
 from tests.helpers.blocks import DTYPES, draw, name_of
 from tests.helpers.parity import assert_as_exact_as_eager
 
+pytestmark = pytest.mark.core
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("conv_bias", [False, True], ids=["", "conv_bias"])
