@@ -127,13 +127,15 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
     The weight may lie in memory in any way.
     """
     small = is_small(x, weight, stride, padding)
-    if not small and not is_mostly_weight(x, weight, stride, padding):
+    if not small and is_mostly_weight(x, weight, stride, padding):
+        matrix = _nhwc(weight.contiguous(memory_format=torch.channels_last)).flatten(1)
+        y = F.linear(windows(x, weight, stride, padding).flatten(3), matrix, bias)
+        if not y.isnan().any():  # as an infinite weight makes of the padding's zeros, which a convolution leaves out
+            return y.permute(0, 3, 1, 2)
+    if not small:
         y = torch.conv2d(x, weight, bias, stride, padding)
         return y.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    if not small:
-        y = F.linear(windows(x, weight, stride, padding).flatten(3), _nhwc(weight).flatten(1), bias)
-        return y.permute(0, 3, 1, 2)
     N, K = x.shape[0], weight.shape[0]
     P, Q = out_map(x, weight, stride, padding)
     y = x.new_zeros(N, P, Q, K) if bias is None else bias.expand(N, P, Q, K).contiguous()

@@ -49,7 +49,10 @@ def conv_batch_norm(
     x (N, C, H, W) is channels_last, weight is (K, C, R, S), more is (K,).
     """
     if is_single_on_cpu(x) and _outputs(x, weight, stride, padding) > max(weight.numel(), _FOLDED):
-        return convolve(x, *_folded(weight, norm, more), stride, padding)
+        out = convolve(x, *_folded(weight, norm, more), stride, padding)
+        # An image meets all of the weight. Where scaling it overflowed, scaling the convolution need not.
+        if out[0].isfinite().all():
+            return out
     bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
     y = convolve(x, weight, bias, stride, padding)
     out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
@@ -63,7 +66,10 @@ def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: 
     N, K, C = x.shape[0], *weight.shape[:2]
     if C > 1 or not is_single_on_cpu(x) or _outputs(x, weight, stride, padding) < K * _MANY_WINDOWS:
         return torch.max_pool2d(conv_batch_norm(x, weight, norm, stride, padding), 3, 2, 1).relu_()
-    weight, bias = _folded(weight, norm)
+    folded, bias = _folded(weight, norm)
+    if not folded.isfinite().all():  # a product of windows would multiply it by the padding's zeros
+        return torch.max_pool2d(conv_batch_norm(x, weight, norm, stride, padding), 3, 2, 1).relu_()
+    weight = folded
     P, Q = out_map(x, weight, stride, padding)
     met = windows(x, weight, stride, padding).flatten(4)
     images = max(1, _WINDOWS // (P * Q))

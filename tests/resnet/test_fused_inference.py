@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import resnet
 from resnet.torch_backend import inference
@@ -204,3 +204,37 @@ def test_blocks_that_share_weights_keep_their_own_batch_norms(any_backend):
         for _ in range(2):
             for t in (a, b):
                 torch.testing.assert_close(t.fused(x), t.eager(x), rtol=1e-4, atol=1e-4)
+
+
+def first_conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    return (module[0], module[1]) if isinstance(module, nn.Sequential) else (module.conv1, module.bn1)
+
+
+@kinds
+@pytest.mark.parametrize("size", [(2, 40, 40), FEW], ids=name_of)
+def test_a_scaled_weight_that_would_overflow_gives_eagers_values(any_backend, kind, size):
+    t = inference_trio(kind)
+    for module in t.all:
+        conv, bn = first_conv_and_norm(module)
+        with torch.no_grad():
+            conv.weight *= 1e30
+            bn.weight *= 1e15
+            bn.running_mean.zero_()
+            bn.bias.zero_()
+    x = 1e-30 * images(kind, size)
+    got, expected = infer(t.fused, x)["out"], infer(t.eager, x)["out"]
+    assert expected.isfinite().all()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@kinds
+@pytest.mark.parametrize("size", [(2, 40, 40), FEW], ids=name_of)
+def test_an_infinite_weight_meets_no_padding(any_backend, kind, size):
+    """Where a window's tap lies in the padding, it leaves the values alone."""
+    t = inference_trio(kind)
+    for module in t.all:
+        conv, _ = first_conv_and_norm(module)
+        with torch.no_grad():
+            conv.weight[3, 0, 0, 0] = torch.inf
+    x = images(kind, size).abs() + 0.1
+    torch.testing.assert_close(infer(t.fused, x), infer(t.eager, x), rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -88,6 +88,23 @@ def test_products_in_place_of_convolutions_are_as_exact_as_pytorch(shape):
         assert all(draw[0][i].is_contiguous(memory_format=torch.channels_last) for draw in results), name
 
 
+@pytest.mark.parametrize("shape", [*SMALL.values(), *MOSTLY_WEIGHT.values()], ids=[*SMALL, *MOSTLY_WEIGHT])
+def test_an_infinite_weight_meets_no_padding(shape):
+    *_, stride, padding = shape
+    x, weight, bias, _ = _draw(*shape, seed=0)
+    x = x.abs() + 0.1
+    weight[1, 2, 0, 0] = 0.0
+    expected = torch.conv2d(x.double(), weight.double(), bias.double(), stride, padding).float()
+    tap = torch.zeros_like(weight[:1, :1])
+    tap[..., 0, 0] = 1.0
+    meets = torch.conv2d(torch.ones_like(x[:, :1]), tap, None, stride, padding) > 0
+    expected[:, 1:2][meets] = torch.inf
+    weight[1, 2, 0, 0] = torch.inf
+    got, pytorchs = convolve(x, weight, bias, stride, padding), torch.conv2d(x, weight, bias, stride, padding)
+    expected[got.isnan() & pytorchs.isnan()] = torch.nan  # some of oneDNN's convolutions multiply padding, too
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3, equal_nan=True)
+
+
 @pytest.mark.parametrize("shape", OTHER.values(), ids=OTHER)
 def test_large_maps_few_channels_few_images_and_1x1_kernels_are_pytorchs_convolution(shape):
     *_, stride, padding = shape
