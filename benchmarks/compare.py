@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import math
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -22,9 +23,9 @@ import torch
 from benchmarks import common, turns
 from benchmarks.common import Implementation
 from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
-from resnet.commands import ConfigError, Parser, check_writable, find_device, require
+from resnet.commands import check_outputs, find_device, require, write_output
 from resnet.data import IMAGE_SIZE, DatasetError, FashionMNIST, load
-from resnet.kernels.host.files import write_atomically
+from resnet.kernels.host.command import ConfigError, Ended, Parser, ended_by, run, say
 
 RIVALS = ("eager", "compile")
 BLOCK_CASES = tuple(f"block{stage}-{mode}" for stage in (1, 2, 3, 4) for mode in ("train", "inference"))
@@ -204,7 +205,7 @@ def saved_table(saved: dict[str, dict[str, int]]) -> str:
 # ---- the command ----------------------------------------------------------------------------------------------
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--pairs", type=int, default=15, help="pairs per case and rival (default: 15)")
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
@@ -233,7 +234,6 @@ def _check_plot(path: Path) -> None:
         raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
     require(path.suffix[1:] in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
-    check_writable("--plot", path)
 
 
 def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, ...]:
@@ -250,10 +250,9 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
     device = find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the clock's events are recorded on the current one
-    if args.json is not None:
-        check_writable("--json", args.json)
     if args.plot is not None:
         _check_plot(args.plot)
+    check_outputs({"--json": args.json, "--plot": args.plot})
     settings = Settings(
         args.pairs,
         args.batch_size,
@@ -274,10 +273,11 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        settings, data = _prepare(args)
-    except (ConfigError, DatasetError) as error:
-        parser.error(str(error))
+    return run(parser, lambda: _compare(args), (DatasetError,))
+
+
+def _compare(args: argparse.Namespace) -> int:
+    settings, data = _prepare(args)
     fused = settings.implementation("fused")
     environment = common.environment(settings.device)
     title = (
@@ -289,43 +289,44 @@ def main(argv: list[str] | None = None) -> int:
 
     results: list[Result] = []
     saved: dict[str, dict[str, int]] = {}
-    interrupted = False
+    status = 0
     try:
         saved = saved_bytes(settings, data)
         for case in settings.cases:
             for rival in settings.rivals:
                 print(f"measuring {case} against {rival}", file=sys.stderr, flush=True)
                 results.append(measure(case, rival, settings, data))
-    except KeyboardInterrupt:
-        interrupted = True
-        print("stopped: what follows is what was measured in full", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        status = ended_by(error.args[0] if isinstance(error, Ended) else signal.SIGINT)
+        say("stopped: what follows is what was measured in full")
 
     print(f"\n{results_table(results)}\n\n{saved_table(saved)}")
     if note := busy_note(max((result.waited_for_cpu for result in results), default=0.0)):
         print(f"\n{note}")
-    if args.json is not None:
-        report = {
-            "environment": environment,
-            "backend": fused.backend,
-            "data": data.source,
-            "batch_size": settings.batch_size,
-            "resize": settings.resize,
-            "dtype": args.dtype,
-            "pairs": settings.pairs,
-            "interrupted": interrupted,
-            "results": [result.to_json() for result in results],
-            "saved_bytes": saved,
-        }
-        text = json.dumps(report, indent=1) + "\n"
-        write_atomically(args.json, lambda path: path.write_text(text))
-        print(f"\nwritten: {args.json}")
-    if args.plot is not None and results:
-        from benchmarks import plot  # here, since it needs matplotlib, which the rest does without
+    try:
+        if args.json is not None:
+            report = {
+                "environment": environment,
+                "backend": fused.backend,
+                "data": data.source,
+                "batch_size": settings.batch_size,
+                "resize": settings.resize,
+                "dtype": args.dtype,
+                "pairs": settings.pairs,
+                "interrupted": bool(status),
+                "results": [result.to_json() for result in results],
+                "saved_bytes": saved,
+            }
+            write_output(args.json, (json.dumps(report, indent=1) + "\n").encode())
+            print(f"\nwritten: {args.json}")
+    finally:
+        if args.plot is not None and results:
+            from benchmarks import plot  # here, since it needs matplotlib, which the rest does without
 
-        labelled = [(case_label(result.case), result.comparison) for result in results]
-        write_atomically(args.plot, lambda path: plot.draw(labelled, title, path))
-        print(f"\nwritten: {args.plot}")
-    return 130 if interrupted else 0
+            labelled = [(case_label(result.case), result.comparison) for result in results]
+            write_output(args.plot, plot.draw(labelled, title, args.plot.suffix[1:]))
+            print(f"\nwritten: {args.plot}")
+    return status
 
 
 if __name__ == "__main__":

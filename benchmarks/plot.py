@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would look for a screen
@@ -18,9 +18,11 @@ CLOSE_TICKS = tuple(n / 20 for n in range(10, 31))  # where the axis' ends are l
 DOT, MEDIAN, BEYOND_LOW, BEYOND_HIGH = "o", "D", "<", ">"
 
 
-def draw(comparisons: Sequence[tuple[str, Comparison]], title: str, path: Path) -> None:
-    """Draws (case, comparison) pairs; a case's follow each other. The format is that of path's suffix."""
-    figure(comparisons, title).savefig(path, dpi=150)
+def draw(comparisons: Sequence[tuple[str, Comparison]], title: str, kind: str) -> bytes:
+    """A picture of a kind such as "png", of (case, comparison) pairs; a case's follow each other."""
+    picture = io.BytesIO()
+    figure(comparisons, title).savefig(picture, dpi=150, format=kind)
+    return picture.getvalue()
 
 
 def figure(comparisons: Sequence[tuple[str, Comparison]], title: str) -> Figure:

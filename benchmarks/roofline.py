@@ -25,6 +25,7 @@ import triton
 import resnet
 from resnet import FusedResidual
 from resnet.kernels import tuning
+from resnet.kernels.host.command import Parser
 
 DEVICES = {80: tuning.SM_80, 90: tuning.SM_90}
 
@@ -144,7 +145,7 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
     parser.add_argument("--channels", type=positive, default=64)
     parser.add_argument("--size", type=positive, default=24, help="pixels of the activations' height and width")
     parser.add_argument("--batch", type=positive, default=8)

@@ -5,10 +5,13 @@ net = resnet18(num_classes=10, in_channels=1, block=FusedResidual)
 """
 
 from resnet._version import __version__ as __version__
-from resnet.fused import FusedResidual, FusedStem
-from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
-from resnet.reference import Residual, Stem, resnet18, resnet_block
-from resnet.settings import backend, convolution, current_backend, current_convolution
+from resnet.kernels.host.command import settings_are_read
+
+with settings_are_read():
+    from resnet.fused import FusedResidual, FusedStem
+    from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
+    from resnet.reference import Residual, Stem, resnet18, resnet_block
+    from resnet.settings import backend, convolution, current_backend, current_convolution
 
 __all__ = [
     "FusedResidual",

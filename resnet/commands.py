@@ -1,23 +1,26 @@
-"""What the package's commands share: arguments that are refused in one line, the device, files that can be written."""
+"""What commands share that run nets: settings that are refused, the device, the files that they write."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import os
+import sys
+from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 
 import torch
 
+from resnet.kernels.host.command import ConfigError, RunError
+from resnet.kernels.host.files import irregular, write_atomically
 
-class ConfigError(ValueError):
-    """A setting cannot be used; the message, one line, names it and what was expected."""
+LARGEST = 2**63 - 1  # that PyTorch takes for a size
+
+_WRITTEN_TO = ("pipe", "character device")  # not replaced by a file
 
 
-class Parser(argparse.ArgumentParser):
-    """An error is one line, without the page of usage before it."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+class OutputError(RunError, OSError):
+    """A file could not be written; the message names it."""
 
 
 def require(condition: bool, name: str, expected: str, got: object) -> None:
@@ -44,9 +47,74 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def check_writable(name: str, path: Path) -> None:
-    """ConfigError unless a file can be written at `path`."""
-    folder = path.parent
+def require_count(name: str, value: int) -> None:
+    """ConfigError unless the value is a size from 1 on."""
+    require(1 <= value <= LARGEST, name, "at least 1" if value < 1 else "at most 2**63 - 1", value)
+
+
+# ---- files that a user has named ---------------------------------------------------------------------------------
+
+
+def check_outputs(outputs: Mapping[str, str | os.PathLike[str] | None]) -> None:
+    """ConfigError unless `write_output` can write at each path, and no two of them are one file. None is no output."""
+    given = {name: Path(path) for name, path in outputs.items() if path is not None}
+    for name, path in given.items():
+        _check_writable(name, path)
+    for (first, path), (name, other) in combinations(given.items(), 2):
+        require(not _are_one(path, other), name, f"another file than that of {first}", other)
+
+
+def _check_writable(name: str, path: Path) -> None:
+    try:
+        kind = irregular(path)
+        folder = Path(os.path.realpath(path)).parent
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name}: expected a file's path, got {path} ({reason})") from None
+    if _standard_stream(path) is not None:
+        return
+    if kind in _WRITTEN_TO:
+        require(os.access(path, os.W_OK), name, "a file that may be written", f"the {kind} {path}")
+        return
     require(folder.is_dir(), name, "a path in an existing folder", f"{path}; {folder} is no folder")
-    require(not path.is_dir(), name, "a file's path", f"the folder {path}")
+    require(kind is None, name, "a file's path", f"the {kind} {path}")
     require(os.access(folder, os.W_OK), name, "a path in a folder that may be written", path)
+
+
+def _are_one(path: Path, other: Path) -> bool:
+    """Whether what is written to one replaces, or is mixed with, what was written to the other."""
+    try:
+        return os.path.samefile(path, other) and irregular(path) != "character device"
+    except FileNotFoundError:
+        return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _standard_stream(path: Path) -> int | None:
+    """The descriptor of standard output or error where the path is the file that it goes to, as /dev/stdout is."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(stream), os.stat(path)):
+                return stream
+    return None
+
+
+def write_output(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file that a user has named; OutputError where that fails.
+
+    A regular file is replaced, whole or not at all, and through a link the one that it names. A pipe and a character
+    device are written to, and likewise the file that standard output or error goes to, from where it has come.
+    """
+    path = Path(path)
+    try:
+        stream = _standard_stream(path)
+        if stream is not None:
+            sys.stdout.flush()
+            with open(stream, "wb", closefd=False) as file:
+                file.write(content)
+        elif irregular(path) in _WRITTEN_TO:
+            with open(os.open(path, os.O_WRONLY), "wb") as file:  # by hand: it must not be made where it is gone
+                file.write(content)
+        else:
+            write_atomically(path, lambda file: file.write(content))
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error

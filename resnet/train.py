@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
-from pathlib import Path
 
-from resnet.commands import ConfigError, Parser
+from resnet.commands import write_output
 from resnet.data import DatasetError
-from resnet.kernels.host.files import write_atomically
-from resnet.training import CUDA_GRAPHS, DTYPES, MODELS, NonFiniteError, TrainConfig, train
-
-INTERRUPTED = 130  # the exit status of a command that Ctrl-C ended: 128 + SIGINT
+from resnet.kernels.host.command import Parser, ended_by, put, run, say
+from resnet.training import CUDA_GRAPHS, DTYPES, MODELS, TrainConfig, train
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     default = TrainConfig()
     parser = Parser(
         prog="python -m resnet.train",
@@ -45,28 +43,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status 0; 1 for a non-finite loss, 2 for what cannot be used, 130 after Ctrl-C."""
+    """The command. Exit status 0; 1 for a non-finite loss or a file that cannot be written, 2 for what cannot be used,
+    130 after Ctrl-C, 143 after SIGTERM.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
+    return run(parser, lambda: _train(TrainConfig(**vars(arguments))), (DatasetError,))
+
+
+def _train(config: TrainConfig) -> int:
+    result = train(config)
     try:
-        result = train(TrainConfig(**vars(arguments)))
-    except (ConfigError, DatasetError) as error:
-        parser.error(str(error))
-    except NonFiniteError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing written since the last checkpoint, if there was one", file=sys.stderr)
-        return INTERRUPTED
-    if arguments.json is not None:
-        text = json.dumps(result.to_json(), indent=2) + "\n"
-        write_atomically(Path(arguments.json), lambda temporary: temporary.write_text(text))
-    if result.interrupted:
-        left = f"checkpoint in {result.checkpoint}" if result.checkpoint else "before the first step, nothing to save"
-        print(f"interrupted after {len(result.epochs)} epochs; {left}", file=sys.stderr)
-        return INTERRUPTED
-    print(result.summary())
-    return 0
+        if result.interrupted:
+            saved = result.checkpoint and f"checkpoint in {result.checkpoint}"
+            say(f"interrupted after {len(result.epochs)} epochs; {saved or 'before the first step, nothing to save'}")
+        else:
+            put(result.summary())
+    finally:
+        if config.json is not None:
+            write_output(config.json, (json.dumps(result.to_json(), indent=2) + "\n").encode())
+    return ended_by(signal.Signals[result.signal]) if result.interrupted else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ and training accuracy are means over the last epoch, taken as it ran; the rate c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import math
 import os
 import platform
@@ -25,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from resnet.commands import ConfigError, check_writable, find_device, require
+from resnet.commands import ConfigError, check_outputs, find_device, require, require_count, write_output
 from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
 from resnet.fused import FusedResidual
 from resnet.graphs import Graphed
-from resnet.kernels.host.files import write_atomically
+from resnet.kernels.host.command import ENDING, RunError
 from resnet.reference import resnet18
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "train"]
@@ -42,7 +44,7 @@ _LOOK_SECONDS = 0.5  # between two looks at the losses; each makes a GPU's queue
 _EVALUATION_BATCH = 256
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(RunError, ArithmeticError):
     """The loss or the weights became infinite or NaN; the message names the epoch and the step."""
 
 
@@ -71,8 +73,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(self.model in MODELS, "--model", f"one of {', '.join(MODELS)}", self.model)
-        require(self.epochs >= 1, "--epochs", "at least 1", self.epochs)
-        require(self.batch_size >= 1, "--batch-size", "at least 1", self.batch_size)
+        require_count("--epochs", self.epochs)
+        require_count("--batch-size", self.batch_size)
         require(0 < self.lr <= torch.finfo(torch.float32).max, "--lr", "a positive number that float32 holds", self.lr)
         require(
             self.resize >= IMAGE_SIZE,
@@ -85,9 +87,7 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, "--seed", "a number from 0 to 2**63 - 1", self.seed)
         for name, limit in (("--limit-train", self.limit_train), ("--limit-test", self.limit_test)):
             require(limit is None or limit >= 1, name, "at least 1", limit)
-        for name, path in (("--save", self.save), ("--json", self.json)):
-            if path is not None:
-                check_writable(name, Path(path))
+        check_outputs({"--save": self.save, "--json": self.json})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,9 @@ class TrainResult:
     data: str  # where the images came from
     warm_up_seconds: float  # compilation and choice of algorithms, before the clock started
     epochs: tuple[Epoch, ...]
-    interrupted: bool  # by Ctrl-C
+    interrupted: bool  # by a signal
     checkpoint: str | None  # where the weights are
+    signal: str | None = None  # that interrupted it: SIGINT for Ctrl-C, SIGTERM, SIGHUP
 
     @property
     def loss(self) -> float:
@@ -161,12 +162,14 @@ def train(config: TrainConfig) -> TrainResult:
     `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one) and `args`. It is replaced after every
     epoch, never by one with non-finite weights. Ctrl-C ends the run after the step at hand and writes it, under a name
     of its own in the current folder where `config.save` has none; a second Ctrl-C raises KeyboardInterrupt at once.
+    SIGTERM and SIGHUP do as Ctrl-C does; a second one does what it did before.
 
     Raises:
         ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, or a batch of one image
             cannot be normalised.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
+        OutputError: the checkpoint cannot be written. The last one is left as it was.
     """
     device = find_device(config.device)
     cuda_graph = _wants_graph(config, device)
@@ -183,10 +186,10 @@ def train(config: TrainConfig) -> TrainResult:
         while len(epochs) < config.epochs and not interrupt.is_set() and (epoch := run.epoch()) is not None:
             epochs.append(epoch)
             if config.save is not None:
-                checkpoint = run.save(Path(config.save))
+                checkpoint = run.save(config.save)
         interrupted = len(epochs) < config.epochs
         if interrupted and run.trained:
-            checkpoint = run.save(_unused_path(config.model) if config.save is None else Path(config.save))
+            checkpoint = run.save(_unused_path(config.model) if config.save is None else config.save)
     return TrainResult(
         config=config,
         device=str(device),
@@ -197,7 +200,14 @@ def train(config: TrainConfig) -> TrainResult:
         epochs=tuple(epochs),
         interrupted=interrupted,
         checkpoint=checkpoint,
+        signal=signal.Signals(interrupt.number).name if interrupted else None,
     )
+
+
+class _Interrupt(threading.Event):
+    """Set by the first signal that asks the run to end; `number` is that signal's."""
+
+    number: int
 
 
 class _Run:
@@ -301,7 +311,7 @@ class _Run:
             bar.set_postfix_str(f"{figures}, test acc {test_acc:.3f}")
         return Epoch(loss=mean, train_acc=accuracy, test_acc=test_acc, examples=seen, seconds=seconds)
 
-    def save(self, path: Path) -> str:
+    def save(self, path: str) -> str:
         """Writes the checkpoint, whole or not at all; its path."""
         self._check_weights()
         checkpoint = {
@@ -311,7 +321,9 @@ class _Run:
             "step": self.step,
             "args": dataclasses.asdict(self.config),
         }
-        write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+        content = io.BytesIO()  # torch.save's own errors name neither the file nor the reason
+        torch.save(checkpoint, content)
+        write_output(path, content.getbuffer())
         return str(path)
 
     def _step(self, index: Tensor) -> tuple[Tensor, ...]:
@@ -437,27 +449,39 @@ def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, in place of an exception amid a step; the second raises as usual."""
-    interrupt = threading.Event()
+def _deferred_interrupt() -> Iterator[_Interrupt]:
+    """An event that the first Ctrl-C sets, in place of an exception amid a step; the second raises as usual.
+
+    A signal of ENDING sets it too, unless it is ignored, as `nohup` has it.
+    """
+    interrupt = _Interrupt()
     if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
         yield interrupt
         return
-    usual = signal.getsignal(signal.SIGINT)
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
+    usual = {n: h for n, h in usual.items() if n == signal.SIGINT or h not in (signal.SIG_IGN, None)}
 
-    def note(signum: int, frame: object) -> None:
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: object) -> None:
+        interrupt.number = number
         interrupt.set()
-        signal.signal(signal.SIGINT, usual)
-        tqdm.write("stopping after this step; Ctrl-C again to stop at once, without a checkpoint", file=sys.stderr)
+        restore()
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        with contextlib.suppress(OSError):  # of a terminal that was closed
+            tqdm.write(f"stopping after this step; {name} again to stop at once, without a checkpoint", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, note)
+    for number in usual:
+        signal.signal(number, note)
     try:
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, usual)
+        restore()
 
 
-def _unused_path(model: str) -> Path:
+def _unused_path(model: str) -> str:
     """A checkpoint's path that exists not yet, in the current folder or, where that is closed, the temporary one."""
     folder = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.gettempdir())
-    return folder / f"resnet18-{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.pt"
+    return str(folder / f"resnet18-{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.pt")

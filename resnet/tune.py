@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from resnet import settings
-from resnet.commands import ConfigError, Parser, check_writable, find_device, require
+from resnet.commands import check_outputs, find_device, require, require_count
 from resnet.fused import FusedResidual
+from resnet.kernels.host.command import ConfigError, Parser, run
+from resnet.kernels.host.files import irregular
 from resnet.kernels.tuning import memory, timing
 from resnet.reference import resnet18
 from resnet.training import DTYPES
@@ -24,7 +26,7 @@ from resnet.training import DTYPES
 _PROGRESS_SECONDS = 5
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="python -m resnet.tune",
         description="Runs a training step and an evaluation of a net on a GPU, so that the choices of its ways and "
@@ -45,17 +47,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Exit status 0; 1 where memory does not suffice, 2 for what cannot be used."""
+    """The command. Exit status 0; 1 for too little memory or a file that cannot be read, 2 for what cannot be used."""
     parser = _parser()
     arguments = parser.parse_args(argv)
-    try:
-        print(tune(arguments))
-    except ConfigError as error:
-        parser.error(str(error))
-    except torch.OutOfMemoryError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run(parser, lambda: print(tune(arguments)) or 0)
 
 
 def tune(arguments: argparse.Namespace) -> str:
@@ -68,7 +63,7 @@ def tune(arguments: argparse.Namespace) -> str:
         torch.OutOfMemoryError: the device has not the memory for a step.
     """
     for name in ("batch", "size", "channels", "classes"):
-        require(getattr(arguments, name) >= 1, f"--{name}", "at least 1", getattr(arguments, name))
+        require_count(f"--{name}", getattr(arguments, name))
     require(memory.mode != "off", "FUSED_RESIDUAL_TUNING", "on or full, since nothing is timed otherwise", memory.mode)
     device = find_device(arguments.device)
     require(device.type in timing.CLOCKS, "--device", "a GPU, since nothing is timed on a CPU", device)
@@ -80,7 +75,9 @@ def tune(arguments: argparse.Namespace) -> str:
     path = choices.path if arguments.choices is None else Path(arguments.choices)
     require(path is not None, "--choices", "a file, since FUSED_RESIDUAL_CACHE is off", "none")
     if arguments.choices is not None:
-        check_writable("--choices", path)
+        check_outputs({"--choices": path})
+        kind = irregular(path)
+        require(kind is None, "--choices", "a regular file, which is read too", f"the {kind} {path}")
     net = _net(arguments.model, arguments.channels, arguments.classes).to(device, memory_format=torch.channels_last)
 
     from resnet.kernels.host import launcher  # which needs Triton

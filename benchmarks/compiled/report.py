@@ -36,8 +36,9 @@ from benchmarks.compiled import binaries, limits
 from benchmarks.compiled.binaries import Figures
 from benchmarks.compiled.launches import RecordedLaunch, not_reached, record, unite
 from resnet import kernels
-from resnet.commands import ConfigError, Parser, check_writable, require
+from resnet.commands import check_outputs, require, write_output
 from resnet.kernels import tuning
+from resnet.kernels.host.command import ConfigError, Parser, run
 from resnet.kernels.host.files import cache_folder
 from resnet.kernels.tuning import DEVICES, devices
 
@@ -214,6 +215,19 @@ def _cache_key(launch: RecordedLaunch, device: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+@contextmanager
+def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that are gone at the end, without what they were asked for where that is an exception."""
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
 def compiled(jobs: Sequence[tuple[RecordedLaunch, str]], processes: int = 2, batch: int = 16) -> list[CompiledLaunch]:
     """Each (launch, device) with its figures. Those that an earlier run kept are not worked out again."""
     cache = cache_folder()
@@ -226,7 +240,7 @@ def compiled(jobs: Sequence[tuple[RecordedLaunch, str]], processes: int = 2, bat
     if missing:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        with _workers(processes) as pool:
             batches = [missing[i : i + batch] for i in range(0, len(missing), batch)]
             running = {pool.submit(binaries.read, [jobs[i] for i in some]): some for some in batches}
             for future in as_completed(running):
@@ -245,7 +259,7 @@ def report(
     processes: int = 2,
 ) -> tuple[list[CompiledLaunch], list[str]]:
     """(launches of the kernels that fit the pattern, `@triton.jit` functions of the package that no call reached)."""
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with _workers(processes) as pool:
         launches = dict(zip(devices, pool.map(recorded, devices, [cases] * len(devices))))
     wanted = {d: [launch for launch in mine if fnmatch(launch.kernel, pattern)] for d, mine in launches.items()}
     jobs = [(launch, d) for d, mine in wanted.items() for launch in mine] if everything else share(wanted)
@@ -339,7 +353,7 @@ def compare(old: Sequence[dict], new: Sequence[dict]) -> Iterator[str]:
     yield f"{len(after.keys() - before.keys())} specialisations are new, {len(before.keys() - after.keys())} are gone"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.compiled.report", description=__doc__.split("\n")[0])
     parser.add_argument("--all", action="store_true", help="every specialisation, not a share that has each feature")
     parser.add_argument("--cases", default="*", help=f"pattern of the calls to record: {', '.join(CASES)}")
@@ -357,8 +371,7 @@ def _prepare(options: argparse.Namespace) -> tuple[list[str], list[dict] | None]
     require(options.processes >= 1, "--processes", "at least 1", options.processes)
     cases = [case for case in CASES if fnmatch(case, options.cases)]
     require(bool(cases), "--cases", f"a pattern that fits one of {', '.join(CASES)}", repr(options.cases))
-    if options.json is not None:
-        check_writable("--json", options.json)
+    check_outputs({"--json": options.json})
     if options.compare is None:
         return cases, None
     try:
@@ -379,16 +392,16 @@ def _written(path: Path) -> list[dict]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
-    try:
-        cases, old = _prepare(options)
-    except ConfigError as error:
-        parser.error(str(error))
+    return run(parser, lambda: _report(options))
 
+
+def _report(options: argparse.Namespace) -> int:
+    cases, old = _prepare(options)
     rows, unreached = report(options.devices, cases, options.kernels, options.all, options.processes)
     print(table(rows))
     new = [row.as_json() for row in rows]
     if options.json:
-        options.json.write_text(json.dumps(new, indent=1, default=str))
+        write_output(options.json, json.dumps(new, indent=1, default=str).encode())
     if old is not None:
         print("", *compare(old, new), sep="\n")
     failed = [f"{row.name}: {kind}: {text}" for row in rows for kind, text in row.problems]

@@ -23,8 +23,10 @@ Exits with 1 where something failed, with 2, before doing anything, where there 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -38,8 +40,9 @@ import torch
 from benchmarks.gpu_check import environment, launches, parity, report, times
 from benchmarks.gpu_check.errors import noted
 from benchmarks.gpu_check.scale import Scale, full, rehearsal
-from resnet.commands import Parser
-from resnet.kernels.host.files import write_atomically
+from resnet.commands import require, write_output
+from resnet.kernels.host import command
+from resnet.kernels.host.command import ConfigError, Parser
 from resnet.kernels.tuning import memory
 
 ROOT = environment.ROOT
@@ -80,9 +83,8 @@ class Check:
         self.save()
 
     def save(self) -> None:
-        text = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.folder / "results.json", lambda path: path.write_text(text))
-        write_atomically(self.folder / "report.md", lambda path: path.write_text(report.markdown(self.results)))
+        write_output(self.folder / "results.json", (json.dumps(self.results, indent=1) + "\n").encode())
+        write_output(self.folder / "report.md", report.markdown(self.results).encode())
 
 
 def _result(measure: Callable[[], object]) -> object:
@@ -139,19 +141,20 @@ def tests(check: Check) -> Iterator[Measurement]:
     """The kernels' tests and the modules', side by side where pytest-xdist is."""
     folders = ("tests/kernels", "tests/resnet") if check.scale.on_gpu else ("tests/resnet/test_schema.py",)
     parallel = ("-n", str(max(1, (os.cpu_count() or 2) - 2))) if importlib.util.find_spec("xdist") else ()
-    command = (sys.executable, "-m", "pytest", *folders, *parallel, "-q", "--tb=short")
+    arguments = (sys.executable, "-m", "pytest", *folders, *parallel, "-q", "--tb=short")
 
     def measure() -> dict[str, object]:
         variables = os.environ | {"FUSED_RESIDUAL_CACHE": "off"}
         if check.scale.on_gpu:
             variables.pop("TRITON_INTERPRET", None)
         with (check.folder / "tests.log").open("w") as log:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=variables)
+            process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=variables)
             try:
                 code = process.wait(timeout=check.left)
             except subprocess.TimeoutExpired:
-                process.terminate()
                 code = None
+            finally:  # at Ctrl-C too
+                process.terminate()
         return {"status": code, "end": (check.folder / "tests.log").read_text().splitlines()[-1:]}
 
     yield " ".join(folders), measure
@@ -159,7 +162,10 @@ def tests(check: Check) -> Iterator[Measurement]:
 
 def run(check: Check) -> bool:
     """Every stage; whether nothing failed."""
-    check.folder.mkdir(parents=True)
+    try:
+        check.folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out: expected a folder that can be made, got {check.folder} ({error.strerror})") from None
     # In place of the user's: this run times anew, and its choices are one of its results.
     memory.process_choices.path = check.folder / "choices.json"
     os.environ["FUSED_RESIDUAL_CACHE"] = str(check.folder)  # for the commands that it starts
@@ -198,11 +204,14 @@ def main(argv: list[str] | None = None) -> int:
     if not args.rehearse and os.environ.get("TRITON_INTERPRET") == "1":
         print("gpu-check: TRITON_INTERPRET is set, kernels would not be compiled: unset it", file=sys.stderr)
         return 2
+    return command.run(parser, lambda: _check(args))
+
+
+def _check(args: argparse.Namespace) -> int:
+    require(0 < args.minutes < math.inf, "--minutes", "a positive number", args.minutes)
     folder = args.out or ROOT / "gpu-check" / time.strftime("%Y%m%d-%H%M%S")
-    if folder.exists():
-        print(f"gpu-check: {folder} exists already: name another with --out", file=sys.stderr)
-        return 2
-    check = Check(folder.resolve(), rehearsal() if args.rehearse else full(), 60 * args.minutes)
+    require(not os.path.lexists(folder), "--out", "a folder that does not exist yet", folder)
+    check = Check(Path(os.path.abspath(folder)), rehearsal() if args.rehearse else full(), 60 * args.minutes)
     passed = run(check)
     print(f"\n{report.summary(check.results)}\nattach this folder to a bug report: {check.folder}")
     return 0 if passed else 1

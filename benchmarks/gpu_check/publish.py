@@ -6,7 +6,6 @@ Keeps the results as results/<device>-<date>.json, and writes what stands betwee
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.gpu_check.environment import ROOT
 from benchmarks.gpu_check.report import NET_CASES, Results, gaps_table, parity_table, table, times_table
+from resnet.kernels.host.command import ConfigError, Parser, run
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 KEPT = ROOT / "results"
@@ -96,16 +96,19 @@ def rewritten(text: str, blocks: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check.publish", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.gpu_check.publish", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", help="of a finished check (default: the results kept last)")
     args = parser.parse_args(argv)
-    if args.folder is not None:
-        path = keep(args.folder)
-    else:
+    return run(parser, lambda: _publish(args.folder))
+
+
+def _publish(folder: Path | None) -> int:
+    if folder is None:
         path = max(KEPT.glob("*.json"), key=lambda p: p.stem[-10:], default=None)
         if path is None:
-            print(f"publish: no results in {KEPT}: name the folder of a check", file=sys.stderr)
-            return 2
+            raise ConfigError(f"no results in {KEPT}: name the folder of a check")
+    else:
+        path = keep(folder)
     blocks = tables(json.loads(path.read_text()))
     for document in DOCUMENTS:
         document.write_text(rewritten(document.read_text(), blocks))

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
+from ..host.command import Parser, run
 from . import memory
 from .memory import Choice
 
 
-class _Parser(argparse.ArgumentParser):
-    """An error is one line, without the usage before it."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m resnet.kernels.tuning", description="The timed choices that are remembered.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m resnet.kernels.tuning", description="The timed choices that are remembered.")
     commands = parser.add_subparsers(dest="command", metavar="list | clear | path", required=True)
     commands.add_parser("list", help="print what is remembered, with the median times")
     commands.add_parser("clear", help="forget all of it")
@@ -37,19 +30,20 @@ def _listing(entries: Mapping[str, Mapping[str, Choice]]) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    command = _parser().parse_args(arguments).command
+    parser = _parser()
+    command = parser.parse_args(arguments).command
+    return run(parser, lambda: _do(command))
+
+
+def _do(command: str) -> int:
     path = memory.process_choices.path or "no file: FUSED_RESIDUAL_CACHE is off"
-    try:
-        if command == "list":
-            entries = memory.process_choices.entries()
-            print(*_listing(entries) if entries else [f"nothing is remembered in {path}"], sep="\n")
-        elif command == "clear":
-            memory.process_choices.clear()
-        else:
-            print(path)
-    except OSError as error:
-        print(f"{path}: {error}", file=sys.stderr)
-        return 1
+    if command == "list":
+        entries = memory.process_choices.entries()
+        print(*_listing(entries) if entries else [f"nothing is remembered in {path}"], sep="\n")
+    elif command == "clear":
+        memory.process_choices.clear()
+    else:
+        print(path)
     return 0
 
 

@@ -37,7 +37,8 @@ from typing import ClassVar, TypedDict
 
 import torch
 
-from ..host.files import cache_folder, write_atomically
+from ..host.command import settings_are_read
+from ..host.files import cache_folder, check_regular, write_atomically
 from . import timing
 from .timing import Clock, Run
 
@@ -47,6 +48,7 @@ except ImportError:  # not on Windows, where two processes that write at once ma
     fcntl = None
 
 _ENVIRONMENTS = 16  # devices times versions that the file keeps, those written last
+_MOST_BYTES = 1 << 26  # of a file that is read: one with that many is none of ours, and may be of any size
 
 
 class Choice(TypedDict):
@@ -98,9 +100,14 @@ def _assembler(device: torch.device) -> str:
     return f", ptxas {(knobs.nvidia.ptxas_blackwell if blackwell else knobs.nvidia.ptxas).version}"
 
 
-def _parse(text: str) -> dict[str, dict[str, Choice]]:
+def _parse(content: bytes) -> dict[str, dict[str, Choice]]:
     """The file's content by environment and key; ValueError unless it is what `Choices` writes."""
-    stored = json.loads(text)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+    try:
+        stored = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
     def is_choice(choice: object) -> bool:
         return (
@@ -123,7 +130,7 @@ def _shipped(folder: Path | None) -> dict[str, dict[str, Choice]]:
     """What the files of choices in `folder` hold, by environment and key."""
     found: dict[str, dict[str, Choice]] = {}
     for path in sorted(folder.glob("*.json")) if folder else ():
-        for environment, section in _parse(path.read_text(encoding="utf-8")).items():
+        for environment, section in _parse(path.read_bytes()).items():
             found.setdefault(environment, {}).update(section)
     return found
 
@@ -133,8 +140,8 @@ class Choices:
 
     What that file does not know is looked up in those of `shipped`, a folder that is only read.
 
-    A file that cannot be read as such is renamed, with a warning; where it cannot be written, one warning is given and
-    the memory goes on without it.
+    A file that cannot be read as such is renamed, with a warning. Where it cannot be written, or where a folder, a pipe
+    or a device is in its place, which is left alone, one warning is given and the memory goes on without it.
     """
 
     generation: ClassVar[int] = 0  # counts what was chosen and forgotten; with another count, choices may be others
@@ -246,12 +253,13 @@ class Choices:
             return self._read()
 
     def clear(self) -> None:
-        """Forget everything, in memory and in the file. OSError where that cannot be removed."""
+        """Forget everything, in memory and in the file. OSError where that cannot be removed, or is no file."""
         with self._lock:
             Choices.generation += 1
             self._names.clear()
             self._file = None
             if self.path is not None:
+                check_regular(self.path)
                 self.path.unlink(missing_ok=True)
 
     def _from_file(self, key: tuple, candidates: Mapping[str, Run], device: torch.device) -> str | None:
@@ -281,19 +289,22 @@ class Choices:
                 stored[environment] = section
                 for old in list(stored)[:-_ENVIRONMENTS]:
                     del stored[old]
-                text = json.dumps(stored, indent=1)
-                write_atomically(self.path, lambda part: part.write_text(text, encoding="utf-8"))
+                content = json.dumps(stored, indent=1).encode()
+                write_atomically(self.path, lambda part: part.write(content))
                 self._file = stored
                 choice = section[repr(key)]
         return choice["name"]
 
     def _read(self) -> dict[str, dict[str, Choice]]:
+        check_regular(self.path)  # a pipe would be waited for
         try:
-            return _parse(self.path.read_text(encoding="utf-8"))
+            with open(self.path, "rb") as file:
+                return _parse(file.read(_MOST_BYTES + 1))
         except FileNotFoundError:
             return {}
         except ValueError as error:  # not JSON, not UTF-8, or another content
             aside = self.path.with_suffix(".corrupt")
+            check_regular(aside)
             os.replace(self.path, aside)
             warnings.warn(
                 f"the remembered choices in {self.path} could not be read ({error}); the file is now {aside}, and what "
@@ -345,7 +356,8 @@ def tuning_mode(environment: Mapping[str, str]) -> str:
 
 
 _folder = cache_folder()
-mode = tuning_mode(os.environ)
+with settings_are_read():
+    mode = tuning_mode(os.environ)
 process_choices = Choices(
     _folder and _folder / "choices.json", mode != "off", shipped=Path(__file__).with_name("choices")
 )

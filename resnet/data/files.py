@@ -19,6 +19,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -61,8 +62,8 @@ class _IdxFile:
         """The file in `folder`, plain or else gzipped; None where there is neither."""
         return next((p for p in (folder / self.name, folder / f"{self.name}.gz") if os.path.isfile(p)), None)
 
-    def read(self, path: Path, origin: str | None = None) -> np.ndarray:
-        """The uint8 array of `shape` in `path`. Raises DatasetError unless every byte is as expected.
+    def read(self, path: Path | BinaryIO, origin: str | None = None) -> np.ndarray:
+        """The uint8 array of `shape` in a file, named or, gzipped, open. DatasetError unless every byte is as expected.
 
         `origin` is what an error calls the file, where that is not its path.
         """
@@ -164,7 +165,7 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
     """
     named = folder if folder is not None else os.environ.get("FASHION_MNIST_DIR") or None
     if named is not None:
-        return _read_folder(Path(named).expanduser(), _WHOLE_SET)
+        return _read_folder(Path(os.path.expanduser(named)), _WHOLE_SET)  # "~nobody" stays as it is
 
     cache = download_folder()
     places = [Path("data"), DEBIAN_FOLDER, *([cache] if cache else [])]
@@ -217,9 +218,9 @@ def fetch(folder: str | os.PathLike[str], url: str = OFFICIAL_URL) -> None:
 def _fetch_file(file: _IdxFile, folder: Path, url: str) -> None:
     with _open(url) as response:
 
-        def download(part: Path) -> None:
-            with open(part, "wb") as out:
-                _copy(response, out, file.name)
+        def download(part: BinaryIO) -> None:
+            _copy(response, part, file.name)
+            part.seek(0)
             try:
                 file.read(part, origin=url)
             except DatasetError as error:
@@ -258,7 +259,7 @@ def _open(url: str) -> http.client.HTTPResponse:
     return result
 
 
-def _copy(response: http.client.HTTPResponse, out, name: str) -> None:
+def _copy(response: http.client.HTTPResponse, out: BinaryIO, name: str) -> None:
     length = response.headers.get("Content-Length")
     total = int(length) if length else None
     received = 0
@@ -272,7 +273,7 @@ def _copy(response: http.client.HTTPResponse, out, name: str) -> None:
 
 
 def _read_folder(folder: Path, files: tuple[_IdxFile, ...], source: str | None = None) -> FashionMNIST:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which a name that is too long is not either
         raise DatasetError(f"{folder}: no such folder; expected one with {', '.join(f.name for f in files)}[.gz]")
     paths = [file.find(folder) for file in files]
     for file, path in zip(files, paths):

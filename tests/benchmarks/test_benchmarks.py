@@ -526,6 +526,7 @@ def test_compare_prints_a_table_and_writes_json_and_a_plot(tmp_path):
         (["--json", "no/such/folder/out.json"], "--json"),
         (["--plot", "no/such/folder/out.png"], "--plot"),
         (["--plot", "out.xyz"], "--plot"),
+        (["--plot", "out.png", "--json", "./out.png"], "--plot: expected another file than that of --json"),
         (["--data", "no/such/folder"], "no/such/folder"),
     ],
 )

@@ -20,9 +20,27 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_refused_by_name(tmp_path, capsys):
-    assert gpu_check.main(["--rehearse", "--out", str(tmp_path)]) == 2
-    assert str(tmp_path) in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "."], "--out: expected a folder that does not exist yet, got ."),
+        (["--out", "link"], "--out: expected a folder that does not exist yet, got link"),
+        (["--out", "file/folder"], "--out: expected a folder that can be made, got "),
+        (["--out", "n" * 256], "--out: expected a folder that can be made, got "),
+        (["--minutes", "nan"], "--minutes: expected a positive number, got nan"),
+        (["--minutes", "-1"], "--minutes: expected a positive number, got -1.0"),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(SystemExit) as stopped:
+        gpu_check.main(["--rehearse", *arguments])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and message in line
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "link"}
 
 
 def test_the_environment_names_what_a_result_depends_on():

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -61,12 +62,12 @@ def options(config: TrainConfig) -> list[str]:
     return [word for k, v in values if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
 
 
-def command(config: TrainConfig, stderr=subprocess.PIPE, **kwargs) -> subprocess.Popen:
+def command(config: TrainConfig, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs) -> subprocess.Popen:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-m", "resnet.train", *options(config)],
         env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=stderr,
         text=True,
         **kwargs,
@@ -479,19 +480,43 @@ def test_a_checkpoint_is_written_after_every_epoch(tmp_path, monkeypatch):
     assert written == [1, 2, 3]
 
 
-def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch):
+def limit_files(size: int = 1 << 20) -> None:
+    """To have in a process: no file may be longer, as on a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
     path = tmp_path / "net.pt"
     path.write_bytes(b"the old checkpoint")
 
-    def fail(what, temporary):
-        Path(temporary).write_bytes(b"half of")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
-        train(small(save=str(path)))
+    process = command(small(save=str(path)), preexec_fn=limit_files)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines()[-1] == f"python -m resnet.train: error: {path}: cannot be written (File too large)"
     assert path.read_bytes() == b"the old checkpoint"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_figures_that_cannot_be_kept_are_printed(tmp_path):
+    """And what is on the disk stays: here no file may be longer than 100 bytes."""
+    path = tmp_path / "figures.json"
+    path.write_text("the old figures")
+    process = command(small(json=str(path)), preexec_fn=functools.partial(limit_files, 100))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and re.fullmatch(f"{LOSS_LINE}\n{RATE_LINE}\n", out)
+    assert err.splitlines()[-1] == f"python -m resnet.train: error: {path}: cannot be written (File too large)"
+    assert path.read_text() == "the old figures" and list(tmp_path.iterdir()) == [path]
+
+
+def test_figures_that_cannot_be_printed_are_kept(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    process = command(small(json=str(tmp_path / "figures.json")), stdout=write)
+    os.close(write)
+    _, err = process.communicate(timeout=120)
+    reason = "python -m resnet.train: error: standard output: cannot be written (Broken pipe)"
+    assert process.returncode == 1 and err.splitlines()[-1] == reason
+    assert len(json.loads((tmp_path / "figures.json").read_text())["epochs"]) == 1
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------
@@ -505,8 +530,12 @@ def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["--save", "no --save"])
-def test_ctrl_c_leaves_a_usable_checkpoint_and_says_where(tmp_path, named):
+@pytest.mark.parametrize(
+    ("name", "status", "named"),
+    [("SIGINT", 130, True), ("SIGINT", 130, False), ("SIGTERM", 143, True), ("SIGHUP", 129, False)],
+    ids=["Ctrl-C, --save", "Ctrl-C, no --save", "SIGTERM, --save", "SIGHUP, no --save"],
+)
+def test_a_signal_leaves_a_usable_checkpoint_and_says_where(tmp_path, name, status, named):
     folder = tmp_path / "run"
     folder.mkdir()
     log = tmp_path / "stderr"
@@ -515,11 +544,11 @@ def test_ctrl_c_leaves_a_usable_checkpoint_and_says_where(tmp_path, named):
         process = command(endless, cwd=folder, stderr=stderr)
     try:
         wait_for("epoch 2/", log, process)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, name))
         out, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130, log.read_text()
+    assert process.returncode == status, log.read_text()
     assert out == "", "the closing lines are those of a run that came to its end"
     (path,) = folder.iterdir()
     assert path.name == "net.pt" or not named
@@ -562,7 +591,7 @@ def test_ctrl_c_leaves_the_figures_of_the_whole_epochs(tmp_path, monkeypatch):
     path = tmp_path / "figures.json"
     assert main(options(small(epochs=3, save=str(tmp_path / "net.pt"), json=str(path)))) == 130
     figures = json.loads(path.read_text())
-    assert figures["interrupted"]
+    assert figures["interrupted"] and figures["signal"] == "SIGINT"
     assert len(figures["epochs"]) == 1
 
 
@@ -652,6 +681,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--epochs", "two"], "--epochs: invalid int value: 'two'"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["--batch-size", "-4"], "--batch-size: expected at least 1, got -4"),
+        (["--batch-size", "9223372036854775808"], "--batch-size: expected at most 2**63 - 1, got 9223372036854775808"),
         (["--lr", "0"], "--lr: expected a positive number that float32 holds, got 0.0"),
         (["--lr", "nan"], "--lr: expected a positive number that float32 holds, got nan"),
         (["--lr", "1e39"], "--lr: expected a positive number that float32 holds, got 1e+39"),
@@ -674,6 +704,10 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--limit-train", "60001"], "--limit-train: expected at most "),
         (["--limit-test", "10001"], "--limit-test: expected at most "),
         (["--data", "nowhere"], "nowhere: no such folder; expected one with train-images-idx3-ubyte"),
+        (["--data", "~nosuchuser/data"], "~nosuchuser/data: no such folder; expected one with train-images-idx3-ubyte"),
+        (["--data", "n" * 256], "n: no such folder; expected one with train-images-idx3-ubyte"),
+        (["--data", "no\nwhere"], "no\\nwhere: no such folder"),
+        (["--save", "net.pt", "--json", "./net.pt"], "--json: expected another file than that of --save, got net.pt"),
         (["--save", "nowhere/net.pt"], "--save: expected a path in an existing folder, got nowhere/net.pt"),
         (["--save", "."], "--save: expected a file's path, got the folder ."),
         (["--json", "nowhere/figures.json"], "--json: expected a path in an existing folder"),

@@ -94,6 +94,8 @@ def test_the_training_step_alone(own_choices, timed, capsys):
             "MODEL: expected a net that gives a tensor, got tuple",
         ),
         ([NET, "--choices", "/nowhere/choices.json"], "--choices: expected a path in an existing folder"),
+        ([NET, "--choices", "/dev/null"], "--choices: expected a regular file, which is read too, got the character"),
+        ([NET, "--batch", "9223372036854775808"], "--batch: expected at most 2**63 - 1"),
         ([NET, "--dtype", "int8"], "--dtype"),
         ([], "MODEL"),
     ],

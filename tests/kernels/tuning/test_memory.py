@@ -28,6 +28,7 @@ from resnet.kernels.tuning import choice, timing
 from resnet.kernels.tuning import memory as process_memory
 from resnet.kernels.tuning.memory import Choices, hash_kernels
 from tests.conftest import DEVICE, ROOT
+from tests.helpers.places import PLACES
 
 KEY = ("forward", 64, 64, torch.float16, ("stats", True))
 
@@ -454,6 +455,8 @@ CONTENTS = {
     "a list": "[]",
     "of another form": '{"cpu": {"key": "fast"}}',
     "not text": b"\xff\xfe\x00",
+    "nested deeply": "[" * 200_000,
+    "large": bytes(process_memory._MOST_BYTES + 1),
 }
 
 
@@ -488,6 +491,29 @@ def test_where_the_folder_cannot_be_written_likewise(path):
     path.parent.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.warns(RuntimeWarning, match="FUSED_RESIDUAL_CACHE"):
         assert Choices(path).choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
+
+
+@pytest.mark.parametrize("place", ["choices.json", "a link's target", "choices.corrupt"])
+@pytest.mark.parametrize("kind", PLACES)
+def test_what_is_no_file_is_left_alone_with_one_warning(path, monkeypatch, kind, place):
+    path.parent.mkdir()
+    monkeypatch.chdir(path.parent)
+    there = Path("choices.corrupt" if place == "choices.corrupt" else "it" if "link" in place else path.name)
+    PLACES[kind](there)
+    if place == "a link's target":
+        path.symlink_to(there)
+    elif place == "choices.corrupt":
+        path.write_text("{")
+    before = there.lstat()
+    memory = Choices(path)
+    with pytest.warns(RuntimeWarning, match=f"cannot be kept .*expected a regular file, got a {kind}") as caught:
+        assert memory.choose(KEY, slow_and_fast().runs, DEVICE) == "fast"
+        assert memory.choose((*KEY, 2), slow_and_fast().runs, DEVICE) == "fast"
+    assert len(caught) == 1
+    if place != "choices.corrupt":
+        with pytest.raises(OSError, match="expected a regular file"):
+            Choices(path).clear()
+    assert (there.lstat().st_mode, there.lstat().st_ino) == (before.st_mode, before.st_ino)
 
 
 def test_nothing_is_left_beside_the_file(path):

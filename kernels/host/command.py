@@ -1,0 +1,125 @@
+"""What every command of the package does alike: errors are one line, and a signal leaves what Ctrl-C leaves."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+
+# Beside Ctrl-C, signals that ask a process to end: of a scheduler, and of a terminal that was closed.
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class ConfigError(ValueError):
+    """A setting cannot be used; the message, one line, names it and what was expected."""
+
+
+class RunError(Exception):
+    """What was begun cannot be ended; the message, one line, says why."""
+
+
+class Ended(KeyboardInterrupt):
+    """A signal of ENDING, which is the argument, came: in place of the death of the process, an exception."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An error is one line, without the page of usage before it."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
+
+
+def one_line(text: object) -> str:
+    """The text with what would break the line, or cannot be printed, escaped: paths may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def say(text: str) -> None:
+    """A line on stderr; none where that is a terminal that was closed."""
+    with contextlib.suppress(OSError):
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
+def put(text: str) -> None:
+    """The text on stdout, now; RunError where that takes no more."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        raise RunError(f"standard output: cannot be written ({error.strerror or error})") from error
+
+
+def ended_by(number: int) -> int:
+    """The exit status of a command that a signal ended, as a shell gives it: 130 for Ctrl-C."""
+    return 128 + number
+
+
+def run(parser: Parser, work: Callable[[], int], refused: tuple[type[Exception], ...] = ()) -> int:
+    """The exit status of a command: that of `work`, or of its error, which becomes one line on stderr.
+
+    2, by SystemExit as argparse gives it, for what cannot be used: ConfigError and types in `refused`. 1 for what went
+    wrong on the way: RunError, OSError, too little memory. 128 and the signal's number after Ctrl-C or one of ENDING.
+    """
+    try:
+        with _ending_raises():
+            status = work()
+            sys.stdout.flush()
+            return status
+    except (ConfigError, *refused) as error:
+        parser.error(str(error))
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
+        say(f"{parser.prog}: error: {error}")
+        _drop_output()
+        return 1
+    except KeyboardInterrupt as error:
+        say("interrupted; what was written before is as it was")
+        return ended_by(error.args[0] if isinstance(error, Ended) else signal.SIGINT)
+
+
+def _drop_output() -> None:
+    """Where stdout takes no more (a closed pipe, a full disk), Python would complain once more at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _ending_raises() -> Iterator[None]:
+    """Inside, a signal of ENDING raises Ended; one that is ignored, as `nohup` has it, or handled stays so."""
+    if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise Ended(number)
+
+    taken = [number for number in ENDING if signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def settings_are_read() -> Iterator[None]:
+    """Around what reads the environment at import: its ValueError ends a command of this repository with one line.
+
+    `python -m` imports a command's package before its own module, so that this cannot be done there.
+    """
+    try:
+        yield
+    except ValueError as error:
+        name = sys.orig_argv[-len(sys.argv)].removeprefix("-m") if sys.argv else ""
+        if name.partition(".")[0] not in ("resnet", "benchmarks"):
+            raise
+        say(f"python -m {name}: error: {error}")
+        raise SystemExit(2) from None
