@@ -2,12 +2,50 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from resnet.norm import VECTORS, Norm, statistics_dtype
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+# ---- a constructor's arguments -----------------------------------------------------------------------------------
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """ValueError unless the value is a whole number of at least `least`."""
+    if not _is_whole(value, least):
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def _is_whole(value: object, least: int) -> bool:
+    try:
+        return not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        return False
+
+
+def check_block(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int | tuple[int, ...]) -> None:
+    """ValueError for a number that is none of channels or strides, and for a shortcut that is the identity where the
+    block's output has another shape than its input. Strides may be a pair, as a convolution's.
+    """
+    check_whole("input_channels", input_channels, 0)
+    check_whole("num_channels", num_channels, 0)
+    steps = strides if isinstance(strides, (tuple, list)) else (strides,)
+    if len(steps) not in (1, 2) or not all(_is_whole(step, 1) for step in steps):
+        raise ValueError(f"strides: expected a whole number of at least 1, or a pair of them, got {strides!r}")
+    if not use_1x1conv and (input_channels != num_channels or any(step != 1 for step in steps)):
+        raise ValueError(
+            "an identity shortcut needs num_channels == input_channels and strides == 1, got "
+            f"{input_channels} -> {num_channels} channels, strides {strides}; pass use_1x1conv=True"
+        )
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------
 
 
 def check_activation(x: Tensor, channels: int | None, name: str = "input") -> None:
@@ -27,6 +65,14 @@ def check_activation(x: Tensor, channels: int | None, name: str = "input") -> No
         raise ValueError(f"{name}: expected height and width of at least 1, got shape {tuple(shape)}")
     if x.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def check_input_type(x: Tensor, weights: Mapping[str, Tensor]) -> None:
+    """TypeError where x has another type than the weights, if these agree: else one of them is the odd one."""
+    dtypes = {weight.dtype for weight in weights.values()}
+    if len(dtypes) == 1 and x.dtype not in dtypes:
+        expected, got = (str(dtype).removeprefix("torch.") for dtype in (*dtypes, x.dtype))
+        raise TypeError(f"input: expected {expected} as {next(iter(weights))}, got {got}")
 
 
 def check_shortcut(shortcut: Tensor, x: Tensor) -> None:
@@ -58,6 +104,8 @@ def check_conv_weight(name: str, t: Tensor, x: Tensor, shape: tuple[int, ...], c
 
 def check_vector(name: str, t: Tensor, x: Tensor, channels: int) -> None:
     """ValueError or TypeError unless t is (channels,), on x's device, of x's type or that of the statistics."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
     if t.shape != (channels,):
         raise ValueError(f"{name}: expected shape ({channels},), got {tuple(t.shape)}")
     if t.dtype != x.dtype and t.dtype != statistics_dtype(x.dtype):
@@ -81,6 +129,9 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -
     for field, t in (("running_mean", norm.running_mean), ("running_var", norm.running_var)):
         if norm.training and t is not None and channels > 1 and t.stride(0) == 0:
             raise ValueError(f"{name}.{field}: expected {channels} values in memory to update, got one value expanded")
+    for field, number in (("momentum", norm.momentum), ("eps", norm.eps)):
+        if not isinstance(number, (int, float)) and not hasattr(number, "__float__"):
+            raise TypeError(f"{name}.{field}: expected a number, got {type(number).__name__}")
     if norm.eps < 0 or (norm.training and norm.eps == 0):
         least = "above 0 in training" if norm.training else "of at least 0"
         raise ValueError(f"{name}.eps: expected a number {least}, got {norm.eps}")

@@ -101,12 +101,16 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
     ):
         return False
     N, C, H, W = shape
-    if N == 0 or C < 2 or H * W < 2 or norm.eps <= 0:  # empty, of strides that channels_last leaves open, or refused
+    if N == 0 or C < 2 or H * W < 2:  # empty, or of strides that channels_last leaves open
+        return False
+    if type(norm.momentum) is not float or type(norm.eps) is not float or norm.eps <= 0:  # refused, or to be looked at
         return False
     if not keeps_digits(x, norm.training):
         return False
     channels = shape[1:2]
     for v in norm[:4]:
-        if v is not None and (v.dtype is not dtype or not v.is_cpu or v.shape != channels or not v.is_contiguous()):
+        if v is not None and not (
+            isinstance(v, Tensor) and v.dtype is dtype and v.is_cpu and v.shape == channels and v.is_contiguous()
+        ):
             return False
     return True

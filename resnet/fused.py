@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -10,10 +11,19 @@ from torch import Tensor, nn
 
 from resnet import ops
 from resnet.backends import implementation
-from resnet.checks import check_activation, check_conv_weight, check_norm, check_values_per_channel, check_vector
+from resnet.checks import (
+    check_activation,
+    check_block,
+    check_conv_weight,
+    check_input_type,
+    check_norm,
+    check_values_per_channel,
+    check_vector,
+    check_whole,
+)
 from resnet.functional import channels_last
 from resnet.kernels.host.facts import Recent
-from resnet.norm import Norm
+from resnet.norm import VECTORS, Norm
 from resnet.reference import Residual, Stem
 
 _warned: set[str] = set()
@@ -144,17 +154,18 @@ def _count_batch(bn: nn.BatchNorm2d) -> None:
             count.add_(1)
 
 
-def _weight_shape(conv: nn.Conv2d) -> tuple[int, ...]:
-    return (conv.out_channels, conv.in_channels, *conv.kernel_size)
+def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
+    """The shapes that weights should have: their own where these fit together, as PyTorch asks for no more, else those
+    that their convolutions were made with.
+    """
+    own = [tuple(conv.weight.shape) for conv in convs]
+    if all(len(shape) == 4 for shape in own) and fit(own):
+        return own
+    return [(conv.out_channels, conv.in_channels, *conv.kernel_size) for conv in convs]
 
 
-def check_identity_shortcut(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int) -> None:
-    """ValueError for a shortcut that is the identity where the block's output has another shape than its input."""
-    if not use_1x1conv and (input_channels != num_channels or strides != 1):
-        raise ValueError(
-            "an identity shortcut needs num_channels == input_channels and strides == 1, got "
-            f"{input_channels} -> {num_channels} channels, strides {strides}; pass use_1x1conv=True"
-        )
+def _is_of(norm: Norm, channels: int) -> bool:
+    return all(v is None or v.shape == (channels,) for v in norm[: len(VECTORS)])
 
 
 # Asked once: torch.compile of PyTorch 2.11 cannot trace the question.
@@ -219,7 +230,10 @@ class _Fused:
         known = recent.known(flat) if direct else None
         check = (recent, X.dtype, dtype)
         if known is None or check not in known.facts.passed:
-            self._check(X, x, norms, dtype is not None)
+            reason = self._check(X, x, norms, dtype is not None)
+            if reason is not None:
+                _warn_once(self, reason)
+                return super().forward(X)
             x = channels_last(x)
             if x is not flat[0]:
                 flat[0] = x
@@ -266,12 +280,22 @@ class FusedStem(_Fused, Stem):
 
     _operator = "stem"
 
+    def __init__(self, in_channels: int, channels: int = 64):
+        check_whole("in_channels", in_channels, 0)
+        check_whole("channels", channels, 0)
+        super().__init__(in_channels, channels)
+
     def _state(self) -> tuple:
-        conv, bn, relu, pool = self
+        children = tuple(self._modules.values())
+        if len(children) != 4:
+            return "stem", len(children)
+        conv, bn, relu, pool = children
         window = [_hashable(getattr(pool, field, None)) for field in _POOL]
         return "stem", _conv_state(conv), _state(bn), _state(relu), _state(pool), *window
 
     def _reason_not_to_fuse(self) -> str | None:
+        if len(self) != 4:
+            return f"it has {len(self)} children, not 4"
         conv, bn, relu, pool = self
         return (
             _unfusable("0", conv, nn.Conv2d)
@@ -282,16 +306,23 @@ class FusedStem(_Fused, Stem):
         )
 
     def _norm_pairs(self) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
-        conv, bn, _, _ = self
+        conv, bn, _, _ = self._modules.values()
         return [(bn, conv)]
 
-    def _check(self, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> None:
+    def _check(self, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> str | None:
         conv, (norm,) = self[0], norms
-        check_activation(X, conv.in_channels)
-        size = [(s + 2 * conv.padding[0] - conv.kernel_size[0]) // conv.stride[0] + 1 for s in x.shape[2:]]
-        check_conv_weight("0.weight", conv.weight, x, _weight_shape(conv), cast)
-        check_norm(norm, x, conv.out_channels, "1")
-        check_values_per_channel(norm, (x.shape[0], conv.out_channels, *size), "1")
+        (shape,) = _weight_shapes([conv], lambda shapes: _is_of(norm, shapes[0][0]))
+        K, C, R, S = shape
+        check_activation(X, C)
+        if not cast:
+            check_input_type(x, {"0.weight": conv.weight})
+        check_conv_weight("0.weight", conv.weight, x, shape, cast)
+        if R != S:
+            return f"0.weight is {R}x{S}, not square"
+        check_norm(norm, x, K, "1")
+        size = [(s + 2 * conv.padding[0] - R) // conv.stride[0] + 1 for s in x.shape[2:]]
+        check_values_per_channel(norm, (x.shape[0], K, *size), "1")
+        return None
 
     def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
         conv = self[0]
@@ -306,11 +337,12 @@ class FusedResidual(_Fused, Residual):
     needs the input, the two convolutions' outputs, the output, and per-channel vectors.
 
     A submodule that was replaced, hooked or parametrised makes the block run PyTorch's operators instead, with one
-    warning that names it.
+    warning that names it. So do convolutions of two widths, and strides that are not the same along H and W.
 
     Raises, in the constructor:
-        ValueError: an identity shortcut whose shape cannot match, that is, `num_channels` other than
-            `input_channels` or `strides` other than 1 without `use_1x1conv`.
+        ValueError: channels or strides that are no whole numbers, or negative, or strides of 0; an identity shortcut
+            whose shape cannot match, that is, `num_channels` other than `input_channels` or `strides` other than 1
+            without `use_1x1conv`.
     Raises, in forward, before anything has changed:
         ValueError, TypeError: rank, channels, type or device of the input, or one value per channel in training.
         RuntimeError: on double backward.
@@ -320,7 +352,7 @@ class FusedResidual(_Fused, Residual):
     _operator = "residual_block"
 
     def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
-        check_identity_shortcut(input_channels, num_channels, use_1x1conv, strides)
+        check_block(input_channels, num_channels, use_1x1conv, strides)
         super().__init__(input_channels, num_channels, use_1x1conv, strides)
 
     def _reason_not_to_fuse(self) -> str | None:
@@ -343,18 +375,40 @@ class FusedResidual(_Fused, Residual):
         own = self._modules
         return [(own["bn1"], own["conv1"]), (own["bn2"], own["conv2"])]
 
-    def _check(self, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> None:
-        check_activation(X, self.conv1.in_channels)
-        stride = self.conv1.stride[0]
-        shape = (x.shape[0], self.conv1.out_channels, *((s - 1) // stride + 1 for s in x.shape[2:]))
-        for name, conv in (("conv1", self.conv1), ("conv2", self.conv2), ("conv3", self.conv3)):
-            if conv is not None:
-                check_conv_weight(f"{name}.weight", conv.weight, x, _weight_shape(conv), cast)
+    def _check(self, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> str | None:
+        convs = {"conv1": self.conv1, "conv2": self.conv2}
+        if self.conv3 is not None:
+            convs["conv3"] = self.conv3
+
+        def fit(shapes: list[tuple[int, ...]]) -> bool:
+            (M, C, *_), (K, inner, *_), *shortcut = shapes
+            widths = _is_of(norms[0], M) and _is_of(norms[1], K) and inner == M
+            return widths and all(shape[:2] == (K, C) for shape in shortcut)
+
+        shapes = _weight_shapes(list(convs.values()), fit)
+        (M, C, *_), (K, *_) = shapes[:2]
+        check_activation(X, C)
+        weights = {f"{name}.weight": conv.weight for name, conv in convs.items()}
+        if not cast:
+            check_input_type(x, weights)
+        for (name, weight), width, shape in zip(weights.items(), ((M, C), (K, M), (K, C)), shapes):
+            check_conv_weight(name, weight, x, (*width, *shape[2:]), cast)
         if self.conv3 is not None and self.conv3.bias is not None:
-            check_vector("conv3.bias", self.conv3.bias, x, shape[1])
+            check_vector("conv3.bias", self.conv3.bias, x, K)
+        for name, norm, width in zip(("bn1", "bn2"), norms, (M, K), strict=True):
+            check_norm(norm, x, width, name)
+        for name, shape, size in zip(weights, shapes, (3, 3, 1)):
+            if shape[2:] != (size, size):
+                return f"{name} is {shape[2]}x{shape[3]}, not {size}x{size}"
+        stride = self.conv1.stride[0]
+        if M != K:
+            return f"conv1 has {M} output channels, and conv2 has {K}"
+        if self.conv3 is None and (C != K or stride != 1):
+            return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {stride}"
+        shape = (x.shape[0], K, *((s - 1) // stride + 1 for s in x.shape[2:]))
         for name, norm in zip(("bn1", "bn2"), norms, strict=True):
-            check_norm(norm, x, shape[1], name)
             check_values_per_channel(norm, shape, name)
+        return None
 
     def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
         own = self._modules

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from resnet.checks import check_activation
-from resnet.fused import FusedResidual, FusedStem, check_identity_shortcut
+from resnet.checks import check_activation, check_block, check_whole
+from resnet.fused import FusedResidual, FusedStem
 
 
 def _initialize(child: nn.Module, channels: int) -> None:
@@ -44,6 +44,7 @@ class LazyFusedStem(FusedStem, LazyModuleMixin):
     cls_to_become = FusedStem
 
     def __init__(self, channels: int = 64):
+        check_whole("channels", channels, 0)
         nn.Sequential.__init__(
             self,
             nn.LazyConv2d(channels, kernel_size=7, stride=2, padding=3),
@@ -57,7 +58,8 @@ class LazyFusedStem(FusedStem, LazyModuleMixin):
         """Initialise the children for an input (N, C, H, W), of which C alone matters."""
         check_activation(X, None)
         with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
-            _initialize_pairs([(self[0], self[1])], X.shape[1])
+            if len(self) == 4:  # else others were put in, and what is lazy is initialised by PyTorch's operators
+                _initialize_pairs([(self[0], self[1])], X.shape[1])
 
 
 class LazyFusedResidual(FusedResidual, LazyModuleMixin):
@@ -92,7 +94,7 @@ class LazyFusedResidual(FusedResidual, LazyModuleMixin):
                 f"use_1x1conv: expected a bool, got {use_1x1conv!r}; the arguments are (num_channels, use_1x1conv, "
                 "strides), and the input's channels are inferred"
             )
-        check_identity_shortcut(num_channels, num_channels, use_1x1conv, strides)
+        check_block(num_channels, num_channels, use_1x1conv, strides)
         nn.Module.__init__(self)  # not FusedResidual's, which makes children of known channels
         self.conv1 = nn.LazyConv2d(num_channels, kernel_size=3, padding=1, stride=strides)
         self.conv2 = nn.LazyConv2d(num_channels, kernel_size=3, padding=1)
@@ -109,7 +111,7 @@ class LazyFusedResidual(FusedResidual, LazyModuleMixin):
         check_activation(X, None)
         channels = X.shape[1]
         if self.conv3 is None and isinstance(self.conv2, nn.Conv2d):
-            check_identity_shortcut(channels, self.conv2.out_channels, use_1x1conv=False, strides=1)
+            check_block(channels, self.conv2.out_channels, use_1x1conv=False, strides=1)
         with torch.inference_mode(False):  # a parameter made in inference mode could never be trained
             _initialize_pairs([(self.conv1, self.bn1), (self.conv2, self.bn2)], channels)
             if self.conv3 is not None:

@@ -508,6 +508,9 @@ BAD = {
     "complex": ({"x": lambda t: t.cfloat()}, TypeError, "input: expected float16, .* got torch.complex64"),
     "height 0": ({"x": lambda t: t[:, :, :0]}, ValueError, "input: expected height and width of at least 1"),
     "channels of the vectors": ({"x": lambda t: t[:, :5]}, ValueError, r"weight: expected shape \(5,\), got \(6,\)"),
+    "weight a list": ({"weight": Tensor.tolist}, TypeError, "batch_norm.weight: expected a tensor, got list"),
+    "bias a number": ({"bias": lambda t: 1.0}, TypeError, "batch_norm.bias: expected a tensor, got float"),
+    "mean a list": ({"running_mean": Tensor.tolist}, TypeError, "batch_norm.running_mean: expected a tensor, got list"),
     "weight's length": ({"weight": lambda t: t[:1]}, ValueError, r"weight: expected shape \(6,\), got \(1,\)"),
     "bias's rank": ({"bias": lambda t: t[None]}, ValueError, r"bias: expected shape \(6,\), got \(1, 6\)"),
     "mean's length": ({"running_mean": lambda t: t[:5]}, ValueError, r"running_mean: expected shape \(6,\)"),
@@ -561,6 +564,15 @@ def test_an_eps_that_pytorch_refuses_is_refused_before_anything_changes(any_back
         batch_norm_add_relu(x, *running, training=training, eps=eps)
     assert torch.equal(running[0], torch.zeros_like(running[0]))
     assert batch_norm_add_relu(x, *running, eps=0.0).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+@pytest.mark.parametrize("value", ["0.1", None, [0.1]], ids=repr)
+def test_a_setting_that_is_no_number_is_named_before_anything_changes(any_backend, name, value):
+    x, running = draw(2, 3, 4, 4), (torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE))
+    with pytest.raises(TypeError, match=f"batch_norm.{name}: expected a number, got {type(value).__name__}"):
+        batch_norm_add_relu(x, *running, training=True, **{name: value})
+    assert torch.equal(running[0], torch.zeros_like(running[0]))
 
 
 def test_evaluation_needs_running_statistics(any_backend):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import FusedResidual, Residual, Stem
+from resnet import FusedResidual, FusedStem, LazyFusedResidual, LazyFusedStem, Residual, Stem
 from tests.helpers.blocks import draw, step, trio
 from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused, train_and_eval
 
@@ -105,6 +106,59 @@ def test_a_block_that_cannot_be_fused_runs_as_eager_with_one_warning(any_backend
     assert_runs_as_eager_with_one_warning(fused, eager, draw(2, 4, 5, 6), message)
 
 
+def _narrow(block: nn.Module) -> None:
+    """Of another width between its convolutions."""
+    torch.manual_seed(5)
+    block.conv1, block.bn1 = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)
+    block.conv2 = nn.Conv2d(6, 4, 3, padding=1)
+    block.to(block.bn2.weight)
+
+
+def _broadcast(block: nn.Module) -> None:
+    """Of one input channel, which the identity adds to all of the output's."""
+    torch.manual_seed(5)
+    block.conv1 = nn.Conv2d(1, 4, 3, padding=1).to(block.bn1.weight)
+
+
+def _strided(block: nn.Module) -> None:
+    """On one pixel, which stays one."""
+    block.conv1.stride = (2, 2)
+
+
+def _uneven(block: nn.Module) -> None:
+    block.conv1.stride = (1, 2)
+    block.conv3 = nn.Conv2d(4, 4, 1, stride=(1, 2)).to(block.bn1.weight)
+    nn.init.ones_(block.conv3.weight), nn.init.zeros_(block.conv3.bias)
+
+
+def _kernels(block: nn.Module) -> None:
+    """Of other sizes than the convolutions say, which together leave height and width."""
+    torch.manual_seed(5)
+    for conv, size in ((block.conv1, 1), (block.conv2, 5)):
+        conv.weight = nn.Parameter(torch.randn(4, 4, size, size).to(conv.weight))
+
+
+SURGERY = {
+    "another width": (_narrow, (2, 4, 5, 6), "conv1 has 6 output channels, and conv2 has 4"),
+    "a broadcast shortcut": (
+        _broadcast,
+        (2, 1, 5, 6),
+        "its shortcut is the identity, .* 1 -> 4 channels with",
+    ),
+    "a broadcast pixel": (_strided, (2, 4, 1, 1), "its shortcut is the identity, .* 4 -> 4 channels with stride 2"),
+    "other kernels": (_kernels, (2, 4, 7, 6), "conv1.weight is 1x1, not 3x3"),
+    "strides of a pair": (_uneven, (2, 4, 6, 5), r"conv1.stride is \(1, 2\), not \(1, 1\)"),
+}
+
+
+@train_and_eval
+@pytest.mark.parametrize("change", SURGERY)
+def test_a_block_of_other_convolutions_runs_as_eager_with_one_warning(any_backend, change, train):
+    apply, shape, message = SURGERY[change]
+    t = trio(Residual, 4, 4, dtype=torch.float64, train=train).each(apply)
+    assert_runs_as_eager_with_one_warning(t.fused, t.exact, draw(*shape), message)
+
+
 STEM_CHANGES = {
     "a hook": (hooked("2"), "2 has hooks"),
     "another activation": (replaced("2", lambda old: nn.GELU()), "2 is a GELU, not a ReLU"),
@@ -121,6 +175,58 @@ def test_a_stem_that_cannot_be_fused_runs_as_eager_with_one_warning(any_backend,
     change, message = STEM_CHANGES[reason]
     t = trio(Stem, 2, 4, dtype=torch.float64).each(change)
     assert_runs_as_eager_with_one_warning(t.fused, t.exact, draw(2, 2, 13, 12), message)
+
+
+def _insert(stem: nn.Module) -> None:
+    stem.insert(2, nn.Dropout(0.0))
+
+
+def _delete(stem: nn.Module) -> None:
+    del stem[3]
+
+
+CHILDREN = {
+    "appended": (lambda m: m.append(nn.Flatten()), "it has 5 children, not 4"),
+    "inserted": (_insert, "it has 5 children, not 4"),
+    "deleted": (_delete, "it has 3 children, not 4"),
+    "an identity": (replaced("1", lambda old: nn.Identity()), "1 is a Identity, not a BatchNorm2d"),
+    "a kernel that is not square": (
+        lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach()[..., :5])),
+        "0.weight is 7x5, not square",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHILDREN)
+@train_and_eval
+def test_a_stem_of_other_children_runs_as_eager_with_one_warning(any_backend, change, train):
+    apply, message = CHILDREN[change]
+    t = trio(Stem, 2, 4, dtype=torch.float64, train=train).each(apply)
+    assert_runs_as_eager_with_one_warning(t.fused, t.exact, draw(2, 2, 13, 12), message)
+
+
+def test_a_lazy_stem_of_other_children_runs_as_eager_from_the_first_forward():
+    stem = LazyFusedStem(4).append(nn.Flatten())
+    with pytest.warns(UserWarning, match="it has 5 children, not 4"):
+        assert stem(torch.rand(2, 3, 16, 16)).shape == (2, 64)
+
+
+@pytest.mark.parametrize("change", ["the convolution", "its weight"])
+@train_and_eval
+def test_a_stem_of_other_channels_is_fused(any_backend, change, train):
+    """As that of colour images is made one for grey ones."""
+
+    def apply(stem: nn.Module) -> None:
+        if change == "its weight":
+            stem[0].weight = nn.Parameter(stem[0].weight.detach().sum(1, keepdim=True))
+        else:
+            torch.manual_seed(5)
+            stem[0] = nn.Conv2d(1, 4, 7, 2, 3).to(stem[1].weight)
+
+    t = trio(Stem, 3, 4, dtype=torch.float64, train=train).each(apply)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_exact(t, draw(2, 1, 13, 12))
 
 
 def test_a_removed_hook_lets_a_block_fuse_again():
@@ -156,14 +262,45 @@ def test_an_identity_shortcut_that_cannot_match_is_refused_by_the_constructor(ar
         FusedResidual(*args)
 
 
+@pytest.mark.parametrize("strides", [-2, 0, 1.5, "2", True, None, (), (1, 1, 1), (2, 0), "22"], ids=repr)
+@pytest.mark.parametrize("make", [lambda s: FusedResidual(4, 4, True, s), lambda s: LazyFusedResidual(4, True, s)])
+def test_strides_that_are_none_are_refused_by_the_constructor(make, strides):
+    with pytest.raises(ValueError, match=r"^strides: expected a whole number of at least 1, or a pair of them, got "):
+        make(strides)
+
+
+@pytest.mark.parametrize("channels", [-1, 4.0, "4", None], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda c: FusedResidual(c, 4), "input_channels"),
+        (lambda c: FusedResidual(4, c), "num_channels"),
+        (lambda c: FusedStem(c), "in_channels"),
+        (lambda c: FusedStem(3, c), "channels"),
+        (lambda c: LazyFusedStem(c), "channels"),
+    ],
+)
+def test_channels_that_are_none_are_refused_by_the_constructor(make, name, channels):
+    with pytest.raises(ValueError, match=f"^{name}: expected a whole number of at least 0, got {channels!r}$"):
+        make(channels)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), [1, 1], (2, 2), np.int64(2), (2,)], ids=repr)
+def test_strides_may_be_what_a_convolution_takes(strides):
+    args = (4, 4, True, strides)
+    t = trio(Residual, *args, dtype=torch.float64)
+    x = draw(2, 4, 6, 5)
+    torch.testing.assert_close(t.fused(x.double()), t.exact(x.double()))
+
+
 BAD_INPUT = {
     "no batch axis": (lambda x: x[0], ValueError, r"input: expected 4 axes .* got 3: shape \(4, 6, 5\)"),
     "five axes": (lambda x: x[None], ValueError, "input: expected 4 axes .* got 5"),
     "other channels": (lambda x: x[:, :3], ValueError, r"input: expected 4 channels, got 3: shape \(2, 3, 6, 5\)"),
     "height 0": (lambda x: x[:, :, :0], ValueError, "input: expected height and width of at least 1"),
     "integers": (lambda x: x.long(), TypeError, "input: expected float16, .* got torch.int64"),
-    "another type": (lambda x: x.double(), TypeError, "weight: expected .* torch.float64, got torch.float32"),
-    "float16": (lambda x: x.half(), TypeError, "weight: expected .* torch.float16, got torch.float32"),
+    "another type": (lambda x: x.double(), TypeError, "input: expected float32 as (conv1|0).weight, got float64"),
+    "float16": (lambda x: x.half(), TypeError, "input: expected float32 as (conv1|0).weight, got float16"),
     "another device": (lambda x: x.to("meta"), ValueError, "weight: expected the input's device meta, got "),
     "an array": (lambda x: x.cpu().numpy(), TypeError, "input: expected a tensor, got ndarray"),
 }  # fmt: skip
@@ -198,6 +335,12 @@ BAD_MODULES = {
     "bn2.running_mean's length": (_set("bn2.running_mean", lambda t: t[:1]), ValueError, r"bn2.running_mean: exp"),
     "bn2 on another device": (lambda m: m.bn2.to("meta"), ValueError, "bn2.weight: expected the input's device"),
     "conv2.weight's type": (_set("conv2.weight", lambda t: t.detach().double()), TypeError, "conv2.weight: expected"),
+    "conv1.weight's type": (_set("conv1.weight", lambda t: t.detach().half()), TypeError, "conv1.weight: expected the"),
+    "conv1's channels": (
+        lambda m: setattr(m, "conv1", nn.Conv2d(4, 6, 3, padding=1, dtype=torch.float32)),
+        ValueError,
+        r"conv2.weight: expected shape \(4, 6, 3, 3\), got \(4, 4, 3, 3\)",
+    ),
     "conv2.bias's type": (_set("conv2.bias", lambda t: t.detach().double()), TypeError, "bn2.conv_bias: expected"),
     "conv2.weight's shape": (_set("conv2.weight", lambda t: t.detach()[:3]), ValueError, "conv2.weight: expected"),
     "conv3.bias's type": (_set("conv3.bias", lambda t: t.detach().double()), TypeError, "conv3.bias: expected"),
