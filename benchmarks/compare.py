@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import math
-import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from benchmarks.common import Implementation
 from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
 from resnet.commands import check_outputs, find_device, require, write_output
 from resnet.data import IMAGE_SIZE, DatasetError, FashionMNIST, load
-from resnet.kernels.host.command import ConfigError, Ended, Parser, ended_by, run, say
+from resnet.kernels.host.command import ConfigError, Parser, ended_by, run, say
 
 RIVALS = ("eager", "compile")
 BLOCK_CASES = tuple(f"block{stage}-{mode}" for stage in (1, 2, 3, 4) for mode in ("train", "inference"))
@@ -297,7 +296,7 @@ def _compare(args: argparse.Namespace) -> int:
                 print(f"measuring {case} against {rival}", file=sys.stderr, flush=True)
                 results.append(measure(case, rival, settings, data))
     except KeyboardInterrupt as error:
-        status = ended_by(error.args[0] if isinstance(error, Ended) else signal.SIGINT)
+        status = ended_by(error)
         say("stopped: what follows is what was measured in full")
 
     print(f"\n{results_table(results)}\n\n{saved_table(saved)}")

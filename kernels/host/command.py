@@ -54,9 +54,11 @@ def put(text: str) -> None:
         raise RunError(f"standard output: cannot be written ({error.strerror or error})") from error
 
 
-def ended_by(number: int) -> int:
+def ended_by(stop: KeyboardInterrupt | signal.Signals) -> int:
     """The exit status of a command that a signal ended, as a shell gives it: 130 for Ctrl-C."""
-    return 128 + number
+    if isinstance(stop, KeyboardInterrupt):
+        stop = stop.args[0] if isinstance(stop, Ended) else signal.SIGINT
+    return 128 + stop
 
 
 def run(parser: Parser, work: Callable[[], int], refused: tuple[type[Exception], ...] = ()) -> int:
@@ -78,7 +80,7 @@ def run(parser: Parser, work: Callable[[], int], refused: tuple[type[Exception],
         return 1
     except KeyboardInterrupt as error:
         say("interrupted; what was written before is as it was")
-        return ended_by(error.args[0] if isinstance(error, Ended) else signal.SIGINT)
+        return ended_by(error)
 
 
 def _drop_output() -> None:
