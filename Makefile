@@ -57,7 +57,7 @@ numpy_of = $(or $(NUMPY_$(call triton_of,$(1))),numpy)
 $(MATRIX)/%/.installed: requirements.txt
 	@echo "making $(MATRIX)/$* with $$($(PYTHON) -V): some minutes, once"
 	@$(PYTHON) -m venv --clear $(@D)
-	@grep -Ev '^(torch|triton|numpy|matplotlib|ruff)\b' requirements.txt >$(@D)/requirements.txt
+	@grep -Ev '^(torch|triton|numpy|matplotlib|ruff|setuptools)\b' requirements.txt >$(@D)/requirements.txt
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $(@D)/requirements.txt \
 	  'torch==$(call torch_of,$*)' 'triton==$(call triton_of,$*)' '$(call numpy_of,$*)'
 	@touch $@
