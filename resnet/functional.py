@@ -10,7 +10,7 @@ from resnet.checks import check_activation, check_norm, check_shortcut, check_va
 from resnet.norm import Norm
 from resnet.operands import BatchNormAddRelu
 from resnet.schema import pack
-from resnet.torch_backend.batch_norm import EAGER_DTYPES, eager, is_eager_as_good, keeps_digits
+from resnet.torch_backend.batch_norm import EAGER_DTYPES, are_few, eager, is_eager_as_good
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
         return False
     if type(norm.momentum) is not float or type(norm.eps) is not float or norm.eps <= 0:  # refused, or to be looked at
         return False
-    if not keeps_digits(x, norm.training):
+    if norm.training and not are_few(x):
         return False
     channels = shape[1:2]
     for v in norm[:4]:

@@ -12,21 +12,23 @@ aten = torch.ops.aten
 
 # On the CPU PyTorch adds up a channels_last map pixel by pixel in float32, and loses more digits the more there are. So
 # they are taken in groups, each a channel of its own, and the groups are merged.
-_PIXELS = 128  # of a group, at most
-_SUMS = 1 << 12  # that PyTorch holds at a time: with more of them the pixels leave the cache
+_FEW = 512  # pixels: up to them PyTorch's own sums are about as exact, and quicker
+_MANY = 1 << 15  # pixels, from which on dx is made of such sums, too
+_PIXELS = 128  # of a group; what is left over makes one of its own
+_SUMS = 1 << 14  # that PyTorch holds at a time: more of them leave the cache
 
 
-def _are_few(x: Tensor) -> bool:
+def are_few(x: Tensor) -> bool:
     """Whether PyTorch's own sums over the pixels of x (N, C, H, W) keep their digits."""
-    return x.numel() <= _PIXELS * x.shape[1] or not x.is_cpu
+    return x.numel() <= _FEW * x.shape[1] or not x.is_cpu
 
 
 def _parts(x: Tensor) -> list[tuple[Tensor, int]]:
     """The pixels of x (N, C, H, W) channels_last, some after some, (n, C), and how many of these make a group."""
     pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
     count, C = pixels.shape
-    size, left = divmod(count, -(-count // _PIXELS))
-    parts = [(some, size) for some in pixels[left:].split(max(1, _SUMS // C) * size)]
+    left = count % _PIXELS
+    parts = [(some, _PIXELS) for some in pixels[left:].split(max(1, _SUMS // C) * _PIXELS)]
     return [*parts, (pixels[:left], left)] if left else parts
 
 
@@ -35,31 +37,43 @@ def _grouped(pixels: Tensor, size: int) -> Tensor:
     return pixels.view(size, -1).t()[None, :, None]
 
 
+def _is_far(mean: Tensor, variance: Tensor) -> bool:
+    """Whether a mean is so many deviations from zero that its own digits crowd out those of the differences."""
+    return bool((mean * mean > 16 * variance).any())
+
+
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(mean, variance) of the batch, (C,) each in `dtype`; the variance is M2 over the number of pixels.
 
     x (N, C, H, W) is channels_last.
     """
-    if _are_few(x):
+    if are_few(x):
         return _moments_of_few(x, dtype)
+    mean, variance = _moments_of_many(x, dtype)
+    if _is_far(mean, variance):
+        shift = mean
+        mean, variance = _moments_of_many(x, dtype, shift)
+        mean += shift
+    return mean, variance
+
+
+def _moments_of_many(x: Tensor, dtype: torch.dtype, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`_moments` of x - shift."""
     parts = _parts(x)
-    # A large mean would leave few digits for what differs.
-    pivot = parts[0][0][0].to(dtype).nan_to_num_(0.0, 0.0, 0.0)
-    room = pivot.new_empty(parts[0][0].shape)
     moments = []
     for pixels, size in parts:
-        shifted = torch.sub(pixels, pivot, out=room[: len(pixels)])
+        shifted = pixels if shift is None else pixels - shift
         moments.append([m.view(-1, x.shape[1]) for m in _moments_of_few(_grouped(shifted, size), dtype)])
-    left = moments.pop() if parts[-1][1] < parts[0][1] else None
+    left = moments.pop() if parts[-1][1] < _PIXELS else None
     means, variances = map(torch.cat, zip(*moments))
-    between, mean = torch.var_mean(means, 0, correction=0)  # its sums are float64
-    variance = variances.mean(0).add_(between)
+    mean = means.mean(0)
+    variance = (means - mean).square_().add_(variances).mean(0)
     if left is not None:
         weight = parts[-1][1] / (x.numel() // x.shape[1])
         step = left[0][0] - mean
         mean.add_(step, alpha=weight)
         variance.lerp_(left[1][0], weight).addcmul_(step, step, value=weight * (1 - weight))
-    return mean.add_(pivot), variance
+    return mean, variance
 
 
 def _moments_of_few(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -138,12 +152,6 @@ def forward(
 
 
 EAGER_DTYPES = (torch.float32, torch.float64)
-_EAGER_PIXELS = 512  # at most: with more, PyTorch's statistics lose too many digits
-
-
-def keeps_digits(x: Tensor, training: bool) -> bool:
-    """Whether PyTorch's BatchNorm of x (N, C, H, W) is about as exact as `forward`."""
-    return not training or not x.is_cpu or x.numel() <= _EAGER_PIXELS * x.shape[1]
 
 
 def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
@@ -153,7 +161,7 @@ def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
     running ones, and backward on the CPU reads a weight with strides as if it had none.
     """
     dtype = x.dtype
-    if dtype not in EAGER_DTYPES or x.numel() == 0 or not keeps_digits(x, norm.training):
+    if dtype not in EAGER_DTYPES or x.numel() == 0 or (norm.training and not are_few(x)):
         return False
     return all(v is None or (v.dtype == dtype and v.is_contiguous()) for v in norm[:4])
 
@@ -194,7 +202,7 @@ def backward(
         g = aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
     else:
         g = aten.threshold_backward(dout, out, 0)
-    dx, dweight, sum_g = (_backward_of_few if _are_few(x) else _backward_of_many)(g, x, stats, norm)
+    dx, dweight, sum_g = (_backward_of_few if are_few(x) else _backward_of_many)(g, x, stats, norm)
     return NormGrad(
         dx,
         None if norm.weight is None else dweight.to(norm.weight.dtype),
@@ -218,27 +226,35 @@ def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[T
 
 
 def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """`_backward_of_few` with sums that keep their digits; dx while a part is in the cache."""
+    """`_backward_of_few` with sums that keep their digits.
+
+    dx takes means of them, in which an error is n times smaller: up to `_MANY` pixels it is PyTorch's.
+    """
     mean, invstd, scale, _ = stats
     C, parts = x.shape[1], list(zip(_parts(g), _parts(x)))
+    most = len(parts[0][0][0]) // _PIXELS  # groups in a part
+    saved = [v.expand(most, C).reshape(-1) for v in (mean, invstd)]
     sums = []
     for (some_g, size), (some_x, _) in parts:
-        saved = (v.repeat(len(some_g) // size) for v in (mean, invstd))
-        operands = _grouped(some_g, size), _grouped(some_x, size), None, None, None, *saved
+        of_groups = (v[: len(some_g) // size * C] for v in saved)
+        operands = _grouped(some_g, size), _grouped(some_x, size), None, None, None, *of_groups
         _, *some = aten.native_batch_norm_backward(*operands, True, norm.eps, [False, True, True])
         sums.append([v.view(-1, C) for v in some])
     dweight, sum_g = (torch.cat(some).sum(0) for some in zip(*sums))
-    if not norm.training:
-        return g * scale.to(g.dtype).view(-1, 1, 1), dweight, sum_g
+    if not norm.training or x.numel() <= _MANY * C:
+        return _backward_of_few(g, x, stats, norm)[0], dweight, sum_g
     # dx = scale * (g - sum_g / n - (x - mean) * invstd * dweight / n)
     n = x.numel() // C
     slope, level = invstd * dweight * scale / -n, scale * sum_g / -n
+    far = _is_far(mean, invstd**-2)
+    if not far:
+        level -= mean * slope
     dx = torch.empty_like(x)
     room = mean.new_empty(parts[0][0][0].shape)
     for ((some_g, _), (some_x, _)), (some_dx, _) in zip(parts, _parts(dx)):
-        shifted = torch.sub(some_x, mean, out=room[: len(some_x)])
-        torch.addcmul(level, shifted, slope, out=shifted)
-        torch.addcmul(shifted, some_g, scale, out=some_dx)
+        line = room[: len(some_x)]
+        torch.addcmul(level, some_x - mean if far else some_x, slope, out=line)
+        torch.addcmul(line, some_g, scale, out=some_dx)
     return dx, dweight, sum_g
 
 
