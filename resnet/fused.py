@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from resnet import ops
 from resnet.backends import implementation
@@ -29,26 +30,47 @@ from resnet.reference import Residual, Stem
 _warned: set[str] = set()
 
 
-def _warn_once(module: nn.Module, reason: str) -> None:
-    message = f"{type(module).__name__} runs PyTorch's operators one by one: {reason}"
-    if message not in _warned and not torch.compiler.is_compiling():
+def _warn_once(name: str, reason: str) -> None:
+    # Hooks beside a mode are those of a tool, such as a counter of FLOPs: it is to see all, and they go with it.
+    if reason == _GLOBAL_HOOKS and torch._C._len_torch_dispatch_stack():
+        return
+    message = f"{name} runs PyTorch's operators one by one: {reason}"
+    if message not in _warned:
         _warned.add(message)
         warnings.warn(message, stacklevel=3)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+# What torch.compiler.assume_constant_result sets, which imports the compiler: the graph does not break at a warning.
+_warn_once._dynamo_marked_constant = True
+
+_GLOBAL_HOOKS = "global module hooks are registered, which a fused operator would not call for the submodules"
+_FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
+
+
+def _passed_over(module: nn.Module) -> str | None:
+    """What calling a submodule would run, and a fused operator would not; in as few calls as can be."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "hooks"
+    own, kind = module.__dict__, type(module)
+    if (
+        "forward" in own
+        or "_conv_forward" in own
+        or ("_compiled_call_impl" in own and own["_compiled_call_impl"] is not None)
+        or (kind in _FORWARD and kind.forward is not _FORWARD[kind])
+    ):
+        return "a forward of its own"
+    return None
 
 
 def _unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a submodule cannot be fused: it is not exactly of its kind (a subclass may do anything), or has hooks."""
+    """Why a submodule cannot be fused: it is not exactly of its kind (a subclass may do anything), or is watched."""
     if type(module) is not kind:
-        return f"{name} is a {type(module).__name__}, not a {kind.__name__}"
-    if _has_hooks(module):
-        return f"{name} has hooks, which a fused operator would not call"
-    return None
+        got, expected = type(module).__name__, kind.__name__
+        if got == expected:
+            got, expected = (f"{k.__module__}.{k.__qualname__}" for k in (type(module), kind))
+        return f"{name} is a {got}, not a {expected}"
+    found = _passed_over(module)
+    return None if found is None else f"{name} has {found}, which a fused operator would not call"
 
 
 def _unfusable_conv(name: str, conv: nn.Module, kernel: int, padding: int, stride: int | None) -> str | None:
@@ -98,7 +120,7 @@ def _conv_state(conv: nn.Module | None) -> tuple:
         _hashable(own["dilation"]),
         own["groups"],
         own["padding_mode"],
-        _has_hooks(conv),
+        _passed_over(conv),
     )
 
 
@@ -109,7 +131,7 @@ def _hashable(value: object) -> object:
 
 def _state(module: nn.Module) -> tuple:
     """All that fusing asks of another module."""
-    return type(module), _has_hooks(module)
+    return type(module), _passed_over(module)
 
 
 def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:
@@ -210,12 +232,13 @@ class _Fused:
         direct = not compiling and ops.is_direct()
         if not (compiling or direct) and ops.is_transformed():
             return super().forward(X)
-        state = None if compiling else self._state()
+        watched = _has_any_global_hook()
+        state = None if compiling or watched else self._state()
         recent = _fusable.get(state)
         if recent is None:
-            reason = self._reason_not_to_fuse()
+            reason = _GLOBAL_HOOKS if watched else self._reason_not_to_fuse()
             if reason is not None:
-                _warn_once(self, reason)
+                _warn_once(type(self).__name__, reason)
                 return super().forward(X)
             recent = Recent()
             if state is not None:
@@ -336,8 +359,9 @@ class FusedResidual(_Fused, Residual):
     channels_last inside; an input in another layout is converted, outputs and gradients are channels_last. Backward
     needs the input, the two convolutions' outputs, the output, and per-channel vectors.
 
-    A submodule that was replaced, hooked or parametrised makes the block run PyTorch's operators instead, with one
-    warning that names it. So do convolutions of two widths, and strides that are not the same along H and W.
+    A submodule that was replaced, hooked, parametrised or given a forward of its own makes the block run PyTorch's
+    operators instead, with one warning that names it. So do global module hooks, convolutions of two widths, and
+    strides that are not the same along H and W.
 
     Raises, in the constructor:
         ValueError: channels or strides that are no whole numbers, or negative, or strides of 0; an identity shortcut

@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+    register_module_full_backward_pre_hook,
+)
+from torch.nn.utils import prune
 
 from resnet import FusedResidual, FusedStem, LazyFusedResidual, LazyFusedStem, Residual, Stem
 from tests.helpers.blocks import draw, step, trio
@@ -72,6 +79,32 @@ def convolution(**options):
     return lambda old: nn.Conv2d(old.in_channels, old.out_channels, 3, **options)
 
 
+def own_forward(name: str, attribute: str = "forward"):
+    """As accelerate's hooks and quantisation tools do it: in the instance, beside the class's."""
+
+    def change(module: nn.Module) -> None:
+        submodule = module.get_submodule(name)
+        old = getattr(submodule, attribute)
+        setattr(submodule, attribute, lambda *args: 1.5 * old(*args))
+
+    return change
+
+
+def weight_norm(module: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it is deprecated, and used
+        nn.utils.weight_norm(module.conv2)
+
+
+def spectral_norm(module: nn.Module) -> None:
+    torch.manual_seed(5)
+    nn.utils.spectral_norm(module.conv1)
+
+
+class Conv2d(nn.Conv2d):
+    """Of the name of what it replaces."""
+
+
 # A change of the module, which returns the changed module or None for the same one, and the reason that is named.
 UNFUSABLE = {
     "SyncBatchNorm": (nn.SyncBatchNorm.convert_sync_batchnorm, "bn1 is a SyncBatchNorm, not a BatchNorm2d"),
@@ -84,6 +117,17 @@ UNFUSABLE = {
     "a parametrisation": (
         lambda m: nn.utils.parametrizations.weight_norm(m.conv1) and None,
         "conv1 is a ParametrizedConv2d, not a Conv2d",
+    ),
+    "an old weight norm": (weight_norm, "conv2 has hooks"),
+    "an old spectral norm": (spectral_norm, "conv1 has hooks"),
+    "a pruned weight": (lambda m: prune.l1_unstructured(m.conv1, "weight", 0.5) and None, "conv1 has hooks"),
+    "a convolution's own forward": (own_forward("conv1"), "conv1 has a forward of its own"),
+    "a BatchNorm's own forward": (own_forward("bn2"), "bn2 has a forward of its own"),
+    "an own convolution": (own_forward("conv2", "_conv_forward"), "conv2 has a forward of its own"),
+    "a compiled submodule": (lambda m: m.bn1.compile(backend="eager"), "bn1 has a forward of its own"),
+    "a namesake": (
+        replaced("conv1", lambda old: Conv2d(old.in_channels, old.out_channels, 3, padding=1)),
+        r"conv1 is a tests\.\S+\.Conv2d, not a torch\.nn\.modules\.conv\.Conv2d",
     ),
     "groups": (replaced("conv2", convolution(padding=1, groups=2)), "conv2.groups is 2, not 1"),
     "dilation": (
@@ -161,6 +205,8 @@ def test_a_block_of_other_convolutions_runs_as_eager_with_one_warning(any_backen
 
 STEM_CHANGES = {
     "a hook": (hooked("2"), "2 has hooks"),
+    "the ReLU's own forward": (own_forward("2"), "2 has a forward of its own"),
+    "the pool's own forward": (own_forward("3"), "3 has a forward of its own"),
     "another activation": (replaced("2", lambda old: nn.GELU()), "2 is a GELU, not a ReLU"),
     "another pool": (replaced("3", lambda old: nn.AvgPool2d(3, 2, 1)), "3 is a AvgPool2d, not a MaxPool2d"),
     "another window": (replaced("3", lambda old: nn.MaxPool2d(2)), "3.kernel_size is 2, not 3"),
@@ -227,6 +273,96 @@ def test_a_stem_of_other_channels_is_fused(any_backend, change, train):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_exact(t, draw(2, 1, 13, 12))
+
+
+@train_and_eval
+@pytest.mark.parametrize("name", ["conv3", "bn1"])
+def test_an_own_forward_is_run_beside_a_1x1_shortcut_too(any_backend, name, train):
+    t = trio(Residual, 4, 6, True, 2, dtype=torch.float64, train=train).each(own_forward(name))
+    assert_runs_as_eager_with_one_warning(t.fused, t.exact, draw(2, 4, 5, 6), f"{name} has a forward of its own")
+
+
+def test_a_forward_put_into_a_class_is_run(any_backend, monkeypatch):
+    t, plain = trio(Residual, 4, 4, dtype=torch.float64), nn.BatchNorm2d.forward
+    x = draw(2, 4, 5, 6)
+    before = step(t.fused, x)
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda bn, y: 1.5 * plain(bn, y))
+    t.exact.load_state_dict(t.fused.state_dict())
+    assert_runs_as_eager_with_one_warning(t.fused, t.exact, x, "bn1 has a forward of its own")
+    assert not torch.equal(t.fused(x.double()), before["out"])
+
+
+GLOBAL_HOOKS = {
+    "a forward hook": (
+        register_module_forward_hook,
+        lambda m, args, out: 1.5 * out if isinstance(m, nn.BatchNorm2d) else None,
+    ),
+    "a forward pre-hook": (
+        register_module_forward_pre_hook,
+        lambda m, args: (1.5 * args[0],) if isinstance(m, nn.BatchNorm2d) else None,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", [IDENTITY, STRIDED, "stem"], ids=["identity", "strided", "stem"])
+@pytest.mark.parametrize("hook", GLOBAL_HOOKS)
+def test_a_global_hook_sees_and_changes_the_submodules_as_in_eager(any_backend, hook, kind):
+    t = trio(Stem, 4, 5, dtype=torch.float64) if kind == "stem" else trio(Residual, *kind, dtype=torch.float64)
+    x = draw(2, 4, 6, 5)
+    register, function = GLOBAL_HOOKS[hook]
+    handle = register(function)
+    try:
+        assert_runs_as_eager_with_one_warning(t.fused, t.exact, x, "global module hooks are registered")
+    finally:
+        handle.remove()
+    assert type(t.fused(x.double()).grad_fn).__name__.startswith(("ResidualBlock", "Stem"))
+
+
+BACKWARD_HOOKS = {
+    "a backward hook": (register_module_full_backward_hook, lambda m, grads, _: (1.5 * grads[0], *grads[1:])),
+    "a backward pre-hook": (register_module_full_backward_pre_hook, lambda m, grads: (1.5 * grads[0],)),
+}
+
+
+@pytest.mark.parametrize("hook", BACKWARD_HOOKS)
+def test_a_global_backward_hook_is_called_for_a_stems_submodules_as_in_eager(any_backend, hook):
+    t, (register, function) = trio(Stem, 4, 5, dtype=torch.float64), BACKWARD_HOOKS[hook]
+    x = draw(2, 4, 6, 5)
+    handle = register(lambda m, *grads: function(m, *grads) if isinstance(m, nn.BatchNorm2d) else None)
+    try:
+        assert_runs_as_eager_with_one_warning(t.fused, t.exact, x, "global module hooks are registered")
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("hook", BACKWARD_HOOKS)
+def test_a_global_backward_hook_on_a_block_is_refused_as_in_eager(hook):
+    """The textbook's block adds its shortcut in place, which PyTorch refuses behind such a hook."""
+    t, (register, function) = trio(Residual, 4, 4), BACKWARD_HOOKS[hook]
+    handle = register(function)
+    try:
+        for block in (t.eager, unwarned(t.fused)):
+            with warnings.catch_warnings(), pytest.raises(RuntimeError, match="BackwardHookFunction is a view"):
+                warnings.simplefilter("ignore")
+                block(draw(2, 4, 6, 5).requires_grad_())
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(
+    "change", [own_forward("conv1"), hooked("conv2"), pre_hooked("bn1")], ids=["own forward", "hook", "pre-hook"]
+)
+def test_a_compiled_block_that_cannot_be_fused_warns_once_in_one_graph(change):
+    t = trio(Residual, 4, 4, dtype=torch.float64).each(change)
+    unwarned(t.fused)
+    torch.compiler.reset()
+    compiled = torch.compile(t.fused, fullgraph=True, backend="aot_eager")
+    x = draw(2, 4, 5, 6, dtype=torch.float64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(compiled(x), t.exact(x))
+        torch.testing.assert_close(compiled(x), t.exact(x))
+    assert sum("one by one" in str(warning.message) for warning in caught) == 1
 
 
 def test_a_removed_hook_lets_a_block_fuse_again():
