@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library, register_fake
 
-from resnet import backends, settings
+from resnet import backends, flops, settings
 from resnet.kernels.host.facts import Known, is_plain
 from resnet.norm import Norm, statistics_dtype
 from resnet.operands import (
@@ -466,3 +466,5 @@ def _stem_inference(arguments: Stem) -> Tensor:
 
 _Inference("stem_inference", Stem, _stem_fake, _stem_inference)
 _Inference("residual_block_inference", Block, _block_fake, lambda a: backends.implementation(a.x).block_inference(*a))
+
+flops.register()
