@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.nn import functional as F  # noqa: F401, a name in the source of the reference, which TorchScript compiles
 
 from resnet import backends, ops, reference, torch_backend
 from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
@@ -60,10 +62,10 @@ def batch_norm_add_relu(
         ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
         RuntimeError: on double backward through a kernel.
     """
+    tensors = x, running_mean, running_var, weight, bias, shortcut
+    if ops.is_transformed_or_recorded() or any(isinstance(t, Proxy) for t in tensors):
+        return reference.batch_norm_add_relu(*tensors, training, momentum, eps, relu)
     compiling = torch.compiler.is_compiling()  # then the operator asks for the backend, each time that it runs
-    if not compiling and ops.is_transformed():
-        settings = weight, bias, shortcut, training, momentum, eps, relu
-        return reference.batch_norm_add_relu(x, running_mean, running_var, *settings)
     norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
     may_be_eager = relu and not compiling
     if may_be_eager and _needs_no_check(x, shortcut, norm) and backends.implementation(x) is torch_backend:
@@ -80,6 +82,9 @@ def batch_norm_add_relu(
         return eager(x, norm, shortcut)
     arguments = BatchNormAddRelu(x, shortcut, norm, relu)
     return torch.ops.fused_residual.batch_norm_add_relu(*pack(arguments))[0]
+
+
+batch_norm_add_relu.__wrapped__ = reference.batch_norm_add_relu  # what torch.jit.script compiles
 
 
 def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:

@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn import functional as F  # noqa: F401, a name in the eager block's source, which TorchScript compiles
 from torch.nn.modules.module import _has_any_global_hook
 
 from resnet import ops
@@ -37,7 +39,7 @@ def _warn_once(name: str, reason: str) -> None:
     message = f"{name} runs PyTorch's operators one by one: {reason}"
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
 
 
 # What torch.compiler.assume_constant_result sets, which imports the compiler: the graph does not break at a warning.
@@ -221,16 +223,18 @@ _fusable: dict[tuple, Recent] = {}  # states of modules that can be fused, and t
 
 
 class _Fused:
-    """`forward` of a module that one operator can do the work of.
+    """`forward`, as `_run`, of a module that one operator can do the work of; the eager module is the next base.
+
+    Each class has a `forward` whose `__wrapped__` is the eager one: `torch.jit.script` compiles the source of that.
 
     What can be fused and what has to be refused depends on the modules' settings and on facts of the tensors. Where
     the same ones have passed before, they are not looked at one by one.
     """
 
-    def forward(self, X: Tensor) -> Tensor:
+    def _run(self, X: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
         direct = not compiling and ops.is_direct()
-        if not (compiling or direct) and ops.is_transformed():
+        if isinstance(X, Proxy) or (not direct and ops.is_transformed_or_recorded()):
             return super().forward(X)
         watched = _has_any_global_hook()
         state = None if compiling or watched else self._state()
@@ -308,6 +312,11 @@ class FusedStem(_Fused, Stem):
         check_whole("channels", channels, 0)
         super().__init__(in_channels, channels)
 
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input)
+
+    forward.__wrapped__ = Stem.forward
+
     def _state(self) -> tuple:
         children = tuple(self._modules.values())
         if len(children) != 4:
@@ -378,6 +387,11 @@ class FusedResidual(_Fused, Residual):
     def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
         check_block(input_channels, num_channels, use_1x1conv, strides)
         super().__init__(input_channels, num_channels, use_1x1conv, strides)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self._run(X)
+
+    forward.__wrapped__ = Residual.forward
 
     def _reason_not_to_fuse(self) -> str | None:
         reason = (

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from resnet.checks import check_activation, check_block, check_whole
@@ -35,7 +36,22 @@ def _initialize_pairs(pairs: Iterable[tuple[nn.Module, nn.Module]], channels: in
         _initialize(bn, channels)
 
 
-class LazyFusedStem(FusedStem, LazyModuleMixin):
+class _UntilDryRun(LazyModuleMixin):
+    """`LazyModuleMixin` before tools that read a model."""
+
+    def _infer_parameters(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        """Nothing where torch.fx traces: the children are leaves of its graph, which initialises them when it runs."""
+        if not any(isinstance(value, Proxy) for value in (*args, *(kwargs or {}).values())):
+            super()._infer_parameters(module, args, kwargs)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """RuntimeError: `torch.jit.script` would stumble over the hook that initialises."""
+        raise RuntimeError(
+            f"torch.jit.script: {type(self).__name__} has uninitialized parameters; run a forward pass first"
+        )
+
+
+class LazyFusedStem(FusedStem, _UntilDryRun):
     """`FusedStem` for an input of any channels: `b1` of d2l.ai's current edition, with the same `state_dict`.
 
     The children are lazy until the first forward; see `LazyFusedResidual`.
@@ -62,7 +78,7 @@ class LazyFusedStem(FusedStem, LazyModuleMixin):
                 _initialize_pairs([(self[0], self[1])], X.shape[1])
 
 
-class LazyFusedResidual(FusedResidual, LazyModuleMixin):
+class LazyFusedResidual(FusedResidual, _UntilDryRun):
     """`FusedResidual` that infers its input's channels: the `Residual` of d2l.ai's current edition (1.0, chapter 8.6).
 
     Its children are `nn.LazyConv2d` and `nn.LazyBatchNorm2d`. The first forward, the dry run, initialises them in the

@@ -1,7 +1,8 @@
 """The fused operators, registered with `torch.library`: schema, implementation, fake implementation, autograd.
 
-The one place where kernels meet autograd. `torch.compile`, `torch.export` and `torch.library.opcheck` see each
-operator as one node. Activations here are channels_last and checked; `resnet.functional` converts and checks.
+The one place where kernels meet autograd. `torch.compile` and `torch.library.opcheck` see each operator as one node;
+what is exported, traced or scripted has none of them. Activations here are channels_last and checked;
+`resnet.functional` converts and checks.
 
     fused_residual::batch_norm_add_relu        out = relu(batch_norm(x) [+ shortcut])
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
@@ -28,6 +29,7 @@ from operator import itemgetter
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import Library, register_fake
 
 from resnet import backends, flops, settings
@@ -87,9 +89,22 @@ def is_direct() -> bool:
     return plain and not torch._C._autograd._profiler_enabled()  # a profile names the operators
 
 
-def is_transformed() -> bool:
-    """Whether a transform of `torch.func` or a level of forward-mode AD is active, which PyTorch's operators follow."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def is_transformed_or_recorded() -> bool:
+    """Whether PyTorch's own operators have to run.
+
+    Transforms of `torch.func` and forward-mode AD follow only them; and what a tool records (`torch.export`,
+    `torch.jit.trace`, `torch.onnx`, `make_fx`) is to run without this library. `torch.compile` keeps the fused ones.
+    """
+    # In a graph of torch.compile PyTorch 2.11 takes the call of is_exporting() for true.
+    if torch.compiler._is_exporting_flag or torch.compiler.is_compiling():
+        return torch.compiler._is_exporting_flag
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or get_proxy_mode() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None  # precedes the proxies
+    )
 
 
 def call(name: str, flat: Sequence, known: Known | None) -> Tensor:

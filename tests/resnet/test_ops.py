@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import FusedResidual, FusedStem, Residual, resnet_block
+from resnet import FusedResidual, FusedStem, resnet_block
 from resnet.norm import Norm
 from resnet.operands import BatchNormAddReluKept, BlockKept, BlockOutput, Convolutions, StemKept, StemOutput
 from resnet.schema import pack
 from resnet.torch_backend import inference
 from tests.conftest import DEVICE
-from tests.helpers.blocks import averaged, draw, randomize, step, trio
+from tests.helpers.blocks import averaged, draw, randomize, step
 from tests.helpers.pairs import pairwise
 
 pytestmark = pytest.mark.core
@@ -271,11 +271,14 @@ def test_a_compiled_block_takes_other_batch_sizes(any_backend):
         torch.testing.assert_close(compiled(x), block(x))
 
 
-def test_an_exported_block_holds_the_fused_operator():
-    block = trio(Residual, 3, 6, True, 2, train=False).fused
-    x = draw(2, 3, 8, 8)
-    with torch.no_grad():
-        exported = torch.export.export(block, (x,))
-        graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
-        assert ops.residual_block_inference.default in [node.target for graph in graphs for node in graph.nodes]
-        torch.testing.assert_close(exported.module()(x), block(x))
+@pytest.mark.parametrize("module", MODULES)
+def test_a_compiled_module_keeps_the_fused_operator(module):
+    called = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(MODULES[module]().to(DEVICE), fullgraph=True, backend=keep)(draw(2, 3, 7, 6))
+    assert sum("fused_residual" in name for name in called) == 1
+    assert not any("conv2d" in name for name in called)
