@@ -259,7 +259,7 @@ class _Fused:
         if known is None or check not in known.facts.passed:
             reason = self._check(X, x, norms, dtype is not None)
             if reason is not None:
-                _warn_once(self, reason)
+                _warn_once(type(self).__name__, reason)
                 return super().forward(X)
             x = channels_last(x)
             if x is not flat[0]:
