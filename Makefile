@@ -1,5 +1,6 @@
 # make test | emulated | gate | bench | lint | gpu-check: each makes .venv first, from requirements.txt, where it is
-# missing or out of date. make test-matrix makes an environment for each version of Triton in .venv-matrix.
+# missing or out of date. make test-matrix makes an environment for each pair of PyTorch and Triton in .venv-matrix.
+# pip compiles nothing: Python compiles what is imported, and all of it would take half a minute longer.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -17,7 +18,7 @@ $(STAMP): requirements.txt
 	  { echo "make: $(PYTHON) has no venv module: install it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "making $(VENV) with $$($(PYTHON) -V): some minutes, once"
 	@$(RUN) pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)  # else brought up to date as it is
-	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements.txt || \
+	@$(RUN) pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt || \
 	  { echo "make: pip could not install requirements.txt (above: why); with the cause gone, run make again" >&2; exit 1; }
 	@touch $@
 
