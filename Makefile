@@ -1,4 +1,4 @@
-# make test | emulated | gate | bench | lint | gpu-check: each makes .venv first, from requirements.txt, where it is
+# make test | test-tools | emulated | gate | bench | lint | gpu-check: each makes .venv first, from requirements.txt, where it is
 # missing or out of date. make test-matrix makes an environment for each pair of PyTorch and Triton in .venv-matrix.
 # pip compiles nothing: Python compiles what is imported, and all of it would take half a minute longer.
 PYTHON ?= python3
@@ -6,7 +6,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 
-.PHONY: test emulated gate test-matrix gpu-check bench lint format clean
+.PHONY: test test-tools emulated gate test-matrix gpu-check bench lint format clean
 .DEFAULT_GOAL := test
 
 $(STAMP): requirements.txt
@@ -34,17 +34,27 @@ EMULATED = if $(VENV)/bin/python -c 'import ptxsim' 2>/dev/null; then \
 emulated: $(STAMP)
 	@$(EMULATED)
 
-# Two runs, since a process either interprets Triton's kernels or compiles them; with a GPU both compile, one test after
-# the other.
-test: $(STAMP)
-	@interpret=TRITON_INTERPRET=1; parallel='$(PARALLEL)'; \
+# Where there is a GPU the kernels are compiled, one test after the other; elsewhere they are interpreted.
+define RUN_TESTS # PATHS
+interpret=TRITON_INTERPRET=1; parallel='$(PARALLEL)'; \
 	if $(VENV)/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  interpret='-u TRITON_INTERPRET'; parallel=; \
 	fi; \
-	status=0; \
-	env $$interpret $(RUN) pytest $$parallel tests --ignore=tests/emulated --ignore=tests/gate || status=1; \
+	env $$interpret $(RUN) pytest $$parallel $(1)
+endef
+
+OTHERS := emulated gate benchmarks faults# which have a target of their own
+
+# Two runs, since a process either interprets Triton's kernels or compiles them.
+test: $(STAMP)
+	@status=0; \
+	$(call RUN_TESTS,tests $(OTHERS:%=--ignore=tests/%)) || status=1; \
 	{ $(EMULATED); } || status=1; \
 	exit $$status
+
+# The tests of what measures and tests: the benchmarks, and whether the suite finds faults that are planted.
+test-tools: $(STAMP)
+	@$(call RUN_TESTS,tests/benchmarks tests/faults)
 
 # The core of the suite, interpreted and, where the module ptxsim is, compiled, with each supported pair of PyTorch and
 # Triton: those that are made for each other, and the newest Triton.

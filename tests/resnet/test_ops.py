@@ -239,7 +239,7 @@ def test_a_module_compiled_in_one_graph_equals_uncompiled(any_backend, module):
     assert_compiles(MODULES[module](), draw(2, 3, 7, 6), "aot_eager")
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", ["stem", "1x1 block"])
 def test_a_compiled_module_counts_the_batches_of_a_cumulative_average(module):
     module = MODULES[module]()
     averaged(module)
