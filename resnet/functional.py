@@ -62,14 +62,15 @@ def batch_norm_add_relu(
         ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
         RuntimeError: on double backward through a kernel.
     """
+    compiling = torch.compiler.is_compiling()  # then the operator asks for the backend, each time that it runs
+    may_be_eager = relu and not compiling
+    norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
+    if may_be_eager and ops.is_direct() and _needs_no_check(x, shortcut, norm):
+        if backends.implementation(x) is torch_backend:
+            return eager(x, norm, shortcut)
     tensors = x, running_mean, running_var, weight, bias, shortcut
     if ops.is_transformed_or_recorded() or any(isinstance(t, Proxy) for t in tensors):
         return reference.batch_norm_add_relu(*tensors, training, momentum, eps, relu)
-    compiling = torch.compiler.is_compiling()  # then the operator asks for the backend, each time that it runs
-    norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
-    may_be_eager = relu and not compiling
-    if may_be_eager and _needs_no_check(x, shortcut, norm) and backends.implementation(x) is torch_backend:
-        return eager(x, norm, shortcut)
     check_activation(x, None)
     check_norm(norm, x, x.shape[1])
     check_values_per_channel(norm, tuple(x.shape))
