@@ -49,9 +49,10 @@ def conv_batch_norm(
     x (N, C, H, W) is channels_last, weight is (K, C, R, S), more is (K,).
     """
     if is_single_on_cpu(x) and _outputs(x, weight, stride, padding) > max(weight.numel(), _FOLDED):
-        out = convolve(x, *_folded(weight, norm, more), stride, padding)
-        # An image meets all of the weight. Where scaling it overflowed, scaling the convolution need not.
-        if out[0].isfinite().all():
+        folded, bias = _folded(weight, norm, more)
+        out = convolve(x, folded, bias, stride, padding)
+        # Where scaling the weight overflowed, scaling the convolution need not. An image meets all of the weight.
+        if min(folded, out[0], key=Tensor.numel).sum().isfinite():
             return out
     bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
     y = convolve(x, weight, bias, stride, padding)
