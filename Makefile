@@ -1,5 +1,6 @@
-# make test | test-tools | emulated | gate | bench | lint | gpu-check: each makes .venv first, from requirements.txt, where it is
-# missing or out of date. make test-matrix makes an environment for each pair of PyTorch and Triton in .venv-matrix.
+# make test | test-tools | emulated | gate | bench | lint | gpu-check: each makes .venv first, from requirements.txt,
+# where it is missing or out of date. make test-matrix makes an environment for each pair of PyTorch and Triton in
+# .venv-matrix.
 # pip compiles nothing: Python compiles what is imported, once, and all of it would take half a minute longer.
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3

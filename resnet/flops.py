@@ -15,6 +15,7 @@ import torch
 
 from resnet.operands import Block, BlockKept, Stem, StemKept
 from resnet.schema import unpack
+from resnet.torch_backend.convolution import out_size
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -23,8 +24,7 @@ def _convolution(x: Sequence[int], weight: Sequence[int], stride: int, padding: 
     """Operations of the convolution of shapes x (N, C, H, W) and weight (K, C, R, S)."""
     N, _, H, W = x
     K, C, R, S = weight
-    P, Q = ((size + 2 * padding - kernel) // stride + 1 for size, kernel in ((H, R), (W, S)))
-    return 2 * N * P * Q * K * C * R * S
+    return 2 * N * out_size(H, R, stride, padding) * out_size(W, S, stride, padding) * K * C * R * S
 
 
 def _stem(a: Stem | StemKept) -> int:
@@ -35,7 +35,7 @@ def _block(a: Block | BlockKept) -> tuple[int, int, int]:
     """Operations of conv1, conv2 and conv3."""
     conv1, conv2, conv3, _, stride = a.convs
     N, _, H, W = a.x
-    middle = (N, conv1[0], (H - 1) // stride + 1, (W - 1) // stride + 1)
+    middle = (N, conv1[0], out_size(H, 3, stride, 1), out_size(W, 3, stride, 1))
     shortcut = 0 if conv3 is None else _convolution(a.x, conv3, stride, 0)
     return _convolution(a.x, conv1, stride, 1), _convolution(middle, conv2, 1, 1), shortcut
 

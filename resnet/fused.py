@@ -28,6 +28,7 @@ from resnet.functional import channels_last
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm
 from resnet.reference import Residual, Stem
+from resnet.torch_backend.convolution import out_size
 
 _warned: set[str] = set()
 
@@ -352,7 +353,7 @@ class FusedStem(_Fused, Stem):
         if R != S:
             return f"0.weight is {R}x{S}, not square"
         check_norm(norm, x, K, "1")
-        size = [(s + 2 * conv.padding[0] - R) // conv.stride[0] + 1 for s in x.shape[2:]]
+        size = [out_size(s, R, conv.stride[0], conv.padding[0]) for s in x.shape[2:]]
         check_values_per_channel(norm, (x.shape[0], K, *size), "1")
         return None
 
@@ -443,7 +444,7 @@ class FusedResidual(_Fused, Residual):
             return f"conv1 has {M} output channels, and conv2 has {K}"
         if self.conv3 is None and (C != K or stride != 1):
             return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {stride}"
-        shape = (x.shape[0], K, *((s - 1) // stride + 1 for s in x.shape[2:]))
+        shape = (x.shape[0], K, *(out_size(s, 3, stride, 1) for s in x.shape[2:]))
         for name, norm in zip(("bn1", "bn2"), norms, strict=True):
             check_values_per_channel(norm, shape, name)
         return None

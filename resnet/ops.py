@@ -48,6 +48,7 @@ from resnet.operands import (
     StemOutput,
 )
 from resnet.schema import leaves, pack, parameters, unpack, updates
+from resnet.torch_backend.convolution import out_map, out_size
 
 _NAMESPACE = "fused_residual"
 _LIBRARY = Library(_NAMESPACE, "DEF")
@@ -314,11 +315,6 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -> int | torch.SymInt:
-    """Pixels along one axis of a convolution's or a pool's output."""
-    return (size + 2 * padding - kernel) // stride + 1
-
-
 def _without_running(norm: Norm) -> Norm:
     """The norm as backward needs it: the statistics that were used are kept beside it."""
     return norm._replace(running_mean=None, running_var=None, num_batches_tracked=None)
@@ -381,8 +377,8 @@ _Differentiable(
 def _stem_fake(arguments: Stem) -> StemOutput:
     x, weight, stride, padding, _ = arguments
     K = weight.shape[0]
-    P, Q = (_out_size(x.shape[i], weight.shape[i], stride, padding) for i in (2, 3))
-    out = _empty_map(x, K, _out_size(P, 3, 2, 1), _out_size(Q, 3, 2, 1))
+    P, Q = out_map(x, weight, stride, padding)
+    out = _empty_map(x, K, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1))
     return StemOutput(out, _empty_map(x, K, P, Q), torch.empty_like(out, dtype=torch.uint8), _empty_stats(x, K))
 
 
@@ -417,7 +413,7 @@ _Differentiable(
 def _block_fake(arguments: Block) -> BlockOutput:
     x, convs, _, _ = arguments
     K = convs.conv1.shape[0]
-    size = [_out_size(s, 3, convs.stride, 1) for s in x.shape[2:]]
+    size = out_map(x, convs.conv1, convs.stride, 1)
     out, y1, y2 = (_empty_map(x, K, *size) for _ in range(3))
     return BlockOutput(out, y1, y2, _empty_stats(x, K), _empty_stats(x, K))
 

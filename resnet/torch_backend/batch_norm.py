@@ -212,8 +212,10 @@ def backward(
     )
 
 
-def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, sum of g) of BatchNorm by PyTorch's operator."""
+def _backward_of_few(
+    g: Tensor, x: Tensor, stats: Tensor, norm: Norm, sums: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dweight, sum of g) of BatchNorm by PyTorch's operator, the last two where `sums` asks for them."""
     mean, invstd = stats[0], stats[1]
     # The CPU's operator reads a weight with strides as if it had none.
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype).contiguous()
@@ -222,7 +224,7 @@ def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[T
     else:
         running, eps = (mean, invstd**-2), 0.0
     # CUDA's operator reads what was saved in evaluation, too.
-    return aten.native_batch_norm_backward(g, x, weight, *running, mean, invstd, norm.training, eps, [True, True, True])
+    return aten.native_batch_norm_backward(g, x, weight, *running, mean, invstd, norm.training, eps, [True, sums, sums])
 
 
 def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +244,7 @@ def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[
         sums.append([v.view(-1, C) for v in some])
     dweight, sum_g = (torch.cat(some).sum(0) for some in zip(*sums))
     if not norm.training or x.numel() <= _MANY * C:
-        return _backward_of_few(g, x, stats, norm)[0], dweight, sum_g
+        return _backward_of_few(g, x, stats, norm, sums=False)[0], dweight, sum_g
     # dx = scale * (g - sum_g / n - (x - mean) * invstd * dweight / n)
     n = x.numel() // C
     slope, level = invstd * dweight * scale / -n, scale * sum_g / -n

@@ -65,10 +65,11 @@ def conv_batch_norm(
 def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
     """The stem: relu(max_pool(batch_norm(conv(x)))), the pool 3x3 with stride 2, padding 1; channels_last as x is."""
     N, K, C = x.shape[0], *weight.shape[:2]
-    if C > 1 or not is_single_on_cpu(x) or _outputs(x, weight, stride, padding) < K * _MANY_WINDOWS:
-        return torch.max_pool2d(conv_batch_norm(x, weight, norm, stride, padding), 3, 2, 1).relu_()
-    folded, bias = _folded(weight, norm)
-    if not folded.isfinite().all():  # a product of windows would multiply it by the padding's zeros
+    multiplied = C == 1 and is_single_on_cpu(x) and _outputs(x, weight, stride, padding) >= K * _MANY_WINDOWS
+    if multiplied:
+        folded, bias = _folded(weight, norm)
+        multiplied = folded.isfinite().all()  # by the padding's zeros, too
+    if not multiplied:
         return torch.max_pool2d(conv_batch_norm(x, weight, norm, stride, padding), 3, 2, 1).relu_()
     weight = folded
     P, Q = out_map(x, weight, stride, padding)

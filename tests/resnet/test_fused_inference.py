@@ -216,14 +216,15 @@ def first_conv_and_norm(module: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
 @kinds
 @pytest.mark.parametrize("size", [(2, 40, 40), FEW], ids=name_of)
 def test_a_scaled_weight_that_would_overflow_gives_eagers_values(any_backend, kind, size):
-    t = inference_trio(kind)
-    for module in t.all:
+    @torch.no_grad()
+    def change(module: nn.Module) -> None:
         conv, bn = first_conv_and_norm(module)
-        with torch.no_grad():
-            conv.weight *= 1e30
-            bn.weight *= 1e15
-            bn.running_mean.zero_()
-            bn.bias.zero_()
+        conv.weight *= 1e30
+        bn.weight *= 1e15
+        bn.running_mean.zero_()
+        bn.bias.zero_()
+
+    t = inference_trio(kind).each(change)
     x = 1e-30 * images(kind, size)
     got, expected = infer(t.fused, x)["out"], infer(t.eager, x)["out"]
     assert expected.isfinite().all()
@@ -234,10 +235,11 @@ def test_a_scaled_weight_that_would_overflow_gives_eagers_values(any_backend, ki
 @pytest.mark.parametrize("size", [(2, 40, 40), FEW], ids=name_of)
 def test_an_infinite_weight_meets_no_padding(any_backend, kind, size):
     """Where a window's tap lies in the padding, it leaves the values alone."""
-    t = inference_trio(kind)
-    for module in t.all:
-        conv, _ = first_conv_and_norm(module)
-        with torch.no_grad():
-            conv.weight[3, 0, 0, 0] = torch.inf
+
+    @torch.no_grad()
+    def change(module: nn.Module) -> None:
+        first_conv_and_norm(module)[0].weight[3, 0, 0, 0] = torch.inf
+
+    t = inference_trio(kind).each(change)
     x = images(kind, size).abs() + 0.1
     torch.testing.assert_close(infer(t.fused, x), infer(t.eager, x), rtol=1e-4, atol=1e-4, equal_nan=True)
