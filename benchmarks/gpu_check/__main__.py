@@ -14,6 +14,7 @@ The stages run in this order, each as far as the time goes; what fails is noted,
     kernels      a fused step kernel by kernel, beside the least that the ceilings allow
     textbook     10 epochs of ResNet-18 on Fashion-MNIST, fused and eager
     blocks       the residual blocks of the net, as `net`
+    sanitizer    compute-sanitizer over a step of the net, where it is installed
     tests        as many of the tests as there is time for
     max-autotune torch.compile's, which compiles for minutes
 
@@ -37,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_check import environment, launches, parity, report, times
+from benchmarks.gpu_check import environment, launches, parity, processes, report, sanitizer, times
 from benchmarks.gpu_check.errors import noted
 from benchmarks.gpu_check.scale import Scale, full, rehearsal
 from resnet.commands import require, write_output
@@ -147,15 +148,10 @@ def tests(check: Check) -> Iterator[Measurement]:
         variables = os.environ | {"FUSED_RESIDUAL_CACHE": "off"}
         if check.scale.on_gpu:
             variables.pop("TRITON_INTERPRET", None)
-        with (check.folder / "tests.log").open("w") as log:
-            process = subprocess.Popen(arguments, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=variables)
-            try:
-                code = process.wait(timeout=check.left)
-            except subprocess.TimeoutExpired:
-                code = None
-            finally:  # at Ctrl-C too
-                process.terminate()
-        return {"status": code, "end": (check.folder / "tests.log").read_text().splitlines()[-1:]}
+        log = check.folder / "tests.log"
+        with processes.running(arguments, log, variables) as process:
+            code = processes.status(process, check.left)
+        return {"status": code, "end": " ".join(log.read_text().splitlines()[-1:])}
 
     yield " ".join(folders), measure
 
@@ -185,6 +181,7 @@ def run(check: Check) -> bool:
         check.stage("kernels", reserve, kernels(check))
     check.stage("textbook", reserve, textbook(check))
     check.stage("blocks", reserve, times.block_rows(scale))
+    check.stage("sanitizer", reserve, sanitizer.checks(scale, check.folder, min(check.left, 0.2 * check.seconds)))
     check.stage("tests", 0, tests(check))
     check.stage("max-autotune", reserve, times.net_rows(times.SLOW_ROWS, scale))
     return not list(report.failures(check.results))

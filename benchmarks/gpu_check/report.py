@@ -21,8 +21,8 @@ def failures(results: Results) -> Iterator[str]:
             elif result.get("passed") is False:
                 share = f"{result['share_of_allowed']:.2f} of the allowed error in {result['of']}, {result['with']}"
                 yield f"{stage}: {name}: {share}"
-            elif stage == "tests" and result.get("status") not in (0, None):
-                yield f"{stage}: {name}: {' '.join(result['end'])}"
+            elif result.get("status") not in (0, None):  # of a command
+                yield f"{stage}: {name}: {result['end']}"
 
 
 def summary(results: Results) -> str:
@@ -55,9 +55,17 @@ def markdown(results: Results) -> str:
     parts += ["## The textbook's training", *_textbook(results.get("textbook", {}))]
     parts += ["## Blocks, forward and backward", times_table(results.get("blocks", {}), "block ")]
     parts += ["## Parity", parity_table(results.get("parity", {}))]
-    parts += ["## Tests", *(f"{n}: {' '.join(r.get('end', []))}" for n, r in results.get("tests", {}).items() if r)]
+    for stage, title in (("tests", "Tests"), ("sanitizer", "compute-sanitizer")):
+        parts += [f"## {title}", *_ends(results.get(stage, {}))]
     parts += ["## Seconds of each stage", ", ".join(f"{n} {s}" for n, s in results.get("seconds", {}).items())]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _ends(found: dict) -> Iterator[str]:
+    """How each command of a stage ended."""
+    for name, result in found.items():
+        if isinstance(result, dict) and "end" in result:
+            yield f"{name}: {result['end']}"
 
 
 def _environment(results: Results) -> list[str]:

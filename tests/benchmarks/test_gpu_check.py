@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import environment, launches, parity, publish, report, scale, times
+from benchmarks.gpu_check import environment, launches, parity, publish, report, sanitizer, scale, times
 from benchmarks.gpu_check.__main__ import Check
 
 
@@ -71,12 +71,13 @@ def test_a_rehearsal_runs_every_stage_and_leaves_a_report(tmp_path, monkeypatch,
     assert status == 0, said
     results = json.loads((folder / "results.json").read_text())
     assert list(results["seconds"]) == [
-        *("environment", "parity", "net", "textbook", "blocks", "tests", "max-autotune")
+        *("environment", "parity", "net", "textbook", "blocks", "sanitizer", "tests", "max-autotune")
     ]
     assert set(results["parity"]) == {task.name for task in tasks}
     assert set(results["net"]) == {f"{case}, {kind}" for case in report.NET_CASES for kind in ("fused", "eager")}
     assert all(len(row["launched_ms"]) == 3 for row in results["net"].values())
     assert results["textbook"]["fused"]["said"][0].startswith("loss ")
+    assert results["sanitizer"]["sample alone"]["status"] == 0
     assert results["tests"]["tests/resnet/test_schema.py"]["status"] == 0
     text = (folder / "report.md").read_text()
     assert "| fused |" in text and "| eager |" in text and "Nothing." in text
@@ -136,6 +137,38 @@ def test_each_candidate_of_a_product_is_taken_in_turn():
             taken.append(tuning.gemm_config("forward", shape, x, lambda config: None, **switches))
         assert list(used.values()) == [(str(taken[-1]), len(found))]
     assert tuple(taken) == (*found, found[0])
+
+
+def test_a_report_says_how_the_tests_ended_and_stands_without_them():
+    assert "tests/kernels: 3 failed" in report.markdown({"tests": {"tests/kernels": {"status": 1, "end": "3 failed"}}})
+    assert report.markdown({"tests": {"not all of it": "less than 0 s were left"}})
+
+
+# ---- compute-sanitizer -------------------------------------------------------------------------------------------
+
+LOG = """========= COMPUTE-SANITIZER
+========= Invalid __global__ read of size 4 bytes
+=========     at conv_forward_kernel+0x2d0
+========= Invalid __global__ read of size 4 bytes
+=========     at conv_forward_kernel+0x310
+========= ERROR SUMMARY: 2 errors
+"""
+
+
+def test_what_the_sanitizer_found_is_kept_once_with_its_summary_and_fails_the_run():
+    kept = sanitizer.found(9, LOG)
+    assert kept == {
+        "status": 9,
+        "end": "ERROR SUMMARY: 2 errors",
+        "found": ["Invalid __global__ read of size 4 bytes"],
+    }
+    assert list(report.failures({"sanitizer": {"memcheck": kept}})) == ["sanitizer: memcheck: ERROR SUMMARY: 2 errors"]
+
+
+def test_a_sanitizer_that_found_nothing_passes():
+    kept = sanitizer.found(0, "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
+    assert kept == {"status": 0, "end": "ERROR SUMMARY: 0 errors", "found": []}
+    assert not list(report.failures({"sanitizer": {"memcheck": kept}}))
 
 
 # ---- kernels ---------------------------------------------------------------------------------------------------
