@@ -37,7 +37,7 @@ OVERRIDABLE = ("epochs", "batch_size", "lr", "resize", "dtype")
 
 RECIPES = {
     "textbook": Recipe(),
-    # The shortest time to 94% on one GPU.
+    # Made for a short time to 94% on one GPU.
     "fast": Recipe(
         epochs=12,
         batch_size=512,
@@ -53,7 +53,7 @@ RECIPES = {
         augmentation=Augmentation(shift=1, flip=True),
         average=0.03,
     ),
-    # The highest test accuracy.
+    # Made for test accuracy.
     "best": Recipe(
         epochs=60,
         batch_size=256,

@@ -29,7 +29,7 @@ def _parser() -> Parser:
         "--recipe",
         choices=RECIPES,
         default=default.recipe,
-        help="textbook: d2l.ai's; fast: the shortest time to 94%% on a GPU; best: the highest accuracy",
+        help="textbook: d2l.ai's; fast: made for a short time to 94%% on a GPU; best: made for accuracy",
     )
     _add_overriding(parser, "--epochs", int, "passes over the training set")
     _add_overriding(parser, "--batch-size", int, "images per step")

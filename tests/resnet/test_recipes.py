@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet import FusedResidual, Residual, resnet18, training
 from resnet.commands import find_device
@@ -425,6 +426,26 @@ def test_the_warm_up_leaves_weights_momenta_averages_and_random_states_as_they_w
     run._step(torch.arange(8))
     changed = [not torch.equal(*pair) for pair in zip(state_of(run), before, strict=True)]
     assert sum(changed) > 0.9 * len(changed), "but for what has no gradient, biases before a norm"
+
+
+class NoAnswers(TorchDispatchMode):
+    """Refuses what would have the host wait for the device: a tensor's value, or a size that depends on values."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if "index" in func.__name__ else ()
+        assert not masks, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["fast", "best"])
+def test_a_step_asks_the_device_for_nothing(name):
+    """Which a capture would refuse."""
+    run = run_of(quick(recipe=name, batch_size=2, limit_train=4))
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoAnswers():
+        torch.ones(1).item()
+    with NoAnswers():
+        run._learn(torch.arange(2))
 
 
 def test_what_a_graph_reads_and_writes_stays_where_it_is(monkeypatch, stand_in):
