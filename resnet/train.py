@@ -54,6 +54,7 @@ def _parser() -> Parser:
     parser.add_argument("--limit-train", type=int, metavar="N", help="only the first N training images")
     parser.add_argument("--limit-test", type=int, metavar="N", help="only the first N test images")
     parser.add_argument("--save", metavar="PATH", help="checkpoint, replaced after every epoch and at Ctrl-C")
+    parser.add_argument("--resume", metavar="PATH", help="go on from a checkpoint of a run with the same settings")
     parser.add_argument("--json", metavar="PATH", help="figures of the run, per epoch and in all")
     return parser
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import os
 import platform
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from resnet.checkpoints import FORMAT, check_settings, read_checkpoint
 from resnet.commands import ConfigError, check_outputs, find_device, require, require_count, write_output
 from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
 from resnet.fused import FusedResidual
@@ -75,6 +77,7 @@ class TrainConfig:
     limit_test: int | None = None
     save: str | None = None  # checkpoint, written after every epoch
     json: str | None = None  # figures of the run
+    resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
 
     def __post_init__(self) -> None:
         require(self.model in MODELS, "--model", f"one of {', '.join(MODELS)}", self.model)
@@ -105,6 +108,12 @@ class TrainConfig:
         ):
             return "float32"
         return value
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what the weights become; one step after the other, with a constant rate."""
+        names = ("model", "recipe", "batch_size", "lr", "resize", "dtype", "seed", "limit_train")
+        return {name: getattr(self, name) for name in (*names, *(("epochs",) if self.plan.warm_up else ()))}
 
     @property
     def plan(self) -> Recipe:
@@ -202,6 +211,9 @@ def train(config: TrainConfig) -> TrainResult:
     """
     device = find_device(config.device)
     cuda_graph = _wants_graph(config, device)
+    earlier = None if config.resume is None else read_checkpoint(config.resume, device)
+    if earlier is not None:
+        check_settings(config.resume, earlier["args"], config.decisive)
     dataset = load(config.data)
     batches, evaluation = _batches(config, dataset, device)
     _check_steps(config, batches)
@@ -210,11 +222,12 @@ def train(config: TrainConfig) -> TrainResult:
 
     with _deferred_interrupt() as interrupt:
         run = _Run(config, device, cuda_graph, batches, evaluation, interrupt)
+        if earlier is not None:
+            run.restore(earlier)
         warm_up_seconds = run.warm_up()
-        epochs: list[Epoch] = []
+        epochs = run.history
         checkpoint = None
-        while len(epochs) < config.epochs and not interrupt.is_set() and (epoch := run.epoch()) is not None:
-            epochs.append(epoch)
+        while len(epochs) < config.epochs and not interrupt.is_set() and run.epoch():
             if config.save is not None:
                 checkpoint = run.save(config.save)
         interrupted = len(epochs) < config.epochs
@@ -240,6 +253,32 @@ class _Interrupt(threading.Event):
     number: int
 
 
+@dataclasses.dataclass
+class _Tally:
+    """What an epoch's steps have given so far; the tensors are on the device."""
+
+    losses: Tensor  # of each step
+    sizes: Tensor
+    correct: Tensor
+    seen: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, steps: int, device: torch.device) -> _Tally:
+        losses, sizes = torch.zeros(2, steps, device=device)
+        return cls(losses, sizes, torch.zeros((), dtype=torch.int64, device=device))
+
+    def loss(self) -> float:
+        return ((self.losses * self.sizes).sum() / self.seen).item()
+
+    def accuracy(self) -> float:
+        return self.correct.item() / self.seen
+
+    def figures(self) -> str:
+        rate = f"{self.seen / self.seconds:.1f} examples/sec"
+        return f"loss {self.loss():.3f}, train acc {self.accuracy():.3f}, {rate}"
+
+
 class _Run:
     """The net, its optimizer and the data of one run."""
 
@@ -260,6 +299,8 @@ class _Run:
         self.interrupt = interrupt
         self.epochs = 0  # trained in full
         self.step = 0  # steps of the next one
+        self.history: list[Epoch] = []  # trained in full and evaluated
+        self.tally = _Tally.of(len(batches), device)
         self.plan = config.plan
         self.steps = _steps(config, batches)
         self.net = _net(config.model, config.seed, self.plan.stem).to(device, memory_format=torch.channels_last)
@@ -308,47 +349,48 @@ class _Run:
         momenta = [value for state in self.optimizer.state.values() for value in state.values()]
         return [value for net in nets.values() for value in net.state_dict().values()] + momenta
 
-    def epoch(self) -> Epoch | None:
-        """Trains for one epoch and evaluates; None where Ctrl-C came before the end of either."""
+    def epoch(self) -> bool:
+        """Trains for the rest of an epoch, evaluates and notes its figures; False where Ctrl-C came before the end."""
         steps = len(self.batches)
-        losses = torch.zeros(steps, device=self.device)
-        sizes = torch.zeros(steps, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        if self.step == 0:
+            self.tally = _Tally.of(steps, self.device)
+        tally = self.tally
         self.net.train()
-        seen = checked = 0
+        self.batches.epoch = self.epochs
+        checked = self.step
         with tqdm(
             total=self.batches.examples,
+            initial=tally.seen,
             desc=f"epoch {self.epochs + 1}/{self.config.epochs}",
             unit="img",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         ) as bar:
-            start = looked = self._clock()
-            for index in self.batches.indices():
+            looked = self._clock()
+            start = looked - tally.seconds
+            for index in itertools.islice(self.batches.indices(), self.step, None):
                 loss, right = self._step(index)
-                losses[self.step] = loss
-                sizes[self.step] = len(index)
-                correct += right
+                tally.losses[self.step] = loss
+                tally.sizes[self.step] = len(index)
+                tally.correct += right
                 self.step += 1
-                seen += len(index)
+                tally.seen += len(index)
                 bar.update(len(index))
                 stop = self.interrupt.is_set()
                 if self.step == steps or stop or time.perf_counter() - looked >= _LOOK_SECONDS:
-                    _check_losses(losses[checked : self.step], self.epochs + 1, checked + 1)
+                    _check_losses(tally.losses[checked : self.step], self.epochs + 1, checked + 1)
                     checked = self.step
-                    seconds = (looked := self._clock()) - start
-                    mean = ((losses * sizes).sum() / seen).item()
-                    accuracy = correct.item() / seen
-                    figures = f"loss {mean:.3f}, train acc {accuracy:.3f}, {seen / seconds:.1f} examples/sec"
-                    bar.set_postfix_str(figures)
+                    tally.seconds = (looked := self._clock()) - start
+                    bar.set_postfix_str(tally.figures())
                 if stop and self.step < steps:
-                    return None
+                    return False
             self._check_weights()
             self.epochs, self.step = self.epochs + 1, 0
             test_acc = self._accuracy()
             if test_acc is None:
-                return None
-            bar.set_postfix_str(f"{figures}, test acc {test_acc:.3f}")
-        return Epoch(loss=mean, train_acc=accuracy, test_acc=test_acc, examples=seen, seconds=seconds)
+                return False
+            bar.set_postfix_str(f"{tally.figures()}, test acc {test_acc:.3f}")
+        self.history.append(Epoch(tally.loss(), tally.accuracy(), test_acc, tally.seen, tally.seconds))
+        return True
 
     def save(self, path: str) -> str:
         """Writes the checkpoint, whole or not at all; its path."""
@@ -358,15 +400,34 @@ class _Run:
         checkpoint = {
             "model": self.evaluated.state_dict(),
             **raw,
+            "format": FORMAT,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch": self.epochs,
             "step": self.step,
+            "tally": vars(self.tally),
+            "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "args": dataclasses.asdict(self.config),
         }
         content = io.BytesIO()  # torch.save's own errors name neither the file nor the reason
         torch.save(checkpoint, content)
         write_output(path, content.getbuffer())
         return str(path)
+
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Be where the run was that saved the checkpoint. ConfigError where its weights are of another net."""
+        try:
+            self.net.load_state_dict(checkpoint["model" if self.average is None else "raw_model"])
+            self.evaluated.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, ValueError, RuntimeError):
+            raise ConfigError(f"--resume: cannot go on from {self.config.resume}: it is of another net") from None
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.tally = _Tally(**checkpoint["tally"])
+        self.history.extend(Epoch(**figures) for figures in checkpoint["history"])
+        self.epochs, self.step = checkpoint["epoch"], checkpoint["step"]
+        if self.epochs > len(self.history):  # Ctrl-C came in its evaluation, which is all that it lacks
+            self.epochs, self.step = len(self.history), len(self.batches)
 
     def _step(self, index: Tensor) -> tuple[Tensor, ...]:
         """`_learn` at the step's learning rate, replayed where it was captured for so many images."""
