@@ -57,7 +57,22 @@ class Stem(nn.Sequential):
         )
 
 
+class SmallStem(nn.Sequential):
+    """A first stage for images of some 32 pixels, which `Stem` would shrink to 8: 3x3 convolution, BatchNorm, ReLU.
+
+    (N, C, H, W) -> (N, K, H, W).
+    """
+
+    def __init__(self, in_channels: int, channels: int = 64):
+        super().__init__(
+            nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+        )
+
+
 Residual.stem = Stem
+STEMS = ("textbook", "small")
 
 
 def resnet_block(
@@ -77,17 +92,23 @@ def resnet_block(
     return nn.Sequential(*blocks)
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 1, block: type[nn.Module] = Residual) -> nn.Sequential:
+def resnet18(
+    num_classes: int = 10, in_channels: int = 1, block: type[nn.Module] = Residual, stem: str = "textbook"
+) -> nn.Sequential:
     """ResNet-18 as d2l.ai builds it: stem, four stages of two blocks, average pool, flatten, linear.
 
     Args:
         num_classes: length of the output's last axis.
         in_channels: channels of the input (N, in_channels, H, W); Fashion-MNIST has 1.
         block: `Residual`, `FusedResidual`, or any class with their constructor. Its attribute `stem`, where
-            it has one, builds the first stage; the `state_dict` does not depend on the choice.
+            it has one, builds the textbook's first stage; the `state_dict` does not depend on the choice.
+        stem: "textbook", or "small" for `SmallStem`, with which the blocks see images at their full size.
     """
+    if stem not in STEMS:
+        raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
+    first = SmallStem if stem == "small" else getattr(block, "stem", Stem)
     return nn.Sequential(
-        getattr(block, "stem", Stem)(in_channels, 64),
+        first(in_channels, 64),
         resnet_block(64, 64, 2, first_block=True, block=block),
         resnet_block(64, 128, 2, block=block),
         resnet_block(128, 256, 2, block=block),

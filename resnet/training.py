@@ -1,7 +1,8 @@
-"""Trains ResNet-18 on Fashion-MNIST as the textbook does, and times it.
+"""Trains ResNet-18 on Fashion-MNIST by a recipe, and times it.
 
-The recipe is d2l.ai's `train_ch6`: plain SGD, Xavier-uniform weights, cross entropy, images enlarged to 96 x 96. Loss
-and training accuracy are means over the last epoch, taken as it ran; the rate counts training steps only.
+The first recipe is d2l.ai's `train_ch6`: plain SGD, Xavier-uniform weights, cross entropy, images enlarged to 96 x 96.
+The others are in `resnet.recipes`. Loss and training accuracy are means over the last epoch, taken as it ran, of the
+images as the recipe augments them; the rate counts training steps only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import os
 import platform
@@ -27,11 +29,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from resnet.checkpoints import FORMAT, check_settings, read_checkpoint
 from resnet.commands import ConfigError, check_outputs, find_device, require, require_count, write_output
 from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
 from resnet.fused import FusedResidual
 from resnet.graphs import Graphed
 from resnet.kernels.host.command import ENDING, RunError
+from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
 from resnet.reference import resnet18
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "train"]
@@ -52,17 +56,20 @@ class NonFiniteError(RunError, ArithmeticError):
 class TrainConfig:
     """What to train, on what, and how; the command's options under the same names.
 
+    What is None of OVERRIDABLE becomes the recipe's, at once: `dataclasses.replace` keeps what the first recipe gave.
+
     Raises ConfigError for a value out of its range. What depends on the machine and the data (device, folder, limits)
     is checked by `train`, before it does anything.
     """
 
     model: str = "fused"  # eager, fused, or compile: torch.compile of the eager model
-    epochs: int = 10
-    batch_size: int = 256
-    lr: float = 0.05
-    resize: int = 96  # pixels
+    recipe: str = "textbook"  # one of RECIPES
+    epochs: int = None  # type: ignore[assignment]
+    batch_size: int = None  # type: ignore[assignment]
+    lr: float = None  # type: ignore[assignment]
+    resize: int = None  # type: ignore[assignment]  # pixels
     device: str = "auto"  # cpu, cuda, cuda:N; auto: cuda where there is one
-    dtype: str = "float32"  # other than float32: autocast to it
+    dtype: str = None  # type: ignore[assignment]  # other than float32: autocast to it
     cuda_graph: str = "auto"  # on: replay whole batches' steps as a CUDA graph; auto: where that can be
     seed: int = 0
     data: str | None = None  # folder; None: see resnet.data.load
@@ -70,9 +77,14 @@ class TrainConfig:
     limit_test: int | None = None
     save: str | None = None  # checkpoint, written after every epoch
     json: str | None = None  # figures of the run
+    resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
 
     def __post_init__(self) -> None:
         require(self.model in MODELS, "--model", f"one of {', '.join(MODELS)}", self.model)
+        require(self.recipe in RECIPES, "--recipe", f"one of {', '.join(RECIPES)}", self.recipe)
+        for name in OVERRIDABLE:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self._of_recipe(name))
         require_count("--epochs", self.epochs)
         require_count("--batch-size", self.batch_size)
         require(0 < self.lr <= torch.finfo(torch.float32).max, "--lr", "a positive number that float32 holds", self.lr)
@@ -88,6 +100,25 @@ class TrainConfig:
         for name, limit in (("--limit-train", self.limit_train), ("--limit-test", self.limit_test)):
             require(limit is None or limit >= 1, name, "at least 1", limit)
         check_outputs({"--save": self.save, "--json": self.json})
+
+    def _of_recipe(self, name: str) -> Any:
+        value = getattr(RECIPES[self.recipe], name)
+        if value == "bfloat16" and (
+            self.device == "cpu" or not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            return "float32"
+        return value
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The settings that decide what the weights become; one step after the other, with a constant rate."""
+        names = ("model", "recipe", "batch_size", "lr", "resize", "dtype", "seed", "limit_train")
+        return {name: getattr(self, name) for name in (*names, *(("epochs",) if self.plan.warm_up else ()))}
+
+    @property
+    def plan(self) -> Recipe:
+        """The recipe, with what overrides it."""
+        return dataclasses.replace(RECIPES[self.recipe], **{name: getattr(self, name) for name in OVERRIDABLE})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +164,12 @@ class TrainResult:
         """Examples of all whole epochs by the time that their training steps took."""
         if not self.epochs:
             return math.nan
-        return sum(e.examples for e in self.epochs) / sum(e.seconds for e in self.epochs)
+        return sum(e.examples for e in self.epochs) / self.train_seconds
+
+    @property
+    def train_seconds(self) -> float:
+        """What the training steps of all whole epochs took, without warm-up and evaluation."""
+        return sum(e.seconds for e in self.epochs)
 
     def summary(self) -> str:
         """Two lines, in the textbook's form; the second says where a CUDA graph was replayed."""
@@ -149,6 +185,8 @@ class TrainResult:
         return {
             **{name: None if math.isnan(value) else value for name, value in figures.items()},
             **dataclasses.asdict(self),
+            "recipe": dataclasses.asdict(self.config.plan),
+            "train_seconds": self.train_seconds,
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 
@@ -165,26 +203,31 @@ def train(config: TrainConfig) -> TrainResult:
     SIGTERM and SIGHUP do as Ctrl-C does; a second one does what it did before.
 
     Raises:
-        ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, or a batch of one image
-            cannot be normalised.
+        ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, a batch of one image
+            cannot be normalised, or the steps are too few for the recipe's warm-up.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
         OutputError: the checkpoint cannot be written. The last one is left as it was.
     """
     device = find_device(config.device)
     cuda_graph = _wants_graph(config, device)
+    earlier = None if config.resume is None else read_checkpoint(config.resume, device)
+    if earlier is not None:
+        check_settings(config.resume, earlier["args"], config.decisive)
     dataset = load(config.data)
     batches, evaluation = _batches(config, dataset, device)
+    _check_steps(config, batches)
     if device.type == "cpu" and config.dtype == "float16":
         print("float16 on a CPU is emulated and may be a hundred times slower; bfloat16 is not.", file=sys.stderr)
 
     with _deferred_interrupt() as interrupt:
         run = _Run(config, device, cuda_graph, batches, evaluation, interrupt)
+        if earlier is not None:
+            run.restore(earlier)
         warm_up_seconds = run.warm_up()
-        epochs: list[Epoch] = []
+        epochs = run.history
         checkpoint = None
-        while len(epochs) < config.epochs and not interrupt.is_set() and (epoch := run.epoch()) is not None:
-            epochs.append(epoch)
+        while len(epochs) < config.epochs and not interrupt.is_set() and run.epoch():
             if config.save is not None:
                 checkpoint = run.save(config.save)
         interrupted = len(epochs) < config.epochs
@@ -210,6 +253,32 @@ class _Interrupt(threading.Event):
     number: int
 
 
+@dataclasses.dataclass
+class _Tally:
+    """What an epoch's steps have given so far; the tensors are on the device."""
+
+    losses: Tensor  # of each step
+    sizes: Tensor
+    correct: Tensor
+    seen: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, steps: int, device: torch.device) -> _Tally:
+        losses, sizes = torch.zeros(2, steps, device=device)
+        return cls(losses, sizes, torch.zeros((), dtype=torch.int64, device=device))
+
+    def loss(self) -> float:
+        return ((self.losses * self.sizes).sum() / self.seen).item()
+
+    def accuracy(self) -> float:
+        return self.correct.item() / self.seen
+
+    def figures(self) -> str:
+        rate = f"{self.seen / self.seconds:.1f} examples/sec"
+        return f"loss {self.loss():.3f}, train acc {self.accuracy():.3f}, {rate}"
+
+
 class _Run:
     """The net, its optimizer and the data of one run."""
 
@@ -230,12 +299,16 @@ class _Run:
         self.interrupt = interrupt
         self.epochs = 0  # trained in full
         self.step = 0  # steps of the next one
-        self.net = _net(config.model, config.seed).to(device, memory_format=torch.channels_last)
+        self.history: list[Epoch] = []  # trained in full and evaluated
+        self.tally = _Tally.of(len(batches), device)
+        self.plan = config.plan
+        self.steps = _steps(config, batches)
+        self.net = _net(config.model, config.seed, self.plan.stem).to(device, memory_format=torch.channels_last)
         # Two shapes of batches at most: one graph for each is quicker than one for all.
         self.forward = torch.compile(self.net, dynamic=False) if config.model == "compile" else self.net
-        # A graph keeps a number as it was at the capture. A tensor is read at each replay, by the fused step alone.
-        lr = torch.tensor(config.lr, dtype=torch.float32, device=device)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=lr, fused=True)
+        self.optimizer = optimizer(self.plan, self.net)
+        self.average = weight_average(self.plan, self.net, self.steps)
+        self.evaluated = self.net if self.average is None else self.average.net
         # float16 alone needs its loss scaled: the others have float32's range of exponents.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.graph: Graphed | None = None  # of a whole batch's step, once that is captured
@@ -248,13 +321,14 @@ class _Run:
     def warm_up(self) -> float:
         """Compiles, lets libraries choose their algorithms and captures the graph, outside the clock; seconds taken.
 
-        A step or more per shape of batch; weights, statistics and the scale are afterwards what they were.
+        A step or more per shape of batch; weights, statistics, momenta and the scale are afterwards what they were.
         """
         if self.device.type == "cpu" and self.config.model != "compile" and not self.cuda_graph:
             return 0.0  # nothing to choose or compile, and a step takes long
         print("warming up: compilation and choice of algorithms, not counted in examples/sec", file=sys.stderr)
         start = self._clock()
-        weights = {name: value.clone() for name, value in self.net.state_dict().items()}
+        state = self._state()
+        before = [tensor.clone() for tensor in state]
         scale = self.scaler.state_dict()
         self.net.train()
         n, size = self.batches.examples, self.batches.batch_size
@@ -265,60 +339,74 @@ class _Run:
         self.optimizer.zero_grad()
         if self.cuda_graph:
             self.graph = Graphed(self._learn, first)
-        self.net.load_state_dict(weights)  # in place, as all that a graph reads has to stay where it is
+        torch._foreach_copy_(state, before)  # in place, as all that a graph reads has to stay where it is
         self.scaler.load_state_dict(scale)
         return self._clock() - start
 
-    def epoch(self) -> Epoch | None:
-        """Trains for one epoch and evaluates; None where Ctrl-C came before the end of either."""
+    def _state(self) -> list[Tensor]:
+        """What a step writes: weights, statistics, momenta, averages."""
+        nets = {id(net): net for net in (self.net, self.evaluated)}
+        momenta = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [value for net in nets.values() for value in net.state_dict().values()] + momenta
+
+    def epoch(self) -> bool:
+        """Trains for the rest of an epoch, evaluates and notes its figures; False where Ctrl-C came before the end."""
         steps = len(self.batches)
-        losses = torch.zeros(steps, device=self.device)
-        sizes = torch.zeros(steps, device=self.device)
-        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        if self.step == 0:
+            self.tally = _Tally.of(steps, self.device)
+        tally = self.tally
         self.net.train()
-        seen = checked = 0
+        self.batches.epoch = self.epochs
+        checked = self.step
         with tqdm(
             total=self.batches.examples,
+            initial=tally.seen,
             desc=f"epoch {self.epochs + 1}/{self.config.epochs}",
             unit="img",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
         ) as bar:
-            start = looked = self._clock()
-            for index in self.batches.indices():
+            looked = self._clock()
+            start = looked - tally.seconds
+            for index in itertools.islice(self.batches.indices(), self.step, None):
                 loss, right = self._step(index)
-                losses[self.step] = loss
-                sizes[self.step] = len(index)
-                correct += right
+                tally.losses[self.step] = loss
+                tally.sizes[self.step] = len(index)
+                tally.correct += right
                 self.step += 1
-                seen += len(index)
+                tally.seen += len(index)
                 bar.update(len(index))
                 stop = self.interrupt.is_set()
                 if self.step == steps or stop or time.perf_counter() - looked >= _LOOK_SECONDS:
-                    _check_losses(losses[checked : self.step], self.epochs + 1, checked + 1)
+                    _check_losses(tally.losses[checked : self.step], self.epochs + 1, checked + 1)
                     checked = self.step
-                    seconds = (looked := self._clock()) - start
-                    mean = ((losses * sizes).sum() / seen).item()
-                    accuracy = correct.item() / seen
-                    figures = f"loss {mean:.3f}, train acc {accuracy:.3f}, {seen / seconds:.1f} examples/sec"
-                    bar.set_postfix_str(figures)
+                    tally.seconds = (looked := self._clock()) - start
+                    bar.set_postfix_str(tally.figures())
                 if stop and self.step < steps:
-                    return None
+                    return False
             self._check_weights()
             self.epochs, self.step = self.epochs + 1, 0
             test_acc = self._accuracy()
             if test_acc is None:
-                return None
-            bar.set_postfix_str(f"{figures}, test acc {test_acc:.3f}")
-        return Epoch(loss=mean, train_acc=accuracy, test_acc=test_acc, examples=seen, seconds=seconds)
+                return False
+            bar.set_postfix_str(f"{tally.figures()}, test acc {test_acc:.3f}")
+        self.history.append(Epoch(tally.loss(), tally.accuracy(), test_acc, tally.seen, tally.seconds))
+        return True
 
     def save(self, path: str) -> str:
         """Writes the checkpoint, whole or not at all; its path."""
         self._check_weights()
+        # `model` is what was evaluated. Where that is an average, training goes on from `raw_model`.
+        raw = {} if self.average is None else {"raw_model": self.net.state_dict()}
         checkpoint = {
-            "model": self.net.state_dict(),
+            "model": self.evaluated.state_dict(),
+            **raw,
+            "format": FORMAT,
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch": self.epochs,
             "step": self.step,
+            "tally": vars(self.tally),
+            "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "args": dataclasses.asdict(self.config),
         }
         content = io.BytesIO()  # torch.save's own errors name neither the file nor the reason
@@ -326,8 +414,27 @@ class _Run:
         write_output(path, content.getbuffer())
         return str(path)
 
+    def restore(self, checkpoint: dict[str, Any]) -> None:
+        """Be where the run was that saved the checkpoint. ConfigError where its weights are of another net."""
+        try:
+            self.net.load_state_dict(checkpoint["model" if self.average is None else "raw_model"])
+            self.evaluated.load_state_dict(checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, ValueError, RuntimeError):
+            raise ConfigError(f"--resume: cannot go on from {self.config.resume}: it is of another net") from None
+        self.scaler.load_state_dict(checkpoint["scaler"])
+        self.tally = _Tally(**checkpoint["tally"])
+        self.history.extend(Epoch(**figures) for figures in checkpoint["history"])
+        self.epochs, self.step = checkpoint["epoch"], checkpoint["step"]
+        if self.epochs > len(self.history):  # Ctrl-C came in its evaluation, which is all that it lacks
+            self.epochs, self.step = len(self.history), len(self.batches)
+
     def _step(self, index: Tensor) -> tuple[Tensor, ...]:
-        """`_learn`, replayed where it was captured for so many images."""
+        """`_learn` at the step's learning rate, replayed where it was captured for so many images."""
+        if self.plan.warm_up:
+            now = rate(self.plan, self.epochs * len(self.batches) + self.step, self.steps)
+            for group in self.optimizer.param_groups:
+                group["lr"].fill_(now)
         if self.graph is None or index.shape != self.graph.shape:
             return self._learn(index)
         return self.graph(index)
@@ -340,6 +447,8 @@ class _Run:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update()
         return loss.detach(), (logits.argmax(1) == labels).sum()
 
     def _loss(self, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -347,18 +456,18 @@ class _Run:
         dtype = DTYPES[self.config.dtype]
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             logits = forward(x)
-            return F.cross_entropy(logits, labels), logits
+            return F.cross_entropy(logits, labels, label_smoothing=self.plan.label_smoothing), logits
 
     def _accuracy(self) -> float | None:
         """The fraction of the test images that are named right; None where Ctrl-C came in between."""
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.net.eval()
+        self.evaluated.eval()
         with torch.no_grad():
             for x, labels in self.evaluation:
                 if self.interrupt.is_set():
                     return None
                 # Not the compiled net: another two graphs would take longer to make than they save.
-                correct += (self._loss(self.net, x, labels)[1].argmax(1) == labels).sum()
+                correct += (self._loss(self.evaluated, x, labels)[1].argmax(1) == labels).sum()
         return correct.item() / self.evaluation.examples
 
     def _check_weights(self) -> None:
@@ -384,17 +493,17 @@ def _check_losses(losses: Tensor, epoch: int, first_step: int) -> None:
         raise NonFiniteError(f"non-finite loss ({losses[step]}) at epoch {epoch}, step {first_step + step}; {_ADVICE}")
 
 
-def _net(model: str, seed: int) -> nn.Sequential:
+def _net(model: str, seed: int, stem: str = "textbook") -> nn.Sequential:
     """ResNet-18 with the textbook's first weights, the same for each model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = resnet18()
+        net = resnet18(stem=stem)
         for module in net.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
         if model != "fused":
             return net
-        fused = resnet18(block=FusedResidual)
+        fused = resnet18(block=FusedResidual, stem=stem)
         fused.load_state_dict(net.state_dict())
         return fused
 
@@ -416,7 +525,8 @@ def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -
         require(limit is None or limit <= len(images), name, f"at most {len(images)} with {dataset.source}", limit)
     n = config.limit_train or len(dataset.train_images)
     # A last stage of one pixel has one value per channel in a batch of one image, which BatchNorm cannot normalise.
-    one_pixel = math.ceil(config.resize / 32) == 1
+    plan = config.plan
+    one_pixel = math.ceil(config.resize / (8 if plan.stem == "small" else 32)) == 1
     if one_pixel and min(n, config.batch_size) == 1:
         raise ConfigError(
             f"--resize {config.resize} needs batches of 2 images or more: one has but one value per channel in the "
@@ -436,7 +546,8 @@ def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -
         resize=config.resize,
         shuffle=True,
         seed=config.seed,
-        drop_last=single,
+        drop_last=single or (plan.whole_batches and n >= config.batch_size),
+        augmentation=plan.augmentation,
     )
     evaluation = Batches(
         dataset.test_images[: config.limit_test],
@@ -446,6 +557,20 @@ def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -
         resize=config.resize,
     )
     return batches, evaluation
+
+
+def _steps(config: TrainConfig, batches: Batches) -> int:
+    return config.epochs * len(batches)
+
+
+def _check_steps(config: TrainConfig, batches: Batches) -> None:
+    """ConfigError where the learning rate could only rise."""
+    steps = _steps(config, batches)
+    if warm_up_steps(config.plan, steps) >= steps:
+        raise ConfigError(
+            f"--recipe {config.recipe} needs 2 steps or more, a last one after its warm-up: --epochs {config.epochs} "
+            f"and --batch-size {config.batch_size} make {steps} of {batches.examples} images"
+        )
 
 
 @contextmanager

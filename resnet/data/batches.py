@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnet.data.augmentation import Augmentation
+
 
 class Batches:
     """Batches of a set of images that lives, as uint8, on a device; each iteration over it is one epoch.
@@ -18,8 +20,8 @@ class Batches:
     byte / 255 and nothing else, as the textbook's `ToTensor` gives it), resized bilinearly; labels int64 (B,). Both on
     `device`, where all of the work is done.
 
-    With `shuffle`, the order is a function of (seed, epoch) alone, whatever the device. `epoch` counts the iterations
-    begun; it may be set.
+    With `shuffle`, the order is a function of (seed, epoch) alone, whatever the device, and so is what `augmentation`
+    does to each image, before the resizing. `epoch` counts the iterations begun; it may be set.
 
     Args:
         images: uint8 (N, 28, 28), or any other square size.
@@ -44,6 +46,7 @@ class Batches:
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        augmentation: Augmentation | None = None,
         memory_format: torch.memory_format = torch.channels_last,
     ):
         if images.dtype != torch.uint8 or images.dim() != 3 or images.shape[1] != images.shape[2]:
@@ -72,6 +75,9 @@ class Batches:
         self.drop_last = drop_last
         self.memory_format = memory_format
         self.epoch = 0
+        self.augmentation = augmentation
+        # One row per image, rewritten in place by each epoch: a CUDA graph of `draw` reads them where they are.
+        self._chances = torch.zeros(len(images), Augmentation.CHANCES, device=device) if augmentation else None
 
     @property
     def examples(self) -> int:
@@ -88,20 +94,28 @@ class Batches:
     def indices(self) -> Iterator[Tensor]:
         """An epoch as the batches' places in the set, int64 (B,) each, on the device: `draw` makes batches of them."""
         order = self._order(self.epoch)
+        if self._chances is not None:
+            self._chances.copy_(torch.rand(self._chances.shape, generator=self._generator(self.epoch, 1)))
         self.epoch += 1
         return (index for index in order[: self.examples].split(self.batch_size) if len(index))
 
     def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:
             return torch.arange(len(self.images), device=self.images.device)
-        # Hashed, so that (seed, epoch + 1) is not (seed + 1, epoch); on the CPU, so that no device has its own order.
-        state = np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)
-        generator = torch.Generator().manual_seed(int(state[0]))
-        return torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        return torch.randperm(len(self.images), generator=self._generator(epoch)).to(self.images.device)
+
+    def _generator(self, *of: int) -> torch.Generator:
+        """One that is a function of the seed and these numbers; on the CPU, so that no device has its own values."""
+        # Hashed, so that (seed, epoch + 1) is not (seed + 1, epoch).
+        state = np.random.SeedSequence([self.seed, *of]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]))
 
     def draw(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """(images, labels) at these places in the set, as an iteration yields them. Nothing waits for the device."""
-        x = self.images[index].unsqueeze(1).float().div_(255)
+        x = self.images[index].float().div_(255)
+        if self.augmentation is not None:
+            x = self.augmentation(x, self._chances[index])
+        x = x.unsqueeze(1)
         if self.resize != x.shape[-1]:
             x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
         x = x.to(self.dtype)

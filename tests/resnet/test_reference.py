@@ -51,6 +51,32 @@ def test_eager_and_fused_resnet18_have_the_same_state_dict():
     assert list(eager) == list(fused)
 
 
+@pytest.mark.parametrize("block", [Residual, FusedResidual])
+def test_with_a_small_stem_the_blocks_see_images_at_their_full_size(block):
+    net = resnet18(block=block, stem="small").eval()
+    assert [type(layer) for layer in net[0]] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    x = torch.rand(1, 1, 28, 28)
+    sizes = []
+    with torch.no_grad():
+        for stage in net[:5]:
+            x = stage(x)
+            sizes.append(tuple(x.shape[1:]))
+    assert sizes == [(64, 28, 28), (64, 28, 28), (128, 14, 14), (256, 7, 7), (512, 4, 4)]
+
+
+def test_eager_and_fused_resnet18_agree_with_a_small_stem():
+    eager, fused = (resnet18(block=block, stem="small").eval() for block in (Residual, FusedResidual))
+    fused.load_state_dict(eager.state_dict(), strict=True)
+    x = torch.rand(2, 1, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), eager(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_stem_that_is_not_known_is_an_error_that_names_those_that_are():
+    with pytest.raises(ValueError, match="stem: expected one of textbook, small, got 'tiny'"):
+        resnet18(stem="tiny")
+
+
 def test_a_block_without_a_stem_of_its_own_gets_the_reference_stem():
     class Plain(nn.Module):
         def __init__(self, input_channels, num_channels, use_1x1conv=False, strides=1):

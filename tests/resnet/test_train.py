@@ -18,12 +18,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet import FusedResidual, Residual, graphs, resnet18, training
+from resnet import FusedResidual, Residual, resnet18, training
 from resnet.commands import ConfigError, find_device
 from resnet.data import DatasetError, load
 from resnet.train import main
 from resnet.training import NonFiniteError, TrainConfig, train
 from tests.conftest import ROOT
+from tests.helpers.graphs import captures_on_the_cpu
 
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
 # To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
@@ -277,27 +278,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 
 @pytest.fixture
 def stand_in(monkeypatch) -> list[int]:
-    """On the CPU, what a CUDA graph would do: each replay runs the captured function and fills the same outputs.
-
-    The list has one number per capture: its replays.
-    """
-    replays = []
-
-    def capture(function, device):
-        outputs = function()
-        place = len(replays)
-        replays.append(0)
-
-        def replay():
-            replays[place] += 1
-            for output, value in zip(outputs, function(), strict=True):
-                output.copy_(value)
-
-        return replay, outputs
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(training, "_wants_graph", lambda config, device: config.cuda_graph == "on")
-    return replays
+    return captures_on_the_cpu(monkeypatch)
 
 
 def epochs_without_times(result: training.TrainResult) -> list[training.Epoch]:

@@ -1,0 +1,194 @@
+"""--resume: a run that was stopped goes on as if it had not been, and what it cannot go on from is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pickle
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet import training
+from resnet.data import load
+from resnet.recipes import RECIPES
+from resnet.train import main
+from resnet.training import TrainConfig, TrainResult, train
+from tests.helpers.graphs import captures_on_the_cpu
+
+QUICK = dataclasses.replace(RECIPES["best"], batch_size=8, lr=0.01, resize=33, stem="textbook", average=0.5)
+SETTINGS = {
+    "textbook": {"recipe": "textbook", "batch_size": 8, "resize": 33, "lr": 0.01, "limit_train": 20},
+    "all of a recipe": {"recipe": "quick", "limit_train": 16},
+    "the loss scaler": {"recipe": "quick", "limit_train": 4, "batch_size": 2, "dtype": "float16"},
+}
+
+load_once = functools.cache(load)
+
+
+@pytest.fixture(autouse=True)
+def small_runs(monkeypatch, tmp_path):
+    """One thread: for images so small a second one gains nothing."""
+    monkeypatch.setattr(training, "load", load_once)
+    monkeypatch.setitem(RECIPES, "quick", QUICK)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(**{"model": "eager", "epochs": 2, "limit_test": 16, "device": "cpu", **changes})
+
+
+def interrupt_at(monkeypatch, method: str, call: int) -> None:
+    """Ctrl-C at one of the calls of a run's method, counted from 1."""
+    original = getattr(training._Run, method)
+    calls = []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == call:
+            monkeypatch.setattr(training._Run, method, original)
+            signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    monkeypatch.setattr(training._Run, method, interrupted)
+
+
+def figures(result: TrainResult) -> list[tuple[float, float, float]]:
+    return [(epoch.loss, epoch.train_acc, epoch.test_acc) for epoch in result.epochs]
+
+
+def weights(path: str) -> dict[str, torch.Tensor]:
+    saved = torch.load(path, weights_only=True)
+    nets = {key: saved[key] for key in ("model", "raw_model") if key in saved}
+    return {f"{key}: {name}": value for key, net in nets.items() for name, value in net.items()}
+
+
+def check_that_it_goes_on(monkeypatch, method: str, call: int, settings: dict) -> None:
+    unbroken = train(config(save="unbroken.pt", **settings))
+    interrupt_at(monkeypatch, method, call)
+    stopped = train(config(save="stopped.pt", **settings))
+    assert stopped.interrupted
+    resumed = train(config(save="resumed.pt", resume="stopped.pt", **settings))
+    assert figures(resumed) == figures(unbroken)
+    assert [epoch.examples for epoch in resumed.epochs] == [epoch.examples for epoch in unbroken.epochs]
+    expected, found = weights("unbroken.pt"), weights("resumed.pt")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [("_step", 1), ("_step", 3), ("_accuracy", 1), ("save", 1)],
+    ids=["in the first step", "in a later one", "in an evaluation", "while a checkpoint is written"],
+)
+def test_a_resumed_run_gives_the_bits_of_an_unbroken_one(monkeypatch, method, call, settings):
+    check_that_it_goes_on(monkeypatch, method, call, settings)
+
+
+def test_a_resumed_run_replays_a_graph_as_an_unbroken_one_does(monkeypatch):
+    captures_on_the_cpu(monkeypatch)
+    check_that_it_goes_on(monkeypatch, "_step", 3, {**SETTINGS["all of a recipe"], "cuda_graph": "on"})
+
+
+def test_a_run_may_be_stopped_twice_and_save_where_it_came_from(monkeypatch):
+    settings = SETTINGS["all of a recipe"]
+    unbroken = train(config(save="unbroken.pt", **settings))
+    interrupt_at(monkeypatch, "_step", 1)
+    train(config(save="net.pt", **settings))
+    interrupt_at(monkeypatch, "_step", 2)
+    train(config(save="net.pt", resume="net.pt", **settings))
+    resumed = train(config(save="net.pt", resume="net.pt", **settings))
+    assert figures(resumed) == figures(unbroken)
+
+
+def test_a_constant_rate_lets_a_finished_run_go_on_for_more_epochs():
+    settings = SETTINGS["textbook"]
+    unbroken = train(config(epochs=3, **settings))
+    train(config(epochs=2, save="net.pt", **settings))
+    assert figures(train(config(epochs=3, resume="net.pt", **settings))) == figures(unbroken)
+
+
+def test_a_finished_run_s_figures_come_out_again():
+    settings = SETTINGS["textbook"]
+    first = train(config(save="net.pt", **settings))
+    again = train(config(resume="net.pt", **settings))
+    assert again.summary() == first.summary() and not again.interrupted
+
+
+# ---- what cannot be gone on from -------------------------------------------------------------------------------
+
+
+class RunsCode:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.fixture
+def saved() -> dict:
+    """A checkpoint's content, in net.pt too."""
+    train(config(save="net.pt", epochs=1, **SETTINGS["textbook"]))
+    return torch.load("net.pt", weights_only=True)
+
+
+def refusal(capsys, *arguments: str) -> str:
+    settings = {**SETTINGS["textbook"], "model": "eager", "device": "cpu", "limit_test": 16}
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    with pytest.raises(SystemExit) as exit:
+        main([*words, "--resume", "net.pt", *arguments])
+    assert exit.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    return line.removeprefix("python -m resnet.train: error: --resume: cannot go on from net.pt: ")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda saved: saved.update(format=2), "a newer version wrote it"),
+        (lambda saved: saved.pop("format"), "a version wrote it that kept too little to go on"),
+        (lambda saved: saved.pop("args"), "another program wrote it"),
+        (lambda saved: saved["model"].pop("7.bias"), "it is of another net"),
+        (lambda saved: saved["model"].update({"7.bias": torch.zeros(3)}), "it is of another net"),
+        (
+            lambda saved: saved.update(extra=RunsCode()),
+            "it holds more than weights and settings, and what may run code is not read",
+        ),
+    ],
+    ids=["newer", "older", "another program", "a weight is missing", "another size", "runs code"],
+)
+def test_a_checkpoint_that_does_not_fit_is_one_line_that_says_why(capsys, saved, change, reason):
+    change(saved)
+    torch.save(saved, "net.pt")
+    assert refusal(capsys) == reason
+    assert not Path("ran").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line_that_says_so(capsys, saved):
+    whole = Path("net.pt").read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:100], b"", b"text", pickle.dumps(RunsCode())):
+        Path("net.pt").write_bytes(content)
+        assert refusal(capsys) == "it is truncated, or no checkpoint", content[:20]
+    Path("net.pt").unlink()
+    assert refusal(capsys) == "No such file or directory"
+    Path("net.pt").mkdir()
+    assert refusal(capsys) == "Is a directory"
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--batch-size", "4", "--seed", "1"], "its run has --batch-size 8, not 4; --seed 0, not 1"),
+        (["--recipe", "quick"], "its run has --recipe textbook, not quick; --epochs 1, not 60"),
+        (["--model", "fused"], "its run has --model eager, not fused"),
+    ],
+    ids=["numbers", "a recipe", "a model"],
+)
+def test_settings_that_change_what_is_trained_are_named(capsys, saved, arguments, reason):
+    assert refusal(capsys, *arguments) == reason
