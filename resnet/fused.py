@@ -150,13 +150,13 @@ def _count(bn: nn.BatchNorm2d) -> Tensor | None:
 def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
     """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing."""
     own = bn.__dict__
-    training, momentum, count = own["training"], own["momentum"], None
+    training, momentum, count, counted = own["training"], own["momentum"], None, None
     mean, var = _tensor(bn, "_buffers", "running_mean"), _tensor(bn, "_buffers", "running_var")
     tracked = not training or own["track_running_stats"]
+    if training and tracked:
+        counted = _count(bn)
     if momentum is None:
-        momentum = 0.0
-        if training and tracked:
-            count = _count(bn)
+        momentum, count, counted = 0.0, counted, None
     return Norm(
         _tensor(bn, "_parameters", "weight"),
         _tensor(bn, "_parameters", "bias"),
@@ -167,16 +167,8 @@ def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
         momentum,
         own["eps"],
         count,
+        counted,
     )
-
-
-def _count_batch(bn: nn.BatchNorm2d) -> None:
-    """Count the batch as `nn.BatchNorm2d` does. Its value is not asked for: on a GPU that would wait for the device."""
-    own = bn.__dict__
-    if own["training"] and own["track_running_stats"]:
-        count = _count(bn)
-        if count is not None:
-            count.add_(1)
 
 
 def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
@@ -271,11 +263,12 @@ class _Fused:
         if not compiling:
             implementation(x)  # raises what the operator would, before anything changes
         batch_statistics = False
-        for i, (bn, _) in enumerate(pairs):
-            batch_statistics |= norms[i].training
-            _count_batch(bn)
-            count = norms[i].num_batches_tracked
-            if count is not None and any(_count(other) is count for other, _ in pairs[i + 1 :]):
+        for i, norm in enumerate(norms):
+            batch_statistics |= norm.training
+            if (count := norm.num_batches_tracked) is None:  # the operator counts the batch, if anything does
+                continue
+            count.add_(1)
+            if any(_count(other) is count for other, _ in pairs[i + 1 :]):
                 # The other will count the batch once more, and this average is over as many as there are now.
                 norms[i] = norms[i]._replace(num_batches_tracked=count.clone())
                 flat = self._arguments(x, norms, dtype is not None)

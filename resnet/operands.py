@@ -73,6 +73,7 @@ class StemGrad(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     sum_g: Tensor
+    conv_bias: Tensor | None = None
 
 
 # ---- the residual block ------------------------------------------------------------------------------------------
@@ -116,7 +117,8 @@ class BlockKept(NamedTuple):
 class BlockGrad(NamedTuple):
     """Gradients, None where nothing asked for them; the sums are in the type of the statistics.
 
-    A sum of g is the gradient of anything that is added per channel, as a convolution's bias is.
+    A sum of g is the gradient of anything that is added per channel, as a convolution's bias is. A bias before batch
+    statistics has zeros for a gradient, which a backend may give or leave to its caller.
     """
 
     x: Tensor | None
@@ -129,3 +131,5 @@ class BlockGrad(NamedTuple):
     weight2: Tensor | None
     bias2: Tensor | None
     sum_g2: Tensor  # (K,): the gradient of what is added to the shortcut, and, if bn2's are frozen, to y2
+    conv_bias1: Tensor | None = None  # (K,) zeros, or None
+    conv_bias2: Tensor | None = None

@@ -158,6 +158,7 @@ class _Differentiable:
 
     def run(self, flat: Sequence, known: Known | None = None) -> tuple:
         if flat[0].numel() == 0:
+            self._count(flat)
             return tuple(t.zero_() for t in self._fake(*flat))
         outputs = backends.implementation(flat[0]).run(self._compute, flat, known)
         # A kernel's write to the running statistics is not counted in their versions.
@@ -165,6 +166,12 @@ class _Differentiable:
             [flat[i] for i, training in updates(self.arguments) if flat[training] and flat[i] is not None]
         )
         return tuple(outputs)
+
+    def _count(self, flat: Sequence) -> None:
+        """An empty batch is one that counts."""
+        for leaf, value in zip(leaves(self.arguments), flat, strict=True):
+            if leaf.name.endswith("counted") and value is not None:
+                value.add_(1)
 
     def _compute(self, *flat) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -317,23 +324,31 @@ def _dense(t: Tensor) -> Tensor:
 
 def _without_running(norm: Norm) -> Norm:
     """The norm as backward needs it: the statistics that were used are kept beside it."""
-    return norm._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+    return norm._replace(running_mean=None, running_var=None, num_batches_tracked=None, counted=None)
 
 
 def _norm_grads(
-    norm: Norm, dweight: Tensor | None, dbias: Tensor | None, stats: Tensor, sum_g: Tensor, needs: Norm
+    norm: Norm,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    stats: Tensor,
+    sum_g: Tensor,
+    needs: Norm,
+    zeros: Tensor | None = None,
 ) -> Norm:
     """The gradients in a norm's places.
 
-    The convolution's bias cancels under batch statistics, so its gradient is zero. Under frozen ones its gradient is
-    sum dx = scale * sum g.
+    The convolution's bias cancels under batch statistics, so its gradient is zero: `zeros`, where the backend gave
+    them. Under frozen ones its gradient is sum dx = scale * sum g.
     """
     dconv_bias = None
     if needs.conv_bias:
-        if norm.training:
-            dconv_bias = torch.zeros_like(norm.conv_bias, memory_format=torch.contiguous_format)
-        else:
+        if not norm.training:
             dconv_bias = (stats[2] * sum_g).to(norm.conv_bias.dtype)
+        elif zeros is not None:
+            dconv_bias = zeros
+        else:
+            dconv_bias = torch.zeros_like(norm.conv_bias, memory_format=torch.contiguous_format)
     return Norm(dweight, dbias, None, None, dconv_bias, None, None, None)
 
 
@@ -390,7 +405,8 @@ def _stem(arguments: Stem) -> StemOutput:
 
 def _stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> Stem:
     grad = backends.implementation(kept.x).stem_backward(dout, kept, needs)
-    norm_grads = _norm_grads(kept.norm, grad.weight, grad.bias, kept.output.stats, grad.sum_g, needs.norm)
+    stats = kept.output.stats
+    norm_grads = _norm_grads(kept.norm, grad.weight, grad.bias, stats, grad.sum_g, needs.norm, grad.conv_bias)
     return Stem(grad.x, _laid_out(grad.conv, kept.weight), None, None, norm_grads)
 
 
@@ -430,8 +446,8 @@ def _block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> Block:
     return Block(
         grad.x,
         Convolutions(*dconvs, dconv3_bias, None),
-        _norm_grads(norm1, grad.weight1, grad.bias1, output.stats1, grad.sum_g1, needs.norm1),
-        _norm_grads(norm2, grad.weight2, grad.bias2, output.stats2, grad.sum_g2, needs.norm2),
+        _norm_grads(norm1, grad.weight1, grad.bias1, output.stats1, grad.sum_g1, needs.norm1, grad.conv_bias1),
+        _norm_grads(norm2, grad.weight2, grad.bias2, output.stats2, grad.sum_g2, needs.norm2, grad.conv_bias2),
     )
 
 

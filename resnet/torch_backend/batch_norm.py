@@ -85,6 +85,8 @@ def _moments_of_few(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(mean, invstd) of the batch, (C,) each; updates the running statistics in place."""
     mean, variance = _moments(x, statistics_dtype(x.dtype))
+    if norm.counted is not None:
+        norm.counted.add_(1)
     if norm.running_mean is not None:
         count, values = norm.num_batches_tracked, x.numel() // x.shape[1]
         # A count stays a tensor: on a GPU the host does not wait for it.

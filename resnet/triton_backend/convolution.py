@@ -104,16 +104,19 @@ def forward(
 
 
 def grad_input_mask(
-    dy: Tensor, weight: Tensor, y1: Tensor, stats: Tensor, dweight: Tensor | None, dbias: Tensor | None
+    dy: Tensor, weight: Tensor, y1: Tensor, stats: Tensor, vectors: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor]:
-    """(g, sums) for a 3x3 convolution of a = relu(y1 * scale + shift): g is a's gradient where the ReLU passes it."""
+    """(g, sums) for a 3x3 convolution of a = relu(y1 * scale + shift): g is a's gradient where the ReLU passes it.
+
+    `vectors`, as `empty_grads` gives them, are written.
+    """
 
     def fused() -> tuple[Tensor, Tensor]:
-        return conv_grad_input(dy, weight, conv_shape(y1, weight, 1, 1), ReluMask(y1, stats), tf32(dy), dweight, dbias)
+        return conv_grad_input(dy, weight, conv_shape(y1, weight, 1, 1), ReluMask(y1, stats), tf32(dy), *vectors)
 
     def pytorch() -> tuple[Tensor, Tensor]:
         da, _ = convolve_backward(dy, y1, weight, 1, 1, True, False)
-        return da, batch_norm_backward_reduce(da, y1, None, stats, dweight=dweight, dbias=dbias)
+        return da, batch_norm_backward_reduce(da, y1, None, stats, True, *vectors)
 
     return run_picked("grad_input", dy, weight, ("mask",), epilogue=fused, pytorch=pytorch)
 

@@ -33,8 +33,8 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """See `torch_backend.stem_backward`. dy is written only where something reads it."""
     x, (out, y, tap, stats), weight, norm, stride, padding = kept
     weight = convolution.in_nhwc(weight)
-    dweight, dbias = empty_grads(norm)
-    sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias)
+    dweight, dbias, zeros = empty_grads(norm)
+    sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias, zeros)
     used = sums if norm.training else None
     tf32 = convolution.tf32(x)
     dx = dconv = None
@@ -70,7 +70,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     elif needs.weight:
         key = (stride, "max_pool")
         dconv = convolution.run_picked("grad_weight", y, weight, key, triton=fused, epilogue=epilogue, pytorch=pytorch)
-    return StemGrad(dx, dconv, dweight, dbias, sums[0])
+    return StemGrad(dx, dconv, dweight, dbias, sums[0], zeros)
 
 
 def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
