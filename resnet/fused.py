@@ -286,9 +286,12 @@ def _remember(state: tuple, recent: Recent) -> None:
     _fusable[state] = recent
 
 
-def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> Tensor:
+def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> tuple[Tensor, Tensor | None]:
+    """A convolution's weight as autocast multiplies it, and the parameter that such a copy was made of."""
     weight = _tensor(conv, "_parameters", "weight")
-    return weight.to(x.dtype, memory_format=torch.channels_last) if cast else weight
+    if not cast or weight.dtype == x.dtype:
+        return weight, None
+    return weight.detach().to(x.dtype, memory_format=torch.channels_last), weight
 
 
 class FusedStem(_Fused, Stem):
@@ -352,7 +355,8 @@ class FusedStem(_Fused, Stem):
 
     def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
         conv = self[0]
-        return [x, _weight(conv, x, cast), conv.stride[0], conv.padding[0], *norms[0]]
+        weight, master = _weight(conv, x, cast)
+        return [x, weight, conv.stride[0], conv.padding[0], *norms[0], master]
 
 
 class FusedResidual(_Fused, Residual):
@@ -445,8 +449,10 @@ class FusedResidual(_Fused, Residual):
     def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
         own = self._modules
         conv1, conv3 = own["conv1"], own.get("conv3")
-        weights = [_weight(conv1, x, cast), _weight(own["conv2"], x, cast)]
-        shortcut = [None, None]
+        weight1, master1 = _weight(conv1, x, cast)
+        weight2, master2 = _weight(own["conv2"], x, cast)
+        weight3 = master3 = bias3 = None
         if conv3 is not None:
-            shortcut = [_weight(conv3, x, cast), _tensor(conv3, "_parameters", "bias")]
-        return [x, *weights, *shortcut, conv1.stride[0], *norms[0], *norms[1]]
+            (weight3, master3), bias3 = _weight(conv3, x, cast), _tensor(conv3, "_parameters", "bias")
+        convs = weight1, weight2, weight3, bias3, conv1.stride[0], master1, master2, master3
+        return [x, *convs, *norms[0], *norms[1]]

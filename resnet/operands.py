@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from resnet.norm import Norm
+from resnet.schema import Alike
 
 # ---- relu(batch_norm(x) + shortcut) ------------------------------------------------------------------------------
 
@@ -47,6 +48,7 @@ class Stem(NamedTuple):
     stride: int
     padding: int
     norm: Norm
+    master: Alike = None  # (K, C, R, S), see `Convolutions`
 
 
 class StemOutput(NamedTuple):
@@ -65,6 +67,7 @@ class StemKept(NamedTuple):
     norm: Norm
     stride: int
     padding: int
+    master: Alike
 
 
 class StemGrad(NamedTuple):
@@ -80,13 +83,30 @@ class StemGrad(NamedTuple):
 
 
 class Convolutions(NamedTuple):
-    """A block's convolutions; the biases of conv1 and conv2 belong to their norms."""
+    """A block's convolutions; the biases of conv1 and conv2 belong to their norms.
+
+    Under autocast the weights are copies of another type, and the masters are the parameters that they were made of.
+    Gradients are then the masters': in their types and layouts, where a copy's would be rounded and cast.
+    """
 
     conv1: Tensor  # (K, C, 3, 3), padding 1
     conv2: Tensor  # (K, K, 3, 3), padding 1, stride 1
     conv3: Tensor | None  # (K, C, 1, 1), the shortcut's; None: the identity
     conv3_bias: Tensor | None  # (K,)
     stride: int  # of conv1 and conv3
+    master1: Alike = None
+    master2: Alike = None
+    master3: Alike = None
+
+    @property
+    def trained(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the gradients are of."""
+        return tuple(weight if master is None else master for weight, master in zip(self[:3], self[-3:], strict=True))
+
+    def wanted(self) -> Convolutions:
+        """Flags in which a copy is wanted where its master is."""
+        weights = [weight or master for weight, master in zip(self[:3], self[-3:], strict=True)]
+        return Convolutions(*weights, *self[3:])
 
 
 class Block(NamedTuple):

@@ -174,7 +174,7 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
     It keeps x and out for backward. Without the ReLU, whose backward makes dense what it gives, BatchNorm's would
     depend on the layout of the incoming gradient.
     """
-    weight, bias, mean, var, _, training, momentum, eps, _ = norm
+    weight, bias, mean, var, _, training, momentum, eps = norm[:8]
     out = torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
     return (out if shortcut is None else out.add_(shortcut)).relu_()
 
