@@ -72,6 +72,7 @@ def backward_finalize_kernel(
     sums,  # (2, G, C): sum g, sum g * xhat of each group of partials
     dweight,  # (C,) or None; None where G > 1
     dbias,  # (C,) or None; None where G > 1
+    dconv_bias,  # (C,) or None: zeros, the gradient of a bias that batch statistics take out again
     T,
     G,
     GROUP,  # partials per group
@@ -102,6 +103,8 @@ def backward_finalize_kernel(
         tl.store(dweight + cols, sum_gx, mask=live)
     if dbias is not None:
         tl.store(dbias + cols, sum_g, mask=live)
+    if dconv_bias is not None:
+        tl.store(dconv_bias + cols, tl.zeros([BLOCK_C], ACC), mask=live)
 
 
 def batch_norm_backward_reduce(
@@ -112,8 +115,11 @@ def batch_norm_backward_reduce(
     relu: bool = True,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
+    dconv_bias: Tensor | None = None,
 ) -> Tensor:
     """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types.
+
+    `dconv_bias` (C,) is zeroed: the gradient of a bias of the convolution that made x, under batch statistics.
 
     Args:
         dout, x, out: (N, C, H, W) channels_last, of one type. Without `out` the ReLU mask is recomputed from x.
@@ -144,18 +150,20 @@ def batch_norm_backward_reduce(
         RELU=relu,
         **t.options(x),
     )
-    return merge_sums(partial, dweight, dbias)
+    return merge_sums(partial, dweight, dbias, dconv_bias)
 
 
-def merge_sums(partial: Tensor, dweight: Tensor | None, dbias: Tensor | None) -> Tensor:
-    """sums (2, C) of the partials (2, T, C) of a backward reduce; also written to `dbias` and `dweight`."""
+def merge_sums(
+    partial: Tensor, dweight: Tensor | None, dbias: Tensor | None, dconv_bias: Tensor | None = None
+) -> Tensor:
+    """sums (2, C) of the partials (2, T, C) of a backward reduce; also written as `batch_norm_backward_reduce` says."""
     if partial.shape[1] > MAX_PARTIALS:
-        partial = _sum_groups(partial, GROUP, None, None)
-    return _sum_groups(partial, partial.shape[1], dweight, dbias).view(2, -1)
+        partial = _sum_groups(partial, GROUP)
+    return _sum_groups(partial, partial.shape[1], dweight, dbias, dconv_bias).view(2, -1)
 
 
-def _sum_groups(partial: Tensor, group: int, dweight: Tensor | None, dbias: Tensor | None) -> Tensor:
-    """The sums of each `group` partials in turn: (2, G, C)."""
+def _sum_groups(partial: Tensor, group: int, *written: Tensor | None) -> Tensor:
+    """The sums of each `group` partials in turn: (2, G, C). `written`: dweight, dbias, dconv_bias."""
     _, T, C = partial.shape
     G = triton.cdiv(T, group)
     sums = torch.empty((2, G, C), dtype=partial.dtype, device=partial.device)
@@ -165,8 +173,7 @@ def _sum_groups(partial: Tensor, group: int, dweight: Tensor | None, dbias: Tens
         (triton.cdiv(C, merge["BLOCK_C"]), G),
         partial,
         sums,
-        dweight,
-        dbias,
+        *(written or (None,) * 3),
         T,
         G,
         group,

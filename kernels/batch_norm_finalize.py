@@ -58,6 +58,7 @@ def finalize_kernel(
     running_mean,  # (C,) or None
     running_var,  # (C,) or None
     num_batches_tracked,  # () int64 or None: momentum is 1 over it, in place of the argument
+    counted,  # () int64 or None: one more batch
     stats,  # (4, C)
     M,
     T,
@@ -90,6 +91,9 @@ def finalize_kernel(
     if running_var is not None:
         old = tl.load(running_var + cols, mask=live).to(ACC)
         tl.store(running_var + cols, old * (1.0 - momentum) + m2 / (count - 1.0) * momentum, mask=live)
+    if counted is not None:
+        if tl.program_id(0) == 0:
+            tl.store(counted, tl.load(counted) + 1)
 
 
 @triton.jit
@@ -123,11 +127,13 @@ def batch_norm_finalize(
     eps: float,
     conv_bias: Tensor | None = None,
     num_batches_tracked: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """stats (4, C) from the partials of M rows; the running statistics are updated in place.
 
     With num_batches_tracked, () int64 and this batch included, they become the averages over that many batches:
-    momentum is 1 over it. It is read on the device, where it counts on in each replay of a CUDA graph.
+    momentum is 1 over it. It is read on the device, where it counts on in each replay of a CUDA graph. `counted`, ()
+    int64 and another one, becomes 1 more.
 
     partial is (2, T, C) or (3, T, C), float32 or float64, contiguous. It holds the mean and M2 = sum (x - mean)^2 of
     each `rows` rows in turn, of fewer in the last: (T - 1) * rows < M <= T * rows. The third plane is what rounding
@@ -148,6 +154,7 @@ def batch_norm_finalize(
         running_mean,
         running_var,
         num_batches_tracked,
+        counted,
         stats,
         M,
         T,

@@ -138,8 +138,9 @@ def batch_norm_max_pool_backward_reduce(
     stats: Tensor,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
+    dconv_bias: Tensor | None = None,
 ) -> Tensor:
-    """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types."""
+    """sums (2, C) = sum g, sum g * xhat; also written as `batch_norm_backward_reduce` says."""
     nhwc_shape(y)
     _check_pooled(dout, y, out, tap, stats)
     N, C, H, W = y.shape
@@ -169,7 +170,7 @@ def batch_norm_max_pool_backward_reduce(
         steps,
         **t.options(y),
     )
-    return merge_sums(partial, dweight, dbias)
+    return merge_sums(partial, dweight, dbias, dconv_bias)
 
 
 def batch_norm_max_pool_backward_apply(

@@ -373,19 +373,21 @@ def conv_grad_input(
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
+    dconv_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """dx (N, C, H, W) of dy (N, K, P, Q), with the epilogue applied; with ReluMask (g, sums (2, C)).
 
     `shape` is the forward convolution's. All activations and weights are dense channels_last and of dy's dtype and
     device; `stats` is contiguous float32 (float64 for float64). sum g * xhat and sum g are also written to `dweight`
-    and `dbias` (C,), rounded to their types. `tf32`: float32 products in TensorFloat-32. An empty batch launches
-    nothing.
+    and `dbias` (C,), rounded to their types, and `dconv_bias` (C,) is zeroed. `tf32`: float32 products in
+    TensorFloat-32. An empty batch launches nothing.
 
     Raises:
         ValueError: a shape, layout or device that does not fit, or one tile's pixels span 2^31 elements or more.
         TypeError: a type that does not fit.
     """
-    _check(dy, weight, shape, epilogue, dweight, dbias)
+    vectors = {"dweight": dweight, "dbias": dbias, "dconv_bias": dconv_bias}
+    _check(dy, weight, shape, epilogue, vectors)
     dtype, ACC = accumulator(dy)
     precision = product_precision(dy, tf32)
     dx = torch.empty(
@@ -394,7 +396,7 @@ def conv_grad_input(
     mask = epilogue if isinstance(epilogue, ReluMask) else None
     branch = epilogue if isinstance(epilogue, (IdentityGrad, ShortcutGrad)) else None
     if shape.N == 0:
-        for grad in (dweight, dbias):
+        for grad in vectors.values():
             if grad is not None:
                 grad.zero_()
         return (dx, torch.zeros((2, shape.C), dtype=dtype, device=dy.device)) if mask else dx
@@ -438,7 +440,7 @@ def conv_grad_input(
         masked=branch is not None and branch.out is not None,
     )
     partial = run(config)
-    return (dx, merge_sums(partial, dweight, dbias)) if mask else dx
+    return (dx, merge_sums(partial, **vectors)) if mask else dx
 
 
 def _row_tiles(shape: ConvShape, config: Config) -> int:
@@ -452,8 +454,7 @@ def _check(
     weight: Tensor,
     shape: ConvShape,
     epilogue: ReluMask | IdentityGrad | ShortcutGrad | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
+    vectors: dict[str, Tensor | None],
 ) -> None:
     nhwc_shape(dy)
     x, y = (shape.N, shape.C, shape.H, shape.W), (shape.N, shape.K, shape.P, shape.Q)
@@ -462,10 +463,10 @@ def _check(
     if isinstance(epilogue, ReluMask):
         check_nhwc("y1", epilogue.y1, dy, x)
         check_vectors("stats", epilogue.stats, (4, shape.C), dy)
-        check_vector("dweight", dweight, shape.C, dy)
-        check_vector("dbias", dbias, shape.C, dy)
-    elif dweight is not None or dbias is not None:
-        raise ValueError("dweight, dbias: only ReluMask has sums to write there")
+        for name, vector in vectors.items():
+            check_vector(name, vector, shape.C, dy)
+    elif any(vector is not None for vector in vectors.values()):
+        raise ValueError(f"{', '.join(vectors)}: only ReluMask has sums to write there")
     elif isinstance(epilogue, IdentityGrad):
         check_nhwc("dout", epilogue.dout, dy, x)
         check_nhwc("out", epilogue.out, dy, x)

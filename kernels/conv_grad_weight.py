@@ -415,8 +415,9 @@ def conv_grad_weight(
     stats: Tensor | None = None,
     out: Tensor | None = None,
     tf32: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dW (K, C, R, S) channels_last of x's type, from dy (N, K, P, Q) and x (N, C, H, W), both channels_last.
+    """dW (K, C, R, S) from dy (N, K, P, Q) and x (N, C, H, W), all channels_last; of `dtype`, x's by default.
 
     With `stats` (4, C), as `batch_norm_finalize` gives them, the convolution's input was relu(x * scale + shift).
     With `out` (N, K, P, Q) the gradient of the convolution's output is dy where the ReLU that made `out` passes it.
@@ -429,10 +430,10 @@ def conv_grad_weight(
     """
     shape = _check(dy, x, kernel_size, stride, padding, stats, out)
     if shape.N == 0:
-        return empty_weight(x, shape).zero_()
+        return empty_weight(x, shape, dtype).zero_()
 
     def run(config: Config) -> Tensor:
-        return _launch(config, dy, x, shape, stats, out, tf32)
+        return _launch(config, dy, x, shape, stats, out, tf32, empty_weight(x, shape, dtype))
 
     config = tuning.gemm_config(
         "grad_weight",
@@ -448,14 +449,19 @@ def conv_grad_weight(
 
 
 def _launch(
-    config: Config, dy: Tensor, x: Tensor, shape: ConvShape, stats: Tensor | None, out: Tensor | None, tf32: bool
+    config: Config,
+    dy: Tensor,
+    x: Tensor,
+    shape: ConvShape,
+    stats: Tensor | None,
+    out: Tensor | None,
+    tf32: bool,
+    dw: Tensor,
 ) -> Tensor:
     config = fit(config, shape, x.element_size(), stats is not None)
     planned = plan(shape, config, x.element_size(), stats is not None)
     dtype, ACC = accumulator(x)
-    dw = empty_weight(x, shape)
-    size = dw.numel()
-    partial = dw if planned.splits == 1 else torch.empty((planned.splits, size), dtype=dtype, device=x.device)
+    partial = dw if planned.splits == 1 else torch.empty((planned.splits, dw.numel()), dtype=dtype, device=x.device)
     launch(
         conv_grad_weight_kernel,
         (planned.tiles, planned.splits),
@@ -500,9 +506,9 @@ def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
     return dw
 
 
-def empty_weight(x: Tensor, shape: ConvShape) -> Tensor:
-    """An uninitialised weight (K, C, R, S) channels_last, of x's type and device."""
-    return x.new_empty((shape.K, shape.R, shape.S, shape.C)).permute(0, 3, 1, 2)
+def empty_weight(x: Tensor, shape: ConvShape, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised weight (K, C, R, S) channels_last, of `dtype`, x's by default, on x's device."""
+    return x.new_empty((shape.K, shape.R, shape.S, shape.C), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _check(

@@ -139,6 +139,7 @@ def conv_grad_weight_max_pool(
     stride: int,
     padding: int,
     tf32: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """dW (K, C, R, S) channels_last of y = conv(x), from what `batch_norm_max_pool` made of y.
 
@@ -149,6 +150,7 @@ def conv_grad_weight_max_pool(
         x: (N, C, H, W) channels_last.
         kernel_size, stride, padding: the convolution's.
         tf32: float32 products in TensorFloat-32.
+        dtype: of dW; x's by default.
 
     Raises:
         ValueError, TypeError: a shape, layout, type or device that does not fit, or a window too large.
@@ -168,13 +170,13 @@ def conv_grad_weight_max_pool(
     check_nhwc("dout", dout, x, pooled)
     check_nhwc("out", out, x, pooled)
     check_nhwc("tap", tap, x, pooled, torch.uint8)
-    dtype, ACC = accumulator(x)
+    partial_dtype, ACC = accumulator(x)
     precision = product_precision(x, tf32)
     check_vectors("stats", stats, (4, shape.K), x)
     if sums is not None:
         check_vectors("sums", sums, (2, shape.K), x)
     check_span(shape.H * shape.W * shape.C + shape.P * shape.Q * shape.K, 1, 1, 1)
-    dw = empty_weight(x, shape)
+    dw = empty_weight(x, shape, dtype)
     if x.numel() == 0:
         return dw.zero_()
 
@@ -184,7 +186,7 @@ def conv_grad_weight_max_pool(
         tiles = triton.cdiv(pooled[2] * pooled[3], config.BLOCK_K)
         steps = pooled_steps(grid[0] * grid[1], shape.N * tiles)
         splits = triton.cdiv(shape.N * tiles, steps)
-        partial = torch.empty((splits, dw.numel()), dtype=dtype, device=x.device)
+        partial = torch.empty((splits, dw.numel()), dtype=partial_dtype, device=x.device)
         launch(
             conv_grad_weight_max_pool_kernel,
             (*grid, splits),

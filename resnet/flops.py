@@ -33,7 +33,7 @@ def _stem(a: Stem | StemKept) -> int:
 
 def _block(a: Block | BlockKept) -> tuple[int, int, int]:
     """Operations of conv1, conv2 and conv3."""
-    conv1, conv2, conv3, _, stride = a.convs
+    conv1, conv2, conv3, _, stride, *_ = a.convs
     N, _, H, W = a.x
     middle = (N, conv1[0], out_size(H, 3, stride, 1), out_size(W, 3, stride, 1))
     shortcut = 0 if conv3 is None else _convolution(a.x, conv3, stride, 0)
@@ -47,7 +47,7 @@ def _stem_flops(*flat, out_shape: object = None) -> int:
 def _stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -> int:
     *kept, needs = rest
     needs = unpack(Stem, needs)
-    return _stem(unpack(StemKept, kept)) * (needs.x + needs.weight)
+    return _stem(unpack(StemKept, kept)) * (needs.x + (needs.weight or needs.master))
 
 
 def _block_flops(*flat, out_shape: object = None) -> int:
@@ -58,7 +58,7 @@ def _block_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) 
     *kept, needs = rest
     conv1, conv2, conv3 = _block(unpack(BlockKept, kept))
     needs = unpack(Block, needs)
-    convs, norm = needs.convs, needs.norm1
+    convs, norm = needs.convs.wanted(), needs.norm1
     before_conv2 = needs.x or convs.conv1 or norm.weight or norm.bias or norm.conv_bias
     return conv1 * (needs.x + convs.conv1) + conv2 * (before_conv2 + convs.conv2) + conv3 * (needs.x + convs.conv3)
 

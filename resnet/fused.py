@@ -150,13 +150,13 @@ def _count(bn: nn.BatchNorm2d) -> Tensor | None:
 def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
     """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing."""
     own = bn.__dict__
-    training, momentum, count = own["training"], own["momentum"], None
+    training, momentum, count, counted = own["training"], own["momentum"], None, None
     mean, var = _tensor(bn, "_buffers", "running_mean"), _tensor(bn, "_buffers", "running_var")
     tracked = not training or own["track_running_stats"]
+    if training and tracked:
+        counted = _count(bn)
     if momentum is None:
-        momentum = 0.0
-        if training and tracked:
-            count = _count(bn)
+        momentum, count, counted = 0.0, counted, None
     return Norm(
         _tensor(bn, "_parameters", "weight"),
         _tensor(bn, "_parameters", "bias"),
@@ -167,16 +167,8 @@ def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
         momentum,
         own["eps"],
         count,
+        counted,
     )
-
-
-def _count_batch(bn: nn.BatchNorm2d) -> None:
-    """Count the batch as `nn.BatchNorm2d` does. Its value is not asked for: on a GPU that would wait for the device."""
-    own = bn.__dict__
-    if own["training"] and own["track_running_stats"]:
-        count = _count(bn)
-        if count is not None:
-            count.add_(1)
 
 
 def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
@@ -271,11 +263,12 @@ class _Fused:
         if not compiling:
             implementation(x)  # raises what the operator would, before anything changes
         batch_statistics = False
-        for i, (bn, _) in enumerate(pairs):
-            batch_statistics |= norms[i].training
-            _count_batch(bn)
-            count = norms[i].num_batches_tracked
-            if count is not None and any(_count(other) is count for other, _ in pairs[i + 1 :]):
+        for i, norm in enumerate(norms):
+            batch_statistics |= norm.training
+            if (count := norm.num_batches_tracked) is None:  # the operator counts the batch, if anything does
+                continue
+            count.add_(1)
+            if any(_count(other) is count for other, _ in pairs[i + 1 :]):
                 # The other will count the batch once more, and this average is over as many as there are now.
                 norms[i] = norms[i]._replace(num_batches_tracked=count.clone())
                 flat = self._arguments(x, norms, dtype is not None)
@@ -293,9 +286,12 @@ def _remember(state: tuple, recent: Recent) -> None:
     _fusable[state] = recent
 
 
-def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> Tensor:
+def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> tuple[Tensor, Tensor | None]:
+    """A convolution's weight as autocast multiplies it, and the parameter that such a copy was made of."""
     weight = _tensor(conv, "_parameters", "weight")
-    return weight.to(x.dtype, memory_format=torch.channels_last) if cast else weight
+    if not cast or weight.dtype == x.dtype:
+        return weight, None
+    return weight.detach().to(x.dtype, memory_format=torch.channels_last), weight
 
 
 class FusedStem(_Fused, Stem):
@@ -359,7 +355,8 @@ class FusedStem(_Fused, Stem):
 
     def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
         conv = self[0]
-        return [x, _weight(conv, x, cast), conv.stride[0], conv.padding[0], *norms[0]]
+        weight, master = _weight(conv, x, cast)
+        return [x, weight, conv.stride[0], conv.padding[0], *norms[0], master]
 
 
 class FusedResidual(_Fused, Residual):
@@ -452,8 +449,10 @@ class FusedResidual(_Fused, Residual):
     def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
         own = self._modules
         conv1, conv3 = own["conv1"], own.get("conv3")
-        weights = [_weight(conv1, x, cast), _weight(own["conv2"], x, cast)]
-        shortcut = [None, None]
+        weight1, master1 = _weight(conv1, x, cast)
+        weight2, master2 = _weight(own["conv2"], x, cast)
+        weight3 = master3 = bias3 = None
         if conv3 is not None:
-            shortcut = [_weight(conv3, x, cast), _tensor(conv3, "_parameters", "bias")]
-        return [x, *weights, *shortcut, conv1.stride[0], *norms[0], *norms[1]]
+            (weight3, master3), bias3 = _weight(conv3, x, cast), _tensor(conv3, "_parameters", "bias")
+        convs = weight1, weight2, weight3, bias3, conv1.stride[0], master1, master2, master3
+        return [x, *convs, *norms[0], *norms[1]]

@@ -17,7 +17,8 @@ class Norm(NamedTuple):
     shifts the running mean (its gradient is zero), with frozen ones it is part of the shift.
 
     `num_batches_tracked`, in which this batch is counted already, makes the running statistics averages over as many
-    batches. It stays a tensor: a number would have to come from the device, and a CUDA graph would keep it.
+    batches. It stays a tensor: a number would have to come from the device, and a CUDA graph would keep it. `counted`
+    is a count that the operator adds this batch to. There is one of the two at most.
     """
 
     weight: Tensor | None  # (C,)
@@ -29,6 +30,7 @@ class Norm(NamedTuple):
     momentum: float
     eps: float
     num_batches_tracked: Tensor | None = None  # () int64: the momentum is 1 over it, and `momentum` is not used
+    counted: Updated = None  # () int64, when training: 1 is added
 
 
 VECTORS = Norm._fields[:5]  # (C,) each, where they are there
@@ -47,6 +49,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_grads(norm: Norm) -> tuple[Tensor | None, Tensor | None]:
-    """Uninitialised gradients of a norm's weight and bias."""
-    return tuple(None if v is None else v.new_empty(v.shape) for v in (norm.weight, norm.bias))
+def empty_grads(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Uninitialised gradients of a norm's weight and bias and, under batch statistics, of the convolution's bias."""
+    conv_bias = norm.conv_bias if norm.training else None
+    return tuple(None if v is None else v.new_empty(v.shape) for v in (norm.weight, norm.bias, conv_bias))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from resnet.norm import Norm
+from resnet.schema import Alike
 
 # ---- relu(batch_norm(x) + shortcut) ------------------------------------------------------------------------------
 
@@ -47,6 +48,7 @@ class Stem(NamedTuple):
     stride: int
     padding: int
     norm: Norm
+    master: Alike = None  # (K, C, R, S), see `Convolutions`
 
 
 class StemOutput(NamedTuple):
@@ -65,6 +67,7 @@ class StemKept(NamedTuple):
     norm: Norm
     stride: int
     padding: int
+    master: Alike
 
 
 class StemGrad(NamedTuple):
@@ -73,19 +76,37 @@ class StemGrad(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     sum_g: Tensor
+    conv_bias: Tensor | None = None
 
 
 # ---- the residual block ------------------------------------------------------------------------------------------
 
 
 class Convolutions(NamedTuple):
-    """A block's convolutions; the biases of conv1 and conv2 belong to their norms."""
+    """A block's convolutions; the biases of conv1 and conv2 belong to their norms.
+
+    Under autocast the weights are copies of another type, and the masters are the parameters that they were made of.
+    Gradients are then the masters': in their types and layouts, where a copy's would be rounded and cast.
+    """
 
     conv1: Tensor  # (K, C, 3, 3), padding 1
     conv2: Tensor  # (K, K, 3, 3), padding 1, stride 1
     conv3: Tensor | None  # (K, C, 1, 1), the shortcut's; None: the identity
     conv3_bias: Tensor | None  # (K,)
     stride: int  # of conv1 and conv3
+    master1: Alike = None
+    master2: Alike = None
+    master3: Alike = None
+
+    @property
+    def trained(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the gradients are of."""
+        return tuple(weight if master is None else master for weight, master in zip(self[:3], self[-3:], strict=True))
+
+    def wanted(self) -> Convolutions:
+        """Flags in which a copy is wanted where its master is."""
+        weights = [weight or master for weight, master in zip(self[:3], self[-3:], strict=True)]
+        return Convolutions(*weights, *self[3:])
 
 
 class Block(NamedTuple):
@@ -116,7 +137,8 @@ class BlockKept(NamedTuple):
 class BlockGrad(NamedTuple):
     """Gradients, None where nothing asked for them; the sums are in the type of the statistics.
 
-    A sum of g is the gradient of anything that is added per channel, as a convolution's bias is.
+    A sum of g is the gradient of anything that is added per channel, as a convolution's bias is. A bias before batch
+    statistics has zeros for a gradient, which a backend may give or leave to its caller.
     """
 
     x: Tensor | None
@@ -129,3 +151,5 @@ class BlockGrad(NamedTuple):
     weight2: Tensor | None
     bias2: Tensor | None
     sum_g2: Tensor  # (K,): the gradient of what is added to the shortcut, and, if bn2's are frozen, to y2
+    conv_bias1: Tensor | None = None  # (K,) zeros, or None
+    conv_bias2: Tensor | None = None

@@ -158,6 +158,7 @@ class _Differentiable:
 
     def run(self, flat: Sequence, known: Known | None = None) -> tuple:
         if flat[0].numel() == 0:
+            self._count(flat)
             return tuple(t.zero_() for t in self._fake(*flat))
         outputs = backends.implementation(flat[0]).run(self._compute, flat, known)
         # A kernel's write to the running statistics is not counted in their versions.
@@ -165,6 +166,12 @@ class _Differentiable:
             [flat[i] for i, training in updates(self.arguments) if flat[training] and flat[i] is not None]
         )
         return tuple(outputs)
+
+    def _count(self, flat: Sequence) -> None:
+        """An empty batch is one that counts."""
+        for leaf, value in zip(leaves(self.arguments), flat, strict=True):
+            if leaf.name.endswith("counted") and value is not None:
+                value.add_(1)
 
     def _compute(self, *flat) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -203,7 +210,8 @@ class _Differentiable:
     def _formula(self) -> type[torch.autograd.Function]:
         names = [leaf.name for leaf in leaves(self.arguments)]
         ops = [getattr(_ops, name).default for name in (self.name, f"{self.name}_backward")]
-        tensors = [leaf.type.startswith("Tensor") for leaf in leaves(self.kept)]
+        # What is not read is not saved as autograd saves: who writes to it before backward changes nothing.
+        tensors = [leaf.read for leaf in leaves(self.kept)]
         pick_tensors, pick_settings, in_order = _split(tensors)
         keep = self._keeper()
 
@@ -296,10 +304,18 @@ def _like(t: Tensor) -> Tensor:
 
 
 def _laid_out(grad: Tensor | None, weight: Tensor) -> Tensor | None:
-    """A convolution's grad-weight in the layout of the weight. Strides of single values do not count."""
-    if grad is None or all(n == 1 or s == t for n, s, t in zip(grad.shape, grad.stride(), weight.stride())):
-        return grad
-    return _like(weight).copy_(grad)
+    """A convolution's grad-weight in the type and layout of the weight. Strides of single values do not count."""
+    if grad is None:
+        return None
+    alike = all(n == 1 or s == t for n, s, t in zip(grad.shape, grad.stride(), weight.stride()))
+    return grad if alike and grad.dtype == weight.dtype else _like(weight).copy_(grad)
+
+
+def _places(grad: Tensor | None, weight: Tensor | None, master: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A grad-weight in the places of the weight and of the master: it is the master's where there is one."""
+    if grad is None:
+        return None, None
+    return (_laid_out(grad, weight), None) if master is None else (None, _laid_out(grad, master))
 
 
 def _empty_map(x: Tensor, channels: int, height: int | torch.SymInt, width: int | torch.SymInt) -> Tensor:
@@ -317,23 +333,31 @@ def _dense(t: Tensor) -> Tensor:
 
 def _without_running(norm: Norm) -> Norm:
     """The norm as backward needs it: the statistics that were used are kept beside it."""
-    return norm._replace(running_mean=None, running_var=None, num_batches_tracked=None)
+    return norm._replace(running_mean=None, running_var=None, num_batches_tracked=None, counted=None)
 
 
 def _norm_grads(
-    norm: Norm, dweight: Tensor | None, dbias: Tensor | None, stats: Tensor, sum_g: Tensor, needs: Norm
+    norm: Norm,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    stats: Tensor,
+    sum_g: Tensor,
+    needs: Norm,
+    zeros: Tensor | None = None,
 ) -> Norm:
     """The gradients in a norm's places.
 
-    The convolution's bias cancels under batch statistics, so its gradient is zero. Under frozen ones its gradient is
-    sum dx = scale * sum g.
+    The convolution's bias cancels under batch statistics, so its gradient is zero: `zeros`, where the backend gave
+    them. Under frozen ones its gradient is sum dx = scale * sum g.
     """
     dconv_bias = None
     if needs.conv_bias:
-        if norm.training:
-            dconv_bias = torch.zeros_like(norm.conv_bias, memory_format=torch.contiguous_format)
-        else:
+        if not norm.training:
             dconv_bias = (stats[2] * sum_g).to(norm.conv_bias.dtype)
+        elif zeros is not None:
+            dconv_bias = zeros
+        else:
+            dconv_bias = torch.zeros_like(norm.conv_bias, memory_format=torch.contiguous_format)
     return Norm(dweight, dbias, None, None, dconv_bias, None, None, None)
 
 
@@ -375,7 +399,7 @@ _Differentiable(
 
 
 def _stem_fake(arguments: Stem) -> StemOutput:
-    x, weight, stride, padding, _ = arguments
+    x, weight, stride, padding, *_ = arguments
     K = weight.shape[0]
     P, Q = out_map(x, weight, stride, padding)
     out = _empty_map(x, K, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1))
@@ -383,15 +407,18 @@ def _stem_fake(arguments: Stem) -> StemOutput:
 
 
 def _stem(arguments: Stem) -> StemOutput:
-    x, weight, stride, padding, norm = arguments
+    x, weight, stride, padding, norm, _ = arguments
     out, y, tap, stats = backends.implementation(x).stem_forward(x, weight, norm, stride, padding)
     return StemOutput(_dense(out), y, _dense(tap), stats)
 
 
 def _stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> Stem:
+    needs = needs._replace(weight=needs.weight or needs.master)
     grad = backends.implementation(kept.x).stem_backward(dout, kept, needs)
-    norm_grads = _norm_grads(kept.norm, grad.weight, grad.bias, kept.output.stats, grad.sum_g, needs.norm)
-    return Stem(grad.x, _laid_out(grad.conv, kept.weight), None, None, norm_grads)
+    stats = kept.output.stats
+    norm_grads = _norm_grads(kept.norm, grad.weight, grad.bias, stats, grad.sum_g, needs.norm, grad.conv_bias)
+    dweight, dmaster = _places(grad.conv, kept.weight, kept.master)
+    return Stem(grad.x, dweight, None, None, norm_grads, dmaster)
 
 
 _Differentiable(
@@ -401,9 +428,9 @@ _Differentiable(
     StemKept,
     fake=_stem_fake,
     forward=_stem,
-    keep=lambda a, output: StemKept(a.x, output, a.weight, _without_running(a.norm), a.stride, a.padding),
+    keep=lambda a, output: StemKept(a.x, output, a.weight, _without_running(a.norm), a.stride, a.padding, a.master),
     keep_moves=True,
-    like=lambda kept: Stem(kept.x, kept.weight, None, None, kept.norm),
+    like=lambda kept: Stem(kept.x, kept.weight, None, None, kept.norm, kept.master),
     backward=_stem_backward,
 ).register()
 
@@ -424,14 +451,15 @@ def _block(arguments: Block) -> BlockOutput:
 
 def _block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> Block:
     _, output, convs, norm1, norm2 = kept
+    needs = needs._replace(convs=needs.convs.wanted())
     grad = backends.implementation(kept.x).block_backward(dout, kept, needs)
-    dconvs = (_laid_out(g, w) for g, w in zip((grad.conv1, grad.conv2, grad.conv3), convs[:3], strict=True))
+    dconvs, dmasters = zip(*map(_places, (grad.conv1, grad.conv2, grad.conv3), convs[:3], convs[-3:]))
     dconv3_bias = grad.sum_g2.to(convs.conv3_bias.dtype, copy=True) if needs.convs.conv3_bias else None
     return Block(
         grad.x,
-        Convolutions(*dconvs, dconv3_bias, None),
-        _norm_grads(norm1, grad.weight1, grad.bias1, output.stats1, grad.sum_g1, needs.norm1),
-        _norm_grads(norm2, grad.weight2, grad.bias2, output.stats2, grad.sum_g2, needs.norm2),
+        Convolutions(*dconvs, dconv3_bias, None, *dmasters),
+        _norm_grads(norm1, grad.weight1, grad.bias1, output.stats1, grad.sum_g1, needs.norm1, grad.conv_bias1),
+        _norm_grads(norm2, grad.weight2, grad.bias2, output.stats2, grad.sum_g2, needs.norm2, grad.conv_bias2),
     )
 
 
@@ -471,7 +499,7 @@ class _Inference:
 
 
 def _stem_inference(arguments: Stem) -> Tensor:
-    x, weight, stride, padding, norm = arguments
+    x, weight, stride, padding, norm, _ = arguments
     return backends.implementation(x).stem_inference(x, weight, norm, stride, padding)
 
 

@@ -17,8 +17,15 @@ from torch import Tensor
 T = TypeVar("T", bound=tuple)
 
 Updated = Annotated[Tensor | None, "updated in place"]
+Alike = Annotated[Tensor | None, "its values are not read"]  # only its shape, type and layout
 
-_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", Updated: "Tensor?", int: "int", bool: "bool", float: "float"}
+_TYPES = {
+    Tensor: "Tensor",
+    **dict.fromkeys((Tensor | None, Updated, Alike), "Tensor?"),
+    int: "int",
+    bool: "bool",
+    float: "float",
+}
 
 
 class Leaf(NamedTuple):
@@ -27,6 +34,7 @@ class Leaf(NamedTuple):
     name: str  # of the field, after the names of those that it lies in
     type: str  # in a schema
     updated: bool
+    read: bool  # a tensor, for its values
 
 
 @cache
@@ -35,7 +43,8 @@ def leaves(kind: type[tuple]) -> tuple[Leaf, ...]:
     found: list[Leaf] = []
     for field, hint in get_type_hints(kind, include_extras=True).items():
         if hint in _TYPES:
-            found.append(Leaf(field, _TYPES[hint], hint == Updated))
+            type_ = _TYPES[hint]
+            found.append(Leaf(field, type_, hint == Updated, type_.startswith("Tensor") and hint != Alike))
         else:
             found += [leaf._replace(name=f"{field}_{leaf.name}") for leaf in leaves(hint)]
     return tuple(found)
@@ -53,7 +62,7 @@ def parameters(kind: type[tuple], updates: bool = True) -> str:
     """The arguments in a schema, such as "Tensor x, Tensor(a!)? mean"; without `updates` none is written to."""
     letters = iter(ascii_lowercase)
     written = []
-    for name, type_, updated in leaves(kind):
+    for name, type_, updated, _ in leaves(kind):
         if updated and updates:
             type_ = type_.replace("Tensor", f"Tensor({next(letters)}!)")
         written.append(f"{type_} {name}")

@@ -85,6 +85,8 @@ def _moments_of_few(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(mean, invstd) of the batch, (C,) each; updates the running statistics in place."""
     mean, variance = _moments(x, statistics_dtype(x.dtype))
+    if norm.counted is not None:
+        norm.counted.add_(1)
     if norm.running_mean is not None:
         count, values = norm.num_batches_tracked, x.numel() // x.shape[1]
         # A count stays a tensor: on a GPU the host does not wait for it.
@@ -172,7 +174,7 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
     It keeps x and out for backward. Without the ReLU, whose backward makes dense what it gives, BatchNorm's would
     depend on the layout of the incoming gradient.
     """
-    weight, bias, mean, var, _, training, momentum, eps, _ = norm
+    weight, bias, mean, var, _, training, momentum, eps = norm[:8]
     out = torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
     return (out if shortcut is None else out.add_(shortcut)).relu_()
 

@@ -19,7 +19,7 @@ def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: in
 
 def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """Gradients of `stem_forward`."""
-    x, (out, y, tap, stats), weight, norm, stride, padding = kept
+    x, (out, y, tap, stats), weight, norm, stride, padding, _ = kept
     grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm)
     dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.weight)
     return StemGrad(dx, dconv, grad.dweight, grad.dbias, grad.sum_g)

@@ -47,6 +47,7 @@ def batch_stats(moments: Moments, norm: Norm) -> Tensor:
         norm.eps,
         vectors.conv_bias,
         norm.num_batches_tracked,
+        norm.counted,
     )
     for given, updated in ((norm.running_mean, vectors.running_mean), (norm.running_var, vectors.running_var)):
         if given is not updated:
@@ -84,7 +85,7 @@ def backward(
 ) -> NormGrad:
     """Gradients of `forward`, as `torch_backend.batch_norm.backward`. Without a shortcut x gives out's sign."""
     mask = out if shortcut else None
-    dweight, dbias = empty_grads(norm)
+    dweight, dbias, _ = empty_grads(norm)  # no convolution's bias comes here
     sums = batch_norm_backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
     g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
     dx = batch_norm_backward_apply(dout, x, mask, stats, sums if norm.training else None, relu, g)

@@ -104,16 +104,19 @@ def forward(
 
 
 def grad_input_mask(
-    dy: Tensor, weight: Tensor, y1: Tensor, stats: Tensor, dweight: Tensor | None, dbias: Tensor | None
+    dy: Tensor, weight: Tensor, y1: Tensor, stats: Tensor, vectors: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, Tensor]:
-    """(g, sums) for a 3x3 convolution of a = relu(y1 * scale + shift): g is a's gradient where the ReLU passes it."""
+    """(g, sums) for a 3x3 convolution of a = relu(y1 * scale + shift): g is a's gradient where the ReLU passes it.
+
+    `vectors`, as `empty_grads` gives them, are written.
+    """
 
     def fused() -> tuple[Tensor, Tensor]:
-        return conv_grad_input(dy, weight, conv_shape(y1, weight, 1, 1), ReluMask(y1, stats), tf32(dy), dweight, dbias)
+        return conv_grad_input(dy, weight, conv_shape(y1, weight, 1, 1), ReluMask(y1, stats), tf32(dy), *vectors)
 
     def pytorch() -> tuple[Tensor, Tensor]:
         da, _ = convolve_backward(dy, y1, weight, 1, 1, True, False)
-        return da, batch_norm_backward_reduce(da, y1, None, stats, dweight=dweight, dbias=dbias)
+        return da, batch_norm_backward_reduce(da, y1, None, stats, True, *vectors)
 
     return run_picked("grad_input", dy, weight, ("mask",), epilogue=fused, pytorch=pytorch)
 
@@ -145,15 +148,20 @@ def grad_weight(
     padding: int,
     stats: Tensor | None = None,
     out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dW of conv(a), a as in `forward`. With `out`, dy counts only where the ReLU that made out passes it."""
+    """dW of conv(a), a as in `forward`, of `dtype`: x's by default.
+
+    With `out`, dy counts only where the ReLU that made out passes it.
+    """
+    dtype = dtype or x.dtype
 
     def fused(x: Tensor, stats: Tensor | None) -> Tensor:
-        return conv_grad_weight(dy, x, weight.shape[2:], stride, padding, stats, out, tf32(dy))
+        return conv_grad_weight(dy, x, weight.shape[2:], stride, padding, stats, out, tf32(dy), dtype)
 
     def pytorch() -> Tensor:
         g = dy if out is None else torch.ops.aten.threshold_backward(dy, out, 0)
-        return convolve_backward(g, _activated(x, stats), weight, stride, padding, False, True)[1]
+        return convolve_backward(g, _activated(x, stats), weight, stride, padding, False, True)[1].to(dtype)
 
     variants = {
         "epilogue": lambda: fused(_activated(x, stats), None),
@@ -161,7 +169,8 @@ def grad_weight(
     }
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
-    return run_picked("grad_weight", dy, weight, (x.shape[1], stride, stats is not None, out is not None), **variants)
+    key = (x.shape[1], stride, stats is not None, out is not None, dtype)
+    return run_picked("grad_weight", dy, weight, key, **variants)
 
 
 def inference(

@@ -31,25 +31,28 @@ def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: in
 
 def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """See `torch_backend.stem_backward`. dy is written only where something reads it."""
-    x, (out, y, tap, stats), weight, norm, stride, padding = kept
+    x, (out, y, tap, stats), weight, norm, stride, padding, master = kept
+    dtype = (weight if master is None else master).dtype
     weight = convolution.in_nhwc(weight)
-    dweight, dbias = empty_grads(norm)
-    sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias)
+    dweight, dbias, zeros = empty_grads(norm)
+    sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias, zeros)
     used = sums if norm.training else None
     tf32 = convolution.tf32(x)
     dx = dconv = None
 
     def fused() -> Tensor:
-        return conv_grad_weight_max_pool(dout, out, tap, y, stats, used, x, weight.shape[2:], stride, padding, tf32)
+        return conv_grad_weight_max_pool(
+            dout, out, tap, y, stats, used, x, weight.shape[2:], stride, padding, tf32, dtype
+        )
 
     def stored_dy() -> Tensor:
         return batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, used)
 
     def epilogue() -> Tensor:
-        return conv_grad_weight(stored_dy(), x, weight.shape[2:], stride, padding, tf32=tf32)
+        return conv_grad_weight(stored_dy(), x, weight.shape[2:], stride, padding, tf32=tf32, dtype=dtype)
 
     def pytorch() -> Tensor:
-        return convolve_backward(stored_dy(), x, weight, stride, padding, False, True)[1]
+        return convolve_backward(stored_dy(), x, weight, stride, padding, False, True)[1].to(dtype)
 
     # dy is stored where grad-input needs it, where the window is too large for the fused product, and for float64: the
     # compiler refuses the fused product of float64 at some shapes.
@@ -66,11 +69,11 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
             pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
         )
     if needs.weight and stored:
-        dconv = convolution.grad_weight(dy, x, weight, stride, padding)
+        dconv = convolution.grad_weight(dy, x, weight, stride, padding, dtype=dtype)
     elif needs.weight:
-        key = (stride, "max_pool")
+        key = (stride, "max_pool", dtype)
         dconv = convolution.run_picked("grad_weight", y, weight, key, triton=fused, epilogue=epilogue, pytorch=pytorch)
-    return StemGrad(dx, dconv, dweight, dbias, sums[0])
+    return StemGrad(dx, dconv, dweight, dbias, sums[0], zeros)
 
 
 def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:

@@ -25,7 +25,7 @@ _RESULTS = {
     "freeze_kernel": ("stats",),
     "apply_kernel": ("out",),
     "backward_reduce_kernel": ("partial",),
-    "backward_finalize_kernel": ("sums", "dweight", "dbias"),
+    "backward_finalize_kernel": ("sums", "dweight", "dbias", "dconv_bias"),
     "backward_apply_kernel": ("dshortcut",),
     "grad_input_kernel": ("dx", "partial"),
     "conv_forward_kernel": ("y", "partial", "shortcut_y", "shortcut_partial"),

@@ -22,6 +22,7 @@ from resnet.kernels.batch_norm_add_relu import apply_kernel, batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce, merge_sums
 from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
+from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.kernels.host.tiling import Tiling, tiling
 from resnet.norm import statistics_dtype
 from tests.conftest import DEVICE
@@ -291,11 +292,20 @@ def test_an_average_over_batches_counted_on_the_device_is_as_exact_as_eagers(dty
     assert batches == count
 
 
+@pytest.mark.parametrize("channels", [3, 300])
+def test_a_batch_is_counted_once_whatever_the_channels(channels):
+    counted = torch.full((), 2**40, dtype=torch.int64, device=DEVICE)
+    moments = batch_norm_statistics(draw(2, channels, 3, 3))
+    batch_norm_finalize(*moments, None, None, None, None, 0.1, EPS, counted=counted)
+    assert counted == 2**40 + 1
+
+
 @pytest.mark.parametrize("T", [1, 5, 512, 513, 1300])
 def test_any_number_of_partial_sums_is_merged(T):
     partial = draw(2, T, 3)
-    dweight, dbias = torch.empty(3, device=DEVICE), torch.empty(3, device=DEVICE)
-    sums = merge_sums(partial, dweight, dbias)
+    dweight, dbias, dconv_bias = torch.ones(3, 3, device=DEVICE)
+    sums = merge_sums(partial, dweight, dbias, dconv_bias)
+    assert not dconv_bias.any()
     exact = partial.double().sum(1)
     torch.testing.assert_close(sums.double(), exact, rtol=0, atol=1e-6 * T**0.5)
     same_bits(torch.stack((dbias, dweight)), sums)

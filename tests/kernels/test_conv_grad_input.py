@@ -197,9 +197,9 @@ def test_an_empty_batch_gives_empty_results_and_zero_sums(epilogue):
 
 def test_an_empty_batch_zeroes_the_parameters_gradients():
     case = Case.of(replace(RAGGED, N=0), "mask", torch.float16)
-    dweight, dbias = torch.ones(2, RAGGED.C, device=DEVICE)
-    conv_grad_input.conv_grad_input(case.dy, case.weight, case.shape, case.epilogue, dweight=dweight, dbias=dbias)
-    assert not dweight.any() and not dbias.any()
+    vectors = torch.ones(3, RAGGED.C, device=DEVICE)
+    conv_grad_input.conv_grad_input(case.dy, case.weight, case.shape, case.epilogue, False, *vectors)
+    assert not vectors.any()
 
 
 def launch(case: Case, **changes) -> object:
@@ -257,7 +257,7 @@ BAD: dict[str, tuple[str, Callable[[Case], dict], type[Exception], str]] = {
         "none",
         lambda c: {"dbias": torch.empty(20, device=DEVICE)},
         ValueError,
-        "dbias: only ReluMask",
+        "dbias, dconv_bias: only ReluMask",
     ),
     "dout of another shape": (
         "identity",

@@ -12,7 +12,7 @@ import resnet
 from resnet import FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
 from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, infer, name_of, same, step, trio
-from tests.helpers.fused_cases import STRIDED, assert_refused, images, inference_trio, kinds, train_and_eval
+from tests.helpers.fused_cases import KINDS, STRIDED, assert_refused, images, inference_trio, kinds, train_and_eval
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 # ---- memory formats ---------------------------------------------------------------------------------------------
@@ -196,3 +196,35 @@ def test_autocast_casts_the_input_and_convolution_weights_alone_in_a_chain_of_bl
     first, second = trio(Residual, *STRIDED), trio(Residual, 6, 6, seed=1)
     eager, fused, _ = (nn.Sequential(a, b) for a, b in zip(first.all, second.all))
     assert_autocast_casts(fused, eager, draw(2, 4, 7, 6), torch.bfloat16)
+
+
+@kinds
+def test_weight_gradients_under_autocast_are_float32_and_never_rounded(kind):
+    """The product's accumulators are float32. Eager rounds them to the type of the product first."""
+    fused = trio(*KINDS[kind]).fused
+    with resnet.backend("triton"), resnet.convolution("triton"), torch.autocast(DEVICE.type, torch.bfloat16):
+        out = fused(images(kind, (2, 6, 7)))
+    out.backward(torch.ones_like(out))
+    for name, weight in fused.named_parameters():
+        if weight.dim() == 4:
+            assert weight.grad.dtype == torch.float32
+            assert not torch.equal(weight.grad, weight.grad.bfloat16().float()), name
+
+
+@kinds
+def test_a_weight_may_be_written_before_backward_under_autocast(any_backend, kind):
+    """As in eager, whose products keep the copy that they read. Its own gradient does not depend on it."""
+    x = images(kind, (2, 6, 7))
+    grads = []
+    for write in (False, True):
+        fused = trio(*KINDS[kind]).fused
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            out = fused(x)
+        if write:
+            with torch.no_grad():
+                for weight in fused.parameters():
+                    if weight.dim() == 4:
+                        weight.add_(1)
+        out.backward(torch.ones_like(out))
+        grads.append({name: weight.grad for name, weight in fused.named_parameters()})
+    same(*grads)

@@ -47,6 +47,7 @@ def norm(
     averaged: bool = False,
 ) -> list:
     """The fields of a `resnet.norm.Norm`, in a schema's order."""
+    count = torch.tensor(3, device=DEVICE)
     return [
         vector(C, seed, grad=True) if affine else None,
         vector(C, seed + 1, grad=True) if affine else None,
@@ -56,12 +57,20 @@ def norm(
         training,
         0.1,
         1e-5,
-        torch.tensor(3, device=DEVICE) if averaged else None,
+        count if averaged else None,
+        count if training and running and not averaged else None,
     ]
 
 
 def weight(K: int, C: int, size: int, seed: int, grad: bool = True) -> Tensor:
     return draw(K, C, size, size, seed=seed).div_(C * size).requires_grad_(grad)
+
+
+def cast(weight: Tensor | None, by_autocast: bool) -> tuple[Tensor | None, Tensor | None]:
+    """A weight as it is multiplied, and its master of another type where it is a copy."""
+    if weight is None or not by_autocast:
+        return weight, None
+    return weight.detach(), weight.detach().double().requires_grad_(weight.requires_grad)
 
 
 def backward_arguments(dout: Tensor, kept: tuple, arguments: list, all_needed: bool) -> list:
@@ -108,45 +117,53 @@ def test_batch_norm_add_relu_backward_passes_opcheck(any_backend, options):
     opcheck(ops.batch_norm_add_relu_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
-@each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, size=((9, 7), (2, 5))))
+SIZES = ((9, 7), (2, 5))
+
+
+@each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, cast=BOTH, size=SIZES))
 def test_stem_passes_opcheck(any_backend, options):
-    settings = {k: v for k, v in options.items() if k != "size"}
+    settings = {k: v for k, v in options.items() if k not in ("cast", "size")}
     x = draw(2, 2, *options["size"]).requires_grad_()
-    opcheck(ops.stem, [x, weight(3, 2, 3, 1), 2, 1, *norm(3, 10, **settings)])
+    conv, master = cast(weight(3, 2, 3, 1), options["cast"])
+    opcheck(ops.stem, [x, conv, 2, 1, *norm(3, 10, **settings), master])
 
 
-@each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
+@each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
 def test_stem_backward_passes_opcheck(any_backend, options):
-    x, conv = draw(2, 2, 9, 7).requires_grad_(), weight(3, 2, 3, 1)
+    x, (conv, master) = draw(2, 2, 9, 7).requires_grad_(), cast(weight(3, 2, 3, 1), options["cast"])
     fields = norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")})
-    arguments = [x, conv, 2, 1, *fields]
+    arguments = [x, conv, 2, 1, *fields, master]
     with torch.no_grad():
         output = StemOutput(*ops.stem(*arguments))
-    kept = StemKept(x, output, conv, Norm(*fields), 2, 1)
+    kept = StemKept(x, output, conv, Norm(*fields), 2, 1, master)
     dout = draw(*output.out.shape, seed=1)
     opcheck(ops.stem_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
-def block_arguments(projected: bool, stride: int) -> list:
+def block_arguments(projected: bool, stride: int, by_autocast: bool = False) -> list:
     C, K = (2, 3) if projected else (3, 3)
     x = draw(2, C, 4, 3).requires_grad_()
-    shortcut = [weight(K, C, 1, 3), vector(K, 4, grad=True)] if projected else [None, None]
-    return [x, weight(K, C, 3, 1), weight(K, K, 3, 2), *shortcut, stride]
+    weights = weight(K, C, 3, 1), weight(K, K, 3, 2), weight(K, C, 1, 3) if projected else None
+    convs, masters = zip(*(cast(w, by_autocast) for w in weights))
+    return [x, *convs, vector(K, 4, grad=True) if projected else None, stride, *masters]
 
 
 BLOCKS = ((False, 1), (True, 1), (True, 2))  # (a 1x1 convolution as the shortcut, stride)
 
 
-@each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH))
+NORMS = {"training1": BOTH, "training2": BOTH, "affine": BOTH, "conv_bias": BOTH}
+
+
+@each(pairwise(block=BLOCKS, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS))
 def test_residual_block_passes_opcheck(any_backend, options):
     settings = {k: options[k] for k in ("affine", "running", "conv_bias", "averaged")}
     norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
-    opcheck(ops.residual_block, [*block_arguments(*options["block"]), *norms[0], *norms[1]])
+    opcheck(ops.residual_block, [*block_arguments(*options["block"], options["cast"]), *norms[0], *norms[1]])
 
 
-@each(pairwise(block=BLOCKS, training1=BOTH, training2=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
+@each(pairwise(block=BLOCKS, cast=BOTH, all_needed=BOTH, **NORMS))
 def test_residual_block_backward_passes_opcheck(any_backend, options):
-    x, *convs = block_arguments(*options["block"])
+    x, *convs = block_arguments(*options["block"], options["cast"])
     settings = {k: options[k] for k in ("affine", "conv_bias")}
     norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
     arguments = [x, *convs, *norms[0], *norms[1]]
@@ -166,7 +183,7 @@ def test_stem_inference_passes_opcheck(any_backend, monkeypatch, options):
     x = draw(2, C, 30, 25)
     with torch.no_grad():
         fields = norm(3, 10, False, options["affine"], True, options["conv_bias"])
-        opcheck(ops.stem_inference, [x, weight(3, C, size, 1, grad=False), stride, padding, *fields])
+        opcheck(ops.stem_inference, [x, weight(3, C, size, 1, grad=False), stride, padding, *fields, None])
 
 
 @each(pairwise(block=BLOCKS, affine=BOTH, conv_bias=BOTH))
