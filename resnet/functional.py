@@ -68,7 +68,7 @@ def batch_norm_add_relu(
     norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
     if not compiling and ops.is_direct() and _needs_no_check(x, shortcut, norm):
         if backends.implementation(x) is torch_backend:
-            if relu and not (training and not are_few(x)):
+            if relu and (not training or are_few(x)):
                 return eager(x, norm, shortcut)
             flat = pack(BatchNormAddRelu(x, shortcut, norm, relu))
             return ops.call("batch_norm_add_relu", flat, known(flat))
