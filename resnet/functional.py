@@ -9,6 +9,7 @@ from torch.nn import functional as F  # noqa: F401, a name in the source of the 
 
 from resnet import backends, ops, reference, torch_backend
 from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
+from resnet.kernels.host.facts import known
 from resnet.norm import Norm
 from resnet.operands import BatchNormAddRelu
 from resnet.schema import pack
@@ -65,9 +66,12 @@ def batch_norm_add_relu(
     compiling = torch.compiler.is_compiling()  # then the operator asks for the backend, each time that it runs
     may_be_eager = relu and not compiling
     norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
-    if may_be_eager and ops.is_direct() and _needs_no_check(x, shortcut, norm):
+    if not compiling and ops.is_direct() and _needs_no_check(x, shortcut, norm):
         if backends.implementation(x) is torch_backend:
-            return eager(x, norm, shortcut)
+            if relu and (not training or are_few(x)):
+                return eager(x, norm, shortcut)
+            flat = pack(BatchNormAddRelu(x, shortcut, norm, relu))
+            return ops.call("batch_norm_add_relu", flat, known(flat))
     tensors = x, running_mean, running_var, weight, bias, shortcut
     if ops.is_transformed_or_recorded() or any(isinstance(t, Proxy) for t in tensors):
         return reference.batch_norm_add_relu(*tensors, training, momentum, eps, relu)
@@ -110,8 +114,6 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
     if N == 0 or C < 2 or H * W < 2:  # empty, or of strides that channels_last leaves open
         return False
     if type(norm.momentum) is not float or type(norm.eps) is not float or norm.eps <= 0:  # refused, or to be looked at
-        return False
-    if norm.training and not are_few(x):
         return False
     channels = shape[1:2]
     for v in norm[:4]:

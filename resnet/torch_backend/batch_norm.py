@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -13,8 +16,7 @@ aten = torch.ops.aten
 # On the CPU PyTorch adds up a channels_last map pixel by pixel in float32, and loses more digits the more there are. So
 # they are taken in groups, each a channel of its own, and the groups are merged.
 _FEW = 512  # pixels: up to them PyTorch's own sums are about as exact, and quicker
-_MANY = 1 << 15  # pixels, from which on dx is made of such sums, too
-_PIXELS = 128  # of a group; what is left over makes one of its own
+_PIXELS = 128  # of a group, at most
 _SUMS = 1 << 14  # that PyTorch holds at a time: more of them leave the cache
 
 
@@ -23,23 +25,44 @@ def are_few(x: Tensor) -> bool:
     return x.numel() <= _FEW * x.shape[1] or not x.is_cpu
 
 
-def _parts(x: Tensor) -> list[tuple[Tensor, int]]:
-    """The pixels of x (N, C, H, W) channels_last, some after some, (n, C), and how many of these make a group."""
-    pixels = x.permute(0, 2, 3, 1).flatten(0, 2)
-    count, C = pixels.shape
-    left = count % _PIXELS
-    parts = [(some, _PIXELS) for some in pixels[left:].split(max(1, _SUMS // C) * _PIXELS)]
-    return [*parts, (pixels[:left], left)] if left else parts
+@cache
+def _group(count: int) -> int:
+    """How many of `count` pixels make a group: as many as leave none over, if that is not many fewer than allowed."""
+    return next((size for size in range(_PIXELS, _PIXELS // 2, -1) if count % size == 0), _PIXELS)
 
 
-def _grouped(pixels: Tensor, size: int) -> Tensor:
-    """(n, C) as a map of n / size groups' channels: of k groups, group i has the pixels i, i + k, i + 2 k, ..."""
-    return pixels.view(size, -1).t()[None, :, None]
+def _rows(x: Tensor) -> Tensor:
+    """x (N, C, H, W) as (N, H, W, C), with which values per channel (C,) go together."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _maps(rows: Tensor) -> list[Tensor]:
+    """The pixels of `rows`, dense, some after some, as channels_last maps (1, groups * C, 1, pixels of a group).
+
+    Of k groups in a map, group i has the pixels i, i + k, i + 2 k, ... What is left over makes the last map.
+    """
+    C = rows.shape[3]
+    count = rows.numel() // C
+    size = _group(count)
+    left, most = count % size, max(1, _SUMS // C) * size
+    if not left and count <= most:
+        return [_as_map(rows, size)]
+    pixels = rows.flatten(0, 2)
+    maps = [_as_map(some, size) for some in pixels[: count - left].split(most)]
+    return [*maps, _as_map(pixels[count - left :], left)] if left else maps
+
+
+def _as_map(pixels: Tensor, size: int) -> Tensor:
+    return pixels.reshape(1, 1, size, -1).permute(0, 3, 1, 2)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _is_far(mean: Tensor, variance: Tensor) -> bool:
     """Whether a mean is so many deviations from zero that its own digits crowd out those of the differences."""
-    return bool((mean * mean > 16 * variance).any())
+    return torch.addcmul(variance, mean, mean, value=-1 / 16).min().item() < 0
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -59,17 +82,17 @@ def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _moments_of_many(x: Tensor, dtype: torch.dtype, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`_moments` of x - shift."""
-    parts = _parts(x)
-    moments = []
-    for pixels, size in parts:
-        shifted = pixels if shift is None else pixels - shift
-        moments.append([m.view(-1, x.shape[1]) for m in _moments_of_few(_grouped(shifted, size), dtype)])
-    left = moments.pop() if parts[-1][1] < _PIXELS else None
-    means, variances = map(torch.cat, zip(*moments))
+    C, rows = x.shape[1], _rows(x)
+    maps = _maps(rows if shift is None else rows - shift)
+    moments = [[m.view(-1, C) for m in _moments_of_few(some, dtype)] for some in maps]
+    size, last = maps[0].shape[3], maps[-1].shape[3]
+    left = moments.pop() if last < size else None
+    means, variances = map(_joined, zip(*moments))
     mean = means.mean(0)
-    variance = (means - mean).square_().add_(variances).mean(0)
+    step = means - mean
+    variance = torch.addcmul(variances, step, step).mean(0)
     if left is not None:
-        weight = parts[-1][1] / (x.numel() // x.shape[1])
+        weight = last / (x.numel() // C)
         step = left[0][0] - mean
         mean.add_(step, alpha=weight)
         variance.lerp_(left[1][0], weight).addcmul_(step, step, value=weight * (1 - weight))
@@ -88,17 +111,22 @@ def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     if norm.counted is not None:
         norm.counted.add_(1)
     if norm.running_mean is not None:
-        count, values = norm.num_batches_tracked, x.numel() // x.shape[1]
-        # A count stays a tensor: on a GPU the host does not wait for it.
-        momentum = norm.momentum if count is None else count.to(mean.dtype).reciprocal_()
-        shifted = mean + (0.0 if norm.conv_bias is None else norm.conv_bias)
-        batch = shifted, variance * (values / (values - 1))
-        for running, new in zip((norm.running_mean, norm.running_var), batch, strict=True):
-            averaged = running.to(new.dtype)
-            averaged.mul_(1.0 - momentum).add_(new.mul_(momentum))
-            if averaged is not running:
-                running.copy_(averaged)
+        values = x.numel() // x.shape[1]
+        _average(norm.running_mean, mean if norm.conv_bias is None else mean + norm.conv_bias, norm)
+        _average(norm.running_var, variance, norm, values / (values - 1))
     return mean, (variance + norm.eps).rsqrt_()
+
+
+def _average(running: Tensor, new: Tensor, norm: Norm, factor: float = 1.0) -> None:
+    """running = running * (1 - momentum) + new * factor * momentum, rounded to its type once."""
+    averaged = running if running.dtype == new.dtype else running.to(new.dtype)
+    if norm.num_batches_tracked is None:
+        averaged.mul_(1.0 - norm.momentum).add_(new, alpha=norm.momentum * factor)
+    else:  # it stays a tensor: on a GPU the host does not wait for it
+        momentum = norm.num_batches_tracked.to(new.dtype).reciprocal_()
+        averaged.mul_(1.0 - momentum).addcmul_(new, momentum, value=factor)
+    if averaged is not running:
+        running.copy_(averaged)
 
 
 def freeze(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -115,21 +143,24 @@ def scale_shift(mean: Tensor, invstd: Tensor, norm: Norm) -> tuple[Tensor, Tenso
     return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
 
 
-def _stats(x: Tensor, norm: Norm) -> Tensor:
+def _stats(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """Stats (4, C) = mean, invstd, scale, shift; and scale and shift by themselves."""
     mean, invstd = _statistics(x, norm) if norm.training else freeze(norm, statistics_dtype(x.dtype))
-    return torch.stack((mean, invstd, *scale_shift(mean, invstd, norm)))
+    scale, shift = scale_shift(mean, invstd, norm)
+    return torch.stack((mean, invstd, scale, shift)), scale, shift
 
 
 def _affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """x * scale + shift per channel in one pass: BatchNorm's frozen form with mean 0, variance 1 and eps 0."""
-    if scale.device.type == "cpu" and not scale.isfinite().all():  # its own shift would be NaN: mean * scale, 0 * inf
-        z = (x.to(scale.dtype) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
-        return z if out is None else out.copy_(z)
-    arguments = (x, scale, shift, torch.zeros_like(scale), torch.ones_like(scale), False, 0.0, 0.0)
+    """x * scale + shift per channel in one pass, channels_last."""
     if out is None:
-        return torch.native_batch_norm(*arguments)[0]
+        out = torch.empty_like(x, memory_format=torch.channels_last)
+    if x.is_cpu and (x.dtype == scale.dtype or not scale.isfinite().all()):
+        # In half the time of BatchNorm's frozen form, whose own shift would be NaN, too: mean * scale, 0 * inf.
+        torch.addcmul(shift, _rows(x), scale, out=_rows(out))
+        return out
     unused = scale.new_empty(0), scale.new_empty(0)
-    return torch.native_batch_norm(*arguments, out=(out, *unused))[0]
+    mean, var = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.native_batch_norm(x, scale, shift, mean, var, False, 0.0, 0.0, out=(out, *unused))[0]
 
 
 def forward(
@@ -145,8 +176,7 @@ def forward(
     x, shortcut and out are (N, C, H, W) channels_last of one type; shortcut_shift is (C,). Running statistics are
     updated in place when `norm.training`. `into`, a tensor like x that is no longer needed, becomes out.
     """
-    stats = _stats(x, norm)
-    scale, shift = stats[2], stats[3]
+    stats, scale, shift = _stats(x, norm)
     out = _affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift, into)
     if shortcut is not None:
         out.add_(shortcut)
@@ -214,11 +244,9 @@ def backward(
     )
 
 
-def _backward_of_few(
-    g: Tensor, x: Tensor, stats: Tensor, norm: Norm, sums: bool = True
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dx, dweight, sum of g) of BatchNorm by PyTorch's operator, the last two where `sums` asks for them."""
-    mean, invstd = stats[0], stats[1]
+def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, sum of g) of BatchNorm by PyTorch's operator."""
+    mean, invstd, _, _ = stats.unbind()
     # The CPU's operator reads a weight with strides as if it had none.
     weight = torch.ones_like(mean) if norm.weight is None else norm.weight.to(mean.dtype).contiguous()
     if norm.training:
@@ -226,39 +254,34 @@ def _backward_of_few(
     else:
         running, eps = (mean, invstd**-2), 0.0
     # CUDA's operator reads what was saved in evaluation, too.
-    return aten.native_batch_norm_backward(g, x, weight, *running, mean, invstd, norm.training, eps, [True, sums, sums])
+    return aten.native_batch_norm_backward(g, x, weight, *running, mean, invstd, norm.training, eps, [True] * 3)
 
 
 def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """`_backward_of_few` with sums that keep their digits.
-
-    dx takes means of them, in which an error is n times smaller: up to `_MANY` pixels it is PyTorch's.
-    """
-    mean, invstd, scale, _ = stats
-    C, parts = x.shape[1], list(zip(_parts(g), _parts(x)))
-    most = len(parts[0][0][0]) // _PIXELS  # groups in a part
-    saved = [v.expand(most, C).reshape(-1) for v in (mean, invstd)]
-    sums = []
-    for (some_g, size), (some_x, _) in parts:
-        of_groups = (v[: len(some_g) // size * C] for v in saved)
-        operands = _grouped(some_g, size), _grouped(some_x, size), None, None, None, *of_groups
+    """`_backward_of_few` with sums that keep their digits."""
+    mean, invstd, scale, _ = stats.unbind()
+    C, rows_g, rows, sums = x.shape[1], _rows(g), _rows(x), []
+    for some_g, some_x in zip(_maps(rows_g), _maps(rows)):
+        saved = (v.expand(some_x.shape[1] // C, C).reshape(-1) for v in (mean, invstd))
+        operands = some_g, some_x, None, None, None, *saved
         _, *some = aten.native_batch_norm_backward(*operands, True, norm.eps, [False, True, True])
         sums.append([v.view(-1, C) for v in some])
-    dweight, sum_g = (torch.cat(some).sum(0) for some in zip(*sums))
-    if not norm.training or x.numel() <= _MANY * C:
-        return _backward_of_few(g, x, stats, norm, sums=False)[0], dweight, sum_g
-    # dx = scale * (g - sum_g / n - (x - mean) * invstd * dweight / n)
-    n = x.numel() // C
-    slope, level = invstd * dweight * scale / -n, scale * sum_g / -n
-    far = _is_far(mean, invstd**-2)
-    if not far:
-        level -= mean * slope
-    dx = torch.empty_like(x)
-    room = mean.new_empty(parts[0][0][0].shape)
-    for ((some_g, _), (some_x, _)), (some_dx, _) in zip(parts, _parts(dx)):
-        line = room[: len(some_x)]
-        torch.addcmul(level, some_x - mean if far else some_x, slope, out=line)
-        torch.addcmul(line, some_g, scale, out=some_dx)
+    dweight, sum_g = (_joined(some).sum(0) for some in zip(*sums))
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    rows_dx = _rows(dx)
+    if not norm.training:
+        torch.mul(rows_g, scale, out=rows_dx)
+        return dx, dweight, sum_g
+    # dx = scale * (g - sum_g / n - (x - mean) * invstd * dweight / n), n pixels
+    share = scale * (-C / x.numel())
+    slope, level = invstd * dweight * share, sum_g * share
+    if _is_far(mean, invstd**-2):
+        rows = rows - mean
+    else:
+        level.addcmul_(mean, slope, value=-1)
+    line = rows_dx if dx.dtype == stats.dtype else None  # else of a type of its own: dx is rounded once
+    line = torch.addcmul(level, rows, slope, out=line)
+    torch.addcmul(line, rows_g, scale, out=rows_dx)
     return dx, dweight, sum_g
 
 
@@ -273,8 +296,8 @@ def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
 
     out is (N, C, P, Q); tap is of its shape, uint8: which of its window's nine pixels was the maximum.
     """
-    stats = _stats(x, norm)
-    z = _affine(x, stats[2], stats[3])
+    stats, scale, shift = _stats(x, norm)
+    z = _affine(x, scale, shift)
     out, index = aten.max_pool2d_with_indices(z, [3, 3], [2, 2], [1, 1])
     width = x.shape[3]
     place = index.int().sub_(_window_origins(out.shape[2:], width, x.device).int())

@@ -32,6 +32,7 @@ def test_statistics_averaged_by_a_tensor_are_those_averaged_by_a_number(dtype, c
 
 MANY = {
     "whole groups": (10, 64, 8, 8),
+    "smaller groups, none left over": (1, 16, 24, 24),
     "no whole group": (7, 40, 23, 31),
     "one group at a time": (1, 8200, 19, 27),
     "few channels": (16, 4, 96, 96),
