@@ -175,7 +175,7 @@ def run(check: Check) -> bool:
             ("ceilings", lambda: environment.ceilings(scale)),
         ],
     )
-    check.stage("parity", reserve, parity.checks(scale, lambda: check.left))
+    check.stage("parity", reserve, parity.checks(scale, lambda: check.left - 0.5 * check.seconds))
     check.stage("net", 0.3 * check.seconds, times.net_rows(times.ROWS, scale))
     if scale.on_gpu:
         check.stage("kernels", reserve, kernels(check))

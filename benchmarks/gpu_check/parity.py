@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,14 @@ def checks(scale: Scale, seconds_left: Callable[[], float]) -> Iterator[tuple[st
     with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
         waiting = [pool.apply_async(check, (task, scale)) for task in planned]
         for task, result in zip(planned, waiting, strict=True):
-            yield task.name, lambda result=result: result.get(max(1.0, seconds_left()))
+            yield task.name, lambda result=result: _waited(result, max(1.0, seconds_left()))
+
+
+def _waited(result: AsyncResult, seconds: float) -> dict[str, object]:
+    result.wait(seconds)
+    if not result.ready():
+        raise TimeoutError(f"no result in another {seconds:.0f} s: it takes long, or its process has ended")
+    return result.get()
 
 
 def check(task: Task, scale: Scale) -> dict[str, object]:

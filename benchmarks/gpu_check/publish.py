@@ -1,7 +1,8 @@
 """The documents' GPU tables, made from a check's results: `python -m benchmarks.gpu_check.publish gpu-check/DIR`.
 
 Keeps the results as results/<device>-<date>.json, and writes what stands between `<!-- gpu: NAME -->` and
-`<!-- end -->` in README.md and docs/performance.md. Without a folder the tables are made from the file kept last.
+`<!-- end -->` in README.md and docs/performance.md. A table is made of the newest results that have its stage: where
+time was short a run has not all of them. Without a folder the tables are made of the files that were kept.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu_check.environment import ROOT
@@ -35,20 +37,31 @@ def keep(folder: Path) -> Path:
     return path
 
 
-def tables(results: Results) -> dict[str, str]:
-    """The text of each block, by its name."""
-    net = results["net"]
+def kept_results() -> list[Results]:
+    """What was kept, the newest first."""
+    kept = [json.loads(path.read_text()) for path in KEPT.glob("*.json")]
+    return sorted(kept, key=lambda results: results["environment"]["environment"]["time"], reverse=True)
+
+
+def tables(kept: Sequence[Results]) -> dict[str, str]:
+    """The text of each block, by its name, of results with the newest first.
+
+    A setting is that of the net's tables, or of the stage that it names.
+    """
+    of = {stage: next(r for r in kept if r.get(stage)) for stage in ("net", "kernels", "textbook", "blocks", "parity")}
+    net = of["net"]["net"]
     return {
-        "setting": setting(results),
+        "setting": setting(of["net"]),
+        **{f"setting {stage}": setting(results) for stage, results in of.items()},
         "summary": summary_table(net),
         **{
-            mode: times_table({**net, **results.get("max-autotune", {})}, f"{case}, ")
+            mode: times_table({**net, **of["net"].get("max-autotune", {})}, f"{case}, ")
             for mode, case in zip(("training", "inference"), NET_CASES)
         },
-        "gaps": gaps_table(results["kernels"]["training"]["gaps"]),
-        "textbook": textbook_table(results["textbook"]),
-        "blocks": times_table(results.get("blocks", {}), "block "),
-        "parity": parity_table(results["parity"]),
+        "gaps": gaps_table(of["kernels"]["kernels"]["training"]["gaps"]),
+        "textbook": textbook_table(of["textbook"]),
+        "blocks": times_table(of["blocks"]["blocks"], "block "),
+        "parity": parity_table(of["parity"]["parity"]),
     }
 
 
@@ -75,7 +88,9 @@ def summary_table(net: Results) -> str:
     return table(("", "fused", "eager", "torch.compile"), rows)
 
 
-def textbook_table(found: Results) -> str:
+def textbook_table(results: Results) -> str:
+    known = results["environment"]["environment"]
+    where = f"10 epochs on {known['devices'][0]['name']}, commit {known['commit']}"
     rows = [
         (
             model,
@@ -84,10 +99,10 @@ def textbook_table(found: Results) -> str:
             f"{row['test_acc']:.3f}",
             f"{row['examples_per_sec']:.1f}",
         )
-        for model, row in found.items()
+        for model, row in results["textbook"].items()
         if "loss" in row
     ]
-    return table(("10 epochs", "loss", "train acc", "test acc", "examples/sec"), rows)
+    return table((where, "loss", "train acc", "test acc", "examples/sec"), rows)
 
 
 def rewritten(text: str, blocks: dict[str, str]) -> str:
@@ -97,22 +112,21 @@ def rewritten(text: str, blocks: dict[str, str]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.gpu_check.publish", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", help="of a finished check (default: the results kept last)")
+    parser.add_argument("folder", type=Path, nargs="?", help="of a finished check (default: of what was kept alone)")
     args = parser.parse_args(argv)
     return run(parser, lambda: _publish(args.folder))
 
 
 def _publish(folder: Path | None) -> int:
-    if folder is None:
-        path = max(KEPT.glob("*.json"), key=lambda p: p.stem[-10:], default=None)
-        if path is None:
-            raise ConfigError(f"no results in {KEPT}: name the folder of a check")
-    else:
-        path = keep(folder)
-    blocks = tables(json.loads(path.read_text()))
+    if folder is not None:
+        print(f"kept as {keep(folder).relative_to(ROOT)}")
+    kept = kept_results()
+    if not kept:
+        raise ConfigError(f"no results in {KEPT}: name the folder of a check")
+    blocks = tables(kept)
     for document in DOCUMENTS:
         document.write_text(rewritten(document.read_text(), blocks))
-    print(f"tables of {', '.join(p.name for p in DOCUMENTS)} made from {path.relative_to(ROOT)}")
+    print(f"tables of {', '.join(p.name for p in DOCUMENTS)} made of {len(kept)} results")
     return 0
 
 

@@ -124,6 +124,21 @@ def test_parity_that_fails_fails_the_run(result):
     assert len(list(report.failures({"parity": {"a block": result}}))) == 1
 
 
+class Lost:
+    """The result of a process that has ended without one."""
+
+    def wait(self, seconds: float) -> None:
+        pass
+
+    def ready(self) -> bool:
+        return False
+
+
+def test_a_task_whose_process_has_ended_is_an_error_that_says_so():
+    with pytest.raises(TimeoutError, match="no result in another 3 s.*its process has ended"):
+        parity._waited(Lost(), 3.0)
+
+
 def test_each_candidate_of_a_product_is_taken_in_turn():
     from resnet.kernels import tuning
     from resnet.kernels.host.shapes import ConvShape
@@ -223,10 +238,9 @@ def test_a_block_that_no_table_is_for_is_an_error():
         publish.rewritten("<!-- gpu: sumary -->\n<!-- end -->", {"summary": ""})
 
 
-def test_the_documents_tables_are_those_of_the_results_that_were_kept_last():
+def test_the_documents_tables_are_those_of_the_newest_results_that_have_them():
     """Fails where a table was typed, or left behind by newer results."""
-    kept = max(publish.KEPT.glob("*.json"), key=lambda path: path.stem[-10:])
-    blocks = publish.tables(json.loads(kept.read_text()))
+    blocks = publish.tables(publish.kept_results())
     for document in publish.DOCUMENTS:
         text = document.read_text()
         assert publish.rewritten(text, blocks) == text, document.name
