@@ -135,7 +135,7 @@ class Lost:
 
 
 def test_a_task_whose_process_has_ended_is_an_error_that_says_so():
-    with pytest.raises(TimeoutError, match="no result in another 3 s.*its process has ended"):
+    with pytest.raises(TimeoutError, match=r"no result in another 3 s.*its process has ended"):
         parity._waited(Lost(), 3.0)
 
 
