@@ -94,6 +94,7 @@ class TrainConfig:
             f"at least {IMAGE_SIZE}, the images' own size: they are enlarged only",
             self.resize,
         )
+        require(self.resize < 2**15, "--resize", "at most 32767 pixels", self.resize)
         require(self.dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", self.dtype)
         require(self.cuda_graph in CUDA_GRAPHS, "--cuda-graph", f"one of {', '.join(CUDA_GRAPHS)}", self.cuda_graph)
         require(0 <= self.seed < 2**63, "--seed", "a number from 0 to 2**63 - 1", self.seed)

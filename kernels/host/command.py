@@ -61,6 +61,9 @@ def ended_by(stop: KeyboardInterrupt | signal.Signals) -> int:
     return 128 + stop
 
 
+_NO_MEMORY = "can't allocate memory"
+
+
 def run(parser: Parser, work: Callable[[], int], refused: tuple[type[Exception], ...] = ()) -> int:
     """The exit status of a command: that of `work`, or of its error, which becomes one line on stderr.
 
@@ -75,12 +78,20 @@ def run(parser: Parser, work: Callable[[], int], refused: tuple[type[Exception],
     except (ConfigError, *refused) as error:
         parser.error(str(error))
     except (RunError, OSError, torch.OutOfMemoryError) as error:
-        say(f"{parser.prog}: error: {error}")
-        _drop_output()
-        return 1
+        return _failed(parser, str(error))
+    except RuntimeError as error:  # a CPU's allocator has no type of its own
+        if _NO_MEMORY not in str(error):
+            raise
+        return _failed(parser, f"too little memory: {str(error).splitlines()[0].partition(_NO_MEMORY + ': ')[2]}")
     except KeyboardInterrupt as error:
         say("interrupted; what was written before is as it was")
         return ended_by(error)
+
+
+def _failed(parser: Parser, reason: str) -> int:
+    say(f"{parser.prog}: error: {reason}")
+    _drop_output()
+    return 1
 
 
 def _drop_output() -> None:

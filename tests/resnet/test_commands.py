@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from resnet.commands import ConfigError, OutputError, check_outputs, write_output
 from resnet.kernels.host.command import Parser, RunError, one_line, run
@@ -141,6 +142,12 @@ def test_what_goes_wrong_on_the_way_is_a_line_and_status_1(error, capsys):
     assert capsys.readouterr().err == "python -m it: error: no end\n"
 
 
+def test_too_little_memory_of_the_host_is_a_line_and_status_1(capsys):
+    assert run(PARSER, lambda: torch.empty(2**60).dim()) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m it: error: too little memory: you tried to allocate 4611686018427387904 bytes.")
+
+
 @pytest.mark.parametrize("error", [ConfigError("--x: no\nsuch\x1b"), KeyError("--x: no\nsuch\x1b")])
 def test_what_cannot_be_used_is_a_line_and_status_2(error, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -152,6 +159,8 @@ def test_what_cannot_be_used_is_a_line_and_status_2(error, capsys):
 def test_any_other_error_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(PARSER, lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="shape"):
+        run(PARSER, lambda: torch.ones(2).view(3))
 
 
 def test_a_line_keeps_what_can_be_printed():
