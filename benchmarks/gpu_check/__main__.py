@@ -4,6 +4,7 @@
         report.md        the same for reading
         choices.json     the ways and tiles that were timed, as FUSED_RESIDUAL_CACHE=DIR gives them to later runs
         textbook-*.json  the textbook's training, whole
+        report-*.png     its pictures, where matplotlib is
         tests.log        the kernels' and the modules' tests, compiled
 
 The stages run in this order, each as far as the time goes; what fails is noted, and the next one runs:
@@ -38,7 +39,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu_check import environment, launches, parity, processes, report, sanitizer, times
+from benchmarks.gpu_check import environment, launches, parity, plots, processes, report, sanitizer, times
 from benchmarks.gpu_check.errors import noted
 from benchmarks.gpu_check.scale import Scale, full, rehearsal
 from resnet.commands import require, write_output
@@ -184,6 +185,7 @@ def run(check: Check) -> bool:
     check.stage("sanitizer", reserve, sanitizer.checks(scale, check.folder, min(check.left, 0.2 * check.seconds)))
     check.stage("tests", 0, tests(check))
     check.stage("max-autotune", reserve, times.net_rows(times.SLOW_ROWS, scale))
+    plots.write(check.results, check.folder)
     return not list(report.failures(check.results))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import environment, launches, parity, publish, report, sanitizer, scale, times
+from benchmarks.gpu_check import environment, launches, parity, plots, publish, report, sanitizer, scale, times
 from benchmarks.gpu_check.__main__ import Check
 
 
@@ -81,6 +81,8 @@ def test_a_rehearsal_runs_every_stage_and_leaves_a_report(tmp_path, monkeypatch,
     assert results["tests"]["tests/resnet/test_schema.py"]["status"] == 0
     text = (folder / "report.md").read_text()
     assert "| fused |" in text and "| eager |" in text and "Nothing." in text
+    pictures = [folder / f"report-{name}.png" for name in ("training", "inference", "textbook")]
+    assert all(picture.stat().st_size > 5000 and f"({picture.name})" in text for picture in pictures)
 
 
 def check(folder, seconds: float = 60.0) -> Check:
@@ -221,6 +223,15 @@ def test_the_largest_gaps_come_first_and_equal_launches_are_one():
     first, second = launches.largest_gaps(launches.table(events, [launch, other, launch], CEILINGS))
     assert (first["kernel"], first["count"], first["microseconds"]) == ("apply_kernel", 2, 3.0)
     assert (second["kernel"], second["count"]) == ("pool_kernel", 1)
+
+
+def test_each_of_the_largest_gaps_has_a_bar_of_its_own_and_its_least_within_it():
+    kept = [results for results in publish.kept_results() if "kernels" in results][0]
+    gaps = kept["kernels"]["training"]["gaps"]
+    (axes,) = dict(plots.figures({"kernels": {"training": {"gaps": gaps}}}))["kernels-training"].axes
+    measured, least = ([bar.get_width() for bar in bars] for bars in axes.containers)
+    assert measured == [gap["microseconds"] for gap in gaps]
+    assert least == [gap["least_microseconds"] for gap in gaps]
 
 
 # ---- documents -------------------------------------------------------------------------------------------------
