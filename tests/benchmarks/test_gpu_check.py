@@ -226,7 +226,7 @@ def test_the_largest_gaps_come_first_and_equal_launches_are_one():
 
 
 def test_each_of_the_largest_gaps_has_a_bar_of_its_own_and_its_least_within_it():
-    kept = [results for results in publish.kept_results() if "kernels" in results][0]
+    kept = next(results for results in publish.kept_results() if "kernels" in results)
     gaps = kept["kernels"]["training"]["gaps"]
     (axes,) = dict(plots.figures({"kernels": {"training": {"gaps": gaps}}}))["kernels-training"].axes
     measured, least = ([bar.get_width() for bar in bars] for bars in axes.containers)
