@@ -78,7 +78,7 @@ $(MATRIX)/%/.installed: requirements.txt
 test-matrix: $(STACKS:%=$(MATRIX)/%/.installed)
 	@failed=; for stack in $(STACKS); do \
 	  python=$(MATRIX)/$$stack/bin/python; echo "torch+triton $$stack"; \
-	  TRITON_INTERPRET=1 $$python -m pytest -q $(PARALLEL) -m core tests --ignore=tests/emulated --ignore=tests/gate || \
+	  TRITON_INTERPRET=1 $$python -m pytest -q $(PARALLEL) -m core tests $(OTHERS:%=--ignore=tests/%) || \
 	    failed="$$failed $$stack"; \
 	  ! $$python -c 'import ptxsim' 2>/dev/null || \
 	    env -u TRITON_INTERPRET $$python -m pytest -q $(PARALLEL) -m core tests/emulated || \
