@@ -135,9 +135,8 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -
     if norm.eps < 0 or (norm.training and norm.eps == 0):
         least = "above 0 in training" if norm.training else "of at least 0"
         raise ValueError(f"{name}.eps: expected a number {least}, got {norm.eps}")
-    for count in (norm.num_batches_tracked, norm.counted):
-        if count is not None:
-            _check_count(f"{name}.num_batches_tracked", count, x)
+    if norm.num_batches_tracked is not None:
+        _check_count(f"{name}.num_batches_tracked", norm.num_batches_tracked, x)
 
 
 def _check_count(name: str, t: Tensor, x: Tensor) -> None:

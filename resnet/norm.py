@@ -30,7 +30,7 @@ class Norm(NamedTuple):
     momentum: float
     eps: float
     num_batches_tracked: Tensor | None = None  # () int64: the momentum is 1 over it, and `momentum` is not used
-    counted: Updated = None  # () int64, when training: 1 is added
+    counted: Updated = None  # when training 1 is added, whatever it is
 
 
 VECTORS = Norm._fields[:5]  # (C,) each, where they are there

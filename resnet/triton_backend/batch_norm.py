@@ -36,7 +36,10 @@ def dense(norm: Norm) -> Norm:
 
 def batch_stats(moments: Moments, norm: Norm) -> Tensor:
     """stats (4, C) from the batch's moments; updates the running statistics in place."""
-    vectors = dense(norm)
+    vectors, counted = dense(norm), norm.counted
+    if counted is not None and (counted.shape, counted.dtype, counted.device) != ((), torch.int64, moments[0].device):
+        counted.add_(1)
+        counted = None
     stats = batch_norm_finalize(
         *moments,
         vectors.weight,
@@ -47,7 +50,7 @@ def batch_stats(moments: Moments, norm: Norm) -> Tensor:
         norm.eps,
         vectors.conv_bias,
         norm.num_batches_tracked,
-        norm.counted,
+        counted,
     )
     for given, updated in ((norm.running_mean, vectors.running_mean), (norm.running_var, vectors.running_var)):
         if given is not updated:
