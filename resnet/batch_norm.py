@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
 from resnet import ops
-from resnet.checks import check_activation
-from resnet.functional import checked, unchecked
+from resnet.checks import check_activation, check_shortcut
+from resnet.functional import channels_last, checked, unchecked
 from resnet.fused import passed_over
 from resnet.norm import VECTORS, Norm, norm_of
 from resnet.reference import BatchNormAddRelu2d, batch_norm_add_relu  # noqa: F401, in the source that TorchScript compiles
@@ -51,10 +52,11 @@ class FusedBatchNorm2d(BatchNormAddRelu2d):
         Args:
             input: (N, C, H, W), float16, bfloat16, float32 or float64; any layout, channels_last is not converted. The
                 parameters and the running statistics are of its type or float32.
-            shortcut: input's shape, type and device, or None.
+            shortcut: input's shape, type and device, or None. Under autocast it may be of another type; PyTorch's
+                operators then add it and apply the ReLU.
 
         Returns:
-            (N, C, H, W) of input's type, channels_last.
+            (N, C, H, W) of input's type, channels_last; of the wider type where the shortcut's is another.
 
         Raises, before anything has changed, the count of batches included:
             ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
@@ -70,7 +72,12 @@ class FusedBatchNorm2d(BatchNormAddRelu2d):
         if ops.is_transformed_or_recorded():
             return super().forward(input, shortcut)
         check_activation(input, _channels(norm))
-        return checked(input, shortcut, norm, self.relu)
+        if shortcut is None or not _is_promoted(input, shortcut):
+            return checked(input, shortcut, norm, self.relu)
+        check_activation(shortcut, input.shape[1], "shortcut")
+        check_shortcut(shortcut, input, cast=True)
+        z = checked(input, None, norm, False) + channels_last(shortcut)
+        return z.relu() if self.relu else z
 
     forward.__wrapped__ = BatchNormAddRelu2d.forward  # what torch.jit.script compiles
 
@@ -95,6 +102,11 @@ def _check_takes_over(cls: type, bn: nn.Module) -> None:
         raise ValueError(
             f"{cls.__name__}.of: expected a BatchNorm2d without hooks or a forward of its own, got one with {found}"
         )
+
+
+def _is_promoted(x: Tensor, shortcut: Tensor) -> bool:
+    """Whether autocast made x of another type than the shortcut: eager's sum is then of the wider one."""
+    return torch._C._is_any_autocast_enabled() and isinstance(shortcut, Tensor) and shortcut.dtype != x.dtype
 
 
 def _channels(norm: Norm) -> int | None:

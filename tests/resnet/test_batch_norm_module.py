@@ -220,6 +220,19 @@ def test_autocast_takes_the_input_as_it_is(any_backend, dtype, train):
     same(result, step(plain, *given))
 
 
+@train_and_eval
+@with_and_without_relu
+def test_under_autocast_a_shortcut_may_be_wider_than_what_a_convolution_gave(any_backend, relu, train):
+    fused, eager = pair(relu, train=train)
+    x, shortcut = draw(*SHAPE, dtype=torch.bfloat16), draw(*SHAPE, seed=1)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        result, expected = step(fused, x, LAYOUTS["nchw"](shortcut)), step(eager, x, shortcut)
+        with pytest.raises(ValueError, match="shortcut: expected the input's shape"):
+            fused(x, shortcut[:1])
+    assert result["out"].dtype == torch.float32 and is_channels_last(result["out"])
+    torch.testing.assert_close(result, expected, atol=0.05, rtol=0.02)
+
+
 # ---- layouts ---------------------------------------------------------------------------------------------------
 
 
