@@ -8,12 +8,14 @@ from resnet._version import __version__ as __version__
 from resnet.kernels.host.command import settings_are_read
 
 with settings_are_read():
+    from resnet.batch_norm import FusedBatchNorm2d
     from resnet.fused import FusedResidual, FusedStem
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
     from resnet.reference import Residual, Stem, resnet18, resnet_block
     from resnet.settings import backend, convolution, current_backend, current_convolution
 
 __all__ = [
+    "FusedBatchNorm2d",
     "FusedResidual",
     "FusedStem",
     "LazyFusedResidual",

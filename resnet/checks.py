@@ -75,11 +75,12 @@ def check_input_type(x: Tensor, weights: Mapping[str, Tensor]) -> None:
         raise TypeError(f"input: expected {expected} as {next(iter(weights))}, got {got}")
 
 
-def check_shortcut(shortcut: Tensor, x: Tensor) -> None:
-    """ValueError or TypeError unless the shortcut has x's shape, type and device."""
+def check_shortcut(shortcut: Tensor, x: Tensor, cast: bool = False) -> None:
+    """ValueError or TypeError unless the shortcut has x's shape, device and, if it is not `cast`, type."""
     if shortcut.shape != x.shape:
         raise ValueError(f"shortcut: expected the input's shape {tuple(x.shape)}, got {tuple(shortcut.shape)}")
-    _check_dtype("shortcut", shortcut, x)
+    if not cast:
+        _check_dtype("shortcut", shortcut, x)
     _check_device("shortcut", shortcut, x)
 
 

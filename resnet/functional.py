@@ -63,18 +63,39 @@ def batch_norm_add_relu(
         ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
         RuntimeError: on double backward through a kernel.
     """
-    compiling = torch.compiler.is_compiling()  # then the operator asks for the backend, each time that it runs
-    may_be_eager = relu and not compiling
     norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
-    if not compiling and ops.is_direct() and _needs_no_check(x, shortcut, norm):
-        if backends.implementation(x) is torch_backend:
-            if relu and (not training or are_few(x)):
-                return eager(x, norm, shortcut)
-            flat = pack(BatchNormAddRelu(x, shortcut, norm, relu))
-            return ops.call("batch_norm_add_relu", flat, known(flat))
+    out = unchecked(x, shortcut, norm, relu)
+    if out is not None:
+        return out
     tensors = x, running_mean, running_var, weight, bias, shortcut
     if ops.is_transformed_or_recorded() or any(isinstance(t, Proxy) for t in tensors):
         return reference.batch_norm_add_relu(*tensors, training, momentum, eps, relu)
+    return checked(x, shortcut, norm, relu)
+
+
+batch_norm_add_relu.__wrapped__ = reference.batch_norm_add_relu  # what torch.jit.script compiles
+
+
+def unchecked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool) -> Tensor | None:
+    """`checked`, where a quick look tells that PyTorch's operators take these as they are; else None."""
+    if torch.compiler.is_compiling() or not ops.is_direct() or not _needs_no_check(x, shortcut, norm):
+        return None
+    if backends.implementation(x) is not torch_backend:
+        return None
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if relu and (not norm.training or are_few(x)):
+        return eager(x, norm, shortcut)
+    flat = pack(BatchNormAddRelu(x, shortcut, norm, relu))
+    return ops.call("batch_norm_add_relu", flat, known(flat))
+
+
+def checked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool) -> Tensor:
+    """relu(batch_norm(x) + shortcut), for arguments that a user gave: see `batch_norm_add_relu`.
+
+    The batch is counted once nothing can be refused any more: where the momentum is made of the count, here and in
+    `unchecked`, as the operator wants it to be counted already.
+    """
     check_activation(x, None)
     check_norm(norm, x, x.shape[1])
     check_values_per_channel(norm, tuple(x.shape))
@@ -83,13 +104,15 @@ def batch_norm_add_relu(
         check_shortcut(shortcut, x)
         shortcut = channels_last(shortcut)
     x = channels_last(x)
-    if may_be_eager and backends.implementation(x) is torch_backend and is_eager_as_good(x, norm):
+    backend = None
+    if not torch.compiler.is_compiling():  # else the operator asks for the backend, each time that it runs
+        backend = backends.implementation(x)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    if backend is torch_backend and relu and is_eager_as_good(x, norm):
         return eager(x, norm, shortcut)
     arguments = BatchNormAddRelu(x, shortcut, norm, relu)
     return torch.ops.fused_residual.batch_norm_add_relu(*pack(arguments))[0]
-
-
-batch_norm_add_relu.__wrapped__ = reference.batch_norm_add_relu  # what torch.jit.script compiles
 
 
 def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
@@ -119,6 +142,11 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
     for v in norm[:4]:
         if v is not None and not (
             isinstance(v, Tensor) and v.dtype is dtype and v.is_cpu and v.shape == channels and v.is_contiguous()
+        ):
+            return False
+    for count in norm[8:]:
+        if count is not None and not (
+            isinstance(count, Tensor) and count.is_cpu and count.dtype is torch.int64 and count.dim() == 0
         ):
             return False
     return True

@@ -26,7 +26,7 @@ from resnet.checks import (
 )
 from resnet.functional import channels_last
 from resnet.kernels.host.facts import Recent
-from resnet.norm import VECTORS, Norm
+from resnet.norm import VECTORS, Norm, held, norm_of
 from resnet.reference import Residual, Stem
 from resnet.torch_backend.convolution import out_size
 
@@ -50,7 +50,7 @@ _GLOBAL_HOOKS = "global module hooks are registered, which a fused operator woul
 _FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
 
 
-def _passed_over(module: nn.Module) -> str | None:
+def passed_over(module: nn.Module) -> str | None:
     """What calling a submodule would run, and a fused operator would not; in as few calls as can be."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "hooks"
@@ -72,7 +72,7 @@ def _unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | Non
         if got == expected:
             got, expected = (f"{k.__module__}.{k.__qualname__}" for k in (type(module), kind))
         return f"{name} is a {got}, not a {expected}"
-    found = _passed_over(module)
+    found = passed_over(module)
     return None if found is None else f"{name} has {found}, which a fused operator would not call"
 
 
@@ -123,7 +123,7 @@ def _conv_state(conv: nn.Module | None) -> tuple:
         _hashable(own["dilation"]),
         own["groups"],
         own["padding_mode"],
-        _passed_over(conv),
+        passed_over(conv),
     )
 
 
@@ -134,41 +134,11 @@ def _hashable(value: object) -> object:
 
 def _state(module: nn.Module) -> tuple:
     """All that fusing asks of another module."""
-    return type(module), _passed_over(module)
-
-
-def _tensor(module: nn.Module, kind: str, name: str) -> Tensor | None:
-    """getattr(module, name) for what is mostly found among the module's parameters or buffers."""
-    found = module.__dict__[kind]
-    return found[name] if name in found else getattr(module, name)
+    return type(module), passed_over(module)
 
 
 def _count(bn: nn.BatchNorm2d) -> Tensor | None:
-    return _tensor(bn, "_buffers", "num_batches_tracked")
-
-
-def _norm(bn: nn.BatchNorm2d, conv: nn.Conv2d) -> Norm:
-    """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing."""
-    own = bn.__dict__
-    training, momentum, count, counted = own["training"], own["momentum"], None, None
-    mean, var = _tensor(bn, "_buffers", "running_mean"), _tensor(bn, "_buffers", "running_var")
-    tracked = not training or own["track_running_stats"]
-    if training and tracked:
-        counted = _count(bn)
-    if momentum is None:
-        momentum, count, counted = 0.0, counted, None
-    return Norm(
-        _tensor(bn, "_parameters", "weight"),
-        _tensor(bn, "_parameters", "bias"),
-        mean if tracked else None,
-        var if tracked else None,
-        _tensor(conv, "_parameters", "bias"),
-        training or mean is None,
-        momentum,
-        own["eps"],
-        count,
-        counted,
-    )
+    return held(bn, "_buffers", "num_batches_tracked")
 
 
 def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
@@ -243,7 +213,7 @@ class _Fused:
         if not isinstance(X, Tensor):
             check_activation(X, None)  # which refuses it
         pairs = self._norm_pairs()
-        norms = [_norm(bn, conv) for bn, conv in pairs]
+        norms = [norm_of(bn, held(conv, "_parameters", "bias")) for bn, conv in pairs]
         dtype = _autocast_dtype(X)
         x = X if dtype is None else X.to(dtype)
         flat = self._arguments(x, norms, dtype is not None)
@@ -288,7 +258,7 @@ def _remember(state: tuple, recent: Recent) -> None:
 
 def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> tuple[Tensor, Tensor | None]:
     """A convolution's weight as autocast multiplies it, and the parameter that such a copy was made of."""
-    weight = _tensor(conv, "_parameters", "weight")
+    weight = held(conv, "_parameters", "weight")
     if not cast or weight.dtype == x.dtype:
         return weight, None
     return weight.detach().to(x.dtype, memory_format=torch.channels_last), weight
@@ -453,6 +423,6 @@ class FusedResidual(_Fused, Residual):
         weight2, master2 = _weight(own["conv2"], x, cast)
         weight3 = master3 = bias3 = None
         if conv3 is not None:
-            (weight3, master3), bias3 = _weight(conv3, x, cast), _tensor(conv3, "_parameters", "bias")
+            (weight3, master3), bias3 = _weight(conv3, x, cast), held(conv3, "_parameters", "bias")
         convs = weight1, weight2, weight3, bias3, conv1.stride[0], master1, master2, master3
         return [x, *convs, *norms[0], *norms[1]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resnet.schema import Updated
 
@@ -42,6 +42,39 @@ class NormGrad(NamedTuple):
     dbias: Tensor | None  # (C,)
     sum_g: Tensor  # (C,), in the type of the statistics: the gradient of whatever was added per channel
     g: Tensor | None  # (N, C, H, W): dout where the ReLU passes it, for the shortcut; None where that is dout itself
+
+
+def held(module: nn.Module, kind: str, name: str) -> Tensor | None:
+    """getattr(module, name) for what is mostly found among the module's "_parameters" or "_buffers"."""
+    found = module.__dict__[kind]
+    return found[name] if name in found else getattr(module, name)
+
+
+def norm_of(bn: nn.BatchNorm2d, conv_bias: Tensor | None = None) -> Norm:
+    """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing.
+
+    This batch is not counted yet, in `num_batches_tracked` either.
+    """
+    own = bn.__dict__
+    training, momentum, count, counted = own["training"], own["momentum"], None, None
+    mean, var = held(bn, "_buffers", "running_mean"), held(bn, "_buffers", "running_var")
+    tracked = not training or own["track_running_stats"]
+    if training and tracked:
+        counted = held(bn, "_buffers", "num_batches_tracked")
+    if momentum is None:
+        momentum, count, counted = 0.0, counted, None
+    return Norm(
+        held(bn, "_parameters", "weight"),
+        held(bn, "_parameters", "bias"),
+        mean if tracked else None,
+        var if tracked else None,
+        conv_bias,
+        training or mean is None,
+        momentum,
+        own["eps"],
+        count,
+        counted,
+    )
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

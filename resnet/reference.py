@@ -185,3 +185,38 @@ def batch_norm_add_relu(
     if shortcut is not None:
         z = z + shortcut
     return F.relu(z) if relu else z
+
+
+class BatchNormAddRelu2d(nn.BatchNorm2d):
+    """relu(batch_norm(x) + shortcut), an `nn.BatchNorm2d` that goes on: the eager form of `FusedBatchNorm2d`.
+
+    TorchScript compiles its forward and cannot call `nn.BatchNorm2d`'s, whose steps are therefore written out.
+    """
+
+    def __init__(self, *args, relu: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.relu = relu
+
+    def forward(self, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats:
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+                if self.momentum is None:
+                    momentum = 1.0 / float(self.num_batches_tracked)
+        return batch_norm_add_relu(
+            input,
+            self.running_mean if not self.training or self.track_running_stats else None,
+            self.running_var if not self.training or self.track_running_stats else None,
+            self.weight,
+            self.bias,
+            shortcut,
+            self.training or (self.running_mean is None and self.running_var is None),
+            momentum,
+            self.eps,
+            self.relu,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, relu={self.relu}"

@@ -50,6 +50,15 @@ def claims_of_functional(output: str) -> None:
     assert all(float(difference) < 1e-10 for _, difference in lines)
 
 
+def claims_of_block_by_hand(output: str) -> None:
+    losses = re.findall(r"^step \d: loss (\S+) fused, (\S+) plain$", output, re.MULTILINE)
+    assert len(losses) == 4 and all(float(fused) == pytest.approx(float(plain), rel=1e-6) for fused, plain in losses)
+    assert float(losses[-1][0]) < float(losses[0][0])
+    assert "same state_dict keys: True" in output
+    assert "batches counted: 4" in output
+    assert number("largest difference of the trained values", output) < 1e-9
+
+
 def claims_of_plain_export(output: str) -> None:
     assert "resnet imported where the exported net ran: False" in output
     assert number("largest difference from the fused net", output) <= ROUNDING * number("largest output", output)
@@ -66,6 +75,7 @@ CLAIMS = {
     "drop_in": claims_of_drop_in,
     "training_loop": claims_of_training_loop,
     "functional": claims_of_functional,
+    "block_by_hand": claims_of_block_by_hand,
     "plain_export": claims_of_plain_export,
     "d2l_current_edition": claims_of_d2l_current_edition,
 }

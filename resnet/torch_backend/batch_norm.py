@@ -190,10 +190,13 @@ def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
     """Whether `eager` keeps and computes what `forward` and `backward` do, with less of Python around it.
 
     PyTorch takes the statistics in the type of the vectors, of many pixels with few digits; an empty batch changes the
-    running ones, and backward on the CPU reads a weight with strides as if it had none.
+    running ones, and backward on the CPU reads a weight with strides as if it had none. It wants a momentum
+    that the host knows, and one made of a count is the device's.
     """
     dtype = x.dtype
     if dtype not in EAGER_DTYPES or x.numel() == 0 or (norm.training and not are_few(x)):
+        return False
+    if norm.num_batches_tracked is not None:
         return False
     return all(v is None or (v.dtype == dtype and v.is_contiguous()) for v in norm[:4])
 
@@ -204,7 +207,11 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
     It keeps x and out for backward. Without the ReLU, whose backward makes dense what it gives, BatchNorm's would
     depend on the layout of the incoming gradient.
     """
-    weight, bias, mean, var, _, training, momentum, eps = norm[:8]
+    weight, bias, mean, var, _, training, momentum, eps, count, counted = norm
+    if counted is not None:
+        counted.add_(1)
+    elif count is not None:
+        momentum = 1.0 / count.item()  # nobody waits for it: where a quick look found it, it is on the CPU
     out = torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
     return (out if shortcut is None else out.add_(shortcut)).relu_()
 
