@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from resnet.kernels.host.command import ConfigError, RunError
 from resnet.kernels.host.files import irregular, write_atomically
 
+if TYPE_CHECKING:  # which the commands do without, unless a plot is asked for
+    from matplotlib.figure import Figure
+
 LARGEST = 2**63 - 1  # that PyTorch takes for a size
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of autocast
 
 _WRITTEN_TO = ("pipe", "character device")  # not replaced by a file
 
@@ -52,16 +58,31 @@ def require_count(name: str, value: int) -> None:
     require(1 <= value <= LARGEST, name, "at least 1" if value < 1 else "at most 2**63 - 1", value)
 
 
+def require_limit(name: str, limit: int | None, images: int, source: str) -> None:
+    """ConfigError unless there are so many images; None is no limit."""
+    require(limit is None or limit >= 1, name, "at least 1", limit)
+    require(limit is None or limit <= images, name, f"at most {images} with {source}", limit)
+
+
 # ---- files that a user has named ---------------------------------------------------------------------------------
 
 
-def check_outputs(outputs: Mapping[str, str | os.PathLike[str] | None]) -> None:
-    """ConfigError unless `write_output` can write at each path, and no two of them are one file. None is no output."""
+Paths = Mapping[str, "str | os.PathLike[str] | None"]
+
+
+def check_outputs(outputs: Paths, inputs: Paths | None = None) -> None:
+    """ConfigError unless `write_output` can write at each path, and no two of them are one file. None is no output.
+
+    Nor may an output be one of the inputs, which it would replace.
+    """
     given = {name: Path(path) for name, path in outputs.items() if path is not None}
+    read = {name: Path(path) for name, path in (inputs or {}).items() if path is not None}
     for name, path in given.items():
         _check_writable(name, path)
     for (first, path), (name, other) in combinations(given.items(), 2):
         require(not _are_one(path, other), name, f"another file than that of {first}", other)
+    for (first, source), (name, path) in product(read.items(), given.items()):
+        require(not _is_there_as(source, path), name, f"another file than that of {first}", path)
 
 
 def _check_writable(name: str, path: Path) -> None:
@@ -87,6 +108,14 @@ def _are_one(path: Path, other: Path) -> bool:
         return os.path.samefile(path, other) and irregular(path) != "character device"
     except FileNotFoundError:
         return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _is_there_as(source: Path, path: Path) -> bool:
+    """Whether an input is there, and is the file that the path names."""
+    try:
+        return os.path.samefile(source, path)
+    except (OSError, ValueError):  # what cannot be read is refused by what reads it
+        return False
 
 
 def _standard_stream(path: Path) -> int | None:
@@ -118,3 +147,29 @@ def write_output(path: str | os.PathLike[str], content: bytes) -> None:
             write_atomically(path, lambda file: file.write(content))
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+# ---- plots -------------------------------------------------------------------------------------------------------
+
+
+def check_plot(path: str | os.PathLike[str] | None) -> None:
+    """ConfigError where matplotlib is missing or draws no file of such a name. None is no plot."""
+    if path is None:
+        return
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    require(_kind(path) in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
+
+
+def write_plot(path: str | os.PathLike[str], figure: Figure) -> None:
+    """Write a figure as its path's end says; OutputError where that fails."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=_kind(path))
+    write_output(path, picture.getvalue())
+
+
+def _kind(path: str | os.PathLike[str]) -> str:
+    return Path(path).suffix[1:]

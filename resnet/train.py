@@ -8,11 +8,12 @@ import signal
 import sys
 from typing import Any
 
-from resnet.commands import write_output
+from resnet.checkpoints import MODELS
+from resnet.commands import DTYPES, write_output
 from resnet.data import DatasetError
 from resnet.kernels.host.command import Parser, ended_by, put, run, say
 from resnet.recipes import RECIPES
-from resnet.training import CUDA_GRAPHS, DTYPES, MODELS, TrainConfig, train
+from resnet.training import CUDA_GRAPHS, TrainConfig, train
 
 
 def _parser() -> Parser:

@@ -29,8 +29,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from resnet.checkpoints import FORMAT, check_settings, read_checkpoint
-from resnet.commands import ConfigError, check_outputs, find_device, require, require_count, write_output
+from resnet.checkpoints import FORMAT, MODELS, another_net, check_settings, read_checkpoint
+from resnet.commands import (
+    DTYPES,
+    ConfigError,
+    check_outputs,
+    find_device,
+    require,
+    require_count,
+    require_limit,
+    write_output,
+)
 from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
 from resnet.fused import FusedResidual
 from resnet.graphs import Graphed
@@ -40,12 +49,10 @@ from resnet.reference import resnet18
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "train"]
 
-MODELS = ("eager", "fused", "compile")
 CUDA_GRAPHS = ("auto", "on", "off")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LOOK_SECONDS = 0.5  # between two looks at the losses; each makes a GPU's queue run empty
-_EVALUATION_BATCH = 256
+EVALUATION_BATCH = 256
 
 
 class NonFiniteError(RunError, ArithmeticError):
@@ -100,6 +107,7 @@ class TrainConfig:
         for name, limit in (("--limit-train", self.limit_train), ("--limit-test", self.limit_test)):
             require(limit is None or limit >= 1, name, "at least 1", limit)
         check_outputs({"--save": self.save, "--json": self.json})
+        check_outputs({"--json": self.json}, {"--resume": self.resume})
 
     def _of_recipe(self, name: str) -> Any:
         value = getattr(RECIPES[self.recipe], name)
@@ -187,8 +195,13 @@ class TrainResult:
             **dataclasses.asdict(self),
             "recipe": dataclasses.asdict(self.config.plan),
             "train_seconds": self.train_seconds,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": versions(),
         }
+
+
+def versions() -> dict[str, str]:
+    """What figures depend on beside this package."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -421,7 +434,7 @@ class _Run:
             self.evaluated.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (KeyError, ValueError, RuntimeError):
-            raise ConfigError(f"--resume: cannot go on from {self.config.resume}: it is of another net") from None
+            raise another_net(self.config.resume) from None
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.tally = _Tally(**checkpoint["tally"])
         self.history.extend(Epoch(**figures) for figures in checkpoint["history"])
@@ -518,11 +531,8 @@ def _wants_graph(config: TrainConfig, device: torch.device) -> bool:
 
 def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -> tuple[Batches, Batches]:
     """The training and the test set on the device. Raises ConfigError for a limit or a batch that cannot be."""
-    for name, limit, images in (
-        ("--limit-train", config.limit_train, dataset.train_images),
-        ("--limit-test", config.limit_test, dataset.test_images),
-    ):
-        require(limit is None or limit <= len(images), name, f"at most {len(images)} with {dataset.source}", limit)
+    require_limit("--limit-train", config.limit_train, len(dataset.train_images), dataset.source)
+    require_limit("--limit-test", config.limit_test, len(dataset.test_images), dataset.source)
     n = config.limit_train or len(dataset.train_images)
     # A last stage of one pixel has one value per channel in a batch of one image, which BatchNorm cannot normalise.
     plan = config.plan
@@ -552,7 +562,7 @@ def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -
     evaluation = Batches(
         dataset.test_images[: config.limit_test],
         dataset.test_labels[: config.limit_test],
-        _EVALUATION_BATCH,
+        EVALUATION_BATCH,
         device=device,
         resize=config.resize,
     )
