@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import pickle
 from collections.abc import Callable
@@ -25,6 +26,13 @@ def train_tiny(path: Path, **changes: Any) -> TrainResult:
     return training.train(
         TrainConfig(**{**settings, "limit_test": IMAGES, "device": "cpu", "save": str(path), **changes})
     )
+
+
+def save_untrained(path: Path) -> Path:
+    """What a command needs of a checkpoint of an eager net for images of 33x33, with first weights."""
+    settings = dataclasses.asdict(TrainConfig(model="eager", resize=33, device="cpu"))
+    torch.save({"model": resnet18().state_dict(), "args": settings, "epoch": 0}, path)
+    return path
 
 
 def changed(source: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:

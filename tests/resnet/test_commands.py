@@ -183,6 +183,7 @@ def test_a_hangup_that_is_ignored_stays_so():
 COMMANDS = (
     "resnet.train",
     "resnet.evaluate",
+    "resnet.predict",
     "resnet.tune",
     "resnet.kernels.tuning",
     "benchmarks.compare",
