@@ -22,7 +22,6 @@ FORMAT = 1
 MODELS = ("eager", "fused", "compile")
 KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "tally", "history", "args"}
 
-
 _GO_ON = "--resume: cannot go on from"
 _USE = "CHECKPOINT: cannot use"
 _ANOTHER_NET = "it is of another net"
@@ -82,8 +81,8 @@ def _are_known(settings: Any) -> bool:
     resize = settings.get("resize")
     return (
         settings.get("model") in MODELS
-        and settings.get("recipe") in RECIPES
-        and settings.get("dtype") in DTYPES
+        and settings.get("recipe") in tuple(RECIPES)  # a tuple: not all that a file holds can be a key
+        and settings.get("dtype") in tuple(DTYPES)
         and isinstance(resize, int)
         and IMAGE_SIZE <= resize <= LARGEST
     )
@@ -101,9 +100,10 @@ def _read(path: str, device: torch.device, purpose: str) -> dict[str, Any]:
         refused = isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)
         reason = "it holds more than weights and settings, and what may run code is not read"
         raise _refusal(purpose, path, reason if refused else "it is truncated, or no checkpoint") from None
-    if not isinstance(found, dict) or not {"model", "args", "epoch"} <= found.keys():
+    version = found.get("format", 0) if isinstance(found, dict) else None
+    if not isinstance(version, int) or not {"model", "args", "epoch"} <= found.keys():
         raise _refusal(purpose, path, "another program wrote it")
-    if found.get("format", 0) > FORMAT:
+    if version > FORMAT:
         raise _refusal(purpose, path, "a newer version wrote it")
     return found
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from itertools import combinations, product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 
@@ -92,7 +92,7 @@ def _check_writable(name: str, path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{name}: expected a file's path, got {path} ({reason})") from None
-    if _standard_stream(path) is not None:
+    if standard_stream(path) is not None:
         return
     if kind in _WRITTEN_TO:
         require(os.access(path, os.W_OK), name, "a file that may be written", f"the {kind} {path}")
@@ -118,7 +118,7 @@ def _is_there_as(source: Path, path: Path) -> bool:
         return False
 
 
-def _standard_stream(path: Path) -> int | None:
+def standard_stream(path: Path) -> int | None:
     """The descriptor of standard output or error where the path is the file that it goes to, as /dev/stdout is."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):
@@ -135,7 +135,7 @@ def write_output(path: str | os.PathLike[str], content: bytes) -> None:
     """
     path = Path(path)
     try:
-        stream = _standard_stream(path)
+        stream = standard_stream(path)
         if stream is not None:
             sys.stdout.flush()
             with open(stream, "wb", closefd=False) as file:
@@ -146,7 +146,38 @@ def write_output(path: str | os.PathLike[str], content: bytes) -> None:
         else:
             write_atomically(path, lambda file: file.write(content))
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise _not_written(path, error) from error
+
+
+def open_output(path: str | os.PathLike[str], append: bool) -> BinaryIO:
+    """A file that a user has named, for `append_to`; OutputError where it cannot be opened.
+
+    As `write_output` it follows links, and writes into a pipe, a device, and where standard output or error goes to.
+    """
+    path = Path(path)
+    try:
+        stream = standard_stream(path)
+        if stream is not None:
+            sys.stdout.flush()
+            return open(stream, "wb", buffering=0, closefd=False)
+        if irregular(path) in _WRITTEN_TO:
+            return open(os.open(path, os.O_WRONLY), "wb", buffering=0)
+        return open(path, "ab" if append else "wb", buffering=0)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def append_to(file: BinaryIO, path: str | os.PathLike[str], content: bytes) -> None:
+    """Write to a file of `open_output`, where readers find it at once; OutputError where that fails."""
+    try:
+        while content:  # a write into what has no buffer may take a part
+            content = content[file.write(content) :]
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    return OutputError(f"{path}: cannot be written ({error.strerror or error})")
 
 
 # ---- plots -------------------------------------------------------------------------------------------------------

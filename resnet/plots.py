@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would look for a screen
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from resnet.data import CLASSES
 
+if TYPE_CHECKING:
+    from resnet.training import Epoch
+
 ROWS, COLUMNS = 5, 8  # of images
 RIGHT, WRONG = "0.35", "#c4161c"
+CENTRED = {"horizontalalignment": "center", "verticalalignment": "center"}
 
 
 def evaluation(images: Tensor, labels: Tensor, guesses: Tensor, matrix: Tensor) -> Figure:
@@ -19,13 +25,31 @@ def evaluation(images: Tensor, labels: Tensor, guesses: Tensor, matrix: Tensor) 
     figure = Figure(figsize=(15, 7), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(8, 7))
     left.suptitle("the first images: class, then guess; a wrong guess is framed", fontsize=11)
-    cells = left.subplots(ROWS, COLUMNS)
-    for axes in cells.flat[len(images) :]:
-        axes.set_visible(False)
-    for axes, image, label, guess in zip(cells.flat, images, labels.tolist(), guesses.tolist()):
-        _draw_guess(axes, image, CLASSES[label], CLASSES[guess])
+    shown = zip(range(1, ROWS * COLUMNS + 1), images, labels.tolist(), guesses.tolist())
+    for place, image, label, guess in shown:
+        _draw_guess(left.add_subplot(ROWS, COLUMNS, place), image, CLASSES[label], CLASSES[guess])
     right.suptitle("confusion matrix: images by class and guess", fontsize=11)
     _draw_confusion(right.subplots(), matrix, CLASSES)
+    return figure
+
+
+def training(epochs: Sequence[Epoch], planned: int) -> Figure:
+    """Loss and accuracies by epoch, as the textbook draws them; the axis is as long as the run is to be."""
+    figure = Figure(figsize=(5.6, 4), layout="constrained")
+    axes = figure.subplots()
+    numbers = range(1, len(epochs) + 1)
+    marker = "o" if len(epochs) == 1 else None  # one point makes no line
+    for name, style, label in (
+        ("loss", "-", "train loss"),
+        ("train_acc", "m--", "train acc"),
+        ("test_acc", "g-.", "test acc"),
+    ):
+        axes.plot(numbers, [getattr(epoch, name) for epoch in epochs], style, label=label, marker=marker)
+    axes.set(xlabel="epoch", xlim=(1, planned) if planned > 1 else (0.5, 1.5))
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid()
+    axes.legend()
     return figure
 
 
@@ -54,6 +78,3 @@ def _draw_confusion(axes: Axes, matrix: Tensor, names: Sequence[str]) -> None:
             if count:
                 colour = "white" if shares[row][column] > 0.5 else "black"
                 axes.text(column, row, str(count), color=colour, fontsize=9, **CENTRED)
-
-
-CENTRED = {"horizontalalignment": "center", "verticalalignment": "center"}

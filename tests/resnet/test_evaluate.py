@@ -68,9 +68,9 @@ def test_the_stem_is_that_of_the_recipe_and_batches_are_as_asked(trained, monkey
     logits = evaluate.SavedNet.logits
     monkeypatch.setattr(evaluate.SavedNet, "logits", lambda net, xs: logits(net, noted(xs, batches)))
     small = changed(Path(trained.checkpoint), Path("small.pt"), as_small)
-    figures = evaluated(small, "--batch-size", "3", "--dtype", "bfloat16", images=4)
-    assert (figures["resize"], figures["dtype"], figures["images"]) == (28, "bfloat16", 4)
-    assert [tuple(x.shape) for x in batches] == [(3, 1, 28, 28), (1, 1, 28, 28)]
+    figures = evaluated(small, "--batch-size", "2", "--dtype", "bfloat16", images=3)
+    assert (figures["resize"], figures["dtype"], figures["images"]) == (28, "bfloat16", 3)
+    assert [tuple(x.shape) for x in batches] == [(2, 1, 28, 28), (1, 1, 28, 28)]
 
 
 def noted(xs, seen):
@@ -119,8 +119,7 @@ def test_each_image_has_its_class_and_its_guess_and_wrong_ones_are_marked():
 
     images = load_once(None).test_images[:5]
     figure = plots.evaluation(images, LABELS, GUESSES, confusion(LABELS, GUESSES))
-    *cells, matrix = figure.axes
-    shown = [axes for axes in cells if axes.get_visible()]
+    *shown, matrix = figure.axes
     assert [axes.get_title() for axes in shown] == [
         f"{CLASSES[label]}\n{CLASSES[guess]}" for label, guess in zip(LABELS, GUESSES)
     ]
