@@ -533,6 +533,20 @@ def test_lines_that_come_again_are_left_out_and_others_are_kept():
     assert metrics.lines_until(kept + later + b'{"epoch"', epochs=1, step=3) == kept
 
 
+def test_a_pipe_gets_all_lines_of_a_log():
+    os.mkfifo("pipe")
+    received = []
+    reader = threading.Thread(target=lambda: received.append(Path("pipe").read_text()))
+    reader.start()
+    log = metrics.Log("pipe")
+    log.go_on(epochs=1, step=0)  # which reads no pipe
+    log.write(epoch=2, loss=0.5)
+    log.write(epoch=3, loss=0.25)
+    log.close()
+    reader.join(timeout=60)
+    assert received == ['{"epoch": 2, "loss": 0.5}\n{"epoch": 3, "loss": 0.25}\n']
+
+
 def test_an_interrupted_run_leaves_its_lines_and_its_plot(monkeypatch):
     pytest.importorskip("matplotlib")
     seen = []
