@@ -41,7 +41,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "plot": ["matplotlib"],
+        "plot": ["matplotlib", "pillow"],  # and images that are read from files
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"],
     },
 )

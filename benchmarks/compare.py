@@ -22,7 +22,7 @@ import torch
 from benchmarks import common, turns
 from benchmarks.common import Implementation
 from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
-from resnet.commands import check_outputs, find_device, require, write_output
+from resnet.commands import DTYPES, check_outputs, check_plot, find_device, require, write_output, write_plot
 from resnet.data import IMAGE_SIZE, DatasetError, FashionMNIST, load
 from resnet.kernels.host.command import ConfigError, Parser, ended_by, run, say
 
@@ -30,7 +30,6 @@ RIVALS = ("eager", "compile")
 BLOCK_CASES = tuple(f"block{stage}-{mode}" for stage in (1, 2, 3, 4) for mode in ("train", "inference"))
 CASES = ("resnet18-train", "resnet18-inference", *BLOCK_CASES)
 DEFAULT_CASES = ("resnet18-train", "resnet18-inference", "block1-train", "block1-inference")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHANNELS = (64, 128, 256, 512)  # of the stages' identity blocks
 IMAGE_BATCHES = 4
 TURN_SECONDS = 0.05  # a side of a pair is called as often as lasts about so long, both equally often
@@ -226,15 +225,6 @@ def _parser() -> Parser:
     return parser
 
 
-def _check_plot(path: Path) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
-    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-    require(path.suffix[1:] in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
-
-
 def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, ...]:
     reason = common.compile_unavailable(device.type) if asked is None or "compile" in asked else None
     if reason and asked is not None:
@@ -249,8 +239,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
     device = find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the clock's events are recorded on the current one
-    if args.plot is not None:
-        _check_plot(args.plot)
+    check_plot(args.plot)
     check_outputs({"--json": args.json, "--plot": args.plot})
     settings = Settings(
         args.pairs,
@@ -323,7 +312,7 @@ def _compare(args: argparse.Namespace) -> int:
             from benchmarks import plot  # here, since it needs matplotlib, which the rest does without
 
             labelled = [(case_label(result.case), result.comparison) for result in results]
-            write_output(args.plot, plot.draw(labelled, title, args.plot.suffix[1:]))
+            write_plot(args.plot, plot.figure(labelled, title))
             print(f"\nwritten: {args.plot}")
     return status
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -18,16 +17,10 @@ CLOSE_TICKS = tuple(n / 20 for n in range(10, 31))  # where the axis' ends are l
 DOT, MEDIAN, BEYOND_LOW, BEYOND_HIGH = "o", "D", "<", ">"
 
 
-def draw(comparisons: Sequence[tuple[str, Comparison]], title: str, kind: str) -> bytes:
-    """A picture of a kind such as "png", of (case, comparison) pairs; a case's follow each other."""
-    picture = io.BytesIO()
-    figure(comparisons, title).savefig(picture, dpi=150, format=kind)
-    return picture.getvalue()
-
-
 def figure(comparisons: Sequence[tuple[str, Comparison]], title: str) -> Figure:
     """A group of lines per case, one per rival: a dot per pair, the median with its interval, the verdict.
 
+    Of (case, comparison) pairs; a case's follow each other.
     The axis is logarithmic: twice as fast and half as fast are equally far from 1. A pair beyond the axis is an
     arrowhead at its end.
     """

@@ -2,38 +2,109 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from resnet.commands import ConfigError
+from resnet.commands import DTYPES, LARGEST, ConfigError
+from resnet.data import IMAGE_SIZE
+from resnet.fused import FusedResidual
+from resnet.recipes import RECIPES
+from resnet.reference import Residual, resnet18
 
 FORMAT = 1
+MODELS = ("eager", "fused", "compile")
 KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "tally", "history", "args"}
+
+_GO_ON = "--resume: cannot go on from"
+_USE = "CHECKPOINT: cannot use"
+_ANOTHER_NET = "it is of another net"
 
 
 def read_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
     """The checkpoint of an earlier run, its tensors on the device. ConfigError, which says why, where it is none."""
+    found = _read(path, device, _GO_ON)
+    if not found.keys() >= KEYS:
+        raise _refusal(_GO_ON, path, "a version wrote it that kept too little to go on")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedNet:
+    """A net as the run that saved it evaluated it, in evaluation mode."""
+
+    net: nn.Module
+    device: torch.device  # where it is
+    model: str
+    recipe: str
+    resize: int
+    dtype: str
+    epoch: int  # trained in full
+
+    def logits(self, images: Iterable[Tensor]) -> Tensor:
+        """What the net says of batches of images (B, 1, resize, resize) on its device: float32 (N, 10) on the CPU."""
+        dtype = DTYPES[self.dtype]
+        with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return torch.cat([self.net(x).float() for x in images]).cpu()
+
+
+def read_net(path: str, device: torch.device) -> SavedNet:
+    """The net that a run has saved, on the device. ConfigError, which says why, where there is none."""
+    found = _read(path, device, _USE)
+    settings = found["args"]
+    if not _are_known(settings):
+        raise _refusal(_USE, path, "its settings are none of this version")
+    block = FusedResidual if settings["model"] == "fused" else Residual
+    net = resnet18(block=block, stem=RECIPES[settings["recipe"]].stem)
+    try:
+        net.load_state_dict(found["model"])
+    except (RuntimeError, TypeError, AttributeError):  # the keys, the sizes or the types are others
+        raise _refusal(_USE, path, _ANOTHER_NET) from None
+    return SavedNet(
+        net.to(device, memory_format=torch.channels_last).eval(),
+        device,
+        **{name: settings[name] for name in ("model", "recipe", "resize", "dtype")},
+        epoch=found["epoch"],
+    )
+
+
+def _are_known(settings: Any) -> bool:
+    """Whether a checkpoint's settings say which net its weights are of, and for which images."""
+    if not isinstance(settings, dict):
+        return False
+    resize = settings.get("resize")
+    return (
+        settings.get("model") in MODELS
+        and settings.get("recipe") in tuple(RECIPES)  # a tuple: not all that a file holds can be a key
+        and settings.get("dtype") in tuple(DTYPES)
+        and isinstance(resize, int)
+        and IMAGE_SIZE <= resize <= LARGEST
+    )
+
+
+def _read(path: str, device: torch.device, purpose: str) -> dict[str, Any]:
+    """What any use of a checkpoint needs: weights and settings that this version understands."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a file that is refused anyway
             found = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
-        raise _refusal(path, error.strerror or str(error)) from None
+        raise _refusal(purpose, path, error.strerror or str(error)) from None
     except Exception as error:  # of a damaged file PyTorch's reader raises whatever it stumbles over
         refused = isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)
         reason = "it holds more than weights and settings, and what may run code is not read"
-        raise _refusal(path, reason if refused else "it is truncated, or no checkpoint") from None
-    if not isinstance(found, dict) or not {"model", "args"} <= found.keys():
-        raise _refusal(path, "another program wrote it")
-    if found.get("format", 0) > FORMAT:
-        raise _refusal(path, "a newer version wrote it")
-    if not found.keys() >= KEYS:
-        raise _refusal(path, "a version wrote it that kept too little to go on")
+        raise _refusal(purpose, path, reason if refused else "it is truncated, or no checkpoint") from None
+    version = found.get("format", 0) if isinstance(found, dict) else None
+    if not isinstance(version, int) or not {"model", "args", "epoch"} <= found.keys():
+        raise _refusal(purpose, path, "another program wrote it")
+    if version > FORMAT:
+        raise _refusal(purpose, path, "a newer version wrote it")
     return found
 
 
@@ -43,8 +114,13 @@ def check_settings(path: str, saved: Mapping[str, Any], given: Mapping[str, Any]
         f"--{name.replace('_', '-')} {saved.get(name)}, not {v}" for name, v in given.items() if saved.get(name) != v
     ]
     if changed:
-        raise _refusal(path, f"its run has {'; '.join(changed)}")
+        raise _refusal(_GO_ON, path, f"its run has {'; '.join(changed)}")
 
 
-def _refusal(path: str, reason: str) -> ConfigError:
-    return ConfigError(f"--resume: cannot go on from {path}: {reason}")
+def another_net(path: str) -> ConfigError:
+    """The error for a checkpoint of --resume whose weights do not fit."""
+    return _refusal(_GO_ON, path, _ANOTHER_NET)
+
+
+def _refusal(purpose: str, path: str, reason: str) -> ConfigError:
+    return ConfigError(f"{purpose} {path}: {reason}")

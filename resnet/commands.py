@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Mapping
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 
 from resnet.kernels.host.command import ConfigError, RunError
 from resnet.kernels.host.files import irregular, write_atomically
 
+if TYPE_CHECKING:  # which the commands do without, unless a plot is asked for
+    from matplotlib.figure import Figure
+
 LARGEST = 2**63 - 1  # that PyTorch takes for a size
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of autocast
 
 _WRITTEN_TO = ("pipe", "character device")  # not replaced by a file
 
@@ -52,16 +58,31 @@ def require_count(name: str, value: int) -> None:
     require(1 <= value <= LARGEST, name, "at least 1" if value < 1 else "at most 2**63 - 1", value)
 
 
+def require_limit(name: str, limit: int | None, images: int, source: str) -> None:
+    """ConfigError unless there are so many images; None is no limit."""
+    require(limit is None or limit >= 1, name, "at least 1", limit)
+    require(limit is None or limit <= images, name, f"at most {images} with {source}", limit)
+
+
 # ---- files that a user has named ---------------------------------------------------------------------------------
 
 
-def check_outputs(outputs: Mapping[str, str | os.PathLike[str] | None]) -> None:
-    """ConfigError unless `write_output` can write at each path, and no two of them are one file. None is no output."""
+Paths = Mapping[str, "str | os.PathLike[str] | None"]
+
+
+def check_outputs(outputs: Paths, inputs: Paths | None = None) -> None:
+    """ConfigError unless `write_output` can write at each path, and no two of them are one file. None is no output.
+
+    Nor may an output be one of the inputs, which it would replace.
+    """
     given = {name: Path(path) for name, path in outputs.items() if path is not None}
+    read = {name: Path(path) for name, path in (inputs or {}).items() if path is not None}
     for name, path in given.items():
         _check_writable(name, path)
     for (first, path), (name, other) in combinations(given.items(), 2):
         require(not _are_one(path, other), name, f"another file than that of {first}", other)
+    for (first, source), (name, path) in product(read.items(), given.items()):
+        require(not _is_there_as(source, path), name, f"another file than that of {first}", path)
 
 
 def _check_writable(name: str, path: Path) -> None:
@@ -71,7 +92,7 @@ def _check_writable(name: str, path: Path) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{name}: expected a file's path, got {path} ({reason})") from None
-    if _standard_stream(path) is not None:
+    if standard_stream(path) is not None:
         return
     if kind in _WRITTEN_TO:
         require(os.access(path, os.W_OK), name, "a file that may be written", f"the {kind} {path}")
@@ -89,7 +110,15 @@ def _are_one(path: Path, other: Path) -> bool:
         return os.path.realpath(path) == os.path.realpath(other)
 
 
-def _standard_stream(path: Path) -> int | None:
+def _is_there_as(source: Path, path: Path) -> bool:
+    """Whether an input is there, and is the file that the path names."""
+    try:
+        return os.path.samefile(source, path)
+    except (OSError, ValueError):  # what cannot be read is refused by what reads it
+        return False
+
+
+def standard_stream(path: Path) -> int | None:
     """The descriptor of standard output or error where the path is the file that it goes to, as /dev/stdout is."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):
@@ -106,7 +135,7 @@ def write_output(path: str | os.PathLike[str], content: bytes) -> None:
     """
     path = Path(path)
     try:
-        stream = _standard_stream(path)
+        stream = standard_stream(path)
         if stream is not None:
             sys.stdout.flush()
             with open(stream, "wb", closefd=False) as file:
@@ -117,4 +146,61 @@ def write_output(path: str | os.PathLike[str], content: bytes) -> None:
         else:
             write_atomically(path, lambda file: file.write(content))
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error})") from error
+        raise _not_written(path, error) from error
+
+
+def open_output(path: str | os.PathLike[str], append: bool) -> BinaryIO:
+    """A file that a user has named, for `append_to`; OutputError where it cannot be opened.
+
+    As `write_output` it follows links, and writes into a pipe, a device, and where standard output or error goes to.
+    """
+    path = Path(path)
+    try:
+        stream = standard_stream(path)
+        if stream is not None:
+            sys.stdout.flush()
+            return open(stream, "wb", buffering=0, closefd=False)
+        if irregular(path) in _WRITTEN_TO:
+            return open(os.open(path, os.O_WRONLY), "wb", buffering=0)
+        return open(path, "ab" if append else "wb", buffering=0)
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def append_to(file: BinaryIO, path: str | os.PathLike[str], content: bytes) -> None:
+    """Write to a file of `open_output`, where readers find it at once; OutputError where that fails."""
+    try:
+        while content:  # a write into what has no buffer may take a part
+            content = content[file.write(content) :]
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _not_written(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    return OutputError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+# ---- plots -------------------------------------------------------------------------------------------------------
+
+
+def check_plot(path: str | os.PathLike[str] | None) -> None:
+    """ConfigError where matplotlib is missing or draws no file of such a name. None is no plot."""
+    if path is None:
+        return
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    require(_kind(path) in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
+
+
+def write_plot(path: str | os.PathLike[str], figure: Figure) -> None:
+    """Write a figure as its path's end says; OutputError where that fails."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=_kind(path))
+    write_output(path, picture.getvalue())
+
+
+def _kind(path: str | os.PathLike[str]) -> str:
+    return Path(path).suffix[1:]

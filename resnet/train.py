@@ -8,11 +8,12 @@ import signal
 import sys
 from typing import Any
 
-from resnet.commands import write_output
+from resnet.checkpoints import MODELS
+from resnet.commands import DTYPES, write_output
 from resnet.data import DatasetError
 from resnet.kernels.host.command import Parser, ended_by, put, run, say
 from resnet.recipes import RECIPES
-from resnet.training import CUDA_GRAPHS, DTYPES, MODELS, TrainConfig, train
+from resnet.training import CUDA_GRAPHS, TrainConfig, train
 
 
 def _parser() -> Parser:
@@ -56,6 +57,9 @@ def _parser() -> Parser:
     parser.add_argument("--save", metavar="PATH", help="checkpoint, replaced after every epoch and at Ctrl-C")
     parser.add_argument("--resume", metavar="PATH", help="go on from a checkpoint of a run with the same settings")
     parser.add_argument("--json", metavar="PATH", help="figures of the run, per epoch and in all")
+    parser.add_argument("--log", metavar="PATH", help="a line of JSON per epoch, as the run goes; --resume adds to it")
+    parser.add_argument("--log-every", type=int, metavar="N", help="and a line per N steps")
+    parser.add_argument("--plot", metavar="PATH", help="loss and accuracies per epoch, drawn after each")
     return parser
 
 

@@ -29,23 +29,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from resnet.checkpoints import FORMAT, check_settings, read_checkpoint
-from resnet.commands import ConfigError, check_outputs, find_device, require, require_count, write_output
+from resnet.checkpoints import FORMAT, MODELS, another_net, check_settings, read_checkpoint
+from resnet.commands import (
+    DTYPES,
+    ConfigError,
+    check_outputs,
+    check_plot,
+    find_device,
+    require,
+    require_count,
+    require_limit,
+    write_output,
+    write_plot,
+)
 from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
 from resnet.fused import FusedResidual
 from resnet.graphs import Graphed
 from resnet.kernels.host.command import ENDING, RunError
+from resnet.metrics import Log
 from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
 from resnet.reference import resnet18
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "train"]
 
-MODELS = ("eager", "fused", "compile")
 CUDA_GRAPHS = ("auto", "on", "off")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _LOOK_SECONDS = 0.5  # between two looks at the losses; each makes a GPU's queue run empty
-_EVALUATION_BATCH = 256
+EVALUATION_BATCH = 256
 
 
 class NonFiniteError(RunError, ArithmeticError):
@@ -77,6 +87,9 @@ class TrainConfig:
     limit_test: int | None = None
     save: str | None = None  # checkpoint, written after every epoch
     json: str | None = None  # figures of the run
+    log: str | None = None  # lines of JSON, one per epoch, written as the run goes
+    log_every: int | None = None  # and one per so many steps
+    plot: str | None = None  # picture of loss and accuracies, drawn after every epoch
     resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
 
     def __post_init__(self) -> None:
@@ -100,7 +113,13 @@ class TrainConfig:
         require(0 <= self.seed < 2**63, "--seed", "a number from 0 to 2**63 - 1", self.seed)
         for name, limit in (("--limit-train", self.limit_train), ("--limit-test", self.limit_test)):
             require(limit is None or limit >= 1, name, "at least 1", limit)
-        check_outputs({"--save": self.save, "--json": self.json})
+        if self.log_every is not None:
+            require_count("--log-every", self.log_every)
+            require(self.log is not None, "--log-every", "--log, which names the file", "none")
+        check_plot(self.plot)
+        reports = {"--json": self.json, "--log": self.log, "--plot": self.plot}
+        check_outputs({"--save": self.save, **reports})
+        check_outputs(reports, {"--resume": self.resume})
 
     def _of_recipe(self, name: str) -> Any:
         value = getattr(RECIPES[self.recipe], name)
@@ -188,8 +207,13 @@ class TrainResult:
             **dataclasses.asdict(self),
             "recipe": dataclasses.asdict(self.config.plan),
             "train_seconds": self.train_seconds,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "versions": versions(),
         }
+
+
+def versions() -> dict[str, str]:
+    """What figures depend on beside this package."""
+    return {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -221,16 +245,20 @@ def train(config: TrainConfig) -> TrainResult:
     if device.type == "cpu" and config.dtype == "float16":
         print("float16 on a CPU is emulated and may be a hundred times slower; bfloat16 is not.", file=sys.stderr)
 
-    with _deferred_interrupt() as interrupt:
-        run = _Run(config, device, cuda_graph, batches, evaluation, interrupt)
+    with (
+        _deferred_interrupt() as interrupt,
+        contextlib.closing(_Run(config, device, cuda_graph, batches, evaluation, interrupt)) as run,
+    ):
         if earlier is not None:
             run.restore(earlier)
+            run.plot()
         warm_up_seconds = run.warm_up()
         epochs = run.history
         checkpoint = None
         while len(epochs) < config.epochs and not interrupt.is_set() and run.epoch():
             if config.save is not None:
                 checkpoint = run.save(config.save)
+            run.plot()
         interrupted = len(epochs) < config.epochs
         if interrupted and run.trained:
             checkpoint = run.save(_unused_path(config.model) if config.save is None else config.save)
@@ -298,6 +326,7 @@ class _Run:
         self.batches = batches
         self.evaluation = evaluation
         self.interrupt = interrupt
+        self.log = Log(config.log)
         self.epochs = 0  # trained in full
         self.step = 0  # steps of the next one
         self.history: list[Epoch] = []  # trained in full and evaluated
@@ -313,6 +342,9 @@ class _Run:
         # float16 alone needs its loss scaled: the others have float32's range of exponents.
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.dtype == "float16")
         self.graph: Graphed | None = None  # of a whole batch's step, once that is captured
+
+    def close(self) -> None:
+        self.log.close()
 
     @property
     def trained(self) -> bool:
@@ -379,6 +411,7 @@ class _Run:
                 stop = self.interrupt.is_set()
                 if self.step == steps or stop or time.perf_counter() - looked >= _LOOK_SECONDS:
                     _check_losses(tally.losses[checked : self.step], self.epochs + 1, checked + 1)
+                    self._log_steps(checked)
                     checked = self.step
                     tally.seconds = (looked := self._clock()) - start
                     bar.set_postfix_str(tally.figures())
@@ -390,8 +423,37 @@ class _Run:
             if test_acc is None:
                 return False
             bar.set_postfix_str(f"{tally.figures()}, test acc {test_acc:.3f}")
-        self.history.append(Epoch(tally.loss(), tally.accuracy(), test_acc, tally.seen, tally.seconds))
+        epoch = Epoch(tally.loss(), tally.accuracy(), test_acc, tally.seen, tally.seconds)
+        self.history.append(epoch)
+        self.log.write(
+            epoch=self.epochs,
+            loss=epoch.loss,
+            train_acc=epoch.train_acc,
+            test_acc=epoch.test_acc,
+            seconds=epoch.seconds,
+            lr=self._rate(0),
+        )
         return True
+
+    def _log_steps(self, logged: int) -> None:
+        """A line for each of `config.log_every` steps of the epoch, after those that were looked at before."""
+        every = self.config.log_every
+        if every is None:
+            return
+        for step in range(logged - logged % every + every, self.step + 1, every):
+            loss = self.tally.losses[step - 1].item()
+            self.log.write(epoch=self.epochs + 1, step=step, loss=loss, lr=self._rate(step))
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step of the epoch, counted from 1; 0 is the last one of the epoch before."""
+        return rate(self.plan, self.epochs * len(self.batches) + step - 1, self.steps)
+
+    def plot(self) -> None:
+        """Draws the epochs so far, where that is asked for."""
+        if self.config.plot is not None and self.history:
+            from resnet import plots  # here, since it needs matplotlib, which the rest does without
+
+            write_plot(self.config.plot, plots.training(self.history, self.config.epochs))
 
     def save(self, path: str) -> str:
         """Writes the checkpoint, whole or not at all; its path."""
@@ -422,18 +484,19 @@ class _Run:
             self.evaluated.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (KeyError, ValueError, RuntimeError):
-            raise ConfigError(f"--resume: cannot go on from {self.config.resume}: it is of another net") from None
+            raise another_net(self.config.resume) from None
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.tally = _Tally(**checkpoint["tally"])
         self.history.extend(Epoch(**figures) for figures in checkpoint["history"])
         self.epochs, self.step = checkpoint["epoch"], checkpoint["step"]
         if self.epochs > len(self.history):  # Ctrl-C came in its evaluation, which is all that it lacks
             self.epochs, self.step = len(self.history), len(self.batches)
+        self.log.go_on(self.epochs, self.step)
 
     def _step(self, index: Tensor) -> tuple[Tensor, ...]:
         """`_learn` at the step's learning rate, replayed where it was captured for so many images."""
         if self.plan.warm_up:
-            now = rate(self.plan, self.epochs * len(self.batches) + self.step, self.steps)
+            now = self._rate(self.step + 1)
             for group in self.optimizer.param_groups:
                 group["lr"].fill_(now)
         if self.graph is None or index.shape != self.graph.shape:
@@ -519,11 +582,8 @@ def _wants_graph(config: TrainConfig, device: torch.device) -> bool:
 
 def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -> tuple[Batches, Batches]:
     """The training and the test set on the device. Raises ConfigError for a limit or a batch that cannot be."""
-    for name, limit, images in (
-        ("--limit-train", config.limit_train, dataset.train_images),
-        ("--limit-test", config.limit_test, dataset.test_images),
-    ):
-        require(limit is None or limit <= len(images), name, f"at most {len(images)} with {dataset.source}", limit)
+    require_limit("--limit-train", config.limit_train, len(dataset.train_images), dataset.source)
+    require_limit("--limit-test", config.limit_test, len(dataset.test_images), dataset.source)
     n = config.limit_train or len(dataset.train_images)
     # A last stage of one pixel has one value per channel in a batch of one image, which BatchNorm cannot normalise.
     plan = config.plan
@@ -553,7 +613,7 @@ def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -
     evaluation = Batches(
         dataset.test_images[: config.limit_test],
         dataset.test_labels[: config.limit_test],
-        _EVALUATION_BATCH,
+        EVALUATION_BATCH,
         device=device,
         resize=config.resize,
     )

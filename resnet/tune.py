@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from resnet import settings
-from resnet.commands import check_outputs, find_device, require, require_count
+from resnet.commands import DTYPES, check_outputs, find_device, require, require_count
 from resnet.fused import FusedResidual
 from resnet.kernels.host.command import ConfigError, Parser, run
 from resnet.kernels.host.files import irregular
 from resnet.kernels.tuning import memory, timing
 from resnet.reference import resnet18
-from resnet.training import DTYPES
 
 _PROGRESS_SECONDS = 5
 

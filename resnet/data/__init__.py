@@ -2,6 +2,6 @@
 
 from resnet.data.augmentation import Augmentation
 from resnet.data.batches import Batches
-from resnet.data.files import IMAGE_SIZE, DatasetError, FashionMNIST, fetch, load
+from resnet.data.files import CLASSES, IMAGE_SIZE, DatasetError, FashionMNIST, fetch, load
 
-__all__ = ["IMAGE_SIZE", "Augmentation", "Batches", "DatasetError", "FashionMNIST", "fetch", "load"]
+__all__ = ["CLASSES", "IMAGE_SIZE", "Augmentation", "Batches", "DatasetError", "FashionMNIST", "fetch", "load"]

@@ -32,6 +32,18 @@ OFFICIAL_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's and Ubuntu's package dataset-fashion-mnist
 EMBEDDED_SAMPLE = "embedded sample"
 IMAGE_SIZE = 28
+CLASSES = (  # as the textbook names the labels from 0 to 9
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
 
 _OPEN_SECONDS = 5.0  # until a server has answered: an offline user should reach the sample soon
 _STALL_SECONDS = 15.0  # without a byte, once a download runs

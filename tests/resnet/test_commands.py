@@ -189,7 +189,15 @@ def test_a_hangup_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, usual)
 
 
-COMMANDS = ("resnet.train", "resnet.tune", "resnet.kernels.tuning", "benchmarks.compare", "benchmarks.gpu_check")
+COMMANDS = (
+    "resnet.train",
+    "resnet.evaluate",
+    "resnet.predict",
+    "resnet.tune",
+    "resnet.kernels.tuning",
+    "benchmarks.compare",
+    "benchmarks.gpu_check",
+)
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet import FusedResidual, Residual, resnet18, training
+from resnet import FusedResidual, Residual, metrics, resnet18, training
 from resnet.commands import ConfigError, find_device
 from resnet.data import DatasetError, load
+from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import NonFiniteError, TrainConfig, train
 from tests.conftest import ROOT
@@ -500,6 +501,93 @@ def test_figures_that_cannot_be_printed_are_kept(tmp_path):
     assert len(json.loads((tmp_path / "figures.json").read_text())["epochs"]) == 1
 
 
+# ---- the log and the plot --------------------------------------------------------------------------------------
+
+
+def lines_of(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_the_log_has_a_line_per_epoch_and_per_so_many_steps_and_a_resumed_run_adds_to_it():
+    settings = {"limit_train": 8, "limit_test": 4, "batch_size": 4, "resize": 33, "lr": 0.01, "log": "log"}
+    Path("log").write_text("of another run\n")
+    train(small(epochs=1, log_every=2, save="net.pt", **settings))
+    assert [(line["epoch"], line.get("step")) for line in lines_of("log")] == [(1, 2), (1, None)]
+    with open("log", "a") as log:  # of a run that was killed in its second epoch
+        log.write('{"epoch": 2, "step": 2, "loss": 9.0, "lr": 0.01}\n{"epoch": 2, "st')
+
+    result = train(small(epochs=2, log_every=1, resume="net.pt", **settings))
+    lines = lines_of("log")
+    places = [(line["epoch"], line.get("step")) for line in lines]
+    assert places == [(1, 2), (1, None), (2, 1), (2, 2), (2, None)]
+    assert all(line["lr"] == 0.01 for line in lines)
+    assert sum(line["loss"] for line in lines[2:4]) / 2 == pytest.approx(result.loss)
+    for line, epoch in zip((lines[1], lines[4]), result.epochs):
+        expected = {name: getattr(epoch, name) for name in ("loss", "train_acc", "test_acc", "seconds")}
+        assert line == {"epoch": line["epoch"], **expected, "lr": 0.01}
+
+
+def test_lines_that_come_again_are_left_out_and_others_are_kept():
+    kept = b'a note\n[1]\n{"epoch": 1, "step": 5}\n{"epoch": 1, "loss": 1.0}\n{"epoch": 2, "step": 3}\n'
+    later = b'{"epoch": 2, "step": 4}\n{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "step": 1}\n'
+    assert metrics.lines_until(kept + later + b'{"epoch"', epochs=1, step=3) == kept
+
+
+def test_a_pipe_gets_all_lines_of_a_log():
+    os.mkfifo("pipe")
+    received = []
+    reader = threading.Thread(target=lambda: received.append(Path("pipe").read_text()))
+    reader.start()
+    log = metrics.Log("pipe")
+    log.go_on(epochs=1, step=0)  # which reads no pipe
+    log.write(epoch=2, loss=0.5)
+    log.write(epoch=3, loss=0.25)
+    log.close()
+    reader.join(timeout=60)
+    assert received == ['{"epoch": 2, "loss": 0.5}\n{"epoch": 3, "loss": 0.25}\n']
+
+
+def test_an_interrupted_run_leaves_its_lines_and_its_plot(monkeypatch):
+    pytest.importorskip("matplotlib")
+    seen = []
+    interrupt_before(monkeypatch, "save")
+    save = training._Run.save
+    monkeypatch.setattr(training._Run, "save", lambda run, path: (seen.append(lines_of("log")), save(run, path))[1])
+    monkeypatch.setitem(RECIPES, "quick", dataclasses.replace(RECIPES["best"], stem="textbook", average=0.0))
+    settings = {"recipe": "quick", "epochs": 2, "batch_size": 4, "limit_train": 8, "limit_test": 4, "resize": 33}
+    config = small(save="net.pt", log="log", log_every=1, plot="out.png", **settings)
+    assert main(options(config)) == 130
+    first, second, epoch = seen[0]  # in the file before anything else is done
+    assert [first["lr"], second["lr"]] == [training.rate(config.plan, step, 4) for step in range(2)]
+    assert epoch["lr"] == second["lr"] != first["lr"]
+    assert seen[-1] == lines_of("log") and Path("out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_log_that_takes_no_more_is_one_line(capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    assert main(options(small(log="/dev/full", limit_train=8, limit_test=1, batch_size=8))) == 1
+    reason = "/dev/full: cannot be written (No space left on device)"
+    assert capsys.readouterr().err.splitlines()[-1] == f"python -m resnet.train: error: {reason}"
+
+
+@pytest.mark.parametrize("planned", [1, 3])
+def test_the_plot_has_the_textbook_s_three_curves_over_all_epochs_that_are_planned(planned):
+    pytest.importorskip("matplotlib")
+    from resnet import plots
+
+    epochs = [training.Epoch(2.0 / n, 0.3 * n, 0.25 * n, 16, 1.0) for n in range(1, min(planned, 2) + 1)]
+    (axes,) = plots.training(epochs, planned).axes
+    curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    numbers = list(range(1, len(epochs) + 1))
+    assert curves == {
+        "train loss": (numbers, [epoch.loss for epoch in epochs]),
+        "train acc": (numbers, [epoch.train_acc for epoch in epochs]),
+        "test acc": (numbers, [epoch.test_acc for epoch in epochs]),
+    }
+    assert axes.get_xlim() == ((0.5, 1.5) if planned == 1 else (1, 3))
+
+
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------
 
 
@@ -693,6 +781,11 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--save", "nowhere/net.pt"], "--save: expected a path in an existing folder, got nowhere/net.pt"),
         (["--save", "."], "--save: expected a file's path, got the folder ."),
         (["--json", "nowhere/figures.json"], "--json: expected a path in an existing folder"),
+        (["--log", "nowhere/log"], "--log: expected a path in an existing folder"),
+        (["--log", "log", "--json", "log"], "--log: expected another file than that of --json, got log"),
+        (["--log-every", "2"], "--log-every: expected --log, which names the file, got none"),
+        (["--log-every", "0", "--log", "log"], "--log-every: expected at least 1, got 0"),
+        (["--plot", "out.nothing"], "--plot"),
         (["--batch-size", "1", "--resize", "28"], "--resize 28 needs batches of 2 images or more"),
         (["--limit-train", "1", "--resize", "32"], "--resize 32 needs batches of 2 images or more"),
         (["--optimizer", "adam"], "unrecognized arguments: --optimizer adam"),
