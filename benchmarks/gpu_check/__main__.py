@@ -141,7 +141,9 @@ def textbook(check: Check) -> Iterator[Measurement]:
 
 def tests(check: Check) -> Iterator[Measurement]:
     """The kernels' tests and the modules', side by side where pytest-xdist is."""
-    folders = ("tests/kernels", "tests/resnet") if check.scale.on_gpu else ("tests/resnet/test_schema.py",)
+    folders = ("tests/resnet/test_schema.py",)
+    if check.scale.on_gpu:
+        folders = ("tests/kernels", "tests/resnet", "tests/training")
     parallel = ("-n", str(max(1, (os.cpu_count() or 2) - 2))) if importlib.util.find_spec("xdist") else ()
     arguments = (sys.executable, "-m", "pytest", *folders, *parallel, "-q", "--tb=short")
 
