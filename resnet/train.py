@@ -13,7 +13,7 @@ from resnet.commands import DTYPES, write_output
 from resnet.data import DatasetError
 from resnet.kernels.host.command import Parser, ended_by, put, run, say
 from resnet.recipes import RECIPES
-from resnet.training import CUDA_GRAPHS, TrainConfig, train
+from resnet.training import CUDA_GRAPHS, TrainConfig, TrainResult, UnfinishedError, train
 
 
 def _parser() -> Parser:
@@ -80,17 +80,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(config: TrainConfig) -> int:
-    result = train(config)
+    try:
+        result = train(config)
+    except UnfinishedError as error:
+        _report(config, error.result)
+        raise
+    _report(config, result)
+    return ended_by(signal.Signals[result.signal]) if result.interrupted else 0
+
+
+def _report(config: TrainConfig, result: TrainResult) -> None:
     try:
         if result.interrupted:
             saved = result.checkpoint and f"checkpoint in {result.checkpoint}"
             say(f"interrupted after {len(result.epochs)} epochs; {saved or 'before the first step, nothing to save'}")
-        else:
+        elif result.epochs:
             put(result.summary())
     finally:
         if config.json is not None:
             write_output(config.json, (json.dumps(result.to_json(), indent=2) + "\n").encode())
-    return ended_by(signal.Signals[result.signal]) if result.interrupted else 0
 
 
 if __name__ == "__main__":

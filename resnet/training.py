@@ -33,6 +33,7 @@ from resnet.checkpoints import FORMAT, MODELS, another_net, check_settings, read
 from resnet.commands import (
     DTYPES,
     ConfigError,
+    OutputError,
     check_outputs,
     check_plot,
     find_device,
@@ -50,7 +51,7 @@ from resnet.metrics import Log
 from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
 from resnet.reference import resnet18
 
-__all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "train"]
+__all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "UnfinishedError", "train"]
 
 CUDA_GRAPHS = ("auto", "on", "off")
 
@@ -60,6 +61,17 @@ EVALUATION_BATCH = 256
 
 class NonFiniteError(RunError, ArithmeticError):
     """The loss or the weights became infinite or NaN; the message names the epoch and the step."""
+
+
+class UnfinishedError(OutputError):
+    """A run ended where a file could not be written; the message names it and where the weights are.
+
+    `result` has the epochs until then.
+    """
+
+    def __init__(self, message: str, result: TrainResult):
+        super().__init__(message)
+        self.result = result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +244,7 @@ def train(config: TrainConfig) -> TrainResult:
             cannot be normalised, or the steps are too few for the recipe's warm-up.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
-        OutputError: the checkpoint cannot be written. The last one is left as it was.
+        UnfinishedError: a checkpoint, the log or the plot cannot be written. What was there before is left as it was.
     """
     device = find_device(config.device)
     cuda_graph = _wants_graph(config, device)
@@ -254,15 +266,19 @@ def train(config: TrainConfig) -> TrainResult:
             run.plot()
         warm_up_seconds = run.warm_up()
         epochs = run.history
-        checkpoint = None
-        while len(epochs) < config.epochs and not interrupt.is_set() and run.epoch():
-            if config.save is not None:
-                checkpoint = run.save(config.save)
-            run.plot()
-        interrupted = len(epochs) < config.epochs
-        if interrupted and run.trained:
-            checkpoint = run.save(_unused_path(config.model) if config.save is None else config.save)
-    return TrainResult(
+        checkpoint = failure = None
+        try:
+            while len(epochs) < config.epochs and not interrupt.is_set() and run.epoch():
+                if config.save is not None:
+                    checkpoint = run.save(config.save)
+                run.plot()
+        except OutputError as error:
+            failure = error
+        interrupted = failure is None and len(epochs) < config.epochs
+        if (interrupted or failure is not None) and run.trained:
+            checkpoint, error = run.save_somewhere()
+            failure = failure or error
+    result = TrainResult(
         config=config,
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
@@ -274,6 +290,10 @@ def train(config: TrainConfig) -> TrainResult:
         checkpoint=checkpoint,
         signal=signal.Signals(interrupt.number).name if interrupted else None,
     )
+    if failure is not None:
+        where = "" if checkpoint is None else f"; the weights are in {checkpoint}"
+        raise UnfinishedError(f"{failure}{where}", result)
+    return result
 
 
 class _Interrupt(threading.Event):
@@ -477,6 +497,17 @@ class _Run:
         write_output(path, content.getbuffer())
         return str(path)
 
+    def save_somewhere(self) -> tuple[str | None, OutputError | None]:
+        """(where the weights are, the first error on the way): in the place that was asked for, or in another one."""
+        first = None
+        for path in (self.config.save, *_unused_paths(self.config.model)):
+            try:
+                if path is not None:
+                    return self.save(path), first
+            except OutputError as error:
+                first = first or error
+        return None, first
+
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Be where the run was that saved the checkpoint. ConfigError where its weights are of another net."""
         try:
@@ -667,7 +698,7 @@ def _deferred_interrupt() -> Iterator[_Interrupt]:
         restore()
 
 
-def _unused_path(model: str) -> str:
-    """A checkpoint's path that exists not yet, in the current folder or, where that is closed, the temporary one."""
-    folder = Path.cwd() if os.access(Path.cwd(), os.W_OK) else Path(tempfile.gettempdir())
-    return str(folder / f"resnet18-{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.pt")
+def _unused_paths(model: str) -> list[str]:
+    """A checkpoint's paths that exist not yet, in the current folder and in the temporary one."""
+    name = f"resnet18-{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.pt"
+    return [str(folder / name) for folder in (Path.cwd(), Path(tempfile.gettempdir()))]

@@ -473,10 +473,23 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_nothing_else(tmp_path):
 
     process = command(small(save=str(path)), preexec_fn=limit_files)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, out) == (1, "")
+    assert process.returncode == 1 and re.fullmatch(f"{LOSS_LINE}\n{RATE_LINE}\n", out)
     assert err.splitlines()[-1] == f"python -m resnet.train: error: {path}: cannot be written (File too large)"
     assert path.read_bytes() == b"the old checkpoint"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_written_elsewhere_and_the_figures_are_kept(tmp_path, capsys):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    assert main(options(small(epochs=3, save="/dev/full", json="figures.json"))) == 1
+    out, err = capsys.readouterr()
+    (saved,) = tmp_path.glob("*.pt")
+    reason = f"/dev/full: cannot be written (No space left on device); the weights are in {saved}"
+    assert err.splitlines()[-1] == f"python -m resnet.train: error: {reason}"
+    assert re.fullmatch(f"{LOSS_LINE}\n{RATE_LINE}\n", out)
+    figures = json.loads(Path("figures.json").read_text())
+    assert len(figures["epochs"]) == torch.load(saved)["epoch"] == 1 and figures["checkpoint"] == str(saved)
 
 
 def test_figures_that_cannot_be_kept_are_printed(tmp_path):
@@ -567,7 +580,8 @@ def test_a_log_that_takes_no_more_is_one_line(capsys):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     assert main(options(small(log="/dev/full", limit_train=8, limit_test=1, batch_size=8))) == 1
-    reason = "/dev/full: cannot be written (No space left on device)"
+    (saved,) = Path().glob("*.pt")
+    reason = f"/dev/full: cannot be written (No space left on device); the weights are in {saved.resolve()}"
     assert capsys.readouterr().err.splitlines()[-1] == f"python -m resnet.train: error: {reason}"
 
 
