@@ -624,7 +624,9 @@ def test_a_signal_leaves_a_usable_checkpoint_and_says_where(tmp_path, name, stat
     log = tmp_path / "stderr"
     endless = small(epochs=100_000, save=str(folder / "net.pt") if named else None)
     with log.open("w") as stderr:
-        process = command(endless, cwd=folder, stderr=stderr)
+        # nohup around the tests has one of them ignored.
+        restored = functools.partial(signal.signal, getattr(signal, name), signal.SIG_DFL)
+        process = command(endless, cwd=folder, stderr=stderr, preexec_fn=restored)
     try:
         wait_for("epoch 2/", log, process)
         process.send_signal(getattr(signal, name))
