@@ -45,7 +45,7 @@ interpret=TRITON_INTERPRET=1; parallel='$(PARALLEL)'; \
 	env $$interpret $(RUN) pytest $$parallel $(1)
 endef
 
-OTHERS := emulated gate benchmarks training faults# which have a target of their own
+OTHERS := emulated gate benchmarks commands faults# which have a target of their own
 
 # Two runs, since a process either interprets Triton's kernels or compiles them.
 test: $(STAMP)
@@ -54,9 +54,9 @@ test: $(STAMP)
 	{ $(EMULATED); } || status=1; \
 	exit $$status
 
-# The tests of the commands that measure and train, and whether the suite finds faults that are planted.
+# The tests of the benchmarks and of the commands, and whether the suite finds faults that are planted.
 test-tools: $(STAMP)
-	@$(call RUN_TESTS,tests/benchmarks tests/training tests/faults)
+	@$(call RUN_TESTS,tests/benchmarks tests/commands tests/faults)
 
 # The core of the suite, interpreted and, where the module ptxsim is, compiled, with each supported pair of PyTorch and
 # Triton: those that are made for each other, and the newest Triton.

@@ -143,7 +143,7 @@ def tests(check: Check) -> Iterator[Measurement]:
     """The kernels' tests and the modules', side by side where pytest-xdist is."""
     folders = ("tests/resnet/test_schema.py",)
     if check.scale.on_gpu:
-        folders = ("tests/kernels", "tests/resnet", "tests/training")
+        folders = ("tests/kernels", "tests/resnet", "tests/commands")
     parallel = ("-n", str(max(1, (os.cpu_count() or 2) - 2))) if importlib.util.find_spec("xdist") else ()
     arguments = (sys.executable, "-m", "pytest", *folders, *parallel, "-q", "--tb=short")
 
