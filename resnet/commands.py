@@ -135,18 +135,14 @@ def write_output(path: str | os.PathLike[str], content: bytes) -> None:
     """
     path = Path(path)
     try:
-        stream = standard_stream(path)
-        if stream is not None:
-            sys.stdout.flush()
-            with open(stream, "wb", closefd=False) as file:
-                file.write(content)
-        elif irregular(path) in _WRITTEN_TO:
-            with open(os.open(path, os.O_WRONLY), "wb") as file:  # by hand: it must not be made where it is gone
-                file.write(content)
-        else:
+        file = _open_as_it_is(path)
+        if file is None:
             write_atomically(path, lambda file: file.write(content))
+            return
     except OSError as error:
         raise _not_written(path, error) from error
+    with file:
+        append_to(file, path, content)
 
 
 def open_output(path: str | os.PathLike[str], append: bool) -> BinaryIO:
@@ -156,15 +152,20 @@ def open_output(path: str | os.PathLike[str], append: bool) -> BinaryIO:
     """
     path = Path(path)
     try:
-        stream = standard_stream(path)
-        if stream is not None:
-            sys.stdout.flush()
-            return open(stream, "wb", buffering=0, closefd=False)
-        if irregular(path) in _WRITTEN_TO:
-            return open(os.open(path, os.O_WRONLY), "wb", buffering=0)
-        return open(path, "ab" if append else "wb", buffering=0)
+        return _open_as_it_is(path) or open(path, "ab" if append else "wb", buffering=0)
     except OSError as error:
         raise _not_written(path, error) from error
+
+
+def _open_as_it_is(path: Path) -> BinaryIO | None:
+    """What is written to and never replaced, without a buffer; None for another path."""
+    stream = standard_stream(path)
+    if stream is not None:
+        sys.stdout.flush()
+        return open(stream, "wb", buffering=0, closefd=False)
+    if irregular(path) in _WRITTEN_TO:
+        return open(os.open(path, os.O_WRONLY), "wb", buffering=0)  # by hand: it must not be made where it is gone
+    return None
 
 
 def append_to(file: BinaryIO, path: str | os.PathLike[str], content: bytes) -> None:

@@ -137,10 +137,6 @@ def _state(module: nn.Module) -> tuple:
     return type(module), passed_over(module)
 
 
-def _count(bn: nn.BatchNorm2d) -> Tensor | None:
-    return held(bn, "_buffers", "num_batches_tracked")
-
-
 def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
     """The shapes that weights should have: their own where these fit together, as PyTorch asks for no more, else those
     that their convolutions were made with.
@@ -238,7 +234,7 @@ class _Fused:
             if (count := norm.num_batches_tracked) is None:  # the operator counts the batch, if anything does
                 continue
             count.add_(1)
-            if any(_count(other) is count for other, _ in pairs[i + 1 :]):
+            if any(held(other, "_buffers", "num_batches_tracked") is count for other, _ in pairs[i + 1 :]):
                 # The other will count the batch once more, and this average is over as many as there are now.
                 norms[i] = norms[i]._replace(num_batches_tracked=count.clone())
                 flat = self._arguments(x, norms, dtype is not None)

@@ -12,7 +12,8 @@ import torch
 from resnet import evaluate, training
 from resnet.data import CLASSES
 from resnet.evaluate import class_figures, class_table, confusion, confusion_table, main
-from tests.helpers.checkpoints import IMAGES, as_fused, as_small, bad_checkpoints, changed, load_once, train_tiny
+from tests.helpers.checkpoints import IMAGES, as_fused, as_small, bad_checkpoints, changed, train_tiny
+from tests.helpers.runs import load_once
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -13,7 +13,8 @@ import torch
 from resnet.checkpoints import read_net
 from resnet.data import CLASSES, Batches
 from resnet.predict import main, most_likely, read_image
-from tests.helpers.checkpoints import as_fused, changed, load_once, save_untrained
+from tests.helpers.checkpoints import as_fused, changed, save_untrained
+from tests.helpers.runs import load_once
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow, which reads images, is not installed")
 

@@ -16,12 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet import FusedResidual, Residual, resnet18, training
 from resnet.commands import find_device
-from resnet.data import Augmentation, Batches, load
+from resnet.data import Augmentation, Batches
 from resnet.recipes import RECIPES, Recipe, optimizer, rate, weight_average
 from resnet.train import main
 from resnet.training import ConfigError, TrainConfig, train
 from tests.conftest import DEVICE
 from tests.helpers.graphs import captures_on_the_cpu
+from tests.helpers.runs import load_once, small_runs  # noqa: F401
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -31,19 +32,10 @@ QUICK = dataclasses.replace(
 )
 FEW = {"limit_train": 20, "limit_test": 16, "device": "cpu", "model": "eager", "recipe": "quick"}
 
-load_once = functools.cache(load)
-
 
 @pytest.fixture(autouse=True)
-def small_runs(monkeypatch, tmp_path):
-    """The whole set where the machine has it, or else the sample; one thread, since a second one gains nothing."""
-    monkeypatch.setattr(training, "load", load_once)
+def quick_recipe(monkeypatch):
     monkeypatch.setitem(RECIPES, "quick", QUICK)
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pickle
 import signal
 from pathlib import Path
@@ -12,11 +11,11 @@ import pytest
 import torch
 
 from resnet import training
-from resnet.data import load
 from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import TrainConfig, TrainResult, train
 from tests.helpers.graphs import captures_on_the_cpu
+from tests.helpers.runs import load_once, small_runs  # noqa: F401
 
 QUICK = dataclasses.replace(RECIPES["best"], batch_size=8, lr=0.01, resize=33, stem="textbook", average=0.5)
 SETTINGS = {
@@ -25,19 +24,10 @@ SETTINGS = {
     "the loss scaler": {"recipe": "quick", "limit_train": 4, "batch_size": 2, "dtype": "float16"},
 }
 
-load_once = functools.cache(load)
-
 
 @pytest.fixture(autouse=True)
-def small_runs(monkeypatch, tmp_path):
-    """One thread: for images so small a second one gains nothing."""
-    monkeypatch.setattr(training, "load", load_once)
+def quick_recipe(monkeypatch):
     monkeypatch.setitem(RECIPES, "quick", QUICK)
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def config(**changes) -> TrainConfig:

@@ -20,12 +20,13 @@ import torch
 
 from resnet import FusedResidual, Residual, metrics, resnet18, training
 from resnet.commands import ConfigError, find_device
-from resnet.data import DatasetError, load
+from resnet.data import DatasetError
 from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import NonFiniteError, TrainConfig, train
 from tests.conftest import ROOT
 from tests.helpers.graphs import captures_on_the_cpu
+from tests.helpers.runs import load_once, small_runs  # noqa: F401
 
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
 # To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
@@ -34,24 +35,6 @@ GENTLE = {"batch_size": 4, "limit_train": 8, "limit_test": 2, "resize": 64, "lr"
 
 LOSS_LINE = r"loss (\d+\.\d{3}), train acc ([01]\.\d{3}), test acc ([01]\.\d{3})"
 RATE_LINE = r"(\d+\.\d) examples/sec on cpu"
-
-
-load_once = functools.cache(load)  # half a second, for half a hundred runs
-
-
-@pytest.fixture(autouse=True)
-def small_runs(monkeypatch, tmp_path):
-    """The whole set where the machine has it, or else the sample; files of a run go into an empty folder.
-
-    One thread: for images so small a second one gains nothing, and waits long where the machine is busy.
-    """
-    monkeypatch.setattr(training, "load", load_once)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small(model: str = "eager", **changes) -> TrainConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,7 @@ from typing import Any
 import torch
 
 from resnet import resnet18, training
-from resnet.data import load
 from resnet.training import TrainConfig, TrainResult
-
-load_once = functools.cache(load)  # half a second
 
 IMAGES = 16  # of the test set
 
