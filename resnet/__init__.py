@@ -11,22 +11,43 @@ with settings_are_read():
     from resnet.batch_norm import FusedBatchNorm2d
     from resnet.fused import FusedResidual, FusedStem
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
-    from resnet.reference import Residual, Stem, resnet18, resnet_block
+    from resnet.published import ResNet
+    from resnet.reference import (
+        BasicBlock,
+        Bottleneck,
+        Residual,
+        ResidualBottleneck,
+        Stem,
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        resnet_block,
+    )
     from resnet.settings import backend, convolution, current_backend, current_convolution
 
 __all__ = [
+    "BasicBlock",
+    "Bottleneck",
     "FusedBatchNorm2d",
     "FusedResidual",
     "FusedStem",
     "LazyFusedResidual",
     "LazyFusedStem",
     "LazyResNet18",
+    "ResNet",
     "Residual",
+    "ResidualBottleneck",
     "Stem",
     "backend",
     "convolution",
     "current_backend",
     "current_convolution",
+    "resnet101",
+    "resnet152",
     "resnet18",
+    "resnet34",
+    "resnet50",
     "resnet_block",
 ]
