@@ -9,7 +9,7 @@ from resnet.kernels.host.command import settings_are_read
 
 with settings_are_read():
     from resnet.batch_norm import FusedBatchNorm2d
-    from resnet.fused import FusedResidual, FusedStem
+    from resnet.fused import FusedBasicBlock, FusedBottleneck, FusedResidual, FusedResidualBottleneck, FusedStem
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
     from resnet.published import ResNet
     from resnet.reference import (
@@ -30,8 +30,11 @@ with settings_are_read():
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "FusedBasicBlock",
     "FusedBatchNorm2d",
+    "FusedBottleneck",
     "FusedResidual",
+    "FusedResidualBottleneck",
     "FusedStem",
     "LazyFusedResidual",
     "LazyFusedStem",

@@ -148,6 +148,11 @@ class BlockKind(NamedTuple):
     kept: type[tuple]
 
 
+def block_operator(units: int, normed: bool) -> str:
+    """The name of a kind's operator."""
+    return f"residual_block_{units}{'_normed' if normed else ''}"
+
+
 @cache
 def block_kind(units: int, normed: bool) -> BlockKind:
     """The kind of `units` units whose shortcut has a norm, or is a Projection."""
@@ -159,7 +164,7 @@ def block_kind(units: int, normed: bool) -> BlockKind:
     outputs = [("out", Tensor), ("ys", maps), ("stats", maps), ("shortcut", shortcut)]
     output = NamedTuple("BlockOutput", outputs)
     return BlockKind(
-        f"residual_block_{units}{'_normed' if normed else ''}",
+        block_operator(units, normed),
         NamedTuple("Block", [("x", Tensor), *parts(Unit)]),
         output,
         NamedTuple("BlockKept", [("x", Tensor), ("output", output), *parts(KeptUnit)]),
