@@ -117,8 +117,7 @@ def batch_norm_backward_apply(
         dx = torch.empty_like(x, memory_format=torch.channels_last)
     elif dx is not dout:
         check_nhwc("dx", dx, x, x.shape)
-    # With more elements the five vectors per channel would spill registers; a shortcut's norm has as many.
-    t = tiling(M, C, ELEMENTS // (2 if shortcut is None else 4))
+    t = tiling(M, C, ELEMENTS // 2)  # with more, the vectors per channel would spill registers
     launch(
         backward_apply_kernel,
         (triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C)),

@@ -58,7 +58,8 @@ from .tuning import Config, Epilogue
 def grad_input_kernel(
     dy,  # (N, P, Q, K)
     weight,  # (K, R, S, C)
-    dx,  # (N, H, W, C)
+    dx,  # (N, H, W, C) or None: the result goes to `added`
+    added,  # (N, H, W, C) or None: what the result is added to, in place
     y1,  # (N, H, W, C) or None: no ReLU to mask by
     stats,  # (4, C) of y1
     partial,  # (2, T, C): sum g and sum g * xhat of each row tile
@@ -78,7 +79,6 @@ def grad_input_kernel(
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
     SHORTCUT_K: tl.constexpr,
-    ADD: tl.constexpr,  # to dx
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -101,7 +101,10 @@ def grad_input_kernel(
     row0 = tile // (STRIDE * STRIDE) * BLOCK_M
     image0 = row0 // area
     rows = row0 - image0 * area + tl.arange(0, BLOCK_M)  # within the class, from image0 on
-    images = tl.where(A * B > 0, N, 0) if ADD else N  # what no tap meets stays as it is
+    images = N
+    if added is not None:
+        dx = added
+        images = tl.where(A * B > 0, N, 0)  # what no tap meets stays as it is
     inside = rows < (images - image0) * height * width
     n, i, j = split_pixels(rows, tl.maximum(height, 1), tl.maximum(width, 1))
     dy += image0.to(tl.int64) * (P * Q * K)
@@ -169,8 +172,8 @@ def grad_input_kernel(
     else:
         if shortcut_weight is None and dout is not None:
             acc = add_identity(acc, dout, out, image, offsets, mask)
-        if ADD:
-            acc += tl.load(dx + image + offsets, mask=mask, other=0.0).to(ACC)
+        if added is not None:
+            acc += tl.load(added + image + offsets, mask=mask, other=0.0).to(ACC)
         tl.store(dx + image + offsets, acc.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -441,7 +444,7 @@ def conv_grad_input(
             (T * triton.cdiv(shape.C, config.BLOCK_N),),
             dy,
             weight,
-            dx,
+            *((None, dx) if isinstance(epilogue, AddTo) else (dx, None)),
             mask.y1 if mask else None,
             mask.stats if mask else None,
             partial,
@@ -456,7 +459,6 @@ def conv_grad_input(
             T,
             **shape.constants(),
             SHORTCUT_K=shortcut_K,
-            ADD=isinstance(epilogue, AddTo),
             ACC=ACC,
             PRECISION=precision,
             **config.options(),

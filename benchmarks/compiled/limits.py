@@ -34,7 +34,7 @@ BULK_PART = 1 / 32
 VECTORS = 0
 NARROWER = (
     ("pool_*", "tap", VECTORS, "its elements are bytes: a thread takes one for each in a vector of wider ones"),
-    ("*", "partial", 1, "a program leaves one value for each of its columns, and has no more columns than threads"),
+    ("*", "*partial", 1, "a program leaves one value for each of its columns, and has no more columns than threads"),
     ("merge_splits_kernel", "dw", 1, "the same"),
 )
 
@@ -47,7 +47,12 @@ def bulk_tensors(launch: RecordedLaunch, device: Device) -> dict[str, int]:
     least = max([BULK, *(BULK_PART * t.nbytes for t in launch.tensors.values())])
     bulk = {n: t for n, t in launch.tensors.items() if t.nbytes >= least and t.aligned}
     widest = max((t.itemsize for t in bulk.values()), default=1)
-    elements = {n: count or VECTOR // widest for kernel, n, count, _ in NARROWER if fnmatch(launch.kernel, kernel)}
+    elements = {
+        n: count or VECTOR // widest
+        for n in bulk
+        for kernel, argument, count, _ in NARROWER
+        if fnmatch(launch.kernel, kernel) and fnmatch(n, argument)
+    }
     threads = launch.options.get("num_warps", 4) * device.warp
     vector = VECTOR * 32 // device.warp  # tiles are for warps of 32: in a wave of 64 a thread gets half
     return {

@@ -322,7 +322,10 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
         taps = _taps_at_once(config, gemm)
         most = 150 if not whole else 224 if device.asynchronous else 192
         values = taps * (accumulators + config.BLOCK_N * config.BLOCK_K // threads)
-        return values + (operand if gemm.switch("prologue") else 0) <= most
+        values += operand if gemm.switch("prologue") else 0
+        if gemm.switch("prologue") and not gemm.dy_moves and gemm.kind != "16-bit":  # it is computed for each tap
+            most = 96 * 4 // _SIZES[gemm.kind] - 1
+        return values <= most
     if gemm.operation == "grad_weight_max_pool":
         return gemm.kind != "float32" or accumulators < 16 or rows % config.BLOCK_M == 0
     masked = epilogue is Epilogue.SHORTCUT_GRAD and gemm.switch("masked")

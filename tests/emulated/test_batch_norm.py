@@ -52,15 +52,19 @@ FLOORS = {
     "statistics": Floor("statistics_kernel", 1, 0),
     "apply": Floor("apply_kernel", 1, 1),
     "apply, add": Floor("apply_kernel", 2, 1),
+    "apply, add a normed shortcut": Floor("apply_kernel", 2, 1),
     "reduce, mask from out": Floor("backward_reduce_kernel", 3, 0),
     "reduce, mask from x": Floor("backward_reduce_kernel", 2, 0),
     "reduce, no relu": Floor("backward_reduce_kernel", 2, 0),
+    "reduce, normed shortcut": Floor("backward_reduce_kernel", 4, 0),
     "apply', mask from out": Floor("backward_apply_kernel", 3, 1),
     "apply', mask from out, shortcut's gradient": Floor("backward_apply_kernel", 3, 2),
+    "apply', normed shortcut": Floor("backward_apply_kernel", 4, 2),
     "apply', mask from x": Floor("backward_apply_kernel", 2, 1),
     "apply', no relu": Floor("backward_apply_kernel", 2, 1),
     "frozen apply', mask from out": Floor("backward_apply_kernel", 2, 1),
     "frozen apply', mask from out, shortcut's gradient": Floor("backward_apply_kernel", 2, 2),
+    "frozen apply', normed shortcut": Floor("backward_apply_kernel", 2, 2),
     "frozen apply', mask from x": Floor("backward_apply_kernel", 2, 1),
     "frozen apply', no relu": Floor("backward_apply_kernel", 1, 1),
 }
@@ -316,7 +320,7 @@ def test_backward_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
     with last_program(emulate):
         backward_apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
             *(displaced(dout), displaced(x), displaced(out), stats, torch.zeros(2, C), displaced(dx)),
-            *(displaced(dshortcut), ROWS_BEFORE + ROWS),
+            *(displaced(dshortcut), None, None, None, ROWS_BEFORE + ROWS),
             RELU=True,
             **TILE,
         )
@@ -335,7 +339,8 @@ def test_a_reduction_reaches_beyond_2_to_the_31_elements(emulate, far, kernel):
             statistics_kernel[(3, 1)](displaced(x), partial, ROWS_BEFORE + ROWS, 3, TILES, **TILE)
         else:
             backward_reduce_kernel[(3, 1)](
-                *(displaced(dout), displaced(x), displaced(out), stats, partial, ROWS_BEFORE + ROWS, 3, TILES),
+                *(displaced(dout), displaced(x), displaced(out), stats, None, None),
+                *(partial, ROWS_BEFORE + ROWS, 3, TILES),
                 RELU=True,
                 **TILE,
             )

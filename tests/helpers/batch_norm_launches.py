@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
-from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
 from resnet.kernels.batch_norm_finalize import batch_norm_finalize
 from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.norm import statistics_dtype
@@ -34,30 +34,54 @@ class Case:
     out: Tensor
     stats: Tensor
     sums: Tensor
+    shortcut_stats: Tensor
+    three_sums: Tensor  # those of a norm and of its shortcut's
+
+    @property
+    def normed(self) -> NormedShortcut:
+        return NormedShortcut(self.shortcut, self.shortcut_stats)
 
     @staticmethod
     def of(shape: tuple[int, ...], dtype: torch.dtype) -> Case:
         C, acc = shape[1], statistics_dtype(dtype)
         x, shortcut, dout, out = (draw(*shape, seed=seed, dtype=dtype) for seed in range(4))
-        return Case(x, shortcut, dout, out, draw(4, C, seed=4, dtype=acc), draw(2, C, seed=5, dtype=acc))
+        vectors = (draw(n, C, seed=seed, dtype=acc) for seed, n in enumerate((4, 2, 4, 3), 4))
+        return Case(x, shortcut, dout, out, *vectors)
 
 
 LAUNCHES: dict[str, Callable[[Case], object]] = {
     "statistics": lambda c: batch_stats(c.x, None, None, None, None, 0.1, EPS),
     "apply": lambda c: batch_norm_add_relu(c.x, c.stats),
     "apply, add": lambda c: batch_norm_add_relu(c.x, c.stats, c.shortcut),
+    "apply, add a normed shortcut": lambda c: batch_norm_add_relu(
+        c.x, c.stats, c.shortcut, c.shortcut_stats[2], c.shortcut_stats[3]
+    ),
     "reduce, mask from out": lambda c: batch_norm_backward_reduce(c.dout, c.x, c.out, c.stats),
     "reduce, mask from x": lambda c: batch_norm_backward_reduce(c.dout, c.x, None, c.stats),
     "reduce, no relu": lambda c: batch_norm_backward_reduce(c.dout, c.x, None, c.stats, relu=False),
+    "reduce, normed shortcut": lambda c: batch_norm_backward_reduce(c.dout, c.x, c.out, c.stats, shortcut=c.normed),
     "apply', mask from out": lambda c: batch_norm_backward_apply(c.dout, c.x, c.out, c.stats, c.sums),
     "apply', mask from out, shortcut's gradient": lambda c: batch_norm_backward_apply(
         c.dout, c.x, c.out, c.stats, c.sums, dshortcut=torch.empty_like(c.x)
     ),
     "apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, c.sums),
     "apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, c.sums, relu=False),
+    "apply', normed shortcut": lambda c: batch_norm_backward_apply(
+        c.dout,
+        c.x,
+        c.out,
+        c.stats,
+        c.three_sums,
+        dshortcut=torch.empty_like(c.x),
+        shortcut=c.normed,
+        shortcut_sums=c.three_sums,
+    ),
     "frozen apply', mask from out": lambda c: batch_norm_backward_apply(c.dout, c.x, c.out, c.stats, None),
     "frozen apply', mask from out, shortcut's gradient": lambda c: batch_norm_backward_apply(
         c.dout, c.x, c.out, c.stats, None, dshortcut=torch.empty_like(c.x)
+    ),
+    "frozen apply', normed shortcut": lambda c: batch_norm_backward_apply(
+        c.dout, c.x, c.out, c.stats, None, dshortcut=torch.empty_like(c.x), shortcut=c.normed
     ),
     "frozen apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, None),
     "frozen apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, None, relu=False),
