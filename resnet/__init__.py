@@ -9,12 +9,14 @@ from resnet.kernels.host.command import settings_are_read
 
 with settings_are_read():
     from resnet.batch_norm import FusedBatchNorm2d
+    from resnet.fuse import FuseReport, fuse, unfuse
     from resnet.fused import FusedResidual, FusedStem
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
     from resnet.reference import Residual, Stem, resnet18, resnet_block
     from resnet.settings import backend, convolution, current_backend, current_convolution
 
 __all__ = [
+    "FuseReport",
     "FusedBatchNorm2d",
     "FusedResidual",
     "FusedStem",
@@ -27,6 +29,8 @@ __all__ = [
     "convolution",
     "current_backend",
     "current_convolution",
+    "fuse",
     "resnet18",
     "resnet_block",
+    "unfuse",
 ]
