@@ -70,6 +70,9 @@ class _StandIn:
 
 class FusedBlock(_StandIn):
     def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
+        reason = next(filter(None, (_unfusable(*other) for other in parts.others)), None)
+        if reason is not None:
+            return reason
         strides = 1
         for unit in parts.units:
             kernel = 1 if getattr(unit.conv, "kernel_size", None) == (1, 1) else 3
@@ -85,7 +88,7 @@ class FusedBlock(_StandIn):
                 reason = _unfusable(shortcut.bn_name, shortcut.bn, nn.BatchNorm2d)
             if reason is not None:
                 return reason
-        return next(filter(None, (_unfusable(*other) for other in parts.others)), None)
+        return None
 
     def _fused(self, parts: BlockParts, x: Tensor) -> Tensor:
         (*units, last), y = parts.units, x
@@ -111,7 +114,7 @@ class FusedStemBase(_StandIn):
 
 
 def _reason_not_to_fuse(module: nn.Module) -> str | None:
-    if type(module) in _EAGER:
+    if isinstance(module, (*_EAGER,)):
         return module._reason_not_to_fuse()
     parts = module._parts()
     return parts if isinstance(parts, str) else module._reason_not_to_fuse(parts)
@@ -603,6 +606,8 @@ def fuse(model: nn.Module) -> FuseReport:
             continue
         if base is eager:
             reason = _fuse(module, eager)
+        elif isinstance(module, (_Changed, *_EAGER)):  # derived from a fused one, as by a tool that changes classes
+            reason = _reason_not_to_fuse(module)
         else:
             reason = f"it is derived from {_kind(base)} and may compute something else"
         (fused if reason is None else left).append(FuseItem(name, _kind(eager), reason))

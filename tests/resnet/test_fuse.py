@@ -343,11 +343,22 @@ def test_derived_classes_are_left_alone():
     before = kinds(model)
     report = fuse(model)
     assert kinds(model) == before and not report.fused
-    assert [item.reason.split(" and ")[0] for item in report.left] == [
-        f"it is derived from {Block.__module__}.Block",
-        "it is derived from resnet.reference.Residual",
-        "it is derived from resnet.reference.Residual",
+    assert [item.reason for item in report.left] == [
+        f"it is derived from {Block.__module__}.Block and may compute something else",
+        "it is derived from resnet.reference.Residual and may compute something else",
+        "conv1 is a LazyConv2d, not a Conv2d",
     ]
+
+
+def test_a_class_that_a_tool_derives_from_a_fused_one_stays_and_is_reported_as_fused():
+    """As `torch.distributed.fsdp.fully_shard` does."""
+    block = Block(4, 4)
+    fuse(block)
+    block.__class__ = derived = type("Derived", (type(block),), {})
+    report = fuse(block)
+    assert names(report.fused) == [""] and not report.left
+    unfuse(block)
+    assert type(block) is derived
 
 
 def test_own_blocks_are_left_alone_with_a_reason():
