@@ -2,12 +2,16 @@
 
     g = dout * (out > 0),  xhat = (x - mean) * invstd,  sum_g = sum g,  sum_gx = sum g * xhat
 
-dout, x and out are dense NHWC, read as matrices of M = N*H*W rows and C columns. Grid (row tiles, column tiles), then
-a merge of the partials on a grid (column tiles, groups), in a fixed order. Reads 2 activations, 3 where the ReLU mask
-is read from `out`; without `out` it is recomputed from x.
+A shortcut z with a BatchNorm of its own has the same g, so that one sum more serves both: sum_gz = sum g * zhat.
+
+dout, x, out and z are dense NHWC, read as matrices of M = N*H*W rows and C columns. Grid (row tiles, column tiles),
+then a merge of the partials on a grid (column tiles, groups), in a fixed order. Reads 2 activations, 3 where the ReLU
+mask is read from `out`, one more with z; without `out` the mask is recomputed from x.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +31,9 @@ def backward_reduce_kernel(
     x,  # (M, C)
     out,  # (M, C) or None: the ReLU mask is recomputed from x
     stats,  # (4, C)
-    partial,  # (2, T, C): sum g and sum g * xhat of each row tile
+    shortcut,  # (M, C) or None: z
+    shortcut_stats,  # (4, C) of z
+    partial,  # (2 or 3, T, C): sum g, sum g * xhat and sum g * zhat of each row tile
     M,
     T,
     TILES,  # BLOCK_M-row tiles per program
@@ -37,7 +43,7 @@ def backward_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Per row tile: sum g, sum g * xhat, with g = dout * (out > 0). Grid (T, column tiles)."""
+    """Per row tile: sum g, sum g * xhat [, sum g * zhat], with g = dout * (out > 0). Grid (T, column tiles)."""
     row0 = tl.program_id(0).to(tl.int64) * TILES * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -54,28 +60,42 @@ def backward_reduce_kernel(
         out += row0 * C
     sum_g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    if shortcut is not None:
+        shortcut += row0 * C
+        shortcut_mean = tl.load(shortcut_stats + cols, mask=live)
+        sum_gz = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     for i in range(tl.cdiv(valid, BLOCK_M)):
         mask = (rows < valid - i * BLOCK_M)[:, None] & live[None, :]
         value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
         g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, RELU, x.dtype.element_ty, ACC)
         sum_g += g
         sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond M
+        if shortcut is not None:
+            z = tl.load(shortcut + offsets, mask=mask, other=0.0).to(ACC)
+            sum_gz = tl.fma(g, z - shortcut_mean[None, :], sum_gz)
         offsets += BLOCK_M * C
     index = tl.program_id(0) * C + cols
     tl.store(partial + index, column_sums(sum_g), mask=live)
     tl.store(partial + T * C + index, column_sums(sum_gx) * invstd, mask=live)
+    if shortcut is not None:
+        shortcut_invstd = tl.load(shortcut_stats + C + cols, mask=live)
+        tl.store(partial + 2 * T * C + index, column_sums(sum_gz) * shortcut_invstd, mask=live)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def backward_finalize_kernel(
-    partial,  # (2, T, C)
-    sums,  # (2, G, C): sum g, sum g * xhat of each group of partials
-    dweight,  # (C,) or None; None where G > 1
-    dbias,  # (C,) or None; None where G > 1
+    partial,  # (PLANES, T, C)
+    sums,  # (PLANES, G, C): sum g, sum g * xhat [, sum g * zhat] of each group of partials
+    dweight,  # (C,) or None; this and the other gradients are None where G > 1
+    dbias,  # (C,) or None
     dconv_bias,  # (C,) or None: zeros, the gradient of a bias that batch statistics take out again
+    shortcut_dweight,  # (C,) or None: the same three of the shortcut's norm
+    shortcut_dbias,  # (C,) or None
+    shortcut_dconv_bias,  # (C,) or None
     T,
     G,
     GROUP,  # partials per group
+    PLANES: tl.constexpr,  # 2, or 3 with a shortcut
     C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -88,12 +108,15 @@ def backward_finalize_kernel(
     last = tl.minimum(first + GROUP, T)
     total_g = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     total_gx = tl.zeros([BLOCK_T, BLOCK_C], ACC)
+    total_gz = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     for t in range(first, last, BLOCK_T):
         tiles = t + tl.arange(0, BLOCK_T)
         mask = (tiles < last)[:, None] & live[None, :]
         offsets = tiles[:, None] * C + cols[None, :]
         total_g += tl.load(partial + offsets, mask=mask, other=0.0)
         total_gx += tl.load(partial + T * C + offsets, mask=mask, other=0.0)
+        if PLANES == 3:
+            total_gz += tl.load(partial + 2 * T * C + offsets, mask=mask, other=0.0)
     sum_g = tl.sum(total_g, 0)
     sum_gx = tl.sum(total_gx, 0)
     index = tl.program_id(1) * C + cols
@@ -105,6 +128,31 @@ def backward_finalize_kernel(
         tl.store(dbias + cols, sum_g, mask=live)
     if dconv_bias is not None:
         tl.store(dconv_bias + cols, tl.zeros([BLOCK_C], ACC), mask=live)
+    if PLANES == 3:
+        sum_gz = tl.sum(total_gz, 0)
+        tl.store(sums + 2 * G * C + index, sum_gz, mask=live)
+        if shortcut_dweight is not None:
+            tl.store(shortcut_dweight + cols, sum_gz, mask=live)
+        if shortcut_dbias is not None:
+            tl.store(shortcut_dbias + cols, sum_g, mask=live)
+        if shortcut_dconv_bias is not None:
+            tl.store(shortcut_dconv_bias + cols, tl.zeros([BLOCK_C], ACC), mask=live)
+
+
+class NormedShortcut(NamedTuple):
+    """A shortcut with a BatchNorm of its own, and where the gradients of that go."""
+
+    y: Tensor  # (N, C, H, W): what the norm takes
+    stats: Tensor  # (4, C) = mean, invstd, scale, shift
+    dweight: Tensor | None = None  # (C,)
+    dbias: Tensor | None = None  # (C,)
+    dconv_bias: Tensor | None = None  # (C,)
+
+
+def check_shortcut(shortcut: NormedShortcut, x: Tensor) -> None:
+    """ValueError or TypeError where the shortcut does not fit x."""
+    check_nhwc("shortcut.y", shortcut.y, x, x.shape)
+    check_vectors("shortcut.stats", shortcut.stats, (4, x.shape[1]), x)
 
 
 def batch_norm_backward_reduce(
@@ -116,6 +164,7 @@ def batch_norm_backward_reduce(
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
     dconv_bias: Tensor | None = None,
+    shortcut: NormedShortcut | None = None,
 ) -> Tensor:
     """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types.
 
@@ -125,6 +174,8 @@ def batch_norm_backward_reduce(
         dout, x, out: (N, C, H, W) channels_last, of one type. Without `out` the ReLU mask is recomputed from x.
         stats: (4, C).
         relu: whether a ReLU followed.
+        shortcut: what was added to the norm's output, after a norm of its own. The sums are then (3, C), the last one
+            sum g * zhat.
 
     Raises:
         ValueError, TypeError: a shape, layout, type or device that does not fit.
@@ -134,8 +185,11 @@ def batch_norm_backward_reduce(
     if out is not None:
         check_nhwc("out", out, x, x.shape)
     check_vectors("stats", stats, (4, C), x)
+    if shortcut is not None:
+        check_shortcut(shortcut, x)
     t = tiling(M, C, elements_of(C))
-    partial = torch.empty((2, t.partials, C), dtype=accumulator(x)[0], device=x.device)
+    planes = 2 if shortcut is None else 3
+    partial = torch.empty((planes, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     launch(
         backward_reduce_kernel,
         (t.partials, triton.cdiv(C, t.BLOCK_C)),
@@ -143,6 +197,8 @@ def batch_norm_backward_reduce(
         x,
         out,
         stats,
+        shortcut and shortcut.y,
+        shortcut and shortcut.stats,
         partial,
         M,
         t.partials,
@@ -150,33 +206,36 @@ def batch_norm_backward_reduce(
         RELU=relu,
         **t.options(x),
     )
-    return merge_sums(partial, dweight, dbias, dconv_bias)
+    return merge_sums(partial, dweight, dbias, dconv_bias, *(shortcut[2:] if shortcut else ()))
 
 
-def merge_sums(
-    partial: Tensor, dweight: Tensor | None, dbias: Tensor | None, dconv_bias: Tensor | None = None
-) -> Tensor:
-    """sums (2, C) of the partials (2, T, C) of a backward reduce; also written as `batch_norm_backward_reduce` says."""
+def merge_sums(partial: Tensor, *vectors: Tensor | None) -> Tensor:
+    """sums (2, C) or (3, C) of the partials of a backward reduce, of as many planes.
+
+    `vectors` are written as `batch_norm_backward_reduce` says: dweight, dbias and dconv_bias; then those of a shortcut.
+    """
     if partial.shape[1] > MAX_PARTIALS:
-        partial = _sum_groups(partial, GROUP)
-    return _sum_groups(partial, partial.shape[1], dweight, dbias, dconv_bias).view(2, -1)
+        partial = _sum_groups(partial, GROUP, ())
+    return _sum_groups(partial, partial.shape[1], vectors)[:, 0]
 
 
-def _sum_groups(partial: Tensor, group: int, *written: Tensor | None) -> Tensor:
-    """The sums of each `group` partials in turn: (2, G, C). `written`: dweight, dbias, dconv_bias."""
-    _, T, C = partial.shape
+def _sum_groups(partial: Tensor, group: int, vectors: tuple[Tensor | None, ...]) -> Tensor:
+    """The sums of each `group` partials in turn: (planes, G, C)."""
+    planes, T, C = partial.shape
     G = triton.cdiv(T, group)
-    sums = torch.empty((2, G, C), dtype=partial.dtype, device=partial.device)
+    sums = torch.empty((planes, G, C), dtype=partial.dtype, device=partial.device)
     merge = merge_blocks(group, C, partial.element_size())
     launch(
         backward_finalize_kernel,
         (triton.cdiv(C, merge["BLOCK_C"]), G),
         partial,
         sums,
-        *(written or (None,) * 3),
+        *vectors,
+        *(None,) * (6 - len(vectors)),
         T,
         G,
         group,
+        PLANES=planes,
         C=C,
         ACC=accumulator(partial)[1],
         **merge,

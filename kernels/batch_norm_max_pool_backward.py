@@ -107,7 +107,7 @@ def pool_backward_apply_kernel(
     p, q, taps, grads = load_windows(dout, out, tap, n, windows, cols, P, Q, C)
     scale = tl.load(stats + 2 * C + cols, mask=cols < C)
     if sums is not None:
-        center = load_center(stats, sums, cols, M, C, ACC)
+        center = load_center(stats, sums, 1, cols, M, C, ACC)
     for a in tl.static_range(2):
         for b in tl.static_range(2):
             offsets, mask = locate(n, p, q, a, b, cols, H, W, C)

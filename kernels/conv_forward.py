@@ -172,8 +172,12 @@ def reduce_taps(
     if stats is not None:
         scale, shift = load_channels(stats, c, C, BLOCK_K)
     for i in range(R * S * CHANNEL_STEPS):
-        tap = i // CHANNEL_STEPS
-        c0 = i % CHANNEL_STEPS * BLOCK_K
+        if R * S == 1:  # a plain product: nothing is asked of a tap
+            tap = 0
+            c0 = i * BLOCK_K
+        else:
+            tap = i // CHANNEL_STEPS
+            c0 = i % CHANNEL_STEPS * BLOCK_K
         mask = ((taps & (tl.cast(1, taps.dtype) << tap)) != 0)[:, None]
         if C % BLOCK_K != 0:
             mask = mask & (c < C - c0)[None, :]

@@ -6,6 +6,7 @@
     ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
     IdentityGrad  dx = acc + dout * (out > 0)
     ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
+    AddTo         dx += acc, in place
 
 Rows of the GEMM are input pixels, columns are C, the reduction runs over (r, s, k). Activations are dense NHWC, the
 weight is K,R,S,C contiguous (both `torch.channels_last`), in float16, bfloat16, float32 or float64; accumulation and
@@ -16,7 +17,8 @@ each parity class (h % stride, w % stride) is a sub-grid of its own that runs ov
 (1x1, stride 2) still runs its epilogue. All classes are one launch.
 
 Grid (column tiles * classes * row tiles,). Passes over activations: it reads dy and writes dx. ReluMask also reads y1;
-IdentityGrad reads dout and out; ShortcutGrad reads dout and out, or dout alone, which have dy's size.
+IdentityGrad reads dout and out; ShortcutGrad reads dout and out, or dout alone, which have dy's pixels. AddTo reads and
+writes those pixels of dx alone that the convolution meets.
 """
 
 from __future__ import annotations
@@ -60,9 +62,9 @@ def grad_input_kernel(
     y1,  # (N, H, W, C) or None: no ReLU to mask by
     stats,  # (4, C) of y1
     partial,  # (2, T, C): sum g and sum g * xhat of each row tile
-    dout,  # (N, H, W, C) for the identity, (N, P, Q, K) for the 1x1 shortcut, or None: no second branch
+    dout,  # (N, H, W, C) for the identity, (N, P, Q, SHORTCUT_K) for the 1x1 shortcut, or None: no second branch
     out,  # like dout, or None: dout is not masked
-    shortcut_weight,  # (K, 1, 1, C) or None: the second branch is the identity
+    shortcut_weight,  # (SHORTCUT_K, 1, 1, C) or None: the second branch is the identity
     N,
     H,
     W,
@@ -75,6 +77,8 @@ def grad_input_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    SHORTCUT_K: tl.constexpr,
+    ADD: tl.constexpr,  # to dx
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -135,11 +139,27 @@ def grad_input_kernel(
         BLOCK_K,
     )
     if shortcut_weight is not None:
-        image = image0.to(tl.int64) * (P * Q * K)
+        image = image0.to(tl.int64) * (P * Q * SHORTCUT_K)
         acc = add_shortcut(
-            acc, dout, out, shortcut_weight, image, rows, inside, ph, pw, cols, C, K, PRECISION, BLOCK_N, BLOCK_K
+            acc,
+            dout,
+            out,
+            shortcut_weight,
+            image,
+            rows,
+            inside,
+            ph,
+            pw,
+            cols,
+            C,
+            SHORTCUT_K,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_K,
         )
 
+    if ADD:
+        inside &= A * B > 0
     mask = inside[:, None]
     if C % BLOCK_N != 0:
         mask &= (cols < C)[None, :]
@@ -150,6 +170,8 @@ def grad_input_kernel(
     else:
         if shortcut_weight is None and dout is not None:
             acc = add_identity(acc, dout, out, image, offsets, mask)
+        if ADD:
+            acc += tl.load(dx + image + offsets, mask=mask, other=0.0).to(ACC)
         tl.store(dx + image + offsets, acc.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -351,9 +373,15 @@ class IdentityGrad(NamedTuple):
 class ShortcutGrad(NamedTuple):
     """The convolution's input also feeds a 1x1 convolution of the same stride, whose gradient is dout * (out > 0)."""
 
-    dout: Tensor  # (N, K, P, Q)
-    out: Tensor | None  # (N, K, P, Q); None: dout is taken as it is
-    weight: Tensor  # (K, C, 1, 1)
+    dout: Tensor  # (N, L, P, Q)
+    out: Tensor | None  # (N, L, P, Q); None: dout is taken as it is
+    weight: Tensor  # (L, C, 1, 1)
+
+
+class AddTo(NamedTuple):
+    """The gradient is added to what another branch has left in dx."""
+
+    dx: Tensor  # (N, C, H, W)
 
 
 _EPILOGUES = {
@@ -361,6 +389,7 @@ _EPILOGUES = {
     ReluMask: Epilogue.RELU_MASK,
     IdentityGrad: Epilogue.IDENTITY_GRAD,
     ShortcutGrad: Epilogue.SHORTCUT_GRAD,
+    AddTo: Epilogue.ADD_TO,
 }
 _TAPS = 15  # bits for each axis in a row's mask of missed taps
 
@@ -369,7 +398,7 @@ def conv_grad_input(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | IdentityGrad | ShortcutGrad | None = None,
+    epilogue: ReluMask | IdentityGrad | ShortcutGrad | AddTo | None = None,
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -390,18 +419,22 @@ def conv_grad_input(
     _check(dy, weight, shape, epilogue, vectors)
     dtype, ACC = accumulator(dy)
     precision = product_precision(dy, tf32)
-    dx = torch.empty(
-        (shape.N, shape.C, shape.H, shape.W), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last
-    )
+    if isinstance(epilogue, AddTo):
+        dx = epilogue.dx
+    else:
+        size = shape.N, shape.C, shape.H, shape.W
+        dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     mask = epilogue if isinstance(epilogue, ReluMask) else None
     branch = epilogue if isinstance(epilogue, (IdentityGrad, ShortcutGrad)) else None
+    shortcut_weight = epilogue.weight if isinstance(epilogue, ShortcutGrad) else None
+    shortcut_K = shape.K if shortcut_weight is None else shortcut_weight.shape[0]
     if shape.N == 0:
         for grad in vectors.values():
             if grad is not None:
                 grad.zero_()
         return (dx, torch.zeros((2, shape.C), dtype=dtype, device=dy.device)) if mask else dx
 
-    def run(config: Config) -> Tensor | None:
+    def run(config: Config, dx: Tensor) -> Tensor | None:
         T = _row_tiles(shape, config)
         partial = torch.empty((2, T, shape.C), dtype=dtype, device=dy.device) if mask else None
         launch(
@@ -415,7 +448,7 @@ def conv_grad_input(
             partial,
             branch.dout if branch else None,
             branch.out if branch else None,
-            branch.weight if isinstance(branch, ShortcutGrad) else None,
+            shortcut_weight,
             shape.N,
             shape.H,
             shape.W,
@@ -423,6 +456,8 @@ def conv_grad_input(
             shape.Q,
             T,
             **shape.constants(),
+            SHORTCUT_K=shortcut_K,
+            ADD=isinstance(epilogue, AddTo),
             ACC=ACC,
             PRECISION=precision,
             **config.options(),
@@ -430,17 +465,21 @@ def conv_grad_input(
         )
         return partial
 
+    def trial(config: Config) -> Tensor | None:
+        return run(config, torch.empty_like(dx))  # what is added to is added to once
+
     config = tuning.gemm_config(
         "grad_input",
         shape,
         dy,
-        run,
+        trial if isinstance(epilogue, AddTo) else lambda config: run(config, dx),
         precision=precision,
         epilogue=_EPILOGUES[type(epilogue)],
         masked=branch is not None and branch.out is not None,
+        shortcut_channels=0 if shortcut_weight is None else shortcut_K,
     )
-    partial = run(config)
-    return (dx, merge_sums(partial, **vectors)) if mask else dx
+    partial = run(config, dx)
+    return (dx, merge_sums(partial, *vectors.values())) if mask else dx
 
 
 def _row_tiles(shape: ConvShape, config: Config) -> int:
@@ -453,7 +492,7 @@ def _check(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | IdentityGrad | ShortcutGrad | None,
+    epilogue: ReluMask | IdentityGrad | ShortcutGrad | AddTo | None,
     vectors: dict[str, Tensor | None],
 ) -> None:
     nhwc_shape(dy)
@@ -474,14 +513,16 @@ def _check(
         reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
         if reached != y[2:]:
             raise ValueError(f"shape: a 1x1 shortcut of stride {shape.stride} has {reached} pixels, dy has {y[2:]}")
-        check_nhwc("dout", epilogue.dout, dy, y)
+        L = epilogue.weight.shape[0]
+        check_nhwc("shortcut weight", epilogue.weight, dy, (L, shape.C, 1, 1))
+        check_nhwc("dout", epilogue.dout, dy, (shape.N, L, shape.P, shape.Q))
         if epilogue.out is not None:
-            check_nhwc("out", epilogue.out, dy, y)
-        check_nhwc("shortcut weight", epilogue.weight, dy, (shape.K, shape.C, 1, 1))
+            check_nhwc("out", epilogue.out, dy, epilogue.dout.shape)
+    elif isinstance(epilogue, AddTo):
+        check_nhwc("dx", epilogue.dx, dy, x)
     elif epilogue is not None:
-        raise TypeError(
-            f"epilogue: expected ReluMask, IdentityGrad, ShortcutGrad or None, got {type(epilogue).__name__}"
-        )
+        kinds = ", ".join(kind.__name__ for kind in _EPILOGUES if kind is not type(None))
+        raise TypeError(f"epilogue: expected {kinds} or None, got {type(epilogue).__name__}")
 
     if max(shape.R, shape.S) > _TAPS * shape.stride:
         raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")
@@ -489,4 +530,5 @@ def _check(
     if shape.N * shape.H * shape.W + rows >= 2**31:
         raise ValueError(f"shape: expected fewer than 2^31 pixels, got {shape.N} images of {shape.H}x{shape.W}")
     area = (shape.H // shape.stride) * (shape.W // shape.stride)  # pixels of the smallest class that has any
-    check_span(max(math.prod(x[1:]), (shape.P + shape.R) * shape.Q * shape.K), area, shape.N, rows)
+    widest = epilogue.weight.shape[0] if isinstance(epilogue, ShortcutGrad) else shape.K
+    check_span(max(math.prod(x[1:]), (shape.P + shape.R) * shape.Q * max(widest, shape.K)), area, shape.N, rows)

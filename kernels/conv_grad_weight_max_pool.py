@@ -103,7 +103,7 @@ def conv_grad_weight_max_pool_kernel(
                 if sums is not None:
                     offsets, mask = locate(n, p, q, down, right, k, P, Q, K)
                     value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
-                    g = center_grad(g, value, load_center(stats, sums, k, M, K, ACC))
+                    g = center_grad(g, value, load_center(stats, sums, 1, k, M, K, ACC))
                 dy = tl.zeros([BLOCK_K, BLOCK_M], x.dtype.element_ty)
                 # The condition is always true, and the binary has no branch. But Triton lays a product's operands out
                 # by the narrowest type that was loaded for them. That is tap's, and reads in the layout for bytes

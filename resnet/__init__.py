@@ -12,10 +12,25 @@ with settings_are_read():
     from resnet.fuse import FuseReport, fuse, unfuse
     from resnet.fused import FusedResidual, FusedStem
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
-    from resnet.reference import Residual, Stem, resnet18, resnet_block
+    from resnet.published import ResNet
+    from resnet.reference import (
+        BasicBlock,
+        Bottleneck,
+        Residual,
+        ResidualBottleneck,
+        Stem,
+        resnet18,
+        resnet34,
+        resnet50,
+        resnet101,
+        resnet152,
+        resnet_block,
+    )
     from resnet.settings import backend, convolution, current_backend, current_convolution
 
 __all__ = [
+    "BasicBlock",
+    "Bottleneck",
     "FuseReport",
     "FusedBatchNorm2d",
     "FusedResidual",
@@ -23,14 +38,20 @@ __all__ = [
     "LazyFusedResidual",
     "LazyFusedStem",
     "LazyResNet18",
+    "ResNet",
     "Residual",
+    "ResidualBottleneck",
     "Stem",
     "backend",
     "convolution",
     "current_backend",
     "current_convolution",
     "fuse",
+    "resnet101",
+    "resnet152",
     "resnet18",
+    "resnet34",
+    "resnet50",
     "resnet_block",
     "unfuse",
 ]

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 from resnet.commands import DTYPES, LARGEST, ConfigError
 from resnet.data import IMAGE_SIZE
-from resnet.fused import FusedResidual
+from resnet.models import BUILDERS, OLD_MODEL
 from resnet.recipes import RECIPES
-from resnet.reference import Residual, resnet18
 
 FORMAT = 1
-MODELS = ("eager", "fused", "compile")
 KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "tally", "history", "args"}
 
 _GO_ON = "--resume: cannot go on from"
@@ -42,6 +40,7 @@ class SavedNet:
     net: nn.Module
     device: torch.device  # where it is
     model: str
+    impl: str
     recipe: str
     resize: int
     dtype: str
@@ -60,8 +59,7 @@ def read_net(path: str, device: torch.device) -> SavedNet:
     settings = found["args"]
     if not _are_known(settings):
         raise _refusal(_USE, path, "its settings are none of this version")
-    block = FusedResidual if settings["model"] == "fused" else Residual
-    net = resnet18(block=block, stem=RECIPES[settings["recipe"]].stem)
+    net = BUILDERS[settings["model"], settings["impl"]](stem=RECIPES[settings["recipe"]].stem)
     try:
         net.load_state_dict(found["model"])
     except (RuntimeError, TypeError, AttributeError):  # the keys, the sizes or the types are others
@@ -69,7 +67,7 @@ def read_net(path: str, device: torch.device) -> SavedNet:
     return SavedNet(
         net.to(device, memory_format=torch.channels_last).eval(),
         device,
-        **{name: settings[name] for name in ("model", "recipe", "resize", "dtype")},
+        **{name: settings[name] for name in ("model", "impl", "recipe", "resize", "dtype")},
         epoch=found["epoch"],
     )
 
@@ -80,8 +78,8 @@ def _are_known(settings: Any) -> bool:
         return False
     resize = settings.get("resize")
     return (
-        settings.get("model") in MODELS
-        and settings.get("recipe") in tuple(RECIPES)  # a tuple: not all that a file holds can be a key
+        (settings.get("model"), settings.get("impl")) in tuple(BUILDERS)  # not all that a file holds can be a key
+        and settings.get("recipe") in tuple(RECIPES)
         and settings.get("dtype") in tuple(DTYPES)
         and isinstance(resize, int)
         and IMAGE_SIZE <= resize <= LARGEST
@@ -105,6 +103,9 @@ def _read(path: str, device: torch.device, purpose: str) -> dict[str, Any]:
         raise _refusal(purpose, path, "another program wrote it")
     if version > FORMAT:
         raise _refusal(purpose, path, "a newer version wrote it")
+    settings = found["args"]
+    if isinstance(settings, dict) and "impl" not in settings:  # earlier versions had one net, and called this its model
+        found["args"] = {**settings, "model": OLD_MODEL, "impl": settings.get("model")}
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ def _is_whole(value: object, least: int) -> bool:
         return not isinstance(value, bool) and operator.index(value) >= least
     except TypeError:
         return False
+
+
+def check_stages(name: str, numbers: Sequence[int], stages: int | None = None) -> None:
+    """ValueError unless the numbers are a list of whole ones of at least 1, as many as `stages` says."""
+    if not isinstance(numbers, (tuple, list)) or not numbers:
+        raise ValueError(f"{name}: expected a list of whole numbers, got {numbers!r}")
+    if stages is not None and len(numbers) != stages:
+        raise ValueError(f"{name}: expected {stages} numbers, got {len(numbers)}: {numbers!r}")
+    for i, number in enumerate(numbers):
+        check_whole(f"{name}[{i}]", number, 1)
 
 
 def check_block(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int | tuple[int, ...]) -> None:

@@ -124,7 +124,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     try:
         put(
             f"test acc {report['accuracy']:.3f}: {report['right']} of {report['images']} images of {data.source}\n"
-            f"{saved.model} net of recipe {saved.recipe} after {saved.epoch} epochs, "
+            f"{saved.impl} {saved.model} of recipe {saved.recipe} after {saved.epoch} epochs, "
             f"images {saved.resize}x{saved.resize}, {saved.dtype} on {device}\n\n{class_table(classes)}\n\n"
             f"confusion matrix: a row is a class, a column a guess\n{confusion_table(matrix)}"
         )
@@ -150,7 +150,7 @@ def _report(
         "classes": [dataclasses.asdict(figures) for figures in classes],
         "confusion": matrix.tolist(),
         "checkpoint": checkpoint,
-        **{name: getattr(saved, name) for name in ("model", "recipe", "resize", "dtype", "epoch")},
+        **{name: getattr(saved, name) for name in ("model", "impl", "recipe", "resize", "dtype", "epoch")},
         "device": str(saved.device),
         "data": source,
         "versions": versions(),

@@ -6,16 +6,16 @@ A convolution's gradient of its input or weight takes as many operations as its 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
-from resnet.operands import Block, BlockKept, Stem, StemKept
+from resnet.operands import BLOCK_KINDS, BlockKind, Stem, StemKept, Unit, reached, wanted
 from resnet.schema import unpack
-from resnet.torch_backend.convolution import out_size
+from resnet.torch_backend.convolution import out_map, out_size
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -27,49 +27,51 @@ def _convolution(x: Sequence[int], weight: Sequence[int], stride: int, padding: 
     return 2 * N * out_size(H, R, stride, padding) * out_size(W, S, stride, padding) * K * C * R * S
 
 
-def _stem(a: Stem | StemKept) -> int:
-    return _convolution(a.x, a.weight, a.stride, a.padding)
+def _unit(x: Sequence[int], unit: Unit) -> int:
+    return _convolution(x, unit.weight, unit.stride, unit.padding)
 
 
-def _block(a: Block | BlockKept) -> tuple[int, int, int]:
-    """Operations of conv1, conv2 and conv3."""
-    conv1, conv2, conv3, _, stride, *_ = a.convs
-    N, _, H, W = a.x
-    middle = (N, conv1[0], out_size(H, 3, stride, 1), out_size(W, 3, stride, 1))
-    shortcut = 0 if conv3 is None else _convolution(a.x, conv3, stride, 0)
-    return _convolution(a.x, conv1, stride, 1), _convolution(middle, conv2, 1, 1), shortcut
+def _block(a: tuple) -> tuple[list[int], int]:
+    """Operations of a block's units, and of its shortcut; `a` has the fields of a `BlockKind`'s arguments."""
+    x, units = a.x, []
+    for unit in a.units:
+        units.append(_unit(x, unit))
+        x = (x[0], unit.weight[0], *out_map(x, unit.weight, unit.stride, unit.padding))
+    return units, 0 if a.shortcut.weight is None else _convolution(a.x, a.shortcut.weight, a.shortcut.stride, 0)
 
 
 def _stem_flops(*flat, out_shape: object = None) -> int:
-    return _stem(unpack(Stem, flat))
+    return _unit(*unpack(Stem, flat))
 
 
 def _stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -> int:
     *kept, needs = rest
-    needs = unpack(Stem, needs)
-    return _stem(unpack(StemKept, kept)) * (needs.x + (needs.weight or needs.master))
+    kept, needs = unpack(StemKept, kept), unpack(Stem, needs)
+    return _unit(kept.x, kept.unit) * (needs.x + wanted(needs.unit).weight)
 
 
-def _block_flops(*flat, out_shape: object = None) -> int:
-    return sum(_block(unpack(Block, flat)))
+def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
+    def forward(*flat, out_shape: object = None) -> int:
+        units, shortcut = _block(unpack(kind.arguments, flat))
+        return sum(units) + shortcut
 
+    def backward(dout: Sequence[int], *rest, out_shape: object = None) -> int:
+        *kept, needs = rest
+        units, shortcut = _block(unpack(kind.kept, kept))
+        needs = unpack(kind.arguments, needs)
+        needs = needs._replace(units=tuple(map(wanted, needs.units)), shortcut=wanted(needs.shortcut))
+        grad_inputs = [needs.x, *(sums for sums, _ in reached(needs))]
+        total = sum(n * (grad_inputs[i] + needs.units[i].weight) for i, n in enumerate(units))
+        return total + shortcut * (needs.x + needs.shortcut.weight)
 
-def _block_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -> int:
-    *kept, needs = rest
-    conv1, conv2, conv3 = _block(unpack(BlockKept, kept))
-    needs = unpack(Block, needs)
-    convs, norm = needs.convs.wanted(), needs.norm1
-    before_conv2 = needs.x or convs.conv1 or norm.weight or norm.bias or norm.conv_bias
-    return conv1 * (needs.x + convs.conv1) + conv2 * (before_conv2 + convs.conv2) + conv3 * (needs.x + convs.conv3)
+    return {kind.name: forward, f"{kind.name}_inference": forward, f"{kind.name}_backward": backward}
 
 
 _FORMULAS = {
     "stem": _stem_flops,
     "stem_inference": _stem_flops,
     "stem_backward": _stem_backward_flops,
-    "residual_block": _block_flops,
-    "residual_block_inference": _block_flops,
-    "residual_block_backward": _block_backward_flops,
+    **{name: formula for kind in BLOCK_KINDS for name, formula in _block_formulas(kind).items()},
 }
 
 

@@ -19,106 +19,20 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fused import FusedResidual, FusedStem, _unfusable, _unfusable_conv, _unfusable_pool
+from resnet.fused import (
+    BlockParts,
+    FusedBlock,
+    FusedResidual,
+    FusedStem,
+    FusedStemBase,
+    StemParts,
+    UnitParts,
+    Watched,
+)
 from resnet.reference import Residual, Stem
-
-# ---- a stand-in for the mixins of resnet.fused: they call the modules that the parts name ----------------------------
-
-
-class UnitParts(NamedTuple):
-    conv: nn.Module | None
-    bn: nn.Module | None
-    conv_name: str
-    bn_name: str = ""
-
-
-class Watched(NamedTuple):
-    name: str
-    module: nn.Module | None
-    kind: type[nn.Module]
-
-
-class BlockParts(NamedTuple):
-    units: tuple[UnitParts, ...]
-    shortcut: UnitParts | None
-    others: tuple[Watched, ...] = ()
-
-
-class StemParts(NamedTuple):
-    unit: UnitParts
-    relu: Watched
-    pool: Watched
-    others: tuple[Watched, ...] = ()
-
-
-def _after(unit: UnitParts, x: Tensor) -> Tensor:
-    x = unit.conv(x)
-    return x if unit.bn is None else unit.bn(x)
-
-
-class _StandIn:
-    def _run(self, x: Tensor) -> Tensor:
-        return self._eager(x) if _reason_not_to_fuse(self) is not None else self._fused(self._parts(), x)
-
-    def _eager(self, x: Tensor) -> Tensor:
-        return super().forward(x)
-
-
-class FusedBlock(_StandIn):
-    def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
-        reason = next(filter(None, (_unfusable(*other) for other in parts.others)), None)
-        if reason is not None:
-            return reason
-        strides = 1
-        for unit in parts.units:
-            kernel = 1 if getattr(unit.conv, "kernel_size", None) == (1, 1) else 3
-            reason = _unfusable_conv(unit.conv_name, unit.conv, kernel, kernel // 2, None)
-            reason = reason or _unfusable(unit.bn_name, unit.bn, nn.BatchNorm2d)
-            if reason is not None:
-                return reason
-            strides *= unit.conv.stride[0]
-        shortcut = parts.shortcut
-        if shortcut is not None:
-            reason = _unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides)
-            if reason is None and shortcut.bn is not None:
-                reason = _unfusable(shortcut.bn_name, shortcut.bn, nn.BatchNorm2d)
-            if reason is not None:
-                return reason
-        return None
-
-    def _fused(self, parts: BlockParts, x: Tensor) -> Tensor:
-        (*units, last), y = parts.units, x
-        for unit in units:
-            y = F.relu(_after(unit, y))
-        return F.relu(_after(last, y) + (x if parts.shortcut is None else _after(parts.shortcut, x)))
-
-
-class FusedStemBase(_StandIn):
-    def _reason_not_to_fuse(self, parts: StemParts) -> str | None:
-        (conv, bn, conv_name, bn_name), relu, pool, others = parts
-        return (
-            _unfusable(conv_name, conv, nn.Conv2d)
-            or _unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None)
-            or _unfusable(bn_name, bn, nn.BatchNorm2d)
-            or _unfusable(*relu)
-            or _unfusable_pool(pool.name, pool.module)
-            or next(filter(None, (_unfusable(*other) for other in others)), None)
-        )
-
-    def _fused(self, parts: StemParts, x: Tensor) -> Tensor:
-        return parts.pool.module(F.relu(_after(parts.unit, x)))
-
-
-def _reason_not_to_fuse(module: nn.Module) -> str | None:
-    if isinstance(module, (*_EAGER,)):
-        return module._reason_not_to_fuse()
-    parts = module._parts()
-    return parts if isinstance(parts, str) else module._reason_not_to_fuse(parts)
-
 
 # ---- where the known classes keep their parts ------------------------------------------------------------------------
 
@@ -235,7 +149,7 @@ def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, 
 class _Kept(NamedTuple):
     """The parts of a module, and all children that were seen when they were found."""
 
-    parts: BlockParts | StemParts
+    parts: BlockParts | StemParts | str
     children: tuple[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]], ...]  # of a module, and a copy
 
     def hold(self, module: _Changed) -> bool:
@@ -246,7 +160,8 @@ class _Kept(NamedTuple):
             if now != then:
                 return False
         # What is not None here is no module, which would be among the children, but perhaps a function.
-        return all(own.get(name) is None for name in module._layout.optional)
+        layout = module._layout
+        return own.get(layout.shortcut) is None and all(own.get(name) is None for name in layout.optional)
 
 
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
@@ -265,7 +180,7 @@ class _Changed:
         _, _, *state = super().__reduce_ex__(max(protocol, 2))
         return _rebuild, (self._eager_class,), *state
 
-    def _parts(self) -> BlockParts | StemParts:
+    def _parts(self) -> BlockParts | StemParts | str:
         """What `_find_parts` gives. To find them takes longer than to see that no module has been replaced since."""
         if torch.compiler.is_compiling():
             return self._find_parts()
@@ -281,13 +196,16 @@ class _Changed:
 class _Block(_Changed, FusedBlock):
     _call = FusedBlock._run
 
-    def _find_parts(self) -> BlockParts:
+    def _find_parts(self) -> BlockParts | str:
         layout = self._layout
         units = tuple(UnitParts(_held(self, conv), _held(self, bn), conv, bn) for conv, bn in layout.units)
         shortcut, others = _shortcut(layout.shortcut, _held(self, layout.shortcut), layout.shortcut_class)
         others += [Watched(name, _held(self, name), nn.ReLU) for name in layout.relus]
         optional = (Watched(name, _held(self, name), nn.Identity) for name in layout.optional)
         others += [other for other in optional if other.module is not None]
+        for name, module, _ in others:
+            if module is not None and not isinstance(module, nn.Module):
+                return f"{name} is a {type(module).__name__} and no module"
         return BlockParts(units, shortcut, (*others, *_watched(self)))
 
 
@@ -319,6 +237,23 @@ class _Network(_Stem):
         return x
 
 
+class _Sequence(_Network):
+    """A network that is an `nn.Sequential`, whose first modules are the stem."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        if not _starts_with(self, self._layout.names):  # any more
+            return super().forward(x)
+        x = self._run(x)
+        for name, module in self._modules.items():
+            if name not in self._layout.names:
+                x = module(x)
+        return x
+
+
+def _starts_with(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return tuple(module._modules)[: len(names)] == names
+
+
 class _WithStem:
     """A network as its own forward is to see it: the first module of the stem is all of it, and the others do nothing.
 
@@ -347,6 +282,7 @@ class _Known(NamedTuple):
 
 
 _KNOWN = {
+    "resnet.published.ResNet": _Known(_Sequence, StemLayout("conv1", "bn1", "relu", "maxpool")),
     "resnet.reference.BasicBlock": _Known(_Block, _torchvision(2)),
     "resnet.reference.Bottleneck": _Known(_Block, _torchvision(3)),
     "resnet.reference.ResidualBottleneck": _Known(_Block, BlockLayout(_numbered(3), (), "conv4")),
@@ -422,10 +358,10 @@ def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
         "__module__": __name__,
         "__doc__": f"A `{_kind(eager)}` that `resnet.fuse` has changed the class of.",
         "_eager_class": eager,
-        "_eager_method": vars(eager)[method],
+        "_eager_method": getattr(eager, method),
         "_layout": _looked_up(eager, layout),
         "_places": _places(layout),
-        method: _calling(vars(eager)[method]),
+        method: _calling(getattr(eager, method)),
     }
     return type(f"Fused{eager.__name__}", (mixin, eager), own)
 
@@ -441,10 +377,11 @@ def _rebuild(eager: type[nn.Module]) -> nn.Module:
 
 def _replaced(cls: type, method: str) -> bool:
     """Whether a class has another method than the one in its definition; what is wrapped does more than its text."""
-    found = vars(cls).get(method)
+    definer = next(base for base in cls.__mro__ if method in vars(base))
+    found = vars(definer)[method]
     return (
         not isinstance(found, FunctionType)
-        or (found.__module__, found.__qualname__) != (cls.__module__, f"{cls.__qualname__}.{method}")
+        or (found.__module__, found.__qualname__) != (definer.__module__, f"{definer.__qualname__}.{method}")
         or hasattr(found, "__wrapped__")
         or found.__code__.co_argcount != 2
     )
@@ -477,8 +414,10 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
     for cls, name in ((eager, method), *((cls, "forward") for cls in classes)):
         if _replaced(cls, name):
             return f"{_kind(cls)}.{name} was replaced"
+    if issubclass(mixin, _Sequence):
+        return None if _starts_with(module, layout.names) else f"it does not begin with {', '.join(layout.names)}"
     if issubclass(mixin, _Network):
-        if not _begins_with(vars(eager)[method], layout.names):
+        if not _begins_with(getattr(eager, method), layout.names):
             return f"{_kind(eager)}.{method} does not begin with {', '.join(layout.names)}, and have them nowhere else"
         return None
     held = (*module._modules, *module._parameters, *module._buffers)
@@ -553,6 +492,12 @@ def _is_known(cls: type) -> bool:
     return cls in _OWN or _known(cls) is not None
 
 
+def _reason_not_to_fuse(module: nn.Module) -> str | None:
+    """Why a module of a fused class runs PyTorch's operators."""
+    parts = module._parts()
+    return parts if isinstance(parts, str) else module._reason_not_to_fuse(parts)
+
+
 def _fuse(module: nn.Module, eager: type[nn.Module]) -> str | None:
     """Change the class of a module of a known one, or say why not."""
     reason = _unlike_its_class(module, eager)
@@ -577,11 +522,10 @@ def fuse(model: nn.Module) -> FuseReport:
     whoever reads it needs this library. For a fused copy call `copy.deepcopy` first: a choice between the two here
     would have `fuse` return now a model and now a report.
 
-    Known are `Residual`, `Stem`, `BasicBlock` and `Bottleneck` of this library, and of the ResNets of torchvision, timm
-    and transformers the blocks and the stems. A stem whose modules the network calls in its own forward is fused by
-    changing the network's class. A module stays as it is where it might compute something else than the operator: with
-    another activation or norm, groups, dilation, attention, stochastic depth, anti-aliasing, hooks on what is inside,
-    or a class that is derived from a known one.
+    Known are this library's blocks and stems, and those of the ResNets of torchvision, timm and transformers. Where a
+    network calls the modules of its stem itself, it is the network that changes its class. A module stays as it is
+    where it might compute something else than the operator: with another activation or norm, groups, dilation,
+    attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known one.
 
     A second call changes nothing, and its report is the same.
 

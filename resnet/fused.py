@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from resnet.checks import (
 from resnet.functional import channels_last
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
+from resnet.operands import block_name
 from resnet.reference import Residual, Stem
 from resnet.torch_backend.convolution import out_size
 
@@ -132,9 +134,9 @@ def _hashable(value: object) -> object:
     return repr(value) if type(value) is list else value
 
 
-def _state(module: nn.Module) -> tuple:
+def _state(module: nn.Module | None) -> tuple:
     """All that fusing asks of another module."""
-    return type(module), passed_over(module)
+    return (None,) if module is None else (type(module), passed_over(module))
 
 
 def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
@@ -181,6 +183,48 @@ _KEPT = 1024  # states; more of them come once, and all are forgotten
 _fusable: dict[tuple, Recent] = {}  # states of modules that can be fused, and the facts of their arguments
 
 
+class UnitParts(NamedTuple):
+    """The modules of a convolution and its BatchNorm, and their names in the `state_dict`."""
+
+    conv: nn.Module | None
+    bn: nn.Module | None  # None: a shortcut's convolution without a norm
+    conv_name: str
+    bn_name: str = ""
+
+
+class Watched(NamedTuple):
+    """A module that a fused operator takes the place of, without a parameter: a ReLU, an Identity, a container."""
+
+    name: str
+    module: nn.Module | None
+    kind: type[nn.Module]  # what it has to be, exactly
+
+
+class BlockParts(NamedTuple):
+    """The modules of a residual block."""
+
+    units: tuple[UnitParts, ...]  # 2 or 3
+    shortcut: UnitParts | None  # None: the identity
+    others: tuple[Watched, ...] = ()
+
+
+def _unfusable_other(others: tuple[Watched, ...]) -> str | None:
+    for other in others:
+        reason = _unfusable(*other)
+        if reason is not None:
+            return reason
+    return None
+
+
+class StemParts(NamedTuple):
+    """The modules of a stem."""
+
+    unit: UnitParts
+    relu: Watched
+    pool: Watched
+    others: tuple[Watched, ...] = ()
+
+
 class _Fused:
     """`forward`, as `_run`, of a module that one operator can do the work of; the eager module is the next base.
 
@@ -190,36 +234,41 @@ class _Fused:
     the same ones have passed before, they are not looked at one by one.
     """
 
+    def _eager(self, X: Tensor) -> Tensor:
+        """The same by the modules, one by one."""
+        return super().forward(X)
+
     def _run(self, X: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
         direct = not compiling and ops.is_direct()
         if isinstance(X, Proxy) or (not direct and ops.is_transformed_or_recorded()):
-            return super().forward(X)
+            return self._eager(X)
         watched = _has_any_global_hook()
-        state = None if compiling or watched else self._state()
+        parts = self._parts()
+        state = None if compiling or watched else self._state(parts)
         recent = _fusable.get(state)
         if recent is None:
-            reason = _GLOBAL_HOOKS if watched else self._reason_not_to_fuse()
+            reason = _GLOBAL_HOOKS if watched else parts if isinstance(parts, str) else self._reason_not_to_fuse(parts)
             if reason is not None:
                 _warn_once(type(self).__name__, reason)
-                return super().forward(X)
+                return self._eager(X)
             recent = Recent()
             if state is not None:
                 _remember(state, recent)
         if not isinstance(X, Tensor):
             check_activation(X, None)  # which refuses it
-        pairs = self._norm_pairs()
+        pairs = self._norm_pairs(parts)
         norms = [norm_of(bn, held(conv, "_parameters", "bias")) for bn, conv in pairs]
         dtype = _autocast_dtype(X)
         x = X if dtype is None else X.to(dtype)
-        flat = self._arguments(x, norms, dtype is not None)
+        flat = self._arguments(parts, x, norms, dtype is not None)
         known = recent.known(flat) if direct else None
         check = (recent, X.dtype, dtype)
         if known is None or check not in known.facts.passed:
-            reason = self._check(X, x, norms, dtype is not None)
+            reason = self._check(parts, X, x, norms, dtype is not None)
             if reason is not None:
                 _warn_once(type(self).__name__, reason)
-                return super().forward(X)
+                return self._eager(X)
             x = channels_last(x)
             if x is not flat[0]:
                 flat[0] = x
@@ -237,9 +286,11 @@ class _Fused:
             if any(held(other, "_buffers", "num_batches_tracked") is count for other, _ in pairs[i + 1 :]):
                 # The other will count the batch once more, and this average is over as many as there are now.
                 norms[i] = norms[i]._replace(num_batches_tracked=count.clone())
-                flat = self._arguments(x, norms, dtype is not None)
+                flat = self._arguments(parts, x, norms, dtype is not None)
                 known = known and recent.known(flat)
-        name = self._operator if batch_statistics or _records_gradient(flat) else f"{self._operator}_inference"
+        name = self._operator(parts)
+        if not (batch_statistics or _records_gradient(flat)):
+            name += "_inference"
         if known is not None and dtype is None and x.dtype != torch.float64:
             return ops.call(name, flat, known)
         with _without_autocast(x):
@@ -260,15 +311,176 @@ def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> tuple[Tensor, Tensor | No
     return weight.detach().to(x.dtype, memory_format=torch.channels_last), weight
 
 
-class FusedStem(_Fused, Stem):
+def _unit_arguments(unit: UnitParts, x: Tensor, norm: Norm, cast: bool) -> list:
+    """The leaves of an `operands.Unit`."""
+    conv = unit.conv
+    weight, master = _weight(conv, x, cast)
+    return [weight, conv.stride[0], conv.padding[0], *norm, master]
+
+
+class FusedStemBase(_Fused):
+    """A stem whose modules `_parts` names: a `StemParts`, or why there are none."""
+
+    def _parts(self) -> StemParts | str:
+        raise NotImplementedError
+
+    def _operator(self, parts: StemParts) -> str:
+        return "stem"
+
+    def _state(self, parts: StemParts | str) -> tuple:
+        if isinstance(parts, str):
+            return "stem", parts
+        (conv, bn, *_), relu, pool, others = parts
+        window = [_hashable(getattr(pool.module, field, None)) for field in _POOL]
+        watched = [(other.kind, _state(other.module)) for other in (relu, *others)]
+        return "stem", _conv_state(conv), _state(bn), _state(pool.module), *window, *watched
+
+    def _reason_not_to_fuse(self, parts: StemParts) -> str | None:
+        (conv, bn, conv_name, bn_name), relu, pool, others = parts
+        return (
+            _unfusable_other(others)
+            or _unfusable(conv_name, conv, nn.Conv2d)
+            or _unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None)
+            or _unfusable(bn_name, bn, nn.BatchNorm2d)
+            or _unfusable(*relu)
+            or _unfusable_pool(pool.name, pool.module)
+        )
+
+    def _norm_pairs(self, parts: StemParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+        return [(parts.unit.bn, parts.unit.conv)]
+
+    def _check(self, parts: StemParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> str | None:
+        (conv, _, name, bn_name), (norm,) = parts.unit, norms
+        (shape,) = _weight_shapes([conv], lambda shapes: _is_of(norm, shapes[0][0]))
+        K, C, R, S = shape
+        check_activation(X, C)
+        if not cast:
+            check_input_type(x, {f"{name}.weight": conv.weight})
+        check_conv_weight(f"{name}.weight", conv.weight, x, shape, cast)
+        if R != S:
+            return f"{name}.weight is {R}x{S}, not square"
+        check_norm(norm, x, K, bn_name)
+        size = [out_size(s, R, conv.stride[0], conv.padding[0]) for s in x.shape[2:]]
+        check_values_per_channel(norm, (x.shape[0], K, *size), bn_name)
+        return None
+
+    def _arguments(self, parts: StemParts, x: Tensor, norms: list[Norm], cast: bool) -> list:
+        return [x, *_unit_arguments(parts.unit, x, norms[0], cast)]
+
+
+class FusedBlock(_Fused):
+    """A residual block whose modules `_parts` names: a `BlockParts`, or why there are none."""
+
+    def _parts(self) -> BlockParts | str:
+        raise NotImplementedError
+
+    def _operator(self, parts: BlockParts) -> str:
+        shortcut = parts.shortcut
+        return block_name(len(parts.units), shortcut is not None and shortcut.bn is not None)
+
+    def _state(self, parts: BlockParts | str) -> tuple:
+        if isinstance(parts, str):
+            return "block", parts
+        units, shortcut, others = parts
+        state = ["block", len(units)]
+        for conv, bn, *_ in units if shortcut is None else (*units, shortcut):
+            state += (_conv_state(conv), _state(bn))
+        for other in others:
+            state.append((other.kind, _state(other.module)))
+        return tuple(state)
+
+    def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
+        reason = _unfusable_other(parts.others)
+        if reason is not None:
+            return reason
+        strides = 1
+        for unit in parts.units:
+            kernel = 1 if getattr(unit.conv, "kernel_size", None) == (1, 1) else 3
+            reason = _unfusable_conv(unit.conv_name, unit.conv, kernel, kernel // 2, None)
+            reason = reason or _unfusable(unit.bn_name, unit.bn, nn.BatchNorm2d)
+            if reason is not None:
+                return reason
+            strides *= unit.conv.stride[0]
+        shortcut = parts.shortcut
+        if shortcut is not None:
+            reason = _unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides)
+            if reason is None and shortcut.bn is not None:
+                reason = _unfusable(shortcut.bn_name, shortcut.bn, nn.BatchNorm2d)
+            if reason is not None:
+                return reason
+        return None
+
+    def _norm_pairs(self, parts: BlockParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+        pairs = [(unit.bn, unit.conv) for unit in parts.units]
+        if parts.shortcut is not None and parts.shortcut.bn is not None:
+            pairs.append((parts.shortcut.bn, parts.shortcut.conv))
+        return pairs
+
+    def _check(self, parts: BlockParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> str | None:
+        units, shortcut, _ = parts
+        count, every = len(units), units if shortcut is None else (*units, shortcut)
+
+        def channels(shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+            """(out, in) of each convolution, as those of a chain and its shortcut have to be."""
+            outs = [shape[0] for shape in shapes[:count]]
+            return [*zip(outs, [shapes[0][1], *outs]), (outs[-1], shapes[0][1])][: len(every)]
+
+        def fit(shapes: list[tuple[int, ...]]) -> bool:
+            widths = channels(shapes)
+            return all(shape[:2] == width for shape, width in zip(shapes, widths, strict=True)) and all(
+                _is_of(norm, K) for norm, (K, _) in zip(norms, widths)
+            )
+
+        shapes = _weight_shapes([part.conv for part in every], fit)
+        widths = channels(shapes)
+        (K, _), (_, C) = widths[count - 1], widths[0]
+        check_activation(X, C)
+        weights = {f"{part.conv_name}.weight": part.conv.weight for part in every}
+        if not cast:
+            check_input_type(x, weights)
+        for (name, weight), width, shape in zip(weights.items(), widths, shapes, strict=True):
+            check_conv_weight(name, weight, x, (*width, *shape[2:]), cast)
+        if shortcut is not None and shortcut.bn is None and shortcut.conv.bias is not None:
+            check_vector(f"{shortcut.conv_name}.bias", shortcut.conv.bias, x, K)
+        for part, norm, (width, _) in zip(every, norms, widths):
+            check_norm(norm, x, width, part.bn_name)
+        for part, shape in zip(every, shapes, strict=True):
+            size = 2 * part.conv.padding[0] + 1
+            if shape[2:] != (size, size):
+                return f"{part.conv_name} is {shape[2]}x{shape[3]}, not {size}x{size}"
+        size, maps = x.shape[2:], []
+        for unit, shape in zip(units, shapes):
+            size = tuple(out_size(s, shape[2], unit.conv.stride[0], unit.conv.padding[0]) for s in size)
+            maps.append((x.shape[0], shape[0], *size))
+        strides = 1
+        for unit in units:  # torch.compile cannot trace math.prod of a generator
+            strides *= unit.conv.stride[0]
+        if shortcut is None and (C != K or strides != 1):
+            return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {strides}"
+        for part, norm, shape in zip(every, norms, (*maps, maps[-1])):
+            check_values_per_channel(norm, shape, part.bn_name)
+        return None
+
+    def _arguments(self, parts: BlockParts, x: Tensor, norms: list[Norm], cast: bool) -> list:
+        flat = [x]
+        for unit, norm in zip(parts.units, norms):
+            flat += _unit_arguments(unit, x, norm, cast)
+        shortcut = parts.shortcut
+        if shortcut is None:
+            return [*flat, None, None, 1, None]
+        if shortcut.bn is not None:
+            return [*flat, *_unit_arguments(shortcut, x, norms[-1], cast)]
+        weight, master = _weight(shortcut.conv, x, cast)
+        return [*flat, weight, held(shortcut.conv, "_parameters", "bias"), shortcut.conv.stride[0], master]
+
+
+class FusedStem(FusedStemBase, Stem):
     """`Stem` with BatchNorm, ReLU and max-pool in one pass; same children, so the same `state_dict`.
 
     The ReLU comes after the pool, on a quarter of the pixels: relu(pool(z)) is pool(relu(z)), gradients included.
     Where a window's maximum is positive, its place is the same; where it is not, nothing passes the ReLU. NaN stays
     NaN. Backward needs the input, the convolution's output, the output, and a byte for each of its elements.
     """
-
-    _operator = "stem"
 
     def __init__(self, in_channels: int, channels: int = 64):
         check_whole("in_channels", in_channels, 0)
@@ -280,52 +492,15 @@ class FusedStem(_Fused, Stem):
 
     forward.__wrapped__ = Stem.forward
 
-    def _state(self) -> tuple:
+    def _parts(self) -> StemParts | str:
         children = tuple(self._modules.values())
         if len(children) != 4:
-            return "stem", len(children)
+            return f"it has {len(children)} children, not 4"
         conv, bn, relu, pool = children
-        window = [_hashable(getattr(pool, field, None)) for field in _POOL]
-        return "stem", _conv_state(conv), _state(bn), _state(relu), _state(pool), *window
-
-    def _reason_not_to_fuse(self) -> str | None:
-        if len(self) != 4:
-            return f"it has {len(self)} children, not 4"
-        conv, bn, relu, pool = self
-        return (
-            _unfusable("0", conv, nn.Conv2d)
-            or _unfusable_conv("0", conv, conv.kernel_size[0], conv.padding[0], None)
-            or _unfusable("1", bn, nn.BatchNorm2d)
-            or _unfusable("2", relu, nn.ReLU)
-            or _unfusable_pool("3", pool)
-        )
-
-    def _norm_pairs(self) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
-        conv, bn, _, _ = self._modules.values()
-        return [(bn, conv)]
-
-    def _check(self, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> str | None:
-        conv, (norm,) = self[0], norms
-        (shape,) = _weight_shapes([conv], lambda shapes: _is_of(norm, shapes[0][0]))
-        K, C, R, S = shape
-        check_activation(X, C)
-        if not cast:
-            check_input_type(x, {"0.weight": conv.weight})
-        check_conv_weight("0.weight", conv.weight, x, shape, cast)
-        if R != S:
-            return f"0.weight is {R}x{S}, not square"
-        check_norm(norm, x, K, "1")
-        size = [out_size(s, R, conv.stride[0], conv.padding[0]) for s in x.shape[2:]]
-        check_values_per_channel(norm, (x.shape[0], K, *size), "1")
-        return None
-
-    def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
-        conv = self[0]
-        weight, master = _weight(conv, x, cast)
-        return [x, weight, conv.stride[0], conv.padding[0], *norms[0], master]
+        return StemParts(UnitParts(conv, bn, "0", "1"), Watched("2", relu, nn.ReLU), Watched("3", pool, nn.MaxPool2d))
 
 
-class FusedResidual(_Fused, Residual):
+class FusedResidual(FusedBlock, Residual):
     """The residual block on fused operators: BatchNorm, the residual add and ReLU move each activation once.
 
     Drop-in for `Residual` (d2l.ai): same constructor, parameters, buffers and `state_dict`. Activations are
@@ -333,8 +508,8 @@ class FusedResidual(_Fused, Residual):
     needs the input, the two convolutions' outputs, the output, and per-channel vectors.
 
     A submodule that was replaced, hooked, parametrised or given a forward of its own makes the block run PyTorch's
-    operators instead, with one warning that names it. So do global module hooks, convolutions of two widths, and
-    strides that are not the same along H and W.
+    operators instead, with one warning that names it. So do global module hooks, and strides that are not the same
+    along H and W.
 
     Raises, in the constructor:
         ValueError: channels or strides that are no whole numbers, or negative, or strides of 0; an identity shortcut
@@ -346,7 +521,6 @@ class FusedResidual(_Fused, Residual):
     """
 
     stem = FusedStem
-    _operator = "residual_block"
 
     def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
         check_block(input_channels, num_channels, use_1x1conv, strides)
@@ -357,68 +531,8 @@ class FusedResidual(_Fused, Residual):
 
     forward.__wrapped__ = Residual.forward
 
-    def _reason_not_to_fuse(self) -> str | None:
-        reason = (
-            _unfusable_conv("conv1", self.conv1, 3, 1, None)
-            or _unfusable_conv("conv2", self.conv2, 3, 1, 1)
-            or _unfusable("bn1", self.bn1, nn.BatchNorm2d)
-            or _unfusable("bn2", self.bn2, nn.BatchNorm2d)
-        )
-        if reason is None and self.conv3 is not None:
-            reason = _unfusable_conv("conv3", self.conv3, 1, 0, self.conv1.stride[0])
-        return reason
-
-    def _state(self) -> tuple:
+    def _parts(self) -> BlockParts:
         own = self._modules
-        convs = (_conv_state(own.get("conv1")), _conv_state(own.get("conv2")), _conv_state(own.get("conv3")))
-        return "block", *convs, _state(own.get("bn1")), _state(own.get("bn2"))
-
-    def _norm_pairs(self) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
-        own = self._modules
-        return [(own["bn1"], own["conv1"]), (own["bn2"], own["conv2"])]
-
-    def _check(self, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> str | None:
-        convs = {"conv1": self.conv1, "conv2": self.conv2}
-        if self.conv3 is not None:
-            convs["conv3"] = self.conv3
-
-        def fit(shapes: list[tuple[int, ...]]) -> bool:
-            (M, C, *_), (K, inner, *_), *shortcut = shapes
-            widths = _is_of(norms[0], M) and _is_of(norms[1], K) and inner == M
-            return widths and all(shape[:2] == (K, C) for shape in shortcut)
-
-        shapes = _weight_shapes(list(convs.values()), fit)
-        (M, C, *_), (K, *_) = shapes[:2]
-        check_activation(X, C)
-        weights = {f"{name}.weight": conv.weight for name, conv in convs.items()}
-        if not cast:
-            check_input_type(x, weights)
-        for (name, weight), width, shape in zip(weights.items(), ((M, C), (K, M), (K, C)), shapes):
-            check_conv_weight(name, weight, x, (*width, *shape[2:]), cast)
-        if self.conv3 is not None and self.conv3.bias is not None:
-            check_vector("conv3.bias", self.conv3.bias, x, K)
-        for name, norm, width in zip(("bn1", "bn2"), norms, (M, K), strict=True):
-            check_norm(norm, x, width, name)
-        for name, shape, size in zip(weights, shapes, (3, 3, 1)):
-            if shape[2:] != (size, size):
-                return f"{name} is {shape[2]}x{shape[3]}, not {size}x{size}"
-        stride = self.conv1.stride[0]
-        if M != K:
-            return f"conv1 has {M} output channels, and conv2 has {K}"
-        if self.conv3 is None and (C != K or stride != 1):
-            return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {stride}"
-        shape = (x.shape[0], K, *(out_size(s, 3, stride, 1) for s in x.shape[2:]))
-        for name, norm in zip(("bn1", "bn2"), norms, strict=True):
-            check_values_per_channel(norm, shape, name)
-        return None
-
-    def _arguments(self, x: Tensor, norms: list[Norm], cast: bool) -> list:
-        own = self._modules
-        conv1, conv3 = own["conv1"], own.get("conv3")
-        weight1, master1 = _weight(conv1, x, cast)
-        weight2, master2 = _weight(own["conv2"], x, cast)
-        weight3 = master3 = bias3 = None
-        if conv3 is not None:
-            (weight3, master3), bias3 = _weight(conv3, x, cast), held(conv3, "_parameters", "bias")
-        convs = weight1, weight2, weight3, bias3, conv1.stride[0], master1, master2, master3
-        return [x, *convs, *norms[0], *norms[1]]
+        conv3 = own.get("conv3")
+        units = tuple(UnitParts(own.get(f"conv{i}"), own.get(f"bn{i}"), f"conv{i}", f"bn{i}") for i in (1, 2))
+        return BlockParts(units, None if conv3 is None else UnitParts(conv3, None, "conv3"))

@@ -33,6 +33,16 @@ class Norm(NamedTuple):
     counted: Updated = None  # when training 1 is added, whatever it is
 
 
+class KeptNorm(NamedTuple):
+    """What backward asks of a `Norm`: the statistics that were used are kept beside it."""
+
+    weight: Tensor | None  # (C,)
+    bias: Tensor | None  # (C,)
+    conv_bias: Tensor | None  # (C,)
+    training: bool
+    eps: float
+
+
 VECTORS = Norm._fields[:5]  # (C,) each, where they are there
 
 
@@ -82,7 +92,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_grads(norm: Norm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def empty_grads(norm: KeptNorm) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Uninitialised gradients of a norm's weight and bias and, under batch statistics, of the convolution's bias."""
     conv_bias = norm.conv_bias if norm.training else None
     return tuple(None if v is None else v.new_empty(v.shape) for v in (norm.weight, norm.bias, conv_bias))

@@ -6,11 +6,13 @@ with a flag in each place, which gradients are wanted, and, with a tensor in eac
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from resnet.norm import Norm
+from resnet.norm import KeptNorm, Norm
 from resnet.schema import Alike
 
 # ---- relu(batch_norm(x) + shortcut) ------------------------------------------------------------------------------
@@ -32,9 +34,70 @@ class BatchNormAddReluKept(NamedTuple):
     x: Tensor
     out: Tensor | None  # None without a ReLU
     stats: Tensor
-    norm: Norm
+    norm: KeptNorm
     relu: bool
     added: bool  # whether there was a shortcut
+
+
+# ---- a convolution and its BatchNorm -----------------------------------------------------------------------------
+
+
+class Unit(NamedTuple):
+    """A convolution, whose bias belongs to its norm.
+
+    Under autocast the weight is a copy of another type, and the master is the parameter that it was made of. The
+    gradient is then the master's: in its type and layout, where a copy's would be rounded and cast.
+    """
+
+    weight: Tensor  # (K, C, R, S)
+    stride: int
+    padding: int
+    norm: Norm
+    master: Alike = None  # (K, C, R, S)
+
+
+class KeptUnit(NamedTuple):
+    """A `Unit` as backward needs it."""
+
+    weight: Tensor
+    stride: int
+    padding: int
+    norm: KeptNorm
+    master: Alike = None
+
+
+class Projection(NamedTuple):
+    """A shortcut without a BatchNorm: a 1x1 convolution, or the identity."""
+
+    weight: Tensor | None  # (K, C, 1, 1); None: the identity
+    bias: Tensor | None  # (K,)
+    stride: int
+    master: Alike = None  # see `Unit`
+
+
+class UnitGrad(NamedTuple):
+    """Gradients, None where nothing asked for them; the sum is in the type of the statistics.
+
+    The sum of g is the gradient of anything that is added per channel, as a convolution's bias is: of what is added to
+    the unit's output if its statistics are frozen, and to a shortcut without a norm. A bias before batch statistics has
+    zeros for a gradient, which a backend may give or leave to its caller.
+    """
+
+    conv: Tensor | None = None
+    weight: Tensor | None = None  # (K,)
+    bias: Tensor | None = None  # (K,)
+    sum_g: Tensor | None = None  # (K,)
+    conv_bias: Tensor | None = None  # (K,) zeros, or None
+
+
+def wanted(flags: Unit | Projection) -> Unit | Projection:
+    """Flags in which a copy is wanted where its master is."""
+    return flags._replace(weight=flags.weight or flags.master)
+
+
+def trained_dtype(part: KeptUnit | Projection) -> torch.dtype:
+    """The type of a weight's gradient."""
+    return (part.weight if part.master is None else part.master).dtype
 
 
 # ---- the stem ----------------------------------------------------------------------------------------------------
@@ -44,11 +107,7 @@ class Stem(NamedTuple):
     """max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2 and padding 1."""
 
     x: Tensor  # (N, C, H, W)
-    weight: Tensor  # (K, C, R, S)
-    stride: int
-    padding: int
-    norm: Norm
-    master: Alike = None  # (K, C, R, S), see `Convolutions`
+    unit: Unit
 
 
 class StemOutput(NamedTuple):
@@ -63,93 +122,72 @@ class StemKept(NamedTuple):
 
     x: Tensor
     output: StemOutput
-    weight: Tensor
-    norm: Norm
-    stride: int
-    padding: int
-    master: Alike
+    unit: KeptUnit
 
 
 class StemGrad(NamedTuple):
     x: Tensor | None
-    conv: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    sum_g: Tensor
-    conv_bias: Tensor | None = None
+    unit: UnitGrad
 
 
 # ---- the residual block ------------------------------------------------------------------------------------------
 
 
-class Convolutions(NamedTuple):
-    """A block's convolutions; the biases of conv1 and conv2 belong to their norms.
+class BlockKind(NamedTuple):
+    """The descriptions of one kind of residual block: a chain of units with ReLU between them, and its shortcut.
 
-    Under autocast the weights are copies of another type, and the masters are the parameters that they were made of.
-    Gradients are then the masters': in their types and layouts, where a copy's would be rounded and cast.
+    arguments  x (N, C, H, W); units: a Unit each; shortcut: a Projection, or a Unit where it has a norm
+    output     out (N, K, P, Q); ys: the units' convolutions, the last of which is (N, K, P, Q); stats: (4, K) of each
+               one's norm; shortcut: the shortcut's convolution and its stats where it has a norm, else nothing
+    kept       x, output, units and shortcut; what precedes a convolution, relu(norm(y)), is computed again from y
     """
 
-    conv1: Tensor  # (K, C, 3, 3), padding 1
-    conv2: Tensor  # (K, K, 3, 3), padding 1, stride 1
-    conv3: Tensor | None  # (K, C, 1, 1), the shortcut's; None: the identity
-    conv3_bias: Tensor | None  # (K,)
-    stride: int  # of conv1 and conv3
-    master1: Alike = None
-    master2: Alike = None
-    master3: Alike = None
-
-    @property
-    def trained(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the gradients are of."""
-        return tuple(weight if master is None else master for weight, master in zip(self[:3], self[-3:], strict=True))
-
-    def wanted(self) -> Convolutions:
-        """Flags in which a copy is wanted where its master is."""
-        weights = [weight or master for weight, master in zip(self[:3], self[-3:], strict=True)]
-        return Convolutions(*weights, *self[3:])
+    name: str  # of its operator
+    arguments: type[tuple]
+    output: type[tuple]
+    kept: type[tuple]
 
 
-class Block(NamedTuple):
-    x: Tensor  # (N, C, H, W)
-    convs: Convolutions
-    norm1: Norm
-    norm2: Norm
+def block_name(units: int, normed: bool) -> str:
+    """The name of a kind's operator; torch.compile traces what gives it."""
+    return f"residual_block_{units}{'_normed' if normed else ''}"
 
 
-class BlockOutput(NamedTuple):
-    out: Tensor  # (N, K, P, Q)
-    y1: Tensor  # (N, K, P, Q) = conv1(x)
-    y2: Tensor  # (N, K, P, Q) = conv2(relu(bn1(y1)))
-    stats1: Tensor  # (4, K) = mean, invstd, scale, shift
-    stats2: Tensor  # (4, K)
+@cache
+def block_kind(units: int, normed: bool) -> BlockKind:
+    """The kind of `units` units whose shortcut has a norm, or is a Projection."""
+
+    def parts(unit: type[tuple]) -> list[tuple[str, type]]:
+        return [("units", tuple[(unit,) * units]), ("shortcut", unit if normed else Projection)]
+
+    maps, shortcut = tuple[(Tensor,) * units], tuple[(Tensor,) * (2 * normed)]
+    outputs = [("out", Tensor), ("ys", maps), ("stats", maps), ("shortcut", shortcut)]
+    output = NamedTuple("BlockOutput", outputs)
+    return BlockKind(
+        block_name(units, normed),
+        NamedTuple("Block", [("x", Tensor), *parts(Unit)]),
+        output,
+        NamedTuple("BlockKept", [("x", Tensor), ("output", output), *parts(KeptUnit)]),
+    )
 
 
-class BlockKept(NamedTuple):
-    """Four activations and per-channel vectors; relu(bn1(y1)) is computed again from y1."""
-
-    x: Tensor
-    output: BlockOutput
-    convs: Convolutions
-    norm1: Norm
-    norm2: Norm
+BLOCK_KINDS = tuple(block_kind(units, normed) for units in (2, 3) for normed in (False, True))
 
 
 class BlockGrad(NamedTuple):
-    """Gradients, None where nothing asked for them; the sums are in the type of the statistics.
-
-    A sum of g is the gradient of anything that is added per channel, as a convolution's bias is. A bias before batch
-    statistics has zeros for a gradient, which a backend may give or leave to its caller.
-    """
-
     x: Tensor | None
-    conv1: Tensor | None
-    conv2: Tensor | None
-    conv3: Tensor | None
-    weight1: Tensor | None  # (K,)
-    bias1: Tensor | None  # (K,)
-    sum_g1: Tensor | None  # (K,): the gradient of what is added to y1, if bn1's statistics are frozen
-    weight2: Tensor | None
-    bias2: Tensor | None
-    sum_g2: Tensor  # (K,): the gradient of what is added to the shortcut, and, if bn2's are frozen, to y2
-    conv_bias1: Tensor | None = None  # (K,) zeros, or None
-    conv_bias2: Tensor | None = None
+    units: tuple[UnitGrad, ...]
+    shortcut: UnitGrad  # a Projection's: its convolution's alone, and the sum of g
+
+
+def reached(needs: tuple) -> list[tuple[bool, bool]]:
+    """For each unit, from the first on: whether anything asks for its norm's sums, and for its convolution's gradient.
+
+    `needs` has a flag in each place of a block's arguments.
+    """
+    found, earlier = [], needs.x
+    for unit in needs.units:
+        conv = earlier or unit.weight
+        earlier = conv or any(unit.norm)
+        found.append((earlier, conv))
+    return found

@@ -6,13 +6,14 @@ what is exported, traced or scripted has none of them. Activations here are chan
 
     fused_residual::batch_norm_add_relu        out = relu(batch_norm(x) [+ shortcut])
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
-    fused_residual::residual_block             the block in training, or in evaluation where gradients are wanted
-    fused_residual::residual_block_inference   the block with frozen statistics and without gradients
+    fused_residual::residual_block_2           a block of two units in training, or in evaluation where gradients are
+                                               wanted; _3: of three; _2_normed, _3_normed: its shortcut has a norm
+    fused_residual::<block>_inference          the block with frozen statistics and without gradients
     fused_residual::stem_inference             the stem with frozen statistics and without gradients
 
 The named tuples of `operands` describe each operator; schemas, what is wanted and what is returned follow from them.
-The first three have a backward operator each, which takes the output's gradient, what was kept, and a flag for each
-argument of the forward operator; it gives the gradients of those that are flagged.
+All but those of inference have a backward operator each, which takes the output's gradient, what was kept, and a flag
+for each argument of the forward operator; it gives the gradients of those that are flagged.
 
 Operators that take running statistics update them in place, which `torch.library.custom_op` does not allow together
 with an autograd formula. They are therefore defined on a `Library`, with the formula on the Autograd key.
@@ -34,18 +35,21 @@ from torch.library import Library, register_fake
 
 from resnet import backends, flops, settings
 from resnet.kernels.host.facts import Known, is_plain
-from resnet.norm import Norm, statistics_dtype
+from resnet.norm import KeptNorm, Norm, statistics_dtype
 from resnet.operands import (
+    BLOCK_KINDS,
     BatchNormAddRelu,
     BatchNormAddReluKept,
     BatchNormAddReluOutput,
-    Block,
-    BlockKept,
-    BlockOutput,
-    Convolutions,
+    BlockKind,
+    KeptUnit,
+    Projection,
     Stem,
     StemKept,
     StemOutput,
+    Unit,
+    UnitGrad,
+    wanted,
 )
 from resnet.schema import leaves, pack, parameters, unpack, updates
 from resnet.torch_backend.convolution import out_map, out_size
@@ -151,7 +155,7 @@ class _Differentiable:
         _DIRECT[self.name] = self, super(torch.autograd.Function, formula).apply
 
     def _fake(self, *flat) -> tuple:
-        return tuple(self.fake(unpack(self.arguments, flat)))
+        return tuple(pack(self.fake(unpack(self.arguments, flat))))
 
     def _forward(self, *flat) -> tuple:
         return self.run(flat)
@@ -175,7 +179,7 @@ class _Differentiable:
 
     def _compute(self, *flat) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            return list(self.forward(unpack(self.arguments, flat)))
+            return pack(self.forward(unpack(self.arguments, flat)))
 
     def _backward_fake(self, dout: Tensor, *rest) -> list[Tensor]:
         *kept, needs = rest
@@ -201,8 +205,8 @@ class _Differentiable:
         """`keep` from and to flat values. Where it only moves them, it is asked once, for their places."""
         count = len(leaves(self.arguments))
         if not self.keep_moves:
-            return lambda flat, outputs: pack(self.keep(unpack(self.arguments, flat), self.output(*outputs)))
-        output = self.output(*range(count, count + len(leaves(self.output))))
+            return lambda flat, outputs: pack(self.keep(unpack(self.arguments, flat), unpack(self.output, outputs)))
+        output = unpack(self.output, range(count, count + len(leaves(self.output))))
         places = pack(self.keep(unpack(self.arguments, range(count)), output))
         move = itemgetter(*[-1 if place is None else place for place in places])
         return lambda flat, outputs: move((*flat, *outputs, None))
@@ -331,13 +335,17 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _without_running(norm: Norm) -> Norm:
-    """The norm as backward needs it: the statistics that were used are kept beside it."""
-    return norm._replace(running_mean=None, running_var=None, num_batches_tracked=None, counted=None)
+def _kept_norm(norm: Norm) -> KeptNorm:
+    return KeptNorm(norm.weight, norm.bias, norm.conv_bias, norm.training, norm.eps)
+
+
+def _like_norm(norm: KeptNorm) -> Norm:
+    """The norm's parameters in their places."""
+    return Norm(norm.weight, norm.bias, None, None, norm.conv_bias, None, None, None)
 
 
 def _norm_grads(
-    norm: Norm,
+    norm: KeptNorm,
     dweight: Tensor | None,
     dbias: Tensor | None,
     stats: Tensor,
@@ -387,10 +395,10 @@ _Differentiable(
     fake=lambda a: BatchNormAddReluOutput(_like(a.x), _empty_stats(a.x, a.x.shape[1])),
     forward=_batch_norm_add_relu,
     keep=lambda a, o: BatchNormAddReluKept(
-        a.x, o.out if a.relu else None, o.stats, _without_running(a.norm), a.relu, a.shortcut is not None
+        a.x, o.out if a.relu else None, o.stats, _kept_norm(a.norm), a.relu, a.shortcut is not None
     ),
     keep_moves=False,
-    like=lambda kept: BatchNormAddRelu(kept.x, kept.x, kept.norm, None),
+    like=lambda kept: BatchNormAddRelu(kept.x, kept.x, _like_norm(kept.norm), None),
     backward=_batch_norm_add_relu_backward,
     passed_on=lambda kept: () if kept.relu else ("shortcut",),
 ).register()
@@ -398,27 +406,46 @@ _Differentiable(
 # ---- the stem: max_pool(relu(batch_norm(conv(x)))) ----------------------------------------------------------------
 
 
+def _unit_grads(unit: KeptUnit, grad: UnitGrad, stats: Tensor, needs: Unit) -> Unit:
+    """The gradients in a unit's places."""
+    dweight, dmaster = _places(grad.conv, unit.weight, unit.master)
+    norm = _norm_grads(unit.norm, grad.weight, grad.bias, stats, grad.sum_g, needs.norm, grad.conv_bias)
+    return Unit(dweight, None, None, norm, dmaster)
+
+
+def _kept(part: Unit | Projection) -> KeptUnit | Projection:
+    """A part of a block as backward needs it."""
+    if isinstance(part, Projection):
+        return part
+    weight, stride, padding, norm, master = part
+    return KeptUnit(weight, stride, padding, _kept_norm(norm), master)
+
+
+def _like_part(part: KeptUnit | Projection) -> Unit | Projection:
+    """What is trained of it, in its place."""
+    if isinstance(part, Projection):
+        return part
+    weight, _, _, norm, master = part
+    return Unit(weight, None, None, _like_norm(norm), master)
+
+
 def _stem_fake(arguments: Stem) -> StemOutput:
-    x, weight, stride, padding, *_ = arguments
-    K = weight.shape[0]
-    P, Q = out_map(x, weight, stride, padding)
+    x, unit = arguments
+    K = unit.weight.shape[0]
+    P, Q = out_map(x.shape, unit.weight.shape, unit.stride, unit.padding)
     out = _empty_map(x, K, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1))
     return StemOutput(out, _empty_map(x, K, P, Q), torch.empty_like(out, dtype=torch.uint8), _empty_stats(x, K))
 
 
 def _stem(arguments: Stem) -> StemOutput:
-    x, weight, stride, padding, norm, _ = arguments
-    out, y, tap, stats = backends.implementation(x).stem_forward(x, weight, norm, stride, padding)
+    out, y, tap, stats = backends.implementation(arguments.x).stem_forward(*arguments)
     return StemOutput(_dense(out), y, _dense(tap), stats)
 
 
 def _stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> Stem:
-    needs = needs._replace(weight=needs.weight or needs.master)
+    needs = needs._replace(unit=wanted(needs.unit))
     grad = backends.implementation(kept.x).stem_backward(dout, kept, needs)
-    stats = kept.output.stats
-    norm_grads = _norm_grads(kept.norm, grad.weight, grad.bias, stats, grad.sum_g, needs.norm, grad.conv_bias)
-    dweight, dmaster = _places(grad.conv, kept.weight, kept.master)
-    return Stem(grad.x, dweight, None, None, norm_grads, dmaster)
+    return Stem(grad.x, _unit_grads(kept.unit, grad.unit, kept.output.stats, needs.unit))
 
 
 _Differentiable(
@@ -428,53 +455,69 @@ _Differentiable(
     StemKept,
     fake=_stem_fake,
     forward=_stem,
-    keep=lambda a, output: StemKept(a.x, output, a.weight, _without_running(a.norm), a.stride, a.padding, a.master),
+    keep=lambda a, output: StemKept(a.x, output, _kept(a.unit)),
     keep_moves=True,
-    like=lambda kept: Stem(kept.x, kept.weight, None, None, kept.norm, kept.master),
+    like=lambda kept: Stem(kept.x, _like_part(kept.unit)),
     backward=_stem_backward,
 ).register()
 
 # ---- the residual block ------------------------------------------------------------------------------------------
 
 
-def _block_fake(arguments: Block) -> BlockOutput:
-    x, convs, _, _ = arguments
-    K = convs.conv1.shape[0]
-    size = out_map(x, convs.conv1, convs.stride, 1)
-    out, y1, y2 = (_empty_map(x, K, *size) for _ in range(3))
-    return BlockOutput(out, y1, y2, _empty_stats(x, K), _empty_stats(x, K))
+def _block_operator(kind: BlockKind) -> _Differentiable:
+    """The operator of a kind of block: what differs between kinds is their description alone."""
 
+    def fake(arguments: tuple) -> tuple:
+        x, units, shortcut = arguments
+        maps, size = [], x.shape
+        for weight, stride, padding, *_ in units:
+            size = (x.shape[0], weight.shape[0], *out_map(size, weight.shape, stride, padding))
+            maps.append(size)
+        ys, stats = (_empty_map(x, *size[1:]) for size in maps), (_empty_stats(x, size[1]) for size in maps)
+        projected = (_empty_map(x, *size[1:]), _empty_stats(x, size[1])) if isinstance(shortcut, Unit) else ()
+        return kind.output(_empty_map(x, *size[1:]), tuple(ys), tuple(stats), projected)
 
-def _block(arguments: Block) -> BlockOutput:
-    return backends.implementation(arguments.x).block_forward(*arguments)
+    def forward(arguments: tuple) -> tuple:
+        return kind.output(*backends.implementation(arguments.x).block_forward(*arguments))
 
+    def keep(arguments: tuple, output: tuple) -> tuple:
+        x, units, shortcut = arguments
+        return kind.kept(x, output, tuple(map(_kept, units)), _kept(shortcut))
 
-def _block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> Block:
-    _, output, convs, norm1, norm2 = kept
-    needs = needs._replace(convs=needs.convs.wanted())
-    grad = backends.implementation(kept.x).block_backward(dout, kept, needs)
-    dconvs, dmasters = zip(*map(_places, (grad.conv1, grad.conv2, grad.conv3), convs[:3], convs[-3:]))
-    dconv3_bias = grad.sum_g2.to(convs.conv3_bias.dtype, copy=True) if needs.convs.conv3_bias else None
-    return Block(
-        grad.x,
-        Convolutions(*dconvs, dconv3_bias, None, *dmasters),
-        _norm_grads(norm1, grad.weight1, grad.bias1, output.stats1, grad.sum_g1, needs.norm1, grad.conv_bias1),
-        _norm_grads(norm2, grad.weight2, grad.bias2, output.stats2, grad.sum_g2, needs.norm2, grad.conv_bias2),
+    def backward(dout: Tensor, kept: tuple, needs: tuple) -> tuple:
+        needs = needs._replace(units=tuple(map(wanted, needs.units)), shortcut=wanted(needs.shortcut))
+        grad = backends.implementation(kept.x).block_backward(dout, kept, needs)
+        units = map(_unit_grads, kept.units, grad.units, kept.output.stats, needs.units)
+        if isinstance(kept.shortcut, KeptUnit):
+            shortcut = _unit_grads(kept.shortcut, grad.shortcut, kept.output.shortcut[1], needs.shortcut)
+        else:
+            shortcut = _projection_grads(kept.shortcut, grad.shortcut, needs.shortcut)
+        return kind.arguments(grad.x, tuple(units), shortcut)
+
+    return _Differentiable(
+        kind.name,
+        kind.arguments,
+        kind.output,
+        kind.kept,
+        fake=fake,
+        forward=forward,
+        keep=keep,
+        keep_moves=True,
+        like=lambda kept: kind.arguments(kept.x, tuple(map(_like_part, kept.units)), _like_part(kept.shortcut)),
+        backward=backward,
     )
 
 
-_Differentiable(
-    "residual_block",
-    Block,
-    BlockOutput,
-    BlockKept,
-    fake=_block_fake,
-    forward=_block,
-    keep=lambda a, output: BlockKept(a.x, output, a.convs, _without_running(a.norm1), _without_running(a.norm2)),
-    keep_moves=True,
-    like=lambda kept: Block(kept.x, kept.convs, kept.norm1, kept.norm2),
-    backward=_block_backward,
-).register()
+def _projection_grads(projection: Projection, grad: UnitGrad, needs: Projection) -> Projection:
+    """The gradients in a projection's places."""
+    dweight, dmaster = _places(grad.conv, projection.weight, projection.master)
+    dbias = grad.sum_g.to(projection.bias.dtype, copy=True) if needs.bias else None
+    return Projection(dweight, dbias, None, dmaster)
+
+
+_BLOCKS = tuple(map(_block_operator, BLOCK_KINDS))
+for _block in _BLOCKS:
+    _block.register()
 
 # ---- frozen, without gradients: inference -------------------------------------------------------------------------
 
@@ -498,12 +541,13 @@ class _Inference:
             return [_dense(self._implementation(unpack(self._arguments, flat)))]
 
 
-def _stem_inference(arguments: Stem) -> Tensor:
-    x, weight, stride, padding, norm, _ = arguments
-    return backends.implementation(x).stem_inference(x, weight, norm, stride, padding)
-
-
-_Inference("stem_inference", Stem, _stem_fake, _stem_inference)
-_Inference("residual_block_inference", Block, _block_fake, lambda a: backends.implementation(a.x).block_inference(*a))
+_Inference("stem_inference", Stem, _stem_fake, lambda a: backends.implementation(a.x).stem_inference(*a))
+for _block in _BLOCKS:
+    _Inference(
+        f"{_block.name}_inference",
+        _block.arguments,
+        _block.fake,
+        lambda a: backends.implementation(a.x).block_inference(*a),
+    )
 
 flops.register()

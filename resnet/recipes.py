@@ -1,4 +1,4 @@
-"""Recipes: the numbers with which ResNet-18 is trained, and the parts of PyTorch that they set."""
+"""Recipes: the numbers with which a net is trained, and the parts of PyTorch that they set."""
 
 from __future__ import annotations
 

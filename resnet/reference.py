@@ -1,15 +1,22 @@
-"""The eager reference: the textbook residual block, ResNet-18, and each fused operation in plain PyTorch.
+"""The eager reference: the residual blocks, the textbook's ResNets, and each fused operation in plain PyTorch.
 
-Everything here is what the fused code is checked against, so it stays short and obvious. The block is
-`Residual` of d2l.ai (chapter 8.6; He et al. 2015, https://arxiv.org/abs/1512.03385): same signature, same
-`state_dict`.
+Everything here is what the fused code is checked against, so it stays short and obvious. `Residual` is the block of
+d2l.ai (chapter 8.6; He et al. 2015, https://arxiv.org/abs/1512.03385): same signature, same `state_dict`.
+`ResidualBottleneck` is the deeper nets' block in its style. `BasicBlock` and `Bottleneck` are the published form of
+both, with torchvision's names; `resnet.published` builds nets of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from resnet.checks import check_stages
+
+# ---- blocks ---------------------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -40,6 +47,119 @@ class Residual(nn.Module):
             X = self.conv3(X)
         Y += X
         return F.relu(Y)
+
+
+class ResidualBottleneck(nn.Module):
+    """`relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(X)))))))) + shortcut(X))`: 1x1, 3x3, 1x1, as `Residual` is written.
+
+    Args:
+        input_channels: channels C of the input (N, C, H, W).
+        num_channels: channels K of the output (N, K, P, Q), a multiple of 4; the 3x3 convolution has K / 4.
+        use_1x1conv: shortcut by a 1x1 convolution of stride `strides` (no BatchNorm) in place of the identity.
+        strides: stride of the 3x3 convolution and of the shortcut's.
+    """
+
+    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
+        super().__init__()
+        if num_channels % 4:
+            raise ValueError(f"num_channels: expected a multiple of 4, got {num_channels}")
+        width = num_channels // 4
+        self.conv1 = nn.Conv2d(input_channels, width, kernel_size=1)
+        self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1, stride=strides)
+        self.conv3 = nn.Conv2d(width, num_channels, kernel_size=1)
+        if use_1x1conv:
+            self.conv4 = nn.Conv2d(input_channels, num_channels, kernel_size=1, stride=strides)
+        else:
+            self.conv4 = None
+        self.bn1 = nn.BatchNorm2d(width)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.bn3 = nn.BatchNorm2d(num_channels)
+
+    def forward(self, X: Tensor) -> Tensor:
+        Y = F.relu(self.bn1(self.conv1(X)))
+        Y = F.relu(self.bn2(self.conv2(Y)))
+        Y = self.bn3(self.conv3(Y))
+        if self.conv4 is not None:
+            X = self.conv4(X)
+        Y += X
+        return F.relu(Y)
+
+
+def _downsample(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
+    """The shortcut of the published blocks; None is the identity, where the shape stays."""
+    if stride == 1 and in_channels == channels:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+    )
+
+
+class BasicBlock(nn.Module):
+    """The published block of ResNet-18 and 34: two 3x3 convolutions without bias, BatchNorm on the shortcut too.
+
+    Args:
+        in_channels: channels C of the input (N, C, H, W).
+        channels: channels K of the output (N, K, P, Q).
+        stride: stride of conv1 and of the shortcut's convolution.
+    """
+
+    expansion = 1  # channels of the output over the width
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, stride=stride, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = _downsample(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        y += x
+        return self.relu(y)
+
+
+class Bottleneck(nn.Module):
+    """The published block of ResNet-50 and deeper: 1x1, 3x3, 1x1 without bias, BatchNorm on the shortcut too.
+
+    The 3x3 convolution has the stride, as in ResNet v1.5 and torchvision; the paper's first 1x1 has it.
+
+    Args:
+        in_channels: channels C of the input (N, C, H, W).
+        width: a quarter of the output's channels.
+        stride: stride of conv2 and of the shortcut's convolution.
+        mid_width: channels around the 3x3 convolution where they are not `width`: more of them make a wide ResNet.
+    """
+
+    expansion = 4  # channels of the output over the width
+
+    def __init__(self, in_channels: int, width: int, stride: int = 1, *, mid_width: int | None = None):
+        super().__init__()
+        mid, channels = width if mid_width is None else mid_width, self.expansion * width
+        self.conv1 = nn.Conv2d(in_channels, mid, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(mid)
+        self.conv2 = nn.Conv2d(mid, mid, kernel_size=3, padding=1, stride=stride, bias=False)
+        self.bn2 = nn.BatchNorm2d(mid)
+        self.conv3 = nn.Conv2d(mid, channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _downsample(in_channels, channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        y += x
+        return self.relu(y)
+
+
+# ---- the textbook's nets --------------------------------------------------------------------------------------
 
 
 class Stem(nn.Sequential):
@@ -73,6 +193,7 @@ class SmallStem(nn.Sequential):
 
 Residual.stem = Stem
 STEMS = ("textbook", "small")
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
 def resnet_block(
@@ -87,17 +208,26 @@ def resnet_block(
     for i in range(num_residuals):
         if i == 0 and not first_block:
             blocks.append(block(input_channels, num_channels, use_1x1conv=True, strides=2))
+        elif i == 0 and input_channels != num_channels:  # bottlenecks widen what the stem gives
+            blocks.append(block(input_channels, num_channels, use_1x1conv=True))
         else:
             blocks.append(block(num_channels, num_channels))
     return nn.Sequential(*blocks)
 
 
-def resnet18(
-    num_classes: int = 10, in_channels: int = 1, block: type[nn.Module] = Residual, stem: str = "textbook"
+def resnet(
+    depths: Sequence[int],
+    channels: Sequence[int],
+    num_classes: int = 10,
+    in_channels: int = 1,
+    block: type[nn.Module] = Residual,
+    stem: str = "textbook",
 ) -> nn.Sequential:
-    """ResNet-18 as d2l.ai builds it: stem, four stages of two blocks, average pool, flatten, linear.
+    """A ResNet as d2l.ai builds it: stem, stages of blocks, average pool, flatten, linear.
 
     Args:
+        depths: blocks of each stage.
+        channels: of the stem's output, then of each stage's.
         num_classes: length of the output's last axis.
         in_channels: channels of the input (N, in_channels, H, W); Fashion-MNIST has 1.
         block: `Residual`, `FusedResidual`, or any class with their constructor. Its attribute `stem`, where
@@ -106,17 +236,57 @@ def resnet18(
     """
     if stem not in STEMS:
         raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
+    check_stages("depths", depths)
+    check_stages("channels", channels, len(depths) + 1)
     first = SmallStem if stem == "small" else getattr(block, "stem", Stem)
     return nn.Sequential(
-        first(in_channels, 64),
-        resnet_block(64, 64, 2, first_block=True, block=block),
-        resnet_block(64, 128, 2, block=block),
-        resnet_block(128, 256, 2, block=block),
-        resnet_block(256, 512, 2, block=block),
+        first(in_channels, channels[0]),
+        *(
+            resnet_block(channels[i], channels[i + 1], depth, first_block=i == 0, block=block)
+            for i, depth in enumerate(depths)
+        ),
         nn.AdaptiveAvgPool2d((1, 1)),
         nn.Flatten(),
-        nn.Linear(512, num_classes),
+        nn.Linear(channels[-1], num_classes),
     )
+
+
+_NARROW, _WIDE = (64, 64, 128, 256, 512), (64, 256, 512, 1024, 2048)
+
+
+def resnet18(
+    num_classes: int = 10, in_channels: int = 1, block: type[nn.Module] = Residual, stem: str = "textbook"
+) -> nn.Sequential:
+    """ResNet-18 as d2l.ai builds it: four stages of two blocks. The arguments are those of `resnet`."""
+    return resnet(DEPTHS[18], _NARROW, num_classes, in_channels, block, stem)
+
+
+def resnet34(
+    num_classes: int = 10, in_channels: int = 1, block: type[nn.Module] = Residual, stem: str = "textbook"
+) -> nn.Sequential:
+    """ResNet-34 in the textbook's form. The arguments are those of `resnet`."""
+    return resnet(DEPTHS[34], _NARROW, num_classes, in_channels, block, stem)
+
+
+def resnet50(
+    num_classes: int = 10, in_channels: int = 1, block: type[nn.Module] = ResidualBottleneck, stem: str = "textbook"
+) -> nn.Sequential:
+    """ResNet-50 in the textbook's form. The arguments are those of `resnet`."""
+    return resnet(DEPTHS[50], _WIDE, num_classes, in_channels, block, stem)
+
+
+def resnet101(
+    num_classes: int = 10, in_channels: int = 1, block: type[nn.Module] = ResidualBottleneck, stem: str = "textbook"
+) -> nn.Sequential:
+    """ResNet-101 in the textbook's form. The arguments are those of `resnet`."""
+    return resnet(DEPTHS[101], _WIDE, num_classes, in_channels, block, stem)
+
+
+def resnet152(
+    num_classes: int = 10, in_channels: int = 1, block: type[nn.Module] = ResidualBottleneck, stem: str = "textbook"
+) -> nn.Sequential:
+    """ResNet-152 in the textbook's form. The arguments are those of `resnet`."""
+    return resnet(DEPTHS[152], _WIDE, num_classes, in_channels, block, stem)
 
 
 # ---- each fused operation, in plain PyTorch -------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import count
 from string import ascii_lowercase
-from typing import Annotated, NamedTuple, TypeVar, get_type_hints
+from typing import Annotated, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -39,15 +39,22 @@ class Leaf(NamedTuple):
 
 @cache
 def leaves(kind: type[tuple]) -> tuple[Leaf, ...]:
-    """The flat arguments of a named tuple's class, in order."""
+    """The flat arguments of a named tuple's class, or of a tuple type such as `tuple[Norm, Norm]`, in order."""
     found: list[Leaf] = []
-    for field, hint in get_type_hints(kind, include_extras=True).items():
+    for field, hint in _fields(kind):
         if hint in _TYPES:
             type_ = _TYPES[hint]
             found.append(Leaf(field, type_, hint == Updated, type_.startswith("Tensor") and hint != Alike))
         else:
             found += [leaf._replace(name=f"{field}_{leaf.name}") for leaf in leaves(hint)]
     return tuple(found)
+
+
+def _fields(kind: type[tuple]) -> list[tuple[str, object]]:
+    """The names and types of a named tuple's fields; those of a plain tuple are counted from 1."""
+    if get_origin(kind) is tuple:
+        return [(str(i), hint) for i, hint in enumerate(get_args(kind), 1)]
+    return list(get_type_hints(kind, include_extras=True).items())
 
 
 @cache
@@ -92,14 +99,10 @@ def _unpacker(kind: type[T]) -> Callable[[Sequence], T]:
     places = count()
 
     def written(kind: type[tuple]) -> str:
-        fields = [f"flat[{next(places)}]" if inner is None else written(inner) for inner in _inner(kind)]
+        fields = [f"flat[{next(places)}]" if hint in _TYPES else written(hint) for _, hint in _fields(kind)]
+        if get_origin(kind) is tuple:
+            return f"({''.join(f'{field}, ' for field in fields)})"
         classes[kind.__name__] = kind
         return f"{kind.__name__}({', '.join(fields)})"
 
     return eval(f"lambda flat: {written(kind)}", classes)
-
-
-@cache
-def _inner(kind: type[tuple]) -> tuple[type[tuple] | None, ...]:
-    """The class of each field that is a named tuple, None for the others."""
-    return tuple(None if hint in _TYPES else hint for hint in get_type_hints(kind, include_extras=True).values())

@@ -1,4 +1,4 @@
-"""The command that trains ResNet-18 on Fashion-MNIST: `python -m resnet.train --help`."""
+"""The command that trains a ResNet on Fashion-MNIST: `python -m resnet.train --help`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import signal
 import sys
 from typing import Any
 
-from resnet.checkpoints import MODELS
 from resnet.commands import DTYPES, write_output
 from resnet.data import DatasetError
 from resnet.kernels.host.command import Parser, ended_by, put, run, say
+from resnet.models import IMPLS, MODELS
 from resnet.recipes import RECIPES
 from resnet.training import CUDA_GRAPHS, TrainConfig, TrainResult, UnfinishedError, train
 
@@ -20,12 +20,19 @@ def _parser() -> Parser:
     default = TrainConfig()
     parser = Parser(
         prog="python -m resnet.train",
-        description="Trains ResNet-18 on Fashion-MNIST and prints its loss, accuracies and examples/sec. Loss and "
+        description="Trains a ResNet on Fashion-MNIST and prints its loss, accuracies and examples/sec. Loss and "
         "train acc are of the images as the recipe augments them; test acc is of the weights' average where the recipe "
         "keeps one.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", choices=MODELS, default=default.model, help="compile: torch.compile of eager")
+    # No choices: TrainConfig takes what earlier versions had for --model too.
+    parser.add_argument("--model", default=default.model, metavar=f"{{{','.join(MODELS)}}}", help="the net")
+    parser.add_argument(
+        "--impl",
+        choices=IMPLS,
+        default=argparse.SUPPRESS,
+        help=f"what runs its blocks; compile: torch.compile of eager (default: {default.impl})",
+    )
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
@@ -48,7 +55,7 @@ def _parser() -> Parser:
         "--cuda-graph",
         choices=CUDA_GRAPHS,
         default=default.cuda_graph,
-        help="replay the steps of whole batches as a CUDA graph; auto: on a CUDA device, but not with --model compile",
+        help="replay the steps of whole batches as a CUDA graph; auto: on a CUDA device, but not with --impl compile",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="of the first weights and the order of images")
     parser.add_argument("--data", help="folder of Fashion-MNIST's four IDX files; searched and downloaded if not given")

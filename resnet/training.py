@@ -1,4 +1,4 @@
-"""Trains ResNet-18 on Fashion-MNIST by a recipe, and times it.
+"""Trains a ResNet on Fashion-MNIST by a recipe, and times it.
 
 The first recipe is d2l.ai's `train_ch6`: plain SGD, Xavier-uniform weights, cross entropy, images enlarged to 96 x 96.
 The others are in `resnet.recipes`. Loss and training accuracy are means over the last epoch, taken as it ran, of the
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from resnet.checkpoints import FORMAT, MODELS, another_net, check_settings, read_checkpoint
+from resnet.checkpoints import FORMAT, another_net, check_settings, read_checkpoint
 from resnet.commands import (
     DTYPES,
     ConfigError,
@@ -44,12 +44,11 @@ from resnet.commands import (
     write_plot,
 )
 from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
-from resnet.fused import FusedResidual
 from resnet.graphs import Graphed
-from resnet.kernels.host.command import ENDING, RunError
+from resnet.kernels.host.command import ENDING, RunError, say
 from resnet.metrics import Log
+from resnet.models import BUILDERS, IMPLS, MODELS, OLD_MODEL
 from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
-from resnet.reference import resnet18
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "UnfinishedError", "train"]
 
@@ -80,11 +79,14 @@ class TrainConfig:
 
     What is None of OVERRIDABLE becomes the recipe's, at once: `dataclasses.replace` keeps what the first recipe gave.
 
+    A `model` that was one of IMPLS, as in earlier versions, becomes `impl`, and a line on stderr says so.
+
     Raises ConfigError for a value out of its range. What depends on the machine and the data (device, folder, limits)
     is checked by `train`, before it does anything.
     """
 
-    model: str = "fused"  # eager, fused, or compile: torch.compile of the eager model
+    model: str = "resnet18"  # one of MODELS
+    impl: str = None  # type: ignore[assignment]  # eager, fused, or compile: torch.compile of eager; None: fused
     recipe: str = "textbook"  # one of RECIPES
     epochs: int = None  # type: ignore[assignment]
     batch_size: int = None  # type: ignore[assignment]
@@ -105,7 +107,12 @@ class TrainConfig:
     resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
 
     def __post_init__(self) -> None:
+        if self.impl is None:
+            self._choose_impl()
         require(self.model in MODELS, "--model", f"one of {', '.join(MODELS)}", self.model)
+        require(self.impl in IMPLS, "--impl", f"one of {', '.join(IMPLS)}", self.impl)
+        has = [impl for impl in IMPLS if (self.model, impl) in BUILDERS]
+        require(self.impl in has, "--impl", f"{' or '.join(has)}, which --model {self.model} has", self.impl)
         require(self.recipe in RECIPES, "--recipe", f"one of {', '.join(RECIPES)}", self.recipe)
         for name in OVERRIDABLE:
             if getattr(self, name) is None:
@@ -133,6 +140,15 @@ class TrainConfig:
         check_outputs({"--save": self.save, **reports})
         check_outputs(reports, {"--resume": self.resume})
 
+    def _choose_impl(self) -> None:
+        """`impl` where none is given: fused, or what earlier versions had in `model`."""
+        impl = "fused"
+        if self.model in IMPLS:
+            impl = self.model
+            say(f"--model {impl} is now --impl {impl}; --model names the net, here {OLD_MODEL}")
+            object.__setattr__(self, "model", OLD_MODEL)
+        object.__setattr__(self, "impl", impl)
+
     def _of_recipe(self, name: str) -> Any:
         value = getattr(RECIPES[self.recipe], name)
         if value == "bfloat16" and (
@@ -144,7 +160,7 @@ class TrainConfig:
     @property
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what the weights become; one step after the other, with a constant rate."""
-        names = ("model", "recipe", "batch_size", "lr", "resize", "dtype", "seed", "limit_train")
+        names = ("model", "impl", "recipe", "batch_size", "lr", "resize", "dtype", "seed", "limit_train")
         return {name: getattr(self, name) for name in (*names, *(("epochs",) if self.plan.warm_up else ()))}
 
     @property
@@ -229,11 +245,11 @@ def versions() -> dict[str, str]:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Trains ResNet-18 as `config` says, with a progress bar per epoch on stderr.
+    """Trains a net as `config` says, with a progress bar per epoch on stderr.
 
-    The same seed gives the same first weights and order of images for every model and device.
+    The same seed gives the same order of images everywhere, and a model the same first weights for every `impl`.
 
-    The checkpoint is a dictionary for `torch.load`: `model` (a state_dict for `resnet18` of either block),
+    The checkpoint is a dictionary for `torch.load`: `model` (a state_dict for that net of either block),
     `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one) and `args`. It is replaced after every
     epoch, never by one with non-finite weights. Ctrl-C ends the run after the step at hand and writes it, under a name
     of its own in the current folder where `config.save` has none; a second Ctrl-C raises KeyboardInterrupt at once.
@@ -353,9 +369,10 @@ class _Run:
         self.tally = _Tally.of(len(batches), device)
         self.plan = config.plan
         self.steps = _steps(config, batches)
-        self.net = _net(config.model, config.seed, self.plan.stem).to(device, memory_format=torch.channels_last)
+        net = _net(config.model, config.impl, config.seed, self.plan.stem)
+        self.net = net.to(device, memory_format=torch.channels_last)
         # Two shapes of batches at most: one graph for each is quicker than one for all.
-        self.forward = torch.compile(self.net, dynamic=False) if config.model == "compile" else self.net
+        self.forward = torch.compile(self.net, dynamic=False) if config.impl == "compile" else self.net
         self.optimizer = optimizer(self.plan, self.net)
         self.average = weight_average(self.plan, self.net, self.steps)
         self.evaluated = self.net if self.average is None else self.average.net
@@ -376,7 +393,7 @@ class _Run:
 
         A step or more per shape of batch; weights, statistics, momenta and the scale are afterwards what they were.
         """
-        if self.device.type == "cpu" and self.config.model != "compile" and not self.cuda_graph:
+        if self.device.type == "cpu" and self.config.impl != "compile" and not self.cuda_graph:
             return 0.0  # nothing to choose or compile, and a step takes long
         print("warming up: compilation and choice of algorithms, not counted in examples/sec", file=sys.stderr)
         start = self._clock()
@@ -500,7 +517,7 @@ class _Run:
     def save_somewhere(self) -> tuple[str | None, OutputError | None]:
         """(where the weights are, the first error on the way): in the place that was asked for, or in another one."""
         first = None
-        for path in (self.config.save, *_unused_paths(self.config.model)):
+        for path in (self.config.save, *_unused_paths(self.config)):
             try:
                 if path is not None:
                     return self.save(path), first
@@ -588,17 +605,17 @@ def _check_losses(losses: Tensor, epoch: int, first_step: int) -> None:
         raise NonFiniteError(f"non-finite loss ({losses[step]}) at epoch {epoch}, step {first_step + step}; {_ADVICE}")
 
 
-def _net(model: str, seed: int, stem: str = "textbook") -> nn.Sequential:
-    """ResNet-18 with the textbook's first weights, the same for each model."""
+def _net(model: str, impl: str, seed: int, stem: str = "textbook") -> nn.Sequential:
+    """A net with the textbook's first weights, the same for each `impl`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = resnet18(stem=stem)
+        net = BUILDERS[model, "eager"](stem=stem)
         for module in net.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
-        if model != "fused":
+        if impl != "fused":
             return net
-        fused = resnet18(block=FusedResidual, stem=stem)
+        fused = BUILDERS[model, impl](stem=stem)
         fused.load_state_dict(net.state_dict())
         return fused
 
@@ -606,9 +623,9 @@ def _net(model: str, seed: int, stem: str = "textbook") -> nn.Sequential:
 def _wants_graph(config: TrainConfig, device: torch.device) -> bool:
     """Whether steps are to be replayed as a CUDA graph. ConfigError where that is asked for and cannot be."""
     if config.cuda_graph == "on":
-        require(config.model != "compile", "--cuda-graph on", "--model eager or fused, which it captures", config.model)
+        require(config.impl != "compile", "--cuda-graph on", "--impl eager or fused, which it captures", config.impl)
         require(device.type == "cuda", "--cuda-graph on", "a CUDA device, which has such graphs", device)
-    return config.cuda_graph != "off" and config.model != "compile" and device.type == "cuda"
+    return config.cuda_graph != "off" and config.impl != "compile" and device.type == "cuda"
 
 
 def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -> tuple[Batches, Batches]:
@@ -698,7 +715,7 @@ def _deferred_interrupt() -> Iterator[_Interrupt]:
         restore()
 
 
-def _unused_paths(model: str) -> list[str]:
+def _unused_paths(config: TrainConfig) -> list[str]:
     """A checkpoint's paths that exist not yet, in the current folder and in the temporary one."""
-    name = f"resnet18-{model}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.pt"
+    name = f"{config.model}-{config.impl}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.pt"
     return [str(folder / name) for folder in (Path.cwd(), Path(tempfile.gettempdir()))]

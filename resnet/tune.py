@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from resnet import settings
 from resnet.commands import DTYPES, check_outputs, find_device, require, require_count
-from resnet.fused import FusedResidual
 from resnet.kernels.host.command import ConfigError, Parser, run
 from resnet.kernels.host.files import irregular
 from resnet.kernels.tuning import memory, timing
-from resnet.reference import resnet18
+from resnet.models import BUILDERS, FUSED
 
 _PROGRESS_SECONDS = 5
 
@@ -32,11 +31,15 @@ def _parser() -> Parser:
         "tiles are timed and kept, and its kernels are compiled.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", help="resnet18, or module:callable, which is called for an nn.Module")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"{', '.join(FUSED)} or module:callable, which is called for an nn.Module",
+    )
     parser.add_argument("--batch", type=int, default=256, help="images per step")
     parser.add_argument("--size", type=int, default=96, help="height and width of the images, in pixels")
     parser.add_argument("--channels", type=int, default=1, help="of the images")
-    parser.add_argument("--classes", type=int, default=10, help="outputs of resnet18")
+    parser.add_argument("--classes", type=int, default=10, help="outputs; a callable has its own")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="other than float32: by autocast")
     parser.add_argument("--train", action="store_true", help="the training step alone")
     parser.add_argument("--eval", action="store_true", help="the evaluation alone")
@@ -117,13 +120,14 @@ def tune(arguments: argparse.Namespace) -> str:
 
 def _net(model: str, channels: int, classes: int) -> nn.Module:
     """The net that MODEL names; ConfigError where there is none."""
-    if model == "resnet18":
-        return resnet18(classes, channels, FusedResidual)
+    if model in FUSED:
+        return BUILDERS[model, "fused"](classes, channels)
     module, _, name = model.partition(":")
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
-        raise ConfigError(f"MODEL: expected resnet18 or module:callable, got {model} ({error})") from error
+        expected = f"{', '.join(FUSED)} or module:callable"
+        raise ConfigError(f"MODEL: expected {expected}, got {model} ({error})") from error
     net = make()
     require(isinstance(net, nn.Module), "MODEL", "a callable that gives an nn.Module", type(net).__name__)
     return net

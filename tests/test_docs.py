@@ -203,7 +203,7 @@ neither run nor looked at: python -m nothing
 
     make test       # or make nothing
     NAME=1 make PYTHON=python3 -j lint bench
-    .venv/bin/python -m resnet.train --model fused     # or eager; --epochs too
+    .venv/bin/python -m resnet.train --impl fused      # or eager; --epochs too
 
 A span is `python3 -m
 pip list | less`, and `makers` is none.
@@ -233,7 +233,7 @@ def test_commands_are_found_in_blocks_indents_and_spans():
     assert list(filter(None, map(command, code(DOCUMENT)))) == [
         Command("make", ("test",), ()),
         Command("make", ("lint", "bench"), ()),
-        Command("python", ("resnet.train",), ("--model", "--epochs")),
+        Command("python", ("resnet.train",), ("--impl", "--epochs")),
         Command("python", ("pip",), ()),
     ]
     console = "```console\n$ python -m a.b --c\nmake: an error\n```"
@@ -246,7 +246,7 @@ def test_commands_are_found_in_blocks_indents_and_spans():
         ("make test nothing", "make nothing: no such target"),
         ("python -m resnet.nothing", "python -m resnet.nothing: no such module"),
         ("python -m nothing.at.all", "python -m nothing.at.all: no such module"),
-        ("python -m resnet.train --model fused --nothing", "does not list --nothing"),
+        ("python -m resnet.train --impl fused --nothing", "does not list --nothing"),
     ],
 )
 def test_a_command_that_does_not_exist_is_found(line, complaint):

@@ -118,9 +118,9 @@ def kernels(check: Check) -> Iterator[Measurement]:
 
 
 def textbook(check: Check) -> Iterator[Measurement]:
-    for model in ("fused", "eager"):
-        target = check.folder / f"textbook-{model}.json"
-        options = ("--model", model, "--dtype", "bfloat16", "--json", str(target), *check.scale.epochs)
+    for impl in ("fused", "eager"):
+        target = check.folder / f"textbook-{impl}.json"
+        options = ("--impl", impl, "--dtype", "bfloat16", "--json", str(target), *check.scale.epochs)
 
         def measure(options: tuple[str, ...] = options, target: Path = target) -> dict[str, object]:
             done = subprocess.run(
@@ -136,7 +136,7 @@ def textbook(check: Check) -> Iterator[Measurement]:
             kept = ("loss", "train_acc", "test_acc", "examples_per_sec", "data", "epochs")
             return {"said": done.stdout.strip().splitlines()} | {name: found[name] for name in kept}
 
-        yield model, measure
+        yield impl, measure
 
 
 def tests(check: Check) -> Iterator[Measurement]:

@@ -53,14 +53,17 @@ def load_masked_grad(
 
 
 @triton.jit
-def load_center(stats, sums, cols, M, C: tl.constexpr, ACC: tl.constexpr):
-    """(mean, sum_g / M, invstd * sum_gx / M) of the channels `cols`: what `center_grad` needs."""
+def load_center(stats, sums, PLANE: tl.constexpr, cols, M, C: tl.constexpr, ACC: tl.constexpr):
+    """(mean, sum_g / M, invstd * sum_gx / M) of the channels `cols`: what `center_grad` needs.
+
+    sums (2 or 3, C) has sum g first, and sum g * xhat in row PLANE.
+    """
     live = cols < C
     share = 1.0 / (M + tl.zeros([1], tl.int64)).to(ACC)  # one division, not one for each channel
     mean = tl.load(stats + cols, mask=live)
     invstd = tl.load(stats + C + cols, mask=live)
     mean_g = tl.load(sums + cols, mask=live) * share
-    slope = tl.load(sums + C + cols, mask=live) * share * invstd
+    slope = tl.load(sums + PLANE * C + cols, mask=live) * share * invstd
     return mean[None, :], mean_g[None, :], slope[None, :]
 
 

@@ -44,6 +44,7 @@ class Epilogue(Enum):
     RELU_MASK = auto()
     IDENTITY_GRAD = auto()
     SHORTCUT_GRAD = auto()
+    ADD_TO = auto()
 
     def __repr__(self) -> str:  # it stands in the key of a remembered choice
         return str(self)

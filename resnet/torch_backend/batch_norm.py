@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from resnet.norm import Norm, NormGrad, statistics_dtype
+from resnet.norm import KeptNorm, Norm, NormGrad, statistics_dtype
 
 aten = torch.ops.aten
 
@@ -143,8 +143,13 @@ def scale_shift(mean: Tensor, invstd: Tensor, norm: Norm) -> tuple[Tensor, Tenso
     return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
 
 
+def stats(x: Tensor, norm: Norm) -> Tensor:
+    """Stats (4, C) = mean, invstd, scale, shift of x's norm; updates the running statistics when `norm.training`."""
+    return _stats(x, norm)[0]
+
+
 def _stats(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """Stats (4, C) = mean, invstd, scale, shift; and scale and shift by themselves."""
+    """Stats, and scale and shift by themselves."""
     mean, invstd = _statistics(x, norm) if norm.training else freeze(norm, statistics_dtype(x.dtype))
     scale, shift = scale_shift(mean, invstd, norm)
     return torch.stack((mean, invstd, scale, shift)), scale, shift
@@ -170,17 +175,32 @@ def forward(
     shortcut_shift: Tensor | None = None,
     relu: bool = True,
     into: Tensor | None = None,
+    shortcut_stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out = relu(batch_norm(x) [+ shortcut [+ shortcut_shift]]) and stats (4, C) = mean, invstd, scale, shift.
 
-    x, shortcut and out are (N, C, H, W) channels_last of one type; shortcut_shift is (C,). Running statistics are
-    updated in place when `norm.training`. `into`, a tensor like x that is no longer needed, becomes out.
+    x, shortcut and out are (N, C, H, W) channels_last of one type; shortcut_shift is (C,). With `shortcut_stats` (4, C)
+    the shortcut is normalised by them. Running statistics are updated in place when `norm.training`. `into`, a tensor
+    like x that is no longer needed, becomes out.
     """
-    stats, scale, shift = _stats(x, norm)
+    own, scale, shift = _stats(x, norm)
+    if shortcut_stats is not None:
+        shortcut_shift = shortcut_stats[3]
     out = _affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift, into)
-    if shortcut is not None:
+    if shortcut_stats is not None:
+        _add_scaled(out, shortcut, shortcut_stats[2])
+    elif shortcut is not None:
         out.add_(shortcut)
-    return out.relu_() if relu else out, stats
+    return out.relu_() if relu else out, own
+
+
+def _add_scaled(out: Tensor, x: Tensor, scale: Tensor) -> None:
+    """out += x * scale per channel."""
+    if out.dtype == scale.dtype:
+        rows = _rows(out)
+        torch.addcmul(rows, _rows(x), scale, out=rows)
+    else:
+        out.add_(_affine(x, scale, torch.zeros_like(scale)))
 
 
 EAGER_DTYPES = (torch.float32, torch.float64)
@@ -226,7 +246,7 @@ def backward(
     x: Tensor,
     out: Tensor,
     stats: Tensor,
-    norm: Norm,
+    norm: KeptNorm,
     relu: bool = True,
     shortcut: bool = False,
     consume: bool = False,
@@ -251,7 +271,7 @@ def backward(
     )
 
 
-def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, sum of g) of BatchNorm by PyTorch's operator."""
     mean, invstd, _, _ = stats.unbind()
     # The CPU's operator reads a weight with strides as if it had none.
@@ -264,7 +284,7 @@ def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[T
     return aten.native_batch_norm_backward(g, x, weight, *running, mean, invstd, norm.training, eps, [True] * 3)
 
 
-def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tuple[Tensor, Tensor, Tensor]:
     """`_backward_of_few` with sums that keep their digits."""
     mean, invstd, scale, _ = stats.unbind()
     C, rows_g, rows, sums = x.shape[1], _rows(g), _rows(x), []
@@ -313,7 +333,7 @@ def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     return out.relu_(), tap, stats
 
 
-def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tensor, norm: Norm) -> NormGrad:
+def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tensor, norm: KeptNorm) -> NormGrad:
     """Gradients of `forward_pool`."""
     (N, C, P, Q), width = out.shape, x.shape[3]
     place = torch.arange(9, device=x.device)

@@ -4,47 +4,82 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet.norm import Norm
-from resnet.operands import Block, BlockGrad, BlockKept, BlockOutput, Convolutions
+from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import add_projected, convolve, convolve_backward
 from resnet.torch_backend.inference import conv_batch_norm
 
 
-def block_forward(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> BlockOutput:
-    """The block in training: out and what its backward needs. x (N, C, H, W) is channels_last, and so are the results.
+def _convolve(x: Tensor, part: Unit) -> Tensor:
+    return convolve(x, part.weight, None, part.stride, part.padding)
+
+
+def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> tuple:
+    """The block in training: the fields of a `BlockKind.output`. x (N, C, H, W) and the results are channels_last.
 
     Running statistics are updated in place.
     """
-    y1 = convolve(x, convs.conv1, None, convs.stride, 1)
-    a1, stats1 = batch_norm.forward(y1, norm1)
-    y2 = convolve(a1, convs.conv2, None, 1, 1)
-    shortcut = x if convs.conv3 is None else convolve(x, convs.conv3, None, convs.stride, 0)
-    out, stats2 = batch_norm.forward(y2, norm2, shortcut, convs.conv3_bias, into=a1)
-    return BlockOutput(out, y1, y2, stats1, stats2)
+    *units, last = units
+    a, ys, stats = x, [], []
+    for unit in units:
+        ys.append(_convolve(a, unit))
+        a, unit_stats = batch_norm.forward(ys[-1], unit.norm)
+        stats.append(unit_stats)
+    y = _convolve(a, last)
+    into = a if a.shape == y.shape else None
+    if isinstance(shortcut, Unit):
+        z = _convolve(x, shortcut)
+        z_stats = batch_norm.stats(z, shortcut.norm)
+        out, last_stats = batch_norm.forward(y, last.norm, z, shortcut_stats=z_stats, into=into)
+        kept = z, z_stats
+    else:
+        skip = x if shortcut.weight is None else convolve(x, shortcut.weight, None, shortcut.stride, 0)
+        out, last_stats = batch_norm.forward(y, last.norm, skip, shortcut.bias, into=into)
+        kept = ()
+    return out, (*ys, y), (*stats, last_stats), kept
 
 
-def block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> BlockGrad:
-    """Gradients of `block_forward` from dout (N, K, P, Q) channels_last; a1 = relu(bn1(y1)) is computed again."""
-    x, (out, y1, y2, stats1, stats2), convs, norm1, norm2 = kept
-    grad2 = batch_norm.backward(dout, y2, out, stats2, norm2, shortcut=True)
-    a1 = batch_norm.recompute(y1, stats1)
-    da1, dconv2 = convolve_backward(grad2.dx, a1, convs.conv2, 1, 1, True, needs.convs.conv2)
-    grad1 = batch_norm.backward(da1, y1, a1, stats1, norm1, consume=True)
-    del a1, da1
-    dx, dconv1 = convolve_backward(grad1.dx, x, convs.conv1, convs.stride, 1, needs.x, needs.convs.conv1)
-    dconv3 = None
-    if convs.conv3 is not None:
-        dx3, dconv3 = convolve_backward(grad2.g, x, convs.conv3, convs.stride, 0, needs.x, needs.convs.conv3)
-        dx = dx.add_(dx3) if needs.x else None
-    elif needs.x:
-        dx.add_(grad2.g)
-    norms = (grad1.dweight, grad1.dbias, grad1.sum_g, grad2.dweight, grad2.dbias, grad2.sum_g)
-    return BlockGrad(dx, dconv1, dconv2, dconv3, *norms)
+def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
+    """Gradients of `block_forward` from dout (N, K, P, Q) channels_last; relu(bn(y)) is computed again from y."""
+    x, (out, ys, stats, projected), units, shortcut = kept
+    norm = batch_norm.backward(dout, ys[-1], out, stats[-1], units[-1].norm, shortcut=True)
+    dshortcut, shortcut_grad = norm.g, UnitGrad(sum_g=norm.sum_g)
+    if projected and (needs.x or needs.shortcut.weight or any(needs.shortcut.norm)):
+        z, z_stats = projected
+        z_norm = batch_norm.backward(dshortcut, z, None, z_stats, shortcut.norm, relu=False)
+        dshortcut, shortcut_grad = z_norm.dx, UnitGrad(None, z_norm.dweight, z_norm.dbias, z_norm.sum_g)
+    asked = [needs.x, *(sums for sums, _ in reached(needs))]
+    grads, dx = [UnitGrad()] * len(units), None
+    for i in reversed(range(len(units))):
+        if not asked[i + 1] and i + 1 < len(units):
+            break
+        unit = units[i]
+        a = batch_norm.recompute(ys[i - 1], stats[i - 1]) if i and (asked[i] or needs.units[i].weight) else x
+        flags = asked[i], needs.units[i].weight
+        da, dconv = convolve_backward(norm.dx, a, unit.weight, unit.stride, unit.padding, *flags)
+        grads[i] = UnitGrad(dconv, norm.dweight, norm.dbias, norm.sum_g)
+        if i == 0:
+            dx = da
+        elif asked[i]:
+            norm = batch_norm.backward(da, ys[i - 1], a, stats[i - 1], units[i - 1].norm, consume=True)
+        del a, da  # before the next ones are made
+    if shortcut.weight is not None:
+        flags = needs.x, needs.shortcut.weight
+        added, dconv = convolve_backward(dshortcut, x, shortcut.weight, shortcut.stride, 0, *flags)
+        shortcut_grad = shortcut_grad._replace(conv=dconv)
+    else:
+        added = dshortcut
+    return BlockGrad(dx.add_(added) if needs.x else None, tuple(grads), shortcut_grad)
 
 
-def block_inference(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> Tensor:
+def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
     """The block with frozen statistics and without gradients: out (N, K, P, Q)."""
-    a1 = conv_batch_norm(x, convs.conv1, norm1, convs.stride, 1).relu_()
-    out = conv_batch_norm(a1, convs.conv2, norm2, 1, 1, convs.conv3_bias)
-    return (out.add_(x) if convs.conv3 is None else add_projected(out, x, convs.conv3, convs.stride)).relu_()
+    a = x
+    for unit in units[:-1]:
+        a = conv_batch_norm(a, unit).relu_()
+    if isinstance(shortcut, Unit):
+        return conv_batch_norm(a, units[-1]).add_(conv_batch_norm(x, shortcut)).relu_()
+    out = conv_batch_norm(a, units[-1], shortcut.bias)
+    if shortcut.weight is None:
+        return out.add_(x).relu_()
+    return add_projected(out, x, shortcut.weight, shortcut.stride).relu_()

@@ -9,11 +9,13 @@ grad-weight is slow on larger maps too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+Size = Sequence[int | torch.SymInt]
 
 # Where products are faster than oneDNN's convolution, measured at batches of 1 to 128 with AVX2 and 2 threads. Of two
 # numbers of pixels of an output map the second one holds where products lag.
@@ -29,9 +31,9 @@ def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -
     return (size + 2 * padding - kernel) // stride + 1
 
 
-def out_map(x: Tensor, weight: Tensor, stride: int, padding: int) -> tuple[int | torch.SymInt, int | torch.SymInt]:
-    """(P, Q), the pixels of an output map of conv(x, weight)."""
-    (_, _, H, W), (_, _, R, S) = x.shape, weight.shape
+def out_map(x: Size, weight: Size, stride: int, padding: int) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+    """(P, Q), the pixels of an output map of the convolution of shapes x (N, C, H, W) and weight (K, C, R, S)."""
+    (_, _, H, W), (_, _, R, S) = x, weight
     return out_size(H, R, stride, padding), out_size(W, S, stride, padding)
 
 
@@ -56,7 +58,7 @@ def _map_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
     K, C, R, S = weight.shape
     if not is_single_on_cpu(x) or min(C, K) < _CHANNELS or R * S == 1:
         return 0
-    P, Q = out_map(x, weight, stride, padding)
+    P, Q = out_map(x.shape, weight.shape, stride, padding)
     return P * Q
 
 
@@ -98,7 +100,7 @@ def _inside(size: int, tap: int, out: int, stride: int, padding: int) -> tuple[s
 def _taps(x: Tensor, weight: Tensor, stride: int, padding: int) -> Iterator[tuple[tuple, tuple, tuple]]:
     """For each tap that meets a pixel: indices into the (K, C, R, S) weight, the NHWC output and the NHWC input."""
     R, S = weight.shape[2:]
-    P, Q = out_map(x, weight, stride, padding)
+    P, Q = out_map(x.shape, weight.shape, stride, padding)
     for r in range(R):
         rows_out, rows = _inside(x.shape[2], r, P, stride, padding)
         for s in range(S):
@@ -117,7 +119,7 @@ def windows(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     N, C, R, S = *x.shape[:2], *weight.shape[2:]
     padded = F.pad(_nhwc(x), [0, 0, *[padding] * 4])
     n, h, w, c = padded.stride()
-    size = N, *out_map(x, weight, stride, padding), R, S, C
+    size = N, *out_map(x.shape, weight.shape, stride, padding), R, S, C
     return padded.as_strided(size, (n, stride * h, stride * w, h, w, c))
 
 
@@ -137,7 +139,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
         return y.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     N, K = x.shape[0], weight.shape[0]
-    P, Q = out_map(x, weight, stride, padding)
+    P, Q = out_map(x.shape, weight.shape, stride, padding)
     y = x.new_zeros(N, P, Q, K) if bias is None else bias.expand(N, P, Q, K).contiguous()
     for tap, outputs, inputs in _taps(x, weight, stride, padding):
         _add_product(y, outputs, _nhwc(x)[inputs], weight[tap].t())

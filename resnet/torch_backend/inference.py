@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from resnet.norm import Norm
+from resnet.operands import Unit
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import convolve, is_single_on_cpu, out_map, out_size, windows
 
@@ -32,22 +33,16 @@ def _folded(weight: Tensor, norm: Norm, more: Tensor | None = None) -> tuple[Ten
 
 def _outputs(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
     """Elements of conv(x, weight)."""
-    P, Q = out_map(x, weight, stride, padding)
+    P, Q = out_map(x.shape, weight.shape, stride, padding)
     return x.shape[0] * weight.shape[0] * P * Q
 
 
-def conv_batch_norm(
-    x: Tensor,
-    weight: Tensor,
-    norm: Norm,
-    stride: int,
-    padding: int,
-    more: Tensor | None = None,
-) -> Tensor:
+def conv_batch_norm(x: Tensor, unit: Unit, more: Tensor | None = None) -> Tensor:
     """batch_norm(conv(x)) [+ more], a new tensor (N, K, P, Q) channels_last.
 
-    x (N, C, H, W) is channels_last, weight is (K, C, R, S), more is (K,).
+    x (N, C, H, W) is channels_last, more is (K,).
     """
+    weight, stride, padding, norm, _ = unit
     if is_single_on_cpu(x) and _outputs(x, weight, stride, padding) > max(weight.numel(), _FOLDED):
         folded, bias = _folded(weight, norm, more)
         out = convolve(x, folded, bias, stride, padding)
@@ -62,17 +57,18 @@ def conv_batch_norm(
     return out.contiguous(memory_format=torch.channels_last)
 
 
-def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
+def stem_inference(x: Tensor, unit: Unit) -> Tensor:
     """The stem: relu(max_pool(batch_norm(conv(x)))), the pool 3x3 with stride 2, padding 1; channels_last as x is."""
+    weight, stride, padding, norm, _ = unit
     N, K, C = x.shape[0], *weight.shape[:2]
     multiplied = C == 1 and is_single_on_cpu(x) and _outputs(x, weight, stride, padding) >= K * _MANY_WINDOWS
     if multiplied:
         folded, bias = _folded(weight, norm)
         multiplied = folded.isfinite().all()  # by the padding's zeros, too
     if not multiplied:
-        return torch.max_pool2d(conv_batch_norm(x, weight, norm, stride, padding), 3, 2, 1).relu_()
+        return torch.max_pool2d(conv_batch_norm(x, unit), 3, 2, 1).relu_()
     weight = folded
-    P, Q = out_map(x, weight, stride, padding)
+    P, Q = out_map(x.shape, weight.shape, stride, padding)
     met = windows(x, weight, stride, padding).flatten(4)
     images = max(1, _WINDOWS // (P * Q))
     gathered, z = x.new_empty(images * P * Q, weight[0].numel()), x.new_empty(images * P * Q, K)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet.norm import Norm
-from resnet.operands import Stem, StemGrad, StemKept, StemOutput
+from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import convolve, convolve_backward
 
 
-def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> StemOutput:
+def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
     """The stem and what its backward needs. Running statistics are updated in place."""
-    y = convolve(x, weight, None, stride, padding)
-    out, tap, stats = batch_norm.forward_pool(y, norm)
+    y = convolve(x, unit.weight, None, unit.stride, unit.padding)
+    out, tap, stats = batch_norm.forward_pool(y, unit.norm)
     return StemOutput(out, y, tap, stats)
 
 
 def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """Gradients of `stem_forward`."""
-    x, (out, y, tap, stats), weight, norm, stride, padding, _ = kept
+    x, (out, y, tap, stats), (weight, stride, padding, norm, _) = kept
     grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm)
-    dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.weight)
-    return StemGrad(dx, dconv, grad.dweight, grad.dbias, grad.sum_g)
+    dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.unit.weight)
+    return StemGrad(dx, UnitGrad(dconv, grad.dweight, grad.dbias, grad.sum_g))

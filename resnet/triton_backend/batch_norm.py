@@ -10,7 +10,7 @@ from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
 from resnet.kernels.batch_norm_statistics import Moments, batch_norm_statistics
-from resnet.norm import VECTORS, Norm, NormGrad, empty_grads, statistics_dtype
+from resnet.norm import VECTORS, KeptNorm, Norm, NormGrad, empty_grads, statistics_dtype
 
 
 def forward(
@@ -82,7 +82,7 @@ def backward(
     x: Tensor,
     out: Tensor,
     stats: Tensor,
-    norm: Norm,
+    norm: KeptNorm,
     relu: bool = True,
     shortcut: bool = False,
 ) -> NormGrad:

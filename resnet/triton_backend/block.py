@@ -1,80 +1,139 @@
 """The residual block on the Triton kernels.
 
-A block launches, in this order (training, identity shortcut; the passes over an activation that each one makes):
+A block of two units launches, in this order (training, identity shortcut; the passes over an activation of each):
 
     forward   conv1 + statistics 2, conv2 with bn1 and ReLU in its prologue + statistics 2, bn2 + add + ReLU 3
     backward  bn2 reduce 3, bn2 apply' 4, conv2 grad-input + ReLU' + bn1 reduce 3, conv2 grad-weight 2,
               bn1 apply' 3, conv1 grad-input + shortcut's gradient 4, conv1 grad-weight 2
 
-A small kernel after every reduction merges its partials. Each convolution is one of up to three ways: see
-`convolution`.
+A third unit launches what conv2 does. A shortcut's convolution is part of conv1's launches where both have the same
+stride and as many channels; its own norm is part of the last norm's. A small kernel after every reduction merges its
+partials. Each convolution is one of up to three ways: see `convolution`.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
-from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
 from resnet.kernels.conv_forward import Shortcut
-from resnet.norm import Norm, empty_grads
-from resnet.operands import Block, BlockGrad, BlockKept, BlockOutput, Convolutions
+from resnet.norm import empty_grads
+from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached, trained_dtype
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import norm_stats
 
 
-def _as_read(convs: Convolutions) -> Convolutions:
-    """The convolutions as the kernels read them."""
-    weights = [convolution.in_nhwc(weight) for weight in (convs.conv1, convs.conv2, convs.conv3)]
-    return Convolutions(*weights, None if convs.conv3_bias is None else convs.conv3_bias.contiguous(), *convs[4:])
+def _rides(shortcut: Unit | Projection, first: Unit) -> bool:
+    """Whether the shortcut's convolution is part of the first one's launch."""
+    return shortcut.stride == first.stride and shortcut.weight.shape[0] == first.weight.shape[0]
 
 
-def block_forward(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> BlockOutput:
+def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> tuple:
     """See `torch_backend.block_forward`."""
-    convs = _as_read(convs)
-    first = convolution.forward(x, convs.conv1, convs.stride, 1, norm1.training, conv3=convs.conv3)
-    stats1 = norm_stats(first.y, first.moments, norm1)
-    second = convolution.forward(first.y, convs.conv2, 1, 1, norm2.training, stats1)
-    stats2 = norm_stats(second.y, second.moments, norm2)
-    shortcut = x if convs.conv3 is None else first.shortcut
-    out = batch_norm_add_relu(second.y, stats2, shortcut, shortcut_shift=convs.conv3_bias)
-    return BlockOutput(out, first.y, second.y, stats1, stats2)
+    (first, *rest), shortcut = map(convolution.as_read, units), convolution.as_read(shortcut)
+    normed = isinstance(shortcut, Unit)
+    z_training = normed and shortcut.norm.training
+    riding = shortcut.weight if shortcut.weight is not None and _rides(shortcut, first) else None
+    y, moments, z, z_moments = convolution.forward(
+        x,
+        *first[:3],
+        first.norm.training,
+        shortcut=riding,
+        shortcut_moments=riding is not None and z_training,
+    )
+    if riding is None and shortcut.weight is not None:
+        z, z_moments, *_ = convolution.forward(x, *convolution.shortcut_of(shortcut), z_training)
+    ys, stats = [y], [norm_stats(y, moments, first.norm)]
+    for unit in rest:
+        y, moments, *_ = convolution.forward(y, *unit[:3], unit.norm.training, stats[-1])
+        ys.append(y)
+        stats.append(norm_stats(y, moments, unit.norm))
+    if normed:
+        z_stats = norm_stats(z, z_moments, shortcut.norm)
+        out = batch_norm_add_relu(y, stats[-1], z, z_stats[2], z_stats[3])
+        return out, tuple(ys), tuple(stats), (z, z_stats)
+    out = batch_norm_add_relu(y, stats[-1], x if z is None else z, shortcut_shift=_dense(shortcut.bias))
+    return out, tuple(ys), tuple(stats), ()
 
 
-def block_backward(dout: Tensor, kept: BlockKept, needs: Block) -> BlockGrad:
+def _dense(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """See `torch_backend.block_backward`."""
-    x, (out, y1, y2, stats1, stats2), convs, norm1, norm2 = kept
-    convs = _as_read(convs)
-    dtypes = [None if w is None else w.dtype for w in convs.trained]
-    needs_a1 = needs.x or needs.convs.conv1 or any(needs.norm1)
-    vectors1, vectors2 = (None,) * 3, empty_grads(norm2)
-    sums2 = batch_norm_backward_reduce(dout, y2, out, stats2, True, *vectors2)
-    dx = dconv1 = dconv2 = dconv3 = sum_g1 = None
-    if needs_a1 or needs.convs.conv2:
-        dy2 = batch_norm_backward_apply(dout, y2, out, stats2, sums2 if norm2.training else None)
-    if needs_a1:
-        vectors1 = empty_grads(norm1)
-        g1, sums1 = convolution.grad_input_mask(dy2, convs.conv2, y1, stats1, vectors1)
-        sum_g1 = sums1[0]
-    if needs.convs.conv2:
-        dconv2 = convolution.grad_weight(dy2, y1, convs.conv2, 1, 1, stats1, dtype=dtypes[1])
-    if needs.x or needs.convs.conv1:
-        dy1 = batch_norm_backward_apply(g1, y1, None, stats1, sums1 if norm1.training else None, dx=g1)
-    if needs.x:
-        dx = convolution.grad_input_add(dy1, convs.conv1, x, convs.stride, dout, out, convs.conv3)
-    if needs.convs.conv1:
-        dconv1 = convolution.grad_weight(dy1, x, convs.conv1, convs.stride, 1, dtype=dtypes[0])
-    if needs.convs.conv3:
-        dconv3 = convolution.grad_weight(dout, x, convs.conv3, convs.stride, 0, out=out, dtype=dtypes[2])
-    (dweight1, dbias1, zeros1), (dweight2, dbias2, zeros2) = vectors1, vectors2
-    sums = dweight1, dbias1, sum_g1, dweight2, dbias2, sums2[0]
-    return BlockGrad(dx, dconv1, dconv2, dconv3, *sums, zeros1, zeros2)
+    x, (out, ys, stats, projected), units, shortcut = kept
+    units, shortcut = list(map(convolution.as_read, units)), convolution.as_read(shortcut)
+    asked, last = reached(needs), len(units) - 1
+    normed, z_vectors = None, (None,) * 3
+    if projected:
+        z_vectors = empty_grads(shortcut.norm)
+        normed = NormedShortcut(*projected, *z_vectors)
+    vectors = empty_grads(units[last].norm)
+    sums = batch_norm_backward_reduce(dout, ys[last], out, stats[last], True, *vectors, shortcut=normed)
+    shortcut_grad = UnitGrad(None, *z_vectors[:2], sums[0], z_vectors[2])
+
+    # The shortcut's gradient is stored where it is not dout and out together, or where these would be masked twice.
+    g, mask = dout, out
+    needs_g = shortcut.weight is not None and (needs.x or needs.shortcut.weight)
+    if needs_g and (projected or not _rides(shortcut, units[0])):
+        g, mask = torch.empty_like(dout), None
+    grads, dx, dy = [UnitGrad()] * len(units), None, None
+    if asked[last][1] or mask is None:
+        dy = batch_norm_backward_apply(
+            dout,
+            ys[last],
+            out,
+            stats[last],
+            sums if units[last].norm.training else None,
+            dshortcut=g if mask is None else None,
+            shortcut=normed,
+            shortcut_sums=sums if projected and shortcut.norm.training else None,
+        )
+    for i in reversed(range(len(units))):
+        unit, dconv = units[i], None
+        grad = UnitGrad(None, *vectors[:2], sums[0], vectors[2])
+        if i and asked[i - 1][0]:
+            vectors = empty_grads(units[i - 1].norm)
+            inner, sums = convolution.grad_input_mask(dy, *unit[:3], ys[i - 1], stats[i - 1], vectors)
+        elif i == 0 and needs.x:
+            dx = convolution.grad_input_add(dy, *unit[:3], x, shortcut, g, mask)
+        if needs.units[i].weight:
+            before = (ys[i - 1], *unit[:3], stats[i - 1]) if i else (x, *unit[:3])
+            dconv = convolution.grad_weight(dy, *before, dtype=trained_dtype(unit))
+        grads[i] = grad._replace(conv=dconv)
+        if i == 0 or not asked[i - 1][0]:
+            break
+        if asked[i - 1][1]:
+            norm = units[i - 1].norm
+            dy = batch_norm_backward_apply(
+                inner, ys[i - 1], None, stats[i - 1], sums if norm.training else None, dx=inner
+            )
+    if needs.shortcut.weight:
+        dconv = convolution.grad_weight(
+            g, x, *convolution.shortcut_of(shortcut), out=mask, dtype=trained_dtype(shortcut)
+        )
+        shortcut_grad = shortcut_grad._replace(conv=dconv)
+    return BlockGrad(dx, tuple(grads), shortcut_grad)
 
 
-def block_inference(x: Tensor, convs: Convolutions, norm1: Norm, norm2: Norm) -> Tensor:
-    """See `torch_backend.block_inference`. Two launches where the own convolutions run."""
-    convs = _as_read(convs)
-    shortcut = None if convs.conv3 is None else Shortcut(convs.conv3, convs.conv3_bias)
-    a1, z = convolution.inference(x, convs.conv1, norm1, convs.stride, 1, shortcut=shortcut, relu=True)
-    return convolution.inference(a1, convs.conv2, norm2, 1, 1, skip=x if z is None else z, relu=True)[0]
+def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
+    """See `torch_backend.block_inference`. A launch for each convolution, in which the shortcut's rides if it can."""
+    (first, *rest), shortcut = map(convolution.as_read, units), convolution.as_read(shortcut)
+    skip, riding = x, None
+    if isinstance(shortcut, Unit):
+        skip, _ = convolution.inference(x, shortcut)
+    elif shortcut.weight is not None and _rides(shortcut, first):
+        riding = Shortcut(shortcut.weight, _dense(shortcut.bias))
+    elif shortcut.weight is not None:
+        skip = convolution.projection(x, shortcut)
+    a, z = convolution.inference(x, first, shortcut=riding, relu=True)
+    if z is not None:
+        skip = z
+    *middle, last = rest
+    for unit in middle:
+        a, _ = convolution.inference(a, unit, relu=True)
+    return convolution.inference(a, last, skip=skip, relu=True)[0]

@@ -19,11 +19,11 @@ from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
-from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.host.shapes import conv_shape
 from resnet.kernels.tuning import bucket, memory
-from resnet.norm import Norm
+from resnet.operands import Projection, Unit
 from resnet.torch_backend.convolution import convolve, convolve_backward
 from resnet.triton_backend.batch_norm import dense, frozen_stats
 
@@ -61,9 +61,11 @@ def run_picked(direction: str, x: Tensor, weight: Tensor, fused: tuple, **varian
     return pick(direction, key, variants, x.device)()
 
 
-def in_nhwc(weight: Tensor | None) -> Tensor | None:
-    """The weight as the kernels read it, K, R, S, C in memory: a copy where it lies otherwise."""
-    return None if weight is None else weight.contiguous(memory_format=torch.channels_last)
+def as_read(part: Unit | Projection) -> Unit | Projection:
+    """Part of a block with its weight as the kernels read it, K, R, S, C in memory: a copy where it lies otherwise."""
+    if part.weight is None:
+        return part
+    return part._replace(weight=part.weight.contiguous(memory_format=torch.channels_last))
 
 
 # ---- the ways ----------------------------------------------------------------------------------------------------
@@ -81,18 +83,32 @@ def forward(
     padding: int,
     moments: bool,
     stats: Tensor | None = None,
-    conv3: Tensor | None = None,
+    shortcut: Tensor | None = None,
+    shortcut_moments: bool = False,
 ) -> ConvOutput:
-    """y = conv(a, weight), and y's moments where wanted; a is x, or relu(x * scale + shift) with `stats`."""
+    """y = conv(a, weight), and y's moments where wanted; a is x, or relu(x * scale + shift) with `stats`.
+
+    `shortcut`, a weight (K, C, 1, 1), makes a second output of x with the same stride, and its moments where wanted.
+    """
 
     def fused(x: Tensor, stats: Tensor | None) -> ConvOutput:
-        shortcut = None if conv3 is None else Shortcut(conv3, None)
-        return conv_forward(x, weight, stride, padding, stats=stats, moments=moments, shortcut=shortcut, tf32=tf32(x))
+        return conv_forward(
+            x,
+            weight,
+            stride,
+            padding,
+            stats=stats,
+            moments=moments,
+            shortcut=None if shortcut is None else Shortcut(shortcut, None),
+            shortcut_moments=shortcut_moments,
+            tf32=tf32(x),
+        )
 
     def pytorch() -> ConvOutput:
         y = convolve(_activated(x, stats), weight, None, stride, padding)
-        z = None if conv3 is None else convolve(x, conv3, None, stride, 0)
-        return ConvOutput(y, batch_norm_statistics(y) if moments else None, z, None)
+        z = None if shortcut is None else convolve(x, shortcut, None, stride, 0)
+        z_moments = batch_norm_statistics(z) if shortcut_moments else None
+        return ConvOutput(y, batch_norm_statistics(y) if moments else None, z, z_moments)
 
     variants = {
         "epilogue": lambda: fused(_activated(x, stats), None),
@@ -100,44 +116,73 @@ def forward(
     }
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
-    return run_picked("forward", x, weight, (stride, moments, stats is not None, conv3 is not None), **variants)
+    fused_to_it = (stride, moments, stats is not None, shortcut is not None, shortcut_moments)
+    return run_picked("forward", x, weight, fused_to_it, **variants)
 
 
 def grad_input_mask(
-    dy: Tensor, weight: Tensor, y1: Tensor, stats: Tensor, vectors: tuple[Tensor | None, ...]
+    dy: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    y: Tensor,
+    stats: Tensor,
+    vectors: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Tensor]:
-    """(g, sums) for a 3x3 convolution of a = relu(y1 * scale + shift): g is a's gradient where the ReLU passes it.
+    """(g, sums) for a convolution of a = relu(y * scale + shift): g is a's gradient where the ReLU passes it.
 
     `vectors`, as `empty_grads` gives them, are written.
     """
 
     def fused() -> tuple[Tensor, Tensor]:
-        return conv_grad_input(dy, weight, conv_shape(y1, weight, 1, 1), ReluMask(y1, stats), tf32(dy), *vectors)
+        shape = conv_shape(y, weight, stride, padding)
+        return conv_grad_input(dy, weight, shape, ReluMask(y, stats), tf32(dy), *vectors)
 
     def pytorch() -> tuple[Tensor, Tensor]:
-        da, _ = convolve_backward(dy, y1, weight, 1, 1, True, False)
-        return da, batch_norm_backward_reduce(da, y1, None, stats, True, *vectors)
+        da, _ = convolve_backward(dy, y, weight, stride, padding, True, False)
+        return da, batch_norm_backward_reduce(da, y, None, stats, True, *vectors)
 
-    return run_picked("grad_input", dy, weight, ("mask",), epilogue=fused, pytorch=pytorch)
+    return run_picked("grad_input", dy, weight, (stride, "mask"), epilogue=fused, pytorch=pytorch)
 
 
 def grad_input_add(
-    dy: Tensor, weight: Tensor, x: Tensor, stride: int, dout: Tensor, out: Tensor, conv3: Tensor | None
+    dy: Tensor,
+    weight: Tensor,
+    stride: int,
+    padding: int,
+    x: Tensor,
+    shortcut: Unit | Projection,
+    g: Tensor,
+    out: Tensor | None,
 ) -> Tensor:
-    """dx of a block: conv1's grad-input from dy plus the shortcut's gradient from dout * (out > 0)."""
+    """dx of a block: its first convolution's grad-input from dy, plus the shortcut's from g.
+
+    With `out`, g counts only where the ReLU that made out passes it; a shortcut of a stride of its own has no `out`.
+    """
+    shape = conv_shape(x, weight, stride, padding)
 
     def fused() -> Tensor:
-        epilogue = IdentityGrad(dout, out) if conv3 is None else ShortcutGrad(dout, out, conv3)
-        return conv_grad_input(dy, weight, conv_shape(x, weight, stride, 1), epilogue, tf32(dy))
+        if shortcut.weight is None:
+            return conv_grad_input(dy, weight, shape, IdentityGrad(g, out), tf32(dy))
+        if shortcut.stride == stride:
+            return conv_grad_input(dy, weight, shape, ShortcutGrad(g, out, shortcut.weight), tf32(dy))
+        dx = conv_grad_input(dy, weight, shape, tf32=tf32(dy))
+        return conv_grad_input(g, shortcut.weight, conv_shape(x, *shortcut_of(shortcut)), AddTo(dx), tf32(dy))
 
     def pytorch() -> Tensor:
-        dx, _ = convolve_backward(dy, x, weight, stride, 1, True, False)
-        if conv3 is None:
-            return add_masked_grad(dx, dout, out)
-        g = torch.ops.aten.threshold_backward(dout, out, 0)
-        return dx.add_(convolve_backward(g, x, conv3, stride, 0, True, False)[0])
+        dx, _ = convolve_backward(dy, x, weight, stride, padding, True, False)
+        if shortcut.weight is None:
+            return add_masked_grad(dx, g, out)
+        passed = g if out is None else torch.ops.aten.threshold_backward(g, out, 0)
+        return dx.add_(convolve_backward(passed, x, *shortcut_of(shortcut), True, False)[0])
 
-    return run_picked("grad_input", dy, weight, (stride, conv3 is not None), epilogue=fused, pytorch=pytorch)
+    projected = None if shortcut.weight is None else (shortcut.stride, shortcut.weight.shape[0], out is not None)
+    return run_picked("grad_input", dy, weight, (stride, "add", projected), epilogue=fused, pytorch=pytorch)
+
+
+def shortcut_of(part: Unit | Projection) -> tuple[Tensor, int, int]:
+    """(weight, stride, padding) of a shortcut's convolution."""
+    return part.weight, part.stride, 0
 
 
 def grad_weight(
@@ -175,15 +220,13 @@ def grad_weight(
 
 def inference(
     x: Tensor,
-    weight: Tensor,
-    norm: Norm,
-    stride: int,
-    padding: int,
+    unit: Unit,
     skip: Tensor | None = None,
     shortcut: Shortcut | None = None,
     relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """relu(batch_norm(conv(x)) [+ skip]), and the shortcut's convolution of x."""
+    weight, stride, padding, norm, _ = unit
 
     def fused() -> tuple[Tensor, Tensor | None]:
         vectors = dense(norm)
@@ -205,3 +248,16 @@ def inference(
 
     fused_to_it = (stride, skip is not None, shortcut is not None, relu)
     return run_picked("inference", x, weight, fused_to_it, epilogue=fused, pytorch=pytorch)
+
+
+def projection(x: Tensor, shortcut: Projection) -> Tensor:
+    """conv(x) + bias of a shortcut without a norm, in a launch of its own."""
+    bias = None if shortcut.bias is None else shortcut.bias.contiguous()
+
+    def fused() -> Tensor:
+        return conv_forward(x, *shortcut_of(shortcut), bias=bias, tf32=tf32(x)).y
+
+    def pytorch() -> Tensor:
+        return convolve(x, shortcut.weight, None if bias is None else bias.to(x.dtype), shortcut.stride, 0)
+
+    return run_picked("inference", x, shortcut.weight, (shortcut.stride, "projection"), epilogue=fused, pytorch=pytorch)

@@ -14,26 +14,26 @@ from resnet.kernels.conv_grad_input import conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
 from resnet.kernels.host.shapes import conv_shape
-from resnet.norm import Norm, empty_grads
-from resnet.operands import Stem, StemGrad, StemKept, StemOutput
+from resnet.norm import empty_grads
+from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad, trained_dtype
 from resnet.torch_backend.convolution import convolve_backward
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import frozen_stats, norm_stats
 
 
-def stem_forward(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> StemOutput:
+def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
     """See `torch_backend.stem_forward`."""
-    y, moments, _, _ = convolution.forward(x, convolution.in_nhwc(weight), stride, padding, norm.training)
-    stats = norm_stats(y, moments, norm)
+    y, moments, _, _ = convolution.forward(x, *convolution.as_read(unit)[:3], unit.norm.training)
+    stats = norm_stats(y, moments, unit.norm)
     out, tap = batch_norm_max_pool(y, stats)
     return StemOutput(out, y, tap, stats)
 
 
 def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """See `torch_backend.stem_backward`. dy is written only where something reads it."""
-    x, (out, y, tap, stats), weight, norm, stride, padding, master = kept
-    dtype = (weight if master is None else master).dtype
-    weight = convolution.in_nhwc(weight)
+    x, (out, y, tap, stats), unit = kept
+    dtype = trained_dtype(unit)
+    weight, stride, padding, norm, _ = unit = convolution.as_read(unit)
     dweight, dbias, zeros = empty_grads(norm)
     sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias, zeros)
     used = sums if norm.training else None
@@ -68,15 +68,15 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
             epilogue=lambda: conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=tf32),
             pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
         )
-    if needs.weight and stored:
-        dconv = convolution.grad_weight(dy, x, weight, stride, padding, dtype=dtype)
-    elif needs.weight:
+    if needs.unit.weight and stored:
+        dconv = convolution.grad_weight(dy, x, *unit[:3], dtype=dtype)
+    elif needs.unit.weight:
         key = (stride, "max_pool", dtype)
         dconv = convolution.run_picked("grad_weight", y, weight, key, triton=fused, epilogue=epilogue, pytorch=pytorch)
-    return StemGrad(dx, dconv, dweight, dbias, sums[0], zeros)
+    return StemGrad(dx, UnitGrad(dconv, dweight, dbias, sums[0], zeros))
 
 
-def stem_inference(x: Tensor, weight: Tensor, norm: Norm, stride: int, padding: int) -> Tensor:
+def stem_inference(x: Tensor, unit: Unit) -> Tensor:
     """See `torch_backend.stem_inference`. The pool is ours: PyTorch's takes three times as long for such a map."""
-    y = convolution.forward(x, convolution.in_nhwc(weight), stride, padding, moments=False).y
-    return batch_norm_max_pool(y, frozen_stats(norm, y.dtype))[0]
+    y = convolution.forward(x, *convolution.as_read(unit)[:3], moments=False).y
+    return batch_norm_max_pool(y, frozen_stats(unit.norm, y.dtype))[0]

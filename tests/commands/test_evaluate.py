@@ -12,7 +12,7 @@ import torch
 from resnet import evaluate, training
 from resnet.data import CLASSES
 from resnet.evaluate import class_figures, class_table, confusion, confusion_table, main
-from tests.helpers.checkpoints import IMAGES, as_fused, as_small, bad_checkpoints, changed, train_tiny
+from tests.helpers.checkpoints import IMAGES, as_earlier, as_fused, as_small, bad_checkpoints, changed, train_tiny
 from tests.helpers.runs import load_once
 
 
@@ -48,7 +48,8 @@ def test_the_accuracy_is_that_of_the_training_and_all_is_printed(trained, capsys
     figures = evaluated(trained.checkpoint)
     assert figures["accuracy"] == trained.test_acc
     assert (figures["images"], figures["right"]) == (IMAGES, round(trained.test_acc * IMAGES))
-    assert (figures["model"], figures["recipe"], figures["resize"], figures["epoch"]) == ("eager", "textbook", 33, 1)
+    assert (figures["model"], figures["impl"], figures["recipe"]) == ("resnet18", "eager", "textbook")
+    assert (figures["resize"], figures["epoch"]) == (33, 1)
     matrix = torch.tensor(figures["confusion"])
     assert matrix.sum(1).tolist() == load_once(None).test_labels[:IMAGES].bincount(minlength=10).tolist()
     out = capsys.readouterr().out
@@ -60,8 +61,20 @@ def test_the_accuracy_is_that_of_the_training_and_all_is_printed(trained, capsys
 def test_a_fused_net_is_evaluated_as_its_eager_twin(trained):
     fused = changed(Path(trained.checkpoint), Path("fused.pt"), as_fused)
     figures = evaluated(fused)
-    assert figures["model"] == "fused"
+    assert figures["impl"] == "fused"
     assert figures["confusion"] == evaluated(trained.checkpoint)["confusion"]
+
+
+def test_a_net_of_an_earlier_version_is_evaluated_as_it_was_saved(trained):
+    earlier = changed(Path(trained.checkpoint), Path("earlier.pt"), as_earlier)
+    assert {**evaluated(earlier), "checkpoint": None} == {**evaluated(trained.checkpoint), "checkpoint": None}
+
+
+def test_a_deeper_net_is_evaluated_as_it_was_trained():
+    trained = train_tiny(Path("deep.pt"), model="resnet50", limit_train=8)
+    figures = evaluated("deep.pt")
+    assert (figures["model"], figures["impl"]) == ("resnet50", "eager")
+    assert figures["accuracy"] == trained.test_acc
 
 
 def test_the_stem_is_that_of_the_recipe_and_batches_are_as_asked(trained, monkeypatch):

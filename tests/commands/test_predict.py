@@ -13,7 +13,7 @@ import torch
 from resnet.checkpoints import read_net
 from resnet.data import CLASSES, Batches
 from resnet.predict import main, most_likely, read_image
-from tests.helpers.checkpoints import as_fused, changed, save_untrained
+from tests.helpers.checkpoints import as_earlier, as_fused, changed, save_untrained
 from tests.helpers.runs import load_once
 
 Image = pytest.importorskip("PIL.Image", reason="Pillow, which reads images, is not installed")
@@ -47,7 +47,8 @@ def test_each_file_is_a_line_with_what_the_net_finds_most_likely(checkpoint, cap
     batches = Batches(images, torch.zeros(2, dtype=torch.int64), 2, device="cpu", resize=33)
     expected = saved.logits(x for x, _ in batches).softmax(1)
     paths = [save(image, f"{name}.png") for name, image in zip("ab", images)]
-    for net in (str(checkpoint), "fused.pt"):
+    changed(checkpoint, Path("earlier.pt"), as_earlier)
+    for net in (str(checkpoint), "fused.pt", "earlier.pt"):
         assert main([net, *paths, "--device", "cpu"]) == 0
         assert capsys.readouterr().out == f"a.png: {most_likely(expected[0])}\nb.png: {most_likely(expected[1])}\n"
 

@@ -30,7 +30,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 QUICK = dataclasses.replace(
     RECIPES["best"], epochs=2, batch_size=8, lr=0.01, resize=33, stem="textbook", warm_up=0.25, average=0.5
 )
-FEW = {"limit_train": 20, "limit_test": 16, "device": "cpu", "model": "eager", "recipe": "quick"}
+FEW = {"limit_train": 20, "limit_test": 16, "device": "cpu", "impl": "eager", "recipe": "quick"}
 
 
 @pytest.fixture(autouse=True)
@@ -288,7 +288,7 @@ def test_the_textbook_has_no_average():
 
 def test_the_textbook_is_the_loop_written_by_hand_bit_for_bit(tmp_path):
     config = TrainConfig(
-        model="eager", epochs=2, batch_size=8, resize=32, limit_train=20, limit_test=16, device="cpu", seed=5,
+        impl="eager", epochs=2, batch_size=8, resize=32, limit_train=20, limit_test=16, device="cpu", seed=5,
         save=str(tmp_path / "net.pt"),
     )  # fmt: skip
     result = train(config)
@@ -325,7 +325,7 @@ def test_a_recipe_is_the_loop_written_by_hand(tmp_path):
     result = train(quick(save=str(tmp_path / "net.pt"), limit_train=16))
 
     data = load_once(None)
-    net = training._net("eager", seed=0).to(memory_format=torch.channels_last)
+    net = training._net("resnet18", "eager", seed=0).to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
     )
@@ -371,10 +371,10 @@ def test_the_average_is_evaluated_and_saved_as_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["fast", "best"])
-@pytest.mark.parametrize("model", ["eager", "fused"])
-def test_a_recipe_lowers_the_loss(name, model):
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+def test_a_recipe_lowers_the_loss(name, impl):
     config = TrainConfig(
-        model=model, recipe=name, epochs=4, batch_size=8, lr=0.02, limit_train=24, limit_test=8, device="cpu"
+        impl=impl, recipe=name, epochs=4, batch_size=8, lr=0.02, limit_train=24, limit_test=8, device="cpu"
     )
     losses = [epoch.loss for epoch in train(config).epochs]
     assert losses[-1] < 0.8 * losses[0]
@@ -471,11 +471,11 @@ def test_bfloat16_follows_float32(tmp_path):
 
 
 @CUDA
-@pytest.mark.parametrize("model", ["eager", "fused"])
+@pytest.mark.parametrize("impl", ["eager", "fused"])
 @pytest.mark.parametrize("name", ["fast", "best"])
-def test_a_graph_trains_as_steps_do_on_a_gpu(tmp_path, model, name):
+def test_a_graph_trains_as_steps_do_on_a_gpu(tmp_path, impl, name):
     config = TrainConfig(
-        model=model, recipe=name, epochs=2, batch_size=32, lr=1e-3, dtype="float32", limit_train=128, limit_test=64
+        impl=impl, recipe=name, epochs=2, batch_size=32, lr=1e-3, dtype="float32", limit_train=128, limit_test=64
     )
     off, on = (
         train(dataclasses.replace(config, cuda_graph=graph, save=str(tmp_path / f"{graph}.pt")))
@@ -526,7 +526,7 @@ def test_a_recipe_s_bfloat16_is_for_a_gpu_that_computes_in_it(device, dtype):
 
 def test_an_option_overrides_the_recipe_s_value_and_json_holds_what_was_used(tmp_path):
     path = tmp_path / "figures.json"
-    few = ["--device", "cpu", "--model", "eager", "--limit-train", "16", "--limit-test", "8", "--json", str(path)]
+    few = ["--device", "cpu", "--impl", "eager", "--limit-train", "16", "--limit-test", "8", "--json", str(path)]
     given = ["--epochs", "2", "--batch-size", "8", "--lr", "0.003", "--resize", "29", "--dtype", "float32"]
     assert main(["--recipe", "fast", *few, *given]) == 0
     figures = json.loads(path.read_text())
@@ -553,7 +553,7 @@ def test_an_option_overrides_the_recipe_s_value_and_json_holds_what_was_used(tmp
 def test_what_cannot_be_used_is_one_line_and_exit_status_2_before_any_work(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(training, "_Run", None)  # nothing may get so far
     with pytest.raises(SystemExit) as exit:
-        main(["--device", "cpu", "--model", "eager", *arguments])
+        main(["--device", "cpu", "--impl", "eager", *arguments])
     assert exit.value.code == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m resnet.train: error: ") and message in line

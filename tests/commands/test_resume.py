@@ -14,6 +14,7 @@ from resnet import training
 from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import TrainConfig, TrainResult, train
+from tests.helpers.checkpoints import as_earlier, changed
 from tests.helpers.graphs import captures_on_the_cpu
 from tests.helpers.runs import load_once, small_runs  # noqa: F401
 
@@ -31,7 +32,7 @@ def quick_recipe(monkeypatch):
 
 
 def config(**changes) -> TrainConfig:
-    return TrainConfig(**{"model": "eager", "epochs": 2, "limit_test": 16, "device": "cpu", **changes})
+    return TrainConfig(**{"impl": "eager", "epochs": 2, "limit_test": 16, "device": "cpu", **changes})
 
 
 def interrupt_at(monkeypatch, method: str, call: int) -> None:
@@ -120,6 +121,14 @@ class RunsCode:
         return Path.touch, (Path("ran"),)
 
 
+def test_a_run_of_an_earlier_version_goes_on():
+    unbroken = train(config(**SETTINGS["textbook"]))
+    train(config(epochs=1, save="net.pt", **SETTINGS["textbook"]))
+    changed(Path("net.pt"), Path("net.pt"), as_earlier)
+    resumed = train(config(resume="net.pt", **SETTINGS["textbook"]))
+    assert figures(resumed) == figures(unbroken)
+
+
 @pytest.fixture
 def saved() -> dict:
     """A checkpoint's content, in net.pt too."""
@@ -128,7 +137,7 @@ def saved() -> dict:
 
 
 def refusal(capsys, *arguments: str) -> str:
-    settings = {**SETTINGS["textbook"], "model": "eager", "device": "cpu", "limit_test": 16}
+    settings = {**SETTINGS["textbook"], "impl": "eager", "device": "cpu", "limit_test": 16}
     words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     with pytest.raises(SystemExit) as exit:
         main([*words, "--resume", "net.pt", *arguments])
@@ -176,9 +185,10 @@ def test_a_file_that_is_no_checkpoint_is_one_line_that_says_so(capsys, saved):
     [
         (["--batch-size", "4", "--seed", "1"], "its run has --batch-size 8, not 4; --seed 0, not 1"),
         (["--recipe", "quick"], "its run has --recipe textbook, not quick; --epochs 1, not 60"),
-        (["--model", "fused"], "its run has --model eager, not fused"),
+        (["--impl", "fused"], "its run has --impl eager, not fused"),
+        (["--model", "resnet34"], "its run has --model resnet18, not resnet34"),
     ],
-    ids=["numbers", "a recipe", "a model"],
+    ids=["numbers", "a recipe", "a block", "a net"],
 )
 def test_settings_that_change_what_is_trained_are_named(capsys, saved, arguments, reason):
     assert refusal(capsys, *arguments) == reason

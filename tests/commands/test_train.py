@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet import FusedResidual, Residual, metrics, resnet18, training
+from resnet import FusedResidual, Residual, metrics, models, resnet18, training
 from resnet.commands import ConfigError, find_device
 from resnet.data import DatasetError
 from resnet.recipes import RECIPES
@@ -37,8 +37,8 @@ LOSS_LINE = r"loss (\d+\.\d{3}), train acc ([01]\.\d{3}), test acc ([01]\.\d{3})
 RATE_LINE = r"(\d+\.\d) examples/sec on cpu"
 
 
-def small(model: str = "eager", **changes) -> TrainConfig:
-    return TrainConfig(model=model, **{**SMALL, **changes})
+def small(impl: str = "eager", **changes) -> TrainConfig:
+    return TrainConfig(impl=impl, **{**SMALL, **changes})
 
 
 def options(config: TrainConfig) -> list[str]:
@@ -64,6 +64,41 @@ def weights_of(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 # ---- the command -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", training.IMPLS)
+def test_a_model_of_an_earlier_version_is_its_impl_and_a_line_says_so(capsys, impl):
+    assert TrainConfig(model=impl) == TrainConfig(model="resnet18", impl=impl)
+    note = f"--model {impl} is now --impl {impl}; --model names the net, here resnet18\n"
+    assert capsys.readouterr().err == note
+
+
+def test_the_command_takes_a_model_of_an_earlier_version(capsys):
+    words = ["--model", "eager", "--device", "cpu", "--batch-size", "8", "--resize", "33", "--epochs", "1"]
+    assert main([*words, "--limit-train", "8", "--limit-test", "8", "--json", "figures.json"]) == 0
+    assert capsys.readouterr().err.startswith("--model eager is now --impl eager")
+    found = json.loads(Path("figures.json").read_text())["config"]
+    assert (found["model"], found["impl"]) == ("resnet18", "eager")
+
+
+def test_the_net_and_what_runs_it_are_resnet18_and_fused_unless_named(capsys):
+    assert (TrainConfig().model, TrainConfig().impl) == ("resnet18", "fused")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    page = " ".join(capsys.readouterr().out.split())
+    assert "--model {resnet18,resnet34,resnet50} the net (default: resnet18)" in page
+    assert "--impl {eager,fused,compile} what runs its blocks; compile: torch.compile of eager (default: fused)" in page
+
+
+@pytest.mark.parametrize(("model", "impl"), models.BUILDERS)
+def test_each_model_has_a_net_of_its_depth_for_each_impl(model, impl):
+    with torch.device("meta"):
+        net = models.BUILDERS[model, impl](num_classes=7, in_channels=2)
+        eager = models.BUILDERS[model, "eager"](num_classes=7, in_channels=2)
+    blocks = {"resnet18": [2, 2, 2, 2], "resnet34": [3, 4, 6, 3], "resnet50": [3, 4, 6, 3]}
+    assert [len(stage) for stage in net[1:5]] == blocks[model]
+    assert list(net.state_dict()) == list(eager.state_dict())
+    assert isinstance(net[1][0], FusedResidual) == (impl == "fused")
 
 
 def test_the_command_ends_with_the_two_lines_and_shows_a_bar(tmp_path):
@@ -126,9 +161,9 @@ def test_the_published_form_is_printed_for_the_published_figures():
 # ---- training --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["eager", "fused"])
-def test_training_lowers_the_loss(model):
-    result = train(small(model, epochs=4, batch_size=16, limit_train=64, lr=0.003))
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+def test_training_lowers_the_loss(impl):
+    result = train(small(impl, epochs=4, batch_size=16, limit_train=64, lr=0.003))
     assert result.loss < 0.5 * result.epochs[0].loss
     assert result.train_acc > 0.6
 
@@ -137,7 +172,7 @@ def test_fused_follows_eager():
     """With steps so small that rounding does not grow from one to the next, as it may with larger ones."""
     settings = {"batch_size": 16, "limit_train": 64, "resize": 33}
     still, eager, fused = (
-        train(small(model, lr=lr, **settings)).loss for model, lr in (("eager", 1e-9), ("eager", 1e-5), ("fused", 1e-5))
+        train(small(impl, lr=lr, **settings)).loss for impl, lr in (("eager", 1e-9), ("eager", 1e-5), ("fused", 1e-5))
     )
     assert fused == pytest.approx(eager, rel=1e-4)
     assert still != pytest.approx(eager, rel=5e-4)
@@ -150,7 +185,7 @@ def test_everything_is_compiled_before_the_clock_starts_and_leaves_no_trace(tmp_
     monkeypatch.setattr(training._Run, "epoch", torch.compiler.set_stance("fail_on_recompile")(epoch))
     settings = {"epochs": 2, "limit_train": 12, "resize": 33}
     eager, compiled = (
-        train(small(model, save=str(tmp_path / f"{model}.pt"), **settings)) for model in ("eager", "compile")
+        train(small(impl, save=str(tmp_path / f"{impl}.pt"), **settings)) for impl in ("eager", "compile")
     )
     assert [e.loss for e in compiled.epochs] == [e.loss for e in eager.epochs]
     assert eager.warm_up_seconds == 0 < compiled.warm_up_seconds
@@ -163,7 +198,7 @@ def test_everything_is_compiled_before_the_clock_starts_and_leaves_no_trace(tmp_
     ("dtype", "settings"),
     [
         ("bfloat16", {"resize": 33, "limit_train": 16, "lr": 1e-3}),
-        ("bfloat16", {"resize": 33, "limit_train": 16, "lr": 1e-3, "model": "fused"}),
+        ("bfloat16", {"resize": 33, "limit_train": 16, "lr": 1e-3, "impl": "fused"}),
         ("float16", GENTLE),
     ],
     ids=["eager bfloat16", "fused bfloat16", "eager float16"],
@@ -183,7 +218,7 @@ def test_a_step_that_the_loss_scaler_skips_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**60))
     config = small(dtype="float16", batch_size=2, limit_train=2, limit_test=2, save=str(tmp_path / "net.pt"))
     train(config)
-    first = dict(training._net("eager", config.seed).named_parameters())
+    first = dict(training._net("resnet18", "eager", config.seed).named_parameters())
     trained = weights_of(config.save)
     assert all(torch.equal(trained[name], value) for name, value in first.items())
 
@@ -212,7 +247,7 @@ def test_the_loss_is_the_mean_over_images_and_not_over_batches():
     """At a learning rate too small to change anything, so that an epoch's loss can be had at once."""
     config = small(limit_train=10, batch_size=8, lr=1e-30)
     data = load_once(None)
-    net = training._net("eager", config.seed).to(memory_format=torch.channels_last)
+    net = training._net("resnet18", "eager", config.seed).to(memory_format=torch.channels_last)
     total = 0.0
     for x, labels in training.Batches(
         data.train_images[:10], data.train_labels[:10], 8, device="cpu", resize=32, shuffle=True, seed=config.seed
@@ -221,15 +256,15 @@ def test_the_loss_is_the_mean_over_images_and_not_over_batches():
     assert train(config).loss == pytest.approx(total / 10, rel=1e-5)
 
 
-@pytest.mark.parametrize("model", ["eager", "fused"])
-def test_first_weights_are_xavier_uniform_and_the_same_for_each_model(model):
-    net = training._net(model, seed=0)
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+def test_first_weights_are_xavier_uniform_and_the_same_for_each_impl(impl):
+    net = training._net("resnet18", impl, seed=0)
     for name, weight in net.named_parameters():
         if weight.dim() > 1:
             fan_out, fan_in = weight.shape[0] * weight[0, 0].numel(), weight[0].numel()
             bound = (6 / (fan_in + fan_out)) ** 0.5
             assert 0.9 * bound < weight.abs().max() <= bound, name
-    eager = training._net("eager", seed=0).state_dict()
+    eager = training._net("resnet18", "eager", seed=0).state_dict()
     assert all(torch.equal(eager[name], value) for name, value in net.state_dict().items())
 
 
@@ -245,11 +280,11 @@ def test_a_last_batch_of_one_image_is_left_out_only_where_it_has_one_value_per_c
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("model", training.MODELS)
+@pytest.mark.parametrize("impl", training.IMPLS)
 @pytest.mark.parametrize("dtype", training.DTYPES)
-def test_cuda_trains_as_the_cpu_does(model, dtype):
+def test_cuda_trains_as_the_cpu_does(impl, dtype):
     cpu = train(small(**GENTLE))
-    cuda = train(small(model, dtype=dtype, device="cuda", **GENTLE))
+    cuda = train(small(impl, dtype=dtype, device="cuda", **GENTLE))
     assert cuda.device == f"cuda:{torch.cuda.current_device()}"
     assert cuda.loss == pytest.approx(cpu.loss, rel=0.01 if dtype == "float32" else 0.05)
 
@@ -270,14 +305,14 @@ def epochs_without_times(result: training.TrainResult) -> list[training.Epoch]:
 
 
 @pytest.mark.parametrize(
-    ("model", "limit"),
+    ("impl", "limit"),
     [("eager", 20), ("fused", 20), ("fused", 16), ("eager", 5)],
     ids=["eager, a short batch", "fused, a short batch", "whole batches", "less than a batch"],
 )
-def test_replays_train_as_steps_do(tmp_path, stand_in, model, limit):
+def test_replays_train_as_steps_do(tmp_path, stand_in, impl, limit):
     settings = {**WITH_A_SHORT_BATCH, "limit_train": limit}
     off, on = (
-        train(small(model, cuda_graph=graph, save=str(tmp_path / f"{graph}.pt"), **settings)) for graph in ("off", "on")
+        train(small(impl, cuda_graph=graph, save=str(tmp_path / f"{graph}.pt"), **settings)) for graph in ("off", "on")
     )
     assert stand_in == [2 * max(limit // 8, 1)], "each whole batch of two epochs"
     assert (off.cuda_graph, on.cuda_graph) == (False, True)
@@ -362,7 +397,7 @@ def test_the_learning_rate_is_a_tensor_that_the_optimizer_s_step_reads_on_the_de
 
 
 @pytest.mark.parametrize(
-    ("graph", "model", "device", "wanted"),
+    ("graph", "impl", "device", "wanted"),
     [
         ("auto", "eager", "cuda:0", True),
         ("auto", "fused", "cuda:0", True),
@@ -372,13 +407,13 @@ def test_the_learning_rate_is_a_tensor_that_the_optimizer_s_step_reads_on_the_de
         ("off", "fused", "cuda:0", False),
     ],
 )
-def test_auto_is_a_graph_where_that_can_be(graph, model, device, wanted):
-    assert training._wants_graph(TrainConfig(model=model, cuda_graph=graph), torch.device(device)) == wanted
+def test_auto_is_a_graph_where_that_can_be(graph, impl, device, wanted):
+    assert training._wants_graph(TrainConfig(impl=impl, cuda_graph=graph), torch.device(device)) == wanted
 
 
 def test_no_graph_of_torch_compile_even_on_a_gpu():
-    with pytest.raises(ConfigError, match="--cuda-graph on: expected --model eager or fused"):
-        training._wants_graph(TrainConfig(model="compile", cuda_graph="on"), torch.device("cuda:0"))
+    with pytest.raises(ConfigError, match="--cuda-graph on: expected --impl eager or fused"):
+        training._wants_graph(TrainConfig(impl="compile", cuda_graph="on"), torch.device("cuda:0"))
 
 
 def test_ctrl_c_between_replays_leaves_a_checkpoint_that_says_where(tmp_path, monkeypatch, stand_in):
@@ -394,12 +429,12 @@ def test_a_replay_s_non_finite_loss_names_its_step(tmp_path, stand_in):
 
 
 @CUDA
-@pytest.mark.parametrize("model", ["eager", "fused"])
+@pytest.mark.parametrize("impl", ["eager", "fused"])
 @pytest.mark.parametrize("dtype", training.DTYPES)
-def test_a_graph_trains_as_steps_do_on_a_gpu(tmp_path, model, dtype):
+def test_a_graph_trains_as_steps_do_on_a_gpu(tmp_path, impl, dtype):
     settings = {**WITH_A_SHORT_BATCH, "resize": 64, "lr": 1e-3, "dtype": dtype, "device": "cuda"}
     off, on = (
-        train(small(model, cuda_graph=graph, save=str(tmp_path / f"{graph}.pt"), **settings)) for graph in ("off", "on")
+        train(small(impl, cuda_graph=graph, save=str(tmp_path / f"{graph}.pt"), **settings)) for graph in ("off", "on")
     )
     assert on.cuda_graph and not off.cuda_graph
     tolerance = 0.01 if dtype == "float32" else 0.05
@@ -415,9 +450,9 @@ def test_a_graph_trains_as_steps_do_on_a_gpu(tmp_path, model, dtype):
 # ---- checkpoints -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", ["eager", "fused"])
-def test_a_checkpoint_loads_into_either_block_and_gives_the_same_accuracy(tmp_path, model):
-    config = small(model, save=str(tmp_path / "net.pt"), limit_train=64, limit_test=100)
+@pytest.mark.parametrize("impl", ["eager", "fused"])
+def test_a_checkpoint_loads_into_either_block_and_gives_the_same_accuracy(tmp_path, impl):
+    config = small(impl, save=str(tmp_path / "net.pt"), limit_train=64, limit_test=100)
     result = train(config)
     assert result.checkpoint == config.save
     checkpoint = torch.load(config.save, weights_only=True)
@@ -744,7 +779,13 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "resnet"], "--model: invalid choice: 'resnet'"),
+        (["--model", "resnet"], "--model: expected one of resnet18, resnet34, resnet50, got resnet"),
+        (["--model", "fused"], "--model: expected one of resnet18, resnet34, resnet50, got fused"),
+        (["--impl", "resnet18"], "--impl: invalid choice: 'resnet18'"),
+        (
+            ["--model", "resnet50", "--impl", "fused"],
+            "--impl: expected eager or compile, which --model resnet50 has, got",
+        ),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--epochs", "two"], "--epochs: invalid int value: 'two'"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
@@ -762,8 +803,8 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--cuda-graph", "yes"], "--cuda-graph: invalid choice: 'yes'"),
         (["--cuda-graph", "on"], "--cuda-graph on: expected a CUDA device, which has such graphs, got cpu"),
         (
-            ["--cuda-graph", "on", "--model", "compile"],
-            "--cuda-graph on: expected --model eager or fused, which it captures, got compile",
+            ["--cuda-graph", "on", "--impl", "compile"],
+            "--cuda-graph on: expected --impl eager or fused, which it captures, got compile",
         ),
         (["--seed", "-1"], "--seed: expected a number from 0 to 2**63 - 1, got -1"),
         (["--device", "gpu"], "--device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
@@ -796,7 +837,7 @@ def test_what_cannot_be_used_is_one_line_and_exit_status_2_before_any_work(
 ):
     monkeypatch.setattr(training, "_Run", None)  # nothing may get so far
     with pytest.raises(SystemExit) as exit:
-        main(["--device", "cpu", "--model", "eager", *arguments])
+        main(["--device", "cpu", "--impl", "eager", *arguments])
     assert exit.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""

@@ -18,7 +18,7 @@ IMAGES = 16  # of the test set
 
 def train_tiny(path: Path, **changes: Any) -> TrainResult:
     """Two steps of an eager net on a few images of 33x33; its checkpoint is at the path."""
-    settings = {"model": "eager", "epochs": 1, "batch_size": 8, "resize": 33, "lr": 0.01, "limit_train": 16}
+    settings = {"impl": "eager", "epochs": 1, "batch_size": 8, "resize": 33, "lr": 0.01, "limit_train": 16}
     return training.train(
         TrainConfig(**{**settings, "limit_test": IMAGES, "device": "cpu", "save": str(path), **changes})
     )
@@ -26,7 +26,7 @@ def train_tiny(path: Path, **changes: Any) -> TrainResult:
 
 def save_untrained(path: Path) -> Path:
     """What a command needs of a checkpoint of an eager net for images of 33x33, with first weights."""
-    settings = dataclasses.asdict(TrainConfig(model="eager", resize=33, device="cpu"))
+    settings = dataclasses.asdict(TrainConfig(impl="eager", resize=33, device="cpu"))
     torch.save({"model": resnet18().state_dict(), "args": settings, "epoch": 0}, path)
     return path
 
@@ -40,7 +40,12 @@ def changed(source: Path, target: Path, change: Callable[[dict[str, Any]], objec
 
 
 def as_fused(content: dict[str, Any]) -> None:
-    content["args"]["model"] = "fused"
+    content["args"]["impl"] = "fused"
+
+
+def as_earlier(content: dict[str, Any]) -> None:
+    """As a version wrote it that had one net, and called what ran it its model."""
+    content["args"]["model"] = content["args"].pop("impl")
 
 
 def as_small(content: dict[str, Any]) -> None:

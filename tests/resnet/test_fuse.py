@@ -13,7 +13,20 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from resnet import FusedResidual, FusedStem, LazyFusedResidual, Residual, Stem, fuse, resnet18, unfuse
+from resnet import (
+    BasicBlock,
+    Bottleneck,
+    FusedResidual,
+    FusedStem,
+    LazyFusedResidual,
+    Residual,
+    ResidualBottleneck,
+    ResNet,
+    Stem,
+    fuse,
+    resnet18,
+    unfuse,
+)
 from resnet.fuse import _KNOWN, BlockLayout, StemLayout, _Block, _Known, _Network
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, randomize, snapshot, step
@@ -97,7 +110,13 @@ def own() -> nn.Sequential:
     return model.to(DEVICE, torch.float64)
 
 
-models = pytest.mark.parametrize("make", [own, net])
+def published() -> ResNet:
+    model = ResNet(Bottleneck, depths=(1, 2), widths=(4, 6), num_classes=5)
+    randomize(model)
+    return model.to(DEVICE, torch.float64)
+
+
+models = pytest.mark.parametrize("make", [own, net, published])
 IMAGES = (2, 3, 32, 28)
 
 
@@ -131,9 +150,9 @@ def test_a_fused_model_does_the_steps_of_the_eager_one(make, train):
 @models
 def test_a_fused_model_keeps_all_that_it_has(make):
     model = make().eval()
-    model[1].train() if make is own else model.blocks[1].train()
+    block = {own: lambda: model[1], net: lambda: model.blocks[0], published: lambda: model.layer1[0]}[make]()
+    block.train()
     calls = []
-    block = model[1] if make is own else model.blocks[0]
     block.register_forward_hook(lambda *_: calls.append("hook"))
     before = copy.copy(vars(block))
     tensors = model.state_dict(keep_vars=True)
@@ -154,6 +173,22 @@ def test_own_blocks_become_the_librarys_fused_ones():
     report = fuse(model)
     assert kinds(model)[1] is FusedStem and [type(block) for block in model[1:]] == [FusedResidual] * 2
     assert [item.kind for item in report.fused] == ["resnet.reference.Stem", *["resnet.reference.Residual"] * 2]
+
+
+OTHERS = {"BasicBlock": (BasicBlock, 8, 8, 2), "Bottleneck": (Bottleneck, 8, 3, 1), "wide": (Bottleneck, 8, 2, 2)}
+OTHERS["ResidualBottleneck"] = (ResidualBottleneck, 8, 12, True, 2)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_block_of_this_library_is_fused_and_keeps_its_values(kind):
+    cls, *args = OTHERS[kind]
+    eager = cls(*args, **({"mid_width": 5} if kind == "wide" else {})).to(DEVICE, torch.float64)
+    randomize(eager)
+    fused = copy.deepcopy(eager)
+    assert [item.kind for item in fuse(fused).fused] == [f"resnet.reference.{cls.__name__}"]
+    assert type(fused).__name__ == f"Fused{cls.__name__}" and isinstance(fused, cls)
+    x = draw(2, 8, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(step(fused, x), step(eager, x), atol=1e-9, rtol=1e-7)
 
 
 @models
@@ -224,6 +259,7 @@ def test_a_fused_method_has_the_arguments_of_the_eager_one():
         block(x=x)
 
 
+@pytest.mark.filterwarnings("ignore:FusedBlock runs PyTorch's operators")
 def test_modules_that_are_replaced_after_fuse_are_the_ones_that_run():
     eager, x = Block(4, 6, 2).to(DEVICE, torch.float64), draw(2, 4, 6, 5, dtype=torch.float64)
     randomize(eager)
@@ -240,6 +276,7 @@ def test_modules_that_are_replaced_after_fuse_are_the_ones_that_run():
         lambda block: setattr(block, "drop", None),
         lambda block: block.shortcut.__setitem__(0, nn.Tanh()),
         lambda block: setattr(block, "relu", nn.SiLU()),
+        lambda block: vars(block).update(shortcut=block._modules.pop("shortcut").forward),
     ):
         for block in (eager, fused):
             torch.manual_seed(1)
@@ -263,7 +300,7 @@ def test_a_blocks_part_that_is_shared_is_fused_in_each():
     ("change", "reason"),
     [
         (lambda b: setattr(b, "drop", nn.Dropout()), "drop is a Dropout, not a Identity"),
-        (lambda b: setattr(b, "drop", torch.neg), "drop is a builtin"),
+        (lambda b: setattr(b, "drop", torch.neg), "drop is a builtin_function_or_method and no module"),
         (lambda b: setattr(b, "relu", nn.GELU()), "relu is a GELU, not a ReLU"),
         (lambda b: b.conv2.register_forward_hook(print), "conv2 has hooks"),
         (lambda b: b.first.register_forward_pre_hook(print), "first has hooks"),
@@ -318,6 +355,18 @@ def test_a_network_that_uses_its_stem_twice_is_left_alone():
     model = Branches()
     assert "forward does not begin with conv, bn, relu, pool, and have them nowhere else" in reason_of(fuse(model))
     assert type(model) is Branches
+
+
+def test_a_sequential_network_whose_first_layers_are_no_stem_runs_them_as_they_are():
+    small = ResNet(BasicBlock, depths=(1,), widths=(4,), num_classes=3, stem="small")
+    assert reason_of(fuse(small)) == "it does not begin with conv1, bn1, relu, maxpool"
+    eager, x = published().eval(), draw(*IMAGES, dtype=torch.float64)
+    fused = copy.deepcopy(eager)
+    fuse(fused)
+    for model in (eager, fused):
+        del model.maxpool
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), eager(x), atol=1e-9, rtol=1e-7)
 
 
 def test_a_class_whose_forward_was_replaced_is_left_alone(monkeypatch):

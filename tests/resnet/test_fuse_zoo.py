@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from resnet import fuse, unfuse
 from tests.conftest import DEVICE, ROOT
-from tests.helpers.blocks import assert_parity, draw, randomize, snapshot, step
+from tests.helpers.blocks import assert_parity, draw, randomize, snapshot, step, weights_dtype
 
 
 def torchvision(name: str, **options) -> nn.Module:
@@ -110,14 +110,21 @@ def test_a_step_gives_what_the_eager_one_gives(name, train):
     torch.testing.assert_close(one_step(fused, x), one_step(eager, x), atol=1e-8, rtol=1e-6)
 
 
+def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        out = run(model, x.to(weights_dtype(model)))
+    return {"out": out, **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+
+
 @one_of_each
-def test_a_step_in_float32_is_as_exact_as_eagers(name):
+def test_outputs_and_statistics_in_float32_are_as_exact_as_eagers(name):
+    """Gradients are not compared here: in a whole network a single value on the other side of a ReLU outweighs all."""
     results = []
     for seed in range(3):
         eager = made(name, torch.float32, seed).train()
         fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
         fuse(fused)
-        results.append(tuple(one_step(model, draw(*IMAGES, seed=seed)) for model in (eager, fused, exact)))
+        results.append(tuple(outputs(model, draw(*IMAGES, seed=seed)) for model in (eager, fused, exact)))
     assert_parity(results)
 
 

@@ -1,0 +1,125 @@
+"""ResNets in the published form: their `state_dict` has torchvision's keys, so that weights load both ways."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import nn
+
+from resnet.checks import check_stages, check_whole
+from resnet.reference import DEPTHS, BasicBlock, Bottleneck
+
+STEMS = ("imagenet", "small")
+
+
+class ResNet(nn.Sequential):
+    """A ResNet of any depths and widths: conv1, bn1, relu, maxpool, layer1, layer2, ..., avgpool, flatten, fc.
+
+    (N, in_channels, H, W) -> (N, num_classes). All stages but the first halve H and W.
+
+        ResNet(BasicBlock, depths=(3, 3, 3), widths=(16, 32, 64), num_classes=10, stem="small")  # CIFAR's ResNet-20
+        ResNet(Bottleneck, depths=(3, 4, 6, 3), mid_widths=(128, 256, 512, 1024))  # wide_resnet50_2
+
+    Args:
+        block: `BasicBlock`, `Bottleneck`, or any class with their constructor and their attribute `expansion`.
+        depths: blocks of each stage.
+        widths: of each stage; its output has `expansion` times as many channels. The first is the stem's width too.
+        num_classes: length of the output's last axis.
+        in_channels: channels of the input.
+        stem: "imagenet" for a 7x7 convolution of stride 2 and a max-pool, or "small" for a 3x3 convolution of
+            stride 1 and no pool, with which the blocks see images at their full size.
+        mid_widths: the bottlenecks' `mid_width` in each stage, for wide ResNets.
+
+    Raises:
+        ValueError: an argument is out of its range, or the lists are not as long as each other.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        depths: Sequence[int] = (2, 2, 2, 2),
+        widths: Sequence[int] = (64, 128, 256, 512),
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        stem: str = "imagenet",
+        mid_widths: Sequence[int] | None = None,
+    ):
+        if not hasattr(block, "expansion"):
+            raise ValueError(f"block: expected a class with an expansion, as BasicBlock has, got {block!r}")
+        check_stages("depths", depths)
+        check_stages("widths", widths, len(depths))
+        if mid_widths is not None:
+            check_stages("mid_widths", mid_widths, len(depths))
+        check_whole("num_classes", num_classes, 1)
+        check_whole("in_channels", in_channels, 1)
+        if stem not in STEMS:
+            raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
+
+        kernel, stride = (3, 1) if stem == "small" else (7, 2)
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            conv1=nn.Conv2d(in_channels, widths[0], kernel, stride, padding=kernel // 2, bias=False),
+            bn1=nn.BatchNorm2d(widths[0]),
+            relu=nn.ReLU(inplace=True),
+        )
+        if stem == "imagenet":
+            layers["maxpool"] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        channels = widths[0]
+        for i, (depth, width) in enumerate(zip(depths, widths)):
+            wider = {} if mid_widths is None else {"mid_width": mid_widths[i]}
+            blocks = []
+            for j in range(depth):
+                blocks.append(block(channels, width, 2 if i > 0 and j == 0 else 1, **wider))
+                channels = block.expansion * width
+            layers[f"layer{i + 1}"] = nn.Sequential(*blocks)
+        layers["avgpool"] = nn.AdaptiveAvgPool2d((1, 1))
+        layers["flatten"] = nn.Flatten()
+        layers["fc"] = nn.Linear(channels, num_classes)
+        super().__init__(layers)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A layer; for a slice, as `net[:-1]` for the features, an `nn.Sequential`, since a part is no `ResNet`."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+
+_WIDTHS = (64, 128, 256, 512)
+
+
+def resnet18(
+    num_classes: int = 1000, in_channels: int = 3, block: type[nn.Module] = BasicBlock, stem: str = "imagenet"
+) -> ResNet:
+    """ResNet-18, of 11.7 million parameters. The arguments are those of `ResNet`."""
+    return ResNet(block, DEPTHS[18], _WIDTHS, num_classes, in_channels, stem)
+
+
+def resnet34(
+    num_classes: int = 1000, in_channels: int = 3, block: type[nn.Module] = BasicBlock, stem: str = "imagenet"
+) -> ResNet:
+    """ResNet-34, of 21.8 million parameters. The arguments are those of `ResNet`."""
+    return ResNet(block, DEPTHS[34], _WIDTHS, num_classes, in_channels, stem)
+
+
+def resnet50(
+    num_classes: int = 1000, in_channels: int = 3, block: type[nn.Module] = Bottleneck, stem: str = "imagenet"
+) -> ResNet:
+    """ResNet-50 v1.5, of 25.6 million parameters. The arguments are those of `ResNet`."""
+    return ResNet(block, DEPTHS[50], _WIDTHS, num_classes, in_channels, stem)
+
+
+def resnet101(
+    num_classes: int = 1000, in_channels: int = 3, block: type[nn.Module] = Bottleneck, stem: str = "imagenet"
+) -> ResNet:
+    """ResNet-101 v1.5, of 44.5 million parameters. The arguments are those of `ResNet`."""
+    return ResNet(block, DEPTHS[101], _WIDTHS, num_classes, in_channels, stem)
+
+
+def resnet152(
+    num_classes: int = 1000, in_channels: int = 3, block: type[nn.Module] = Bottleneck, stem: str = "imagenet"
+) -> ResNet:
+    """ResNet-152 v1.5, of 60.2 million parameters. The arguments are those of `ResNet`."""
+    return ResNet(block, DEPTHS[152], _WIDTHS, num_classes, in_channels, stem)
