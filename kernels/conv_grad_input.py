@@ -101,7 +101,8 @@ def grad_input_kernel(
     row0 = tile // (STRIDE * STRIDE) * BLOCK_M
     image0 = row0 // area
     rows = row0 - image0 * area + tl.arange(0, BLOCK_M)  # within the class, from image0 on
-    inside = rows < (N - image0) * height * width
+    images = tl.where(A * B > 0, N, 0) if ADD else N  # what no tap meets stays as it is
+    inside = rows < (images - image0) * height * width
     n, i, j = split_pixels(rows, tl.maximum(height, 1), tl.maximum(width, 1))
     dy += image0.to(tl.int64) * (P * Q * K)
     dy_rows = ((n * P + p0 + i) * Q + q0 + j) * K
@@ -158,8 +159,6 @@ def grad_input_kernel(
             BLOCK_K,
         )
 
-    if ADD:
-        inside &= A * B > 0
     mask = inside[:, None]
     if C % BLOCK_N != 0:
         mask &= (cols < C)[None, :]

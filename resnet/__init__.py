@@ -10,7 +10,7 @@ from resnet.kernels.host.command import settings_are_read
 with settings_are_read():
     from resnet.batch_norm import FusedBatchNorm2d
     from resnet.fuse import FuseReport, fuse, unfuse
-    from resnet.fused import FusedResidual, FusedStem
+    from resnet.fused import FusedBasicBlock, FusedBottleneck, FusedResidual, FusedResidualBottleneck, FusedStem
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
     from resnet.published import ResNet
     from resnet.reference import (
@@ -32,8 +32,11 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "FuseReport",
+    "FusedBasicBlock",
     "FusedBatchNorm2d",
+    "FusedBottleneck",
     "FusedResidual",
+    "FusedResidualBottleneck",
     "FusedStem",
     "LazyFusedResidual",
     "LazyFusedStem",

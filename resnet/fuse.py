@@ -24,15 +24,18 @@ from torch.nn.modules.conv import _ConvNd
 
 from resnet.fused import (
     BlockParts,
+    FusedBasicBlock,
     FusedBlock,
+    FusedBottleneck,
     FusedResidual,
+    FusedResidualBottleneck,
     FusedStem,
     FusedStemBase,
     StemParts,
     UnitParts,
     Watched,
 )
-from resnet.reference import Residual, Stem
+from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, Stem
 
 # ---- where the known classes keep their parts ------------------------------------------------------------------------
 
@@ -283,9 +286,6 @@ class _Known(NamedTuple):
 
 _KNOWN = {
     "resnet.published.ResNet": _Known(_Sequence, StemLayout("conv1", "bn1", "relu", "maxpool")),
-    "resnet.reference.BasicBlock": _Known(_Block, _torchvision(2)),
-    "resnet.reference.Bottleneck": _Known(_Block, _torchvision(3)),
-    "resnet.reference.ResidualBottleneck": _Known(_Block, BlockLayout(_numbered(3), (), "conv4")),
     "torchvision.models.resnet.BasicBlock": _Known(_Block, _torchvision(2)),
     "torchvision.models.resnet.Bottleneck": _Known(_Block, _torchvision(3)),
     "torchvision.models.resnet.ResNet": _Known(
@@ -307,7 +307,13 @@ _KNOWN = {
         ),
     ),
 }
-_OWN: dict[type[nn.Module], type[nn.Module]] = {Residual: FusedResidual, Stem: FusedStem}  # which have names already
+_OWN: dict[type[nn.Module], type[nn.Module]] = {  # which have names already
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+    Residual: FusedResidual,
+    ResidualBottleneck: FusedResidualBottleneck,
+    Stem: FusedStem,
+}
 _EAGER = {fused: eager for eager, fused in _OWN.items()}
 
 
@@ -410,7 +416,10 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
         if name in vars(module):
             return f"it has a {name} of its own"
     looked_up = _looked_up(eager, layout)
-    classes = [kind for _, kind in looked_up.containers if kind.__module__ == eager.__module__]
+    containers = [kind for _, kind in looked_up.containers]
+    if isinstance(looked_up, BlockLayout):
+        containers.append(looked_up.shortcut_class)
+    classes = [kind for kind in containers if kind.__module__ == eager.__module__ and "forward" in vars(kind)]
     for cls, name in ((eager, method), *((cls, "forward") for cls in classes)):
         if _replaced(cls, name):
             return f"{_kind(cls)}.{name} was replaced"

@@ -28,8 +28,8 @@ from resnet.checks import (
 from resnet.functional import channels_last
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
-from resnet.operands import block_name
-from resnet.reference import Residual, Stem
+from resnet.operands import block_operator
+from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, Stem
 from resnet.torch_backend.convolution import out_size
 
 _warned: set[str] = set()
@@ -376,7 +376,7 @@ class FusedBlock(_Fused):
 
     def _operator(self, parts: BlockParts) -> str:
         shortcut = parts.shortcut
-        return block_name(len(parts.units), shortcut is not None and shortcut.bn is not None)
+        return block_operator(len(parts.units), shortcut is not None and shortcut.bn is not None)
 
     def _state(self, parts: BlockParts | str) -> tuple:
         if isinstance(parts, str):
@@ -447,14 +447,13 @@ class FusedBlock(_Fused):
         for part, shape in zip(every, shapes, strict=True):
             size = 2 * part.conv.padding[0] + 1
             if shape[2:] != (size, size):
-                return f"{part.conv_name} is {shape[2]}x{shape[3]}, not {size}x{size}"
-        size, maps = x.shape[2:], []
-        for unit, shape in zip(units, shapes):
-            size = tuple(out_size(s, shape[2], unit.conv.stride[0], unit.conv.padding[0]) for s in size)
-            maps.append((x.shape[0], shape[0], *size))
-        strides = 1
-        for unit in units:  # torch.compile cannot trace math.prod of a generator
-            strides *= unit.conv.stride[0]
+                return f"{part.conv_name}.weight is {shape[2]}x{shape[3]}, not {size}x{size}"
+        (N, _, P, Q), maps, strides = x.shape, [], 1
+        for unit, (width, _, size, _) in zip(units, shapes):
+            stride, padding = unit.conv.stride[0], unit.conv.padding[0]
+            P, Q = out_size(P, size, stride, padding), out_size(Q, size, stride, padding)
+            maps.append((N, width, P, Q))
+            strides *= stride
         if shortcut is None and (C != K or strides != 1):
             return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {strides}"
         for part, norm, shape in zip(every, norms, (*maps, maps[-1])):
@@ -532,7 +531,76 @@ class FusedResidual(FusedBlock, Residual):
     forward.__wrapped__ = Residual.forward
 
     def _parts(self) -> BlockParts:
-        own = self._modules
-        conv3 = own.get("conv3")
-        units = tuple(UnitParts(own.get(f"conv{i}"), own.get(f"bn{i}"), f"conv{i}", f"bn{i}") for i in (1, 2))
-        return BlockParts(units, None if conv3 is None else UnitParts(conv3, None, "conv3"))
+        return _parts_of_textbook(self, 2, "conv3")
+
+
+def _units(block: nn.Module, count: int) -> tuple[UnitParts, ...]:
+    """conv1 and bn1, conv2 and bn2, ..."""
+    own = block._modules
+    return tuple([UnitParts(own.get(c), own.get(b), c, b) for c, b in _UNITS[:count]])
+
+
+_UNITS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+
+
+def _parts_of_textbook(block: nn.Module, units: int, shortcut: str) -> BlockParts:
+    conv = block._modules.get(shortcut)
+    return BlockParts(_units(block, units), None if conv is None else UnitParts(conv, None, shortcut))
+
+
+def _parts_of_published(block: nn.Module, units: int) -> BlockParts | str:
+    own = block._modules
+    relu, downsample = Watched("relu", own.get("relu"), nn.ReLU), own.get("downsample")
+    if downsample is None:
+        return BlockParts(_units(block, units), None, (relu,))
+    children = tuple(downsample._modules.values())
+    if len(children) != 2:
+        return f"downsample has {len(children)} children, not 2"
+    shortcut = UnitParts(*children, "downsample.0", "downsample.1")
+    return BlockParts(_units(block, units), shortcut, (relu, Watched("downsample", downsample, nn.Sequential)))
+
+
+class FusedResidualBottleneck(FusedBlock, ResidualBottleneck):
+    """`ResidualBottleneck`, the textbook's block with a bottleneck, on fused operators: see `FusedResidual`."""
+
+    stem = FusedStem
+
+    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
+        check_block(input_channels, num_channels, use_1x1conv, strides)
+        super().__init__(input_channels, num_channels, use_1x1conv, strides)
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self._run(X)
+
+    forward.__wrapped__ = ResidualBottleneck.forward
+
+    def _parts(self) -> BlockParts:
+        return _parts_of_textbook(self, 3, "conv4")
+
+
+class FusedBasicBlock(FusedBlock, BasicBlock):
+    """`BasicBlock`, the published block of ResNet-18 and 34, on fused operators: see `FusedResidual`.
+
+    Same constructor, parameters, buffers and `state_dict`. Where the shortcut has a BatchNorm, backward needs its
+    convolution's output as well.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    forward.__wrapped__ = BasicBlock.forward
+
+    def _parts(self) -> BlockParts | str:
+        return _parts_of_published(self, 2)
+
+
+class FusedBottleneck(FusedBlock, Bottleneck):
+    """`Bottleneck`, the published block of ResNet-50 and deeper, on fused operators: see `FusedBasicBlock`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    forward.__wrapped__ = Bottleneck.forward
+
+    def _parts(self) -> BlockParts | str:
+        return _parts_of_published(self, 3)

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from resnet.fused import FusedResidual
+from resnet.fused import FusedResidual, FusedResidualBottleneck
 from resnet.reference import Residual, ResidualBottleneck, resnet18, resnet34, resnet50
 
 MODELS = ("resnet18", "resnet34", "resnet50")
@@ -22,8 +22,8 @@ BUILDERS: dict[tuple[str, str], Callable[..., nn.Sequential]] = {
     ("resnet34", "fused"): partial(resnet34, block=FusedResidual),
     ("resnet34", "compile"): partial(resnet34, block=Residual),
     ("resnet50", "eager"): partial(resnet50, block=ResidualBottleneck),
+    ("resnet50", "fused"): partial(resnet50, block=FusedResidualBottleneck),
     ("resnet50", "compile"): partial(resnet50, block=ResidualBottleneck),
 }
-FUSED = tuple(model for model in MODELS if (model, "fused") in BUILDERS)
 
 OLD_MODEL = "resnet18"  # what there was when `--model` was one of IMPLS

@@ -148,8 +148,8 @@ class BlockKind(NamedTuple):
     kept: type[tuple]
 
 
-def block_name(units: int, normed: bool) -> str:
-    """The name of a kind's operator; torch.compile traces what gives it."""
+def block_operator(units: int, normed: bool) -> str:
+    """The name of a kind's operator."""
     return f"residual_block_{units}{'_normed' if normed else ''}"
 
 
@@ -164,7 +164,7 @@ def block_kind(units: int, normed: bool) -> BlockKind:
     outputs = [("out", Tensor), ("ys", maps), ("stats", maps), ("shortcut", shortcut)]
     output = NamedTuple("BlockOutput", outputs)
     return BlockKind(
-        block_name(units, normed),
+        block_operator(units, normed),
         NamedTuple("Block", [("x", Tensor), *parts(Unit)]),
         output,
         NamedTuple("BlockKept", [("x", Tensor), ("output", output), *parts(KeptUnit)]),

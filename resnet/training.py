@@ -111,8 +111,6 @@ class TrainConfig:
             self._choose_impl()
         require(self.model in MODELS, "--model", f"one of {', '.join(MODELS)}", self.model)
         require(self.impl in IMPLS, "--impl", f"one of {', '.join(IMPLS)}", self.impl)
-        has = [impl for impl in IMPLS if (self.model, impl) in BUILDERS]
-        require(self.impl in has, "--impl", f"{' or '.join(has)}, which --model {self.model} has", self.impl)
         require(self.recipe in RECIPES, "--recipe", f"one of {', '.join(RECIPES)}", self.recipe)
         for name in OVERRIDABLE:
             if getattr(self, name) is None:

@@ -19,7 +19,7 @@ from resnet.commands import DTYPES, check_outputs, find_device, require, require
 from resnet.kernels.host.command import ConfigError, Parser, run
 from resnet.kernels.host.files import irregular
 from resnet.kernels.tuning import memory, timing
-from resnet.models import BUILDERS, FUSED
+from resnet.models import BUILDERS, MODELS
 
 _PROGRESS_SECONDS = 5
 
@@ -34,7 +34,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help=f"{', '.join(FUSED)} or module:callable, which is called for an nn.Module",
+        help=f"{', '.join(MODELS)} or module:callable, which is called for an nn.Module",
     )
     parser.add_argument("--batch", type=int, default=256, help="images per step")
     parser.add_argument("--size", type=int, default=96, help="height and width of the images, in pixels")
@@ -120,13 +120,13 @@ def tune(arguments: argparse.Namespace) -> str:
 
 def _net(model: str, channels: int, classes: int) -> nn.Module:
     """The net that MODEL names; ConfigError where there is none."""
-    if model in FUSED:
+    if model in MODELS:
         return BUILDERS[model, "fused"](classes, channels)
     module, _, name = model.partition(":")
     try:
         make = getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
-        expected = f"{', '.join(FUSED)} or module:callable"
+        expected = f"{', '.join(MODELS)} or module:callable"
         raise ConfigError(f"MODEL: expected {expected}, got {model} ({error})") from error
     net = make()
     require(isinstance(net, nn.Module), "MODEL", "a callable that gives an nn.Module", type(net).__name__)

@@ -86,7 +86,7 @@ def test_the_training_step_alone(own_choices, timed, capsys):
     ("arguments", "words"),
     [
         ([NET, "--batch", "0"], "--batch: expected at least 1, got 0"),
-        (["resnet19"], "MODEL: expected resnet18, resnet34 or module:callable, got resnet19"),
+        (["resnet19"], "MODEL: expected resnet18, resnet34, resnet50 or module:callable, got resnet19"),
         ([f"{__name__}:nothing"], "has no attribute 'nothing'"),
         ([f"{__name__}:no_net"], "MODEL: expected a callable that gives an nn.Module, got int"),
         (

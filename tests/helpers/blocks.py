@@ -10,14 +10,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import FusedResidual, FusedStem, Residual, Stem
+from resnet import (
+    BasicBlock,
+    Bottleneck,
+    FusedBasicBlock,
+    FusedBottleneck,
+    FusedResidual,
+    FusedResidualBottleneck,
+    FusedStem,
+    Residual,
+    ResidualBottleneck,
+    Stem,
+)
 from tests.conftest import DEVICE, one_thread  # noqa: F401, tests/kernels takes the fixture from here
 from tests.helpers.parity import assert_as_exact_as_eager
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 HALF = SIXTEEN_BIT  # its name in tests/kernels
 DTYPES = (*SIXTEEN_BIT, torch.float32, torch.float64)
-FUSED = {Residual: FusedResidual, Stem: FusedStem}
+FUSED = {
+    Residual: FusedResidual,
+    ResidualBottleneck: FusedResidualBottleneck,
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+    Stem: FusedStem,
+}
 
 
 @pytest.fixture(autouse=True)

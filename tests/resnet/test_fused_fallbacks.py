@@ -184,7 +184,6 @@ def _kernels(block: nn.Module) -> None:
 
 
 SURGERY = {
-    "another width": (_narrow, (2, 4, 5, 6), "conv1 has 6 output channels, and conv2 has 4"),
     "a broadcast shortcut": (
         _broadcast,
         (2, 1, 5, 6),
@@ -202,6 +201,13 @@ def test_a_block_of_other_convolutions_runs_as_eager_with_one_warning(any_backen
     apply, shape, message = SURGERY[change]
     t = trio(Residual, 4, 4, dtype=torch.float64, train=train).each(apply)
     assert_runs_as_eager_with_one_warning(t.fused, t.exact, draw(*shape), message)
+
+
+@train_and_eval
+def test_a_block_whose_convolutions_have_two_widths_is_fused(any_backend, train, recwarn):
+    t = trio(Residual, 4, 4, dtype=torch.float64, train=train).each(_narrow)
+    assert_exact(t, draw(2, 4, 5, 6))
+    assert not recwarn.list
 
 
 STEM_CHANGES = {

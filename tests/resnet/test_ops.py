@@ -8,10 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import FusedResidual, FusedStem, resnet_block
-from resnet.norm import Norm
-from resnet.operands import BatchNormAddReluKept, BlockKept, BlockOutput, Convolutions, StemKept, StemOutput
-from resnet.schema import pack
+from resnet import FusedBasicBlock, FusedBottleneck, FusedResidual, FusedStem, resnet_block
+from resnet.norm import KeptNorm, Norm
+from resnet.operands import (
+    BatchNormAddReluKept,
+    KeptUnit,
+    Projection,
+    Stem,
+    StemKept,
+    StemOutput,
+    Unit,
+    block_kind,
+)
+from resnet.schema import pack, unpack
 from resnet.torch_backend import inference
 from tests.conftest import DEVICE
 from tests.helpers.blocks import averaged, draw, randomize, step
@@ -45,10 +54,9 @@ def norm(
     running: bool = True,
     conv_bias: bool = False,
     averaged: bool = False,
-) -> list:
-    """The fields of a `resnet.norm.Norm`, in a schema's order."""
+) -> Norm:
     count = torch.tensor(3, device=DEVICE)
-    return [
+    return Norm(
         vector(C, seed, grad=True) if affine else None,
         vector(C, seed + 1, grad=True) if affine else None,
         vector(C, seed + 2) if running or not training else None,
@@ -59,7 +67,15 @@ def norm(
         1e-5,
         count if averaged else None,
         count if training and running and not averaged else None,
-    ]
+    )
+
+
+def kept_norm(norm: Norm) -> KeptNorm:
+    return KeptNorm(norm.weight, norm.bias, norm.conv_bias, norm.training, norm.eps)
+
+
+def kept_part(part: Unit | Projection) -> KeptUnit | Projection:
+    return part if isinstance(part, Projection) else KeptUnit(*part[:3], kept_norm(part.norm), part.master)
 
 
 def weight(K: int, C: int, size: int, seed: int, grad: bool = True) -> Tensor:
@@ -113,7 +129,7 @@ def test_batch_norm_add_relu_backward_passes_opcheck(any_backend, options):
     arguments = [x.requires_grad_(), skip, *fields, relu]
     with torch.no_grad():
         out, stats = ops.batch_norm_add_relu(*arguments)
-    kept = BatchNormAddReluKept(x, out if relu else None, stats, Norm(*fields), relu, shortcut)
+    kept = BatchNormAddReluKept(x, out if relu else None, stats, kept_norm(fields), relu, shortcut)
     opcheck(ops.batch_norm_add_relu_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
@@ -125,53 +141,85 @@ def test_stem_passes_opcheck(any_backend, options):
     settings = {k: v for k, v in options.items() if k not in ("cast", "size")}
     x = draw(2, 2, *options["size"]).requires_grad_()
     conv, master = cast(weight(3, 2, 3, 1), options["cast"])
-    opcheck(ops.stem, [x, conv, 2, 1, *norm(3, 10, **settings), master])
+    opcheck(ops.stem, pack(Stem(x, Unit(conv, 2, 1, norm(3, 10, **settings), master))))
 
 
 @each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
 def test_stem_backward_passes_opcheck(any_backend, options):
     x, (conv, master) = draw(2, 2, 9, 7).requires_grad_(), cast(weight(3, 2, 3, 1), options["cast"])
-    fields = norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")})
-    arguments = [x, conv, 2, 1, *fields, master]
+    unit = Unit(conv, 2, 1, norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")}), master)
+    arguments = pack(Stem(x, unit))
     with torch.no_grad():
         output = StemOutput(*ops.stem(*arguments))
-    kept = StemKept(x, output, conv, Norm(*fields), 2, 1, master)
+    kept = StemKept(x, output, kept_part(unit))
     dout = draw(*output.out.shape, seed=1)
     opcheck(ops.stem_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
-def block_arguments(projected: bool, stride: int, by_autocast: bool = False) -> list:
-    C, K = (2, 3) if projected else (3, 3)
-    x = draw(2, C, 4, 3).requires_grad_()
-    weights = weight(K, C, 3, 1), weight(K, K, 3, 2), weight(K, C, 1, 3) if projected else None
-    convs, masters = zip(*(cast(w, by_autocast) for w in weights))
-    return [x, *convs, vector(K, 4, grad=True) if projected else None, stride, *masters]
+BLOCKS = ("identity", "1x1", "1x1, stride 2", "normed", "normed, stride 2")  # shortcuts
+NORMS = {"first_training": BOTH, "last_training": BOTH, "affine": BOTH, "conv_bias": BOTH}
 
 
-BLOCKS = ((False, 1), (True, 1), (True, 2))  # (a 1x1 convolution as the shortcut, stride)
+def block_arguments(units: int, options: dict, training: bool = True) -> tuple:
+    """The arguments of a block of 2 or 3 units, as its kind describes them."""
+    shortcut, by_autocast = options["block"], options.get("cast", False)
+    normed, stride = shortcut.startswith("normed"), 2 if shortcut.endswith("2") else 1
+    settings = {k: options[k] for k in ("affine", "running", "conv_bias", "averaged") if k in options}
+    C, K = (3, 3) if shortcut == "identity" else (2, 3)
+
+    def unit(K: int, C: int, size: int, stride: int, seed: int, training: bool) -> Unit:
+        conv, master = cast(weight(K, C, size, seed), by_autocast)
+        return Unit(conv, stride, size // 2, norm(K, 10 * seed, training, **settings), master)
+
+    first, last = (training and options[f"{end}_training"] for end in ("first", "last"))
+    chain = [(3, stride), (3, 1)] if units == 2 else [(1, 1), (3, stride), (1, 1)]
+    parts = [
+        unit(K, C if i == 0 else K, size, s, i + 1, first if i < units - 1 else last)
+        for i, (size, s) in enumerate(chain)
+    ]
+    if normed:
+        projection = unit(K, C, 1, stride, 7, first)
+    else:
+        conv, master = cast(None if shortcut == "identity" else weight(K, C, 1, 7), by_autocast)
+        bias = None if conv is None else vector(K, 4, grad=True)
+        projection = Projection(conv, bias, stride, master)
+    return block_kind(units, normed).arguments(draw(2, C, 4, 3).requires_grad_(), tuple(parts), projection)
 
 
-NORMS = {"training1": BOTH, "training2": BOTH, "affine": BOTH, "conv_bias": BOTH}
+def kind_of(arguments: tuple):
+    return block_kind(len(arguments.units), isinstance(arguments.shortcut, Unit))
 
 
+each_block = pytest.mark.parametrize("units", [2, 3])
+
+
+@each_block
 @each(pairwise(block=BLOCKS, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS))
-def test_residual_block_passes_opcheck(any_backend, options):
-    settings = {k: options[k] for k in ("affine", "running", "conv_bias", "averaged")}
-    norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
-    opcheck(ops.residual_block, [*block_arguments(*options["block"], options["cast"]), *norms[0], *norms[1]])
+def test_a_block_passes_opcheck(any_backend, units, options):
+    arguments = block_arguments(units, options)
+    opcheck(getattr(ops, kind_of(arguments).name), pack(arguments))
 
 
+@each_block
 @each(pairwise(block=BLOCKS, cast=BOTH, all_needed=BOTH, **NORMS))
-def test_residual_block_backward_passes_opcheck(any_backend, options):
-    x, *convs = block_arguments(*options["block"], options["cast"])
-    settings = {k: options[k] for k in ("affine", "conv_bias")}
-    norms = [norm(3, 10 * i, options[f"training{i}"], **settings) for i in (1, 2)]
-    arguments = [x, *convs, *norms[0], *norms[1]]
+def test_the_backward_of_a_block_passes_opcheck(any_backend, units, options):
+    arguments = block_arguments(units, options)
+    kind, flat = kind_of(arguments), pack(arguments)
     with torch.no_grad():
-        output = BlockOutput(*ops.residual_block(*arguments))
-    kept = BlockKept(x, output, Convolutions(*convs), Norm(*norms[0]), Norm(*norms[1]))
+        output = unpack(kind.output, getattr(ops, kind.name)(*flat))
+    kept = kind.kept(arguments.x, output, tuple(map(kept_part, arguments.units)), kept_part(arguments.shortcut))
     dout = draw(*output.out.shape, seed=5)
-    opcheck(ops.residual_block_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
+    op = getattr(ops, f"{kind.name}_backward")
+    opcheck(op, backward_arguments(dout, kept, flat, options["all_needed"]))
+
+
+@each_block
+@each(pairwise(block=BLOCKS, **NORMS))
+def test_inference_of_a_block_passes_opcheck(any_backend, units, options):
+    arguments = block_arguments(units, options, training=False)
+    with torch.no_grad():
+        flat = [a.detach() if isinstance(a, Tensor) else a for a in pack(arguments)]
+        opcheck(getattr(ops, f"{kind_of(arguments).name}_inference"), flat)
 
 
 @each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), folds=BOTH, C=(1, 2)))
@@ -183,22 +231,17 @@ def test_stem_inference_passes_opcheck(any_backend, monkeypatch, options):
     x = draw(2, C, 30, 25)
     with torch.no_grad():
         fields = norm(3, 10, False, options["affine"], True, options["conv_bias"])
-        opcheck(ops.stem_inference, [x, weight(3, C, size, 1, grad=False), stride, padding, *fields, None])
-
-
-@each(pairwise(block=BLOCKS, affine=BOTH, conv_bias=BOTH))
-def test_residual_block_inference_passes_opcheck(any_backend, options):
-    with torch.no_grad():
-        norms = [norm(3, 10 * i, False, options["affine"], True, options["conv_bias"]) for i in (1, 2)]
-        arguments = [a.detach() if isinstance(a, Tensor) else a for a in block_arguments(*options["block"])]
-        opcheck(ops.residual_block_inference, [*arguments, *norms[0], *norms[1]])
+        unit = Unit(weight(3, C, size, 1, grad=False), stride, padding, fields)
+        opcheck(ops.stem_inference, pack(Stem(x, unit)))
 
 
 def test_every_registered_operator_has_an_opcheck_here():
     schemas = [schema.name for schema in torch._C._jit_get_all_schemas()]
     registered = {name.removeprefix("fused_residual::") for name in schemas if name.startswith("fused_residual::")}
     tests = [name.removeprefix("test_") for name in globals() if name.endswith("_passes_opcheck")]
-    assert registered == {name.removesuffix("_passes_opcheck") for name in tests}
+    named = {name.removesuffix("_passes_opcheck") for name in tests if "a_block" not in name}
+    blocks = {block_kind(units, normed).name for units in (2, 3) for normed in BOTH}
+    assert registered == named | {f"{block}{end}" for block in blocks for end in ("", "_backward", "_inference")}
 
 
 # ---- versions --------------------------------------------------------------------------------------------------
@@ -225,6 +268,8 @@ def test_an_update_of_running_statistics_counts_as_a_write(any_backend, module, 
 MODULES = {
     "identity block": lambda: FusedResidual(3, 3),
     "1x1 block": lambda: FusedResidual(3, 6, use_1x1conv=True, strides=2),
+    "basic block": lambda: FusedBasicBlock(3, 6, 2),
+    "bottleneck": lambda: FusedBottleneck(3, 2, 2),
     "stem": lambda: FusedStem(3, 4),
 }
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from resnet.operands import Block
+from resnet.operands import block_kind
 from resnet.schema import Updated, leaves, pack, parameters, unpack
 
 
@@ -43,7 +43,8 @@ def test_what_is_packed_comes_back_as_it_was():
 
 
 def test_the_places_of_the_arguments_also_hold_flags():
-    flags = [leaf.name == "norm2_bias" for leaf in leaves(Block)]
-    needs = unpack(Block, flags)
-    assert needs.norm2.bias
-    assert not needs.x and not any(needs.norm1) and not any(needs.convs)
+    kind = block_kind(2, normed=True).arguments
+    flags = [leaf.name == "units_2_norm_bias" for leaf in leaves(kind)]
+    needs = unpack(kind, flags)
+    assert needs.units[1].norm.bias
+    assert sum(pack(needs)) == 1
