@@ -9,6 +9,7 @@ from resnet.kernels.host.command import settings_are_read
 
 with settings_are_read():
     from resnet.batch_norm import FusedBatchNorm2d
+    from resnet.fuse import FuseReport, fuse, unfuse
     from resnet.fused import FusedBasicBlock, FusedBottleneck, FusedResidual, FusedResidualBottleneck, FusedStem
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
     from resnet.published import ResNet
@@ -30,6 +31,7 @@ with settings_are_read():
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "FuseReport",
     "FusedBasicBlock",
     "FusedBatchNorm2d",
     "FusedBottleneck",
@@ -47,10 +49,12 @@ __all__ = [
     "convolution",
     "current_backend",
     "current_convolution",
+    "fuse",
     "resnet101",
     "resnet152",
     "resnet18",
     "resnet34",
     "resnet50",
     "resnet_block",
+    "unfuse",
 ]

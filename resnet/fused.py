@@ -208,12 +208,21 @@ class BlockParts(NamedTuple):
     others: tuple[Watched, ...] = ()
 
 
+def _unfusable_other(others: tuple[Watched, ...]) -> str | None:
+    for other in others:
+        reason = _unfusable(*other)
+        if reason is not None:
+            return reason
+    return None
+
+
 class StemParts(NamedTuple):
     """The modules of a stem."""
 
     unit: UnitParts
     relu: Watched
     pool: Watched
+    others: tuple[Watched, ...] = ()
 
 
 class _Fused:
@@ -321,14 +330,16 @@ class FusedStemBase(_Fused):
     def _state(self, parts: StemParts | str) -> tuple:
         if isinstance(parts, str):
             return "stem", parts
-        (conv, bn, *_), relu, pool = parts
+        (conv, bn, *_), relu, pool, others = parts
         window = [_hashable(getattr(pool.module, field, None)) for field in _POOL]
-        return "stem", _conv_state(conv), _state(bn), _state(relu.module), _state(pool.module), *window
+        watched = [(other.kind, _state(other.module)) for other in (relu, *others)]
+        return "stem", _conv_state(conv), _state(bn), _state(pool.module), *window, *watched
 
     def _reason_not_to_fuse(self, parts: StemParts) -> str | None:
-        (conv, bn, conv_name, bn_name), relu, pool = parts
+        (conv, bn, conv_name, bn_name), relu, pool, others = parts
         return (
-            _unfusable(conv_name, conv, nn.Conv2d)
+            _unfusable_other(others)
+            or _unfusable(conv_name, conv, nn.Conv2d)
             or _unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None)
             or _unfusable(bn_name, bn, nn.BatchNorm2d)
             or _unfusable(*relu)
@@ -375,10 +386,13 @@ class FusedBlock(_Fused):
         for conv, bn, *_ in units if shortcut is None else (*units, shortcut):
             state += (_conv_state(conv), _state(bn))
         for other in others:
-            state.append(_state(other.module))
+            state.append((other.kind, _state(other.module)))
         return tuple(state)
 
     def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
+        reason = _unfusable_other(parts.others)
+        if reason is not None:
+            return reason
         strides = 1
         for unit in parts.units:
             kernel = 1 if getattr(unit.conv, "kernel_size", None) == (1, 1) else 3
@@ -394,7 +408,7 @@ class FusedBlock(_Fused):
                 reason = _unfusable(shortcut.bn_name, shortcut.bn, nn.BatchNorm2d)
             if reason is not None:
                 return reason
-        return next(filter(None, (_unfusable(*other) for other in parts.others)), None)
+        return None
 
     def _norm_pairs(self, parts: BlockParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
         pairs = [(unit.bn, unit.conv) for unit in parts.units]

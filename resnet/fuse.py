@@ -1,0 +1,587 @@
+"""`fuse` and `unfuse`: the residual blocks and stems of a finished model change their class for a fused one, and back.
+
+Known are the ResNets of torchvision, timm and transformers, none of which is imported, and this library's own.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FunctionType
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from resnet.fused import (
+    BlockParts,
+    FusedBasicBlock,
+    FusedBlock,
+    FusedBottleneck,
+    FusedResidual,
+    FusedResidualBottleneck,
+    FusedStem,
+    FusedStemBase,
+    StemParts,
+    UnitParts,
+    Watched,
+)
+from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, Stem
+
+# ---- where the known classes keep their parts ------------------------------------------------------------------------
+
+
+class BlockLayout(NamedTuple):
+    """The dotted names, in a block, of the modules that its forward calls."""
+
+    units: tuple[tuple[str, str], ...]  # convolution and BatchNorm, in their order
+    relus: tuple[str, ...]
+    shortcut: str  # a convolution, or a container of one and perhaps a BatchNorm; the identity where there is neither
+    optional: tuple[str, ...] = ()  # what other kinds of blocks have, and this one must not
+    containers: tuple[tuple[str, type | str], ...] = ()  # and their classes; a name is one of the block's own module
+    shortcut_class: type | str = nn.Sequential
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*sum(self.units, ()), *self.relus, self.shortcut, *self.optional)
+
+
+class StemLayout(NamedTuple):
+    """The dotted names of the modules that a stem's forward calls."""
+
+    conv: str
+    bn: str
+    relu: str
+    pool: str
+    containers: tuple[tuple[str, type | str], ...] = ()
+    shortcut = ""
+    optional = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.conv, self.bn, self.relu, self.pool
+
+
+def _numbered(count: int) -> tuple[tuple[str, str], ...]:
+    return tuple((f"conv{i}", f"bn{i}") for i in range(1, count + 1))
+
+
+def _torchvision(count: int) -> BlockLayout:
+    return BlockLayout(_numbered(count), ("relu",), "downsample")
+
+
+def _timm(count: int) -> BlockLayout:
+    relus = tuple(f"act{i}" for i in range(1, count + 1))
+    return BlockLayout(_numbered(count), relus, "downsample", ("drop_block", "aa", "se", "drop_path"))
+
+
+def _transformers(count: int) -> BlockLayout:
+    layers = [f"layer.{i}" for i in range(count)]
+    return BlockLayout(
+        units=tuple((f"{layer}.convolution", f"{layer}.normalization") for layer in layers),
+        relus=(*(f"{layer}.activation" for layer in layers[:-1]), "activation"),
+        shortcut="shortcut",
+        optional=(f"{layers[-1]}.activation",),
+        containers=(("layer", nn.Sequential), *((layer, "ResNetConvLayer") for layer in layers)),
+        shortcut_class="ResNetShortCut",
+    )
+
+
+def _places(layout: BlockLayout | StemLayout) -> frozenset[str]:
+    """A layout's names, and those of all that they lie in."""
+    paths = [name.split(".") for name in layout.names]
+    return frozenset(".".join(path[:length]) for path in paths for length in range(1, len(path) + 1))
+
+
+def _held(module: object, name: str) -> object:
+    """What a dotted name in a module stands for; None where there is nothing."""
+    for part in name.split("."):
+        own = getattr(module, "__dict__", {})
+        children = own.get("_modules", {})
+        module = children[part] if part in children else own.get(part)
+    return module
+
+
+def _watched(module: _Changed) -> list[Watched]:
+    """The containers, whose own calls the operator replaces, and what their classes do not put in: it may be called."""
+    found = []
+    for place, kind in module._layout.containers:
+        container = _held(module, place)
+        found.append(Watched(place, container, kind))
+        if isinstance(container, nn.Module):
+            children = ((f"{place}.{key}", child) for key, child in container._modules.items())
+            found += [Watched(name, child, nn.Identity) for name, child in children if name not in module._places]
+    return found
+
+
+def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, list[Watched]]:
+    """The shortcut's convolution and BatchNorm, None for the identity; and all else, which has to be identities."""
+    if module is None:
+        return None, []
+    if isinstance(module, _ConvNd):
+        return UnitParts(module, None, name), []
+    if type(module) is nn.Identity or not isinstance(module, nn.Module):
+        return None, [Watched(name, module, nn.Identity)]
+    others, conv, bn = [Watched(name, module, kind)], None, None
+    for key, child in module._modules.items():
+        place = f"{name}.{key}"
+        if conv is None and isinstance(child, _ConvNd):
+            conv = place, child
+        elif conv is not None and bn is None and isinstance(child, _BatchNorm):
+            bn = place, child
+        else:
+            others.append(Watched(place, child, nn.Identity))
+    if conv is None:
+        return None, others
+    bn_name, norm = bn or ("", None)
+    return UnitParts(conv[1], norm, conv[0], bn_name), others
+
+
+# ---- the classes that the known ones are changed for -----------------------------------------------------------------
+
+
+class _Kept(NamedTuple):
+    """The parts of a module, and all children that were seen when they were found."""
+
+    parts: BlockParts | StemParts | str
+    children: tuple[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]], ...]  # of a module, and a copy
+
+    def hold(self, module: _Changed) -> bool:
+        own = module.__dict__
+        if self.children[0][0] is not own["_modules"]:  # as in a replica, which has its original's attributes
+            return False
+        for now, then in self.children:
+            if now != then:
+                return False
+        # What is not None here is no module, which would be among the children, but perhaps a function.
+        layout = module._layout
+        return own.get(layout.shortcut) is None and all(own.get(name) is None for name in layout.optional)
+
+
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+class _Changed:
+    """What `fuse` changes a class for is made of this, the operator's mixin and the eager class, in this order."""
+
+    _eager_class: type[nn.Module]
+    _eager_method: Callable[[nn.Module, Tensor], Tensor]  # in whose place `_call` is
+    _layout: BlockLayout | StemLayout  # its containers' classes are looked up
+    _places: frozenset[str]  # of the layout
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """The class has no name that pickle could import; it is made anew where the module is read."""
+        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        return _rebuild, (self._eager_class,), *state
+
+    def _parts(self) -> BlockParts | StemParts | str:
+        """What `_find_parts` gives. To find them takes longer than to see that no module has been replaced since."""
+        if torch.compiler.is_compiling():
+            return self._find_parts()
+        kept = _kept.get(self)
+        if kept is None or not kept.hold(self):
+            places = [name for name, _ in self._layout.containers]
+            containers = [self, *(_held(self, name) for name in (*places, self._layout.shortcut) if name)]
+            children = [module._modules for module in containers if isinstance(module, nn.Module)]
+            _kept[self] = kept = _Kept(self._find_parts(), tuple((now, dict(now)) for now in children))
+        return kept.parts
+
+
+class _Block(_Changed, FusedBlock):
+    _call = FusedBlock._run
+
+    def _find_parts(self) -> BlockParts | str:
+        layout = self._layout
+        units = tuple(UnitParts(_held(self, conv), _held(self, bn), conv, bn) for conv, bn in layout.units)
+        shortcut, others = _shortcut(layout.shortcut, _held(self, layout.shortcut), layout.shortcut_class)
+        others += [Watched(name, _held(self, name), nn.ReLU) for name in layout.relus]
+        optional = (Watched(name, _held(self, name), nn.Identity) for name in layout.optional)
+        others += [other for other in optional if other.module is not None]
+        for name, module, _ in others:
+            if module is not None and not isinstance(module, nn.Module):
+                return f"{name} is a {type(module).__name__} and no module"
+        return BlockParts(units, shortcut, (*others, *_watched(self)))
+
+
+class _Stem(_Changed, FusedStemBase):
+    def _find_parts(self) -> StemParts:
+        conv, bn, relu, pool = self._layout.names
+        return StemParts(
+            UnitParts(_held(self, conv), _held(self, bn), conv, bn),
+            Watched(relu, _held(self, relu), nn.ReLU),
+            Watched(pool, _held(self, pool), nn.MaxPool2d),
+            tuple(_watched(self)),
+        )
+
+
+class _Embeddings(_Stem):
+    def _call(self, x: Tensor) -> Tensor:
+        return self._run(x) if x.shape[1] == self.num_channels else self._eager(x)  # which says what was expected
+
+
+class _Network(_Stem):
+    """A network whose forward calls the stem's modules itself."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._eager_method.__func__(_WithStem(self), x)
+
+    def _eager(self, x: Tensor) -> Tensor:
+        for name in self._layout.names:
+            x = getattr(self, name)(x)
+        return x
+
+
+class _Sequence(_Network):
+    """A network that is an `nn.Sequential`, whose first modules are the stem."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        if not _starts_with(self, self._layout.names):  # any more
+            return super().forward(x)
+        x = self._run(x)
+        for name, module in self._modules.items():
+            if name not in self._layout.names:
+                x = module(x)
+        return x
+
+
+def _starts_with(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return tuple(module._modules)[: len(names)] == names
+
+
+class _WithStem:
+    """A network as its own forward is to see it: the first module of the stem is all of it, and the others do nothing.
+
+    What follows the stem stays the library's own code, in whatever version.
+    """
+
+    def __init__(self, network: _Network):
+        first, *rest = network._layout.names
+        self._network = network
+        setattr(self, first, network._run)
+        for name in rest:
+            setattr(self, name, _as_it_is)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._network, name)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+class _Known(NamedTuple):
+    mixin: type[_Changed]
+    layout: BlockLayout | StemLayout
+    method: str = "forward"  # what the mixin's `_call` replaces
+
+
+_KNOWN = {
+    "resnet.published.ResNet": _Known(_Sequence, StemLayout("conv1", "bn1", "relu", "maxpool")),
+    "torchvision.models.resnet.BasicBlock": _Known(_Block, _torchvision(2)),
+    "torchvision.models.resnet.Bottleneck": _Known(_Block, _torchvision(3)),
+    "torchvision.models.resnet.ResNet": _Known(
+        _Network, StemLayout("conv1", "bn1", "relu", "maxpool"), "_forward_impl"
+    ),
+    "timm.models.resnet.BasicBlock": _Known(_Block, _timm(2)),
+    "timm.models.resnet.Bottleneck": _Known(_Block, _timm(3)),
+    "timm.models.resnet.ResNet": _Known(_Network, StemLayout("conv1", "bn1", "act1", "maxpool"), "forward_features"),
+    "transformers.models.resnet.modeling_resnet.ResNetBasicLayer": _Known(_Block, _transformers(2)),
+    "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": _Known(_Block, _transformers(3)),
+    "transformers.models.resnet.modeling_resnet.ResNetEmbeddings": _Known(
+        _Embeddings,
+        StemLayout(
+            conv="embedder.convolution",
+            bn="embedder.normalization",
+            relu="embedder.activation",
+            pool="pooler",
+            containers=(("embedder", "ResNetConvLayer"),),
+        ),
+    ),
+}
+_OWN: dict[type[nn.Module], type[nn.Module]] = {  # which have names already
+    BasicBlock: FusedBasicBlock,
+    Bottleneck: FusedBottleneck,
+    Residual: FusedResidual,
+    ResidualBottleneck: FusedResidualBottleneck,
+    Stem: FusedStem,
+}
+_EAGER = {fused: eager for eager, fused in _OWN.items()}
+
+
+def _kind(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _known(cls: type) -> _Known | None:
+    return _KNOWN.get(_kind(cls))
+
+
+def _eager_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a fused one stands for; any other is its own."""
+    return _EAGER.get(cls) or vars(cls).get("_eager_class", cls)
+
+
+def _neighbour(cls: type, other: type | str) -> type:
+    """A class of the Python module that `cls` is in, by its name."""
+    return getattr(sys.modules[cls.__module__], other, type(None)) if isinstance(other, str) else other
+
+
+def _looked_up(cls: type, layout: BlockLayout | StemLayout) -> BlockLayout | StemLayout:
+    layout = layout._replace(containers=tuple((name, _neighbour(cls, kind)) for name, kind in layout.containers))
+    if isinstance(layout, BlockLayout):
+        layout = layout._replace(shortcut_class=_neighbour(cls, layout.shortcut_class))
+    return layout
+
+
+def _calling(eager: FunctionType) -> FunctionType:
+    """`_call` in the place of an eager method, with its arguments' names and its text, which TorchScript compiles.
+
+    What that text names is then taken from the function's globals, which are therefore the eager method's.
+    """
+
+    def method(self, x):
+        return self._call(x)
+
+    code = method.__code__.replace(co_varnames=eager.__code__.co_varnames[:2])
+    return functools.update_wrapper(FunctionType(code, eager.__globals__), eager)
+
+
+@functools.cache
+def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
+    if eager in _OWN:
+        return _OWN[eager]
+    mixin, layout, method = _known(eager)
+    own = {
+        "__module__": __name__,
+        "__doc__": f"A `{_kind(eager)}` that `resnet.fuse` has changed the class of.",
+        "_eager_class": eager,
+        "_eager_method": getattr(eager, method),
+        "_layout": _looked_up(eager, layout),
+        "_places": _places(layout),
+        method: _calling(getattr(eager, method)),
+    }
+    return type(f"Fused{eager.__name__}", (mixin, eager), own)
+
+
+def _rebuild(eager: type[nn.Module]) -> nn.Module:
+    """An empty fused module, which pickle and deepcopy fill."""
+    cls = _fused_class(eager)
+    return cls.__new__(cls)
+
+
+# ---- whether a module does what its class is known for ---------------------------------------------------------------
+
+
+def _replaced(cls: type, method: str) -> bool:
+    """Whether a class has another method than the one in its definition; what is wrapped does more than its text."""
+    definer = next(base for base in cls.__mro__ if method in vars(base))
+    found = vars(definer)[method]
+    return (
+        not isinstance(found, FunctionType)
+        or (found.__module__, found.__qualname__) != (definer.__module__, f"{definer.__qualname__}.{method}")
+        or hasattr(found, "__wrapped__")
+        or found.__code__.co_argcount != 2
+    )
+
+
+@functools.cache
+def _begins_with(function: FunctionType, names: tuple[str, ...]) -> bool:
+    """Whether a forward begins with `x = self.NAME(x)` for each of these names, and has them nowhere else."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except OSError:  # there is no text to read
+        return False
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return [ast.unparse(line) for line in body[: len(names)]] == [f"x = self.{name}(x)" for name in names] and all(
+        attributes.count(name) == 1 for name in names
+    )
+
+
+def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
+    """Why what a module computes cannot be told from its class."""
+    if eager in _OWN:
+        return "it has a forward of its own" if "forward" in vars(module) else None
+    mixin, layout, method = _known(eager)
+    for name in {"forward", method}:
+        if name in vars(module):
+            return f"it has a {name} of its own"
+    looked_up = _looked_up(eager, layout)
+    containers = [kind for _, kind in looked_up.containers]
+    if isinstance(looked_up, BlockLayout):
+        containers.append(looked_up.shortcut_class)
+    classes = [kind for kind in containers if kind.__module__ == eager.__module__ and "forward" in vars(kind)]
+    for cls, name in ((eager, method), *((cls, "forward") for cls in classes)):
+        if _replaced(cls, name):
+            return f"{_kind(cls)}.{name} was replaced"
+    if issubclass(mixin, _Sequence):
+        return None if _starts_with(module, layout.names) else f"it does not begin with {', '.join(layout.names)}"
+    if issubclass(mixin, _Network):
+        if not _begins_with(getattr(eager, method), layout.names):
+            return f"{_kind(eager)}.{method} does not begin with {', '.join(layout.names)}, and have them nowhere else"
+        return None
+    held = (*module._modules, *module._parameters, *module._buffers)
+    other = next((name for name in held if name not in _places(layout)), None)
+    return None if other is None else f"its {other} is none that its class is known to have"
+
+
+# ---- fuse, unfuse and the report -------------------------------------------------------------------------------------
+
+
+class FuseItem(NamedTuple):
+    """One module of a model: its name there, "" for the model itself, its eager class, and why it was left alone."""
+
+    name: str
+    kind: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did; printed, a summary.
+
+    Attributes:
+        fused: the blocks and stems that are fused now.
+        left: those that are not, with a reason, and the modules of classes that are derived from known ones.
+        unknown: how many modules of each other class hold both a convolution and a BatchNorm.
+    """
+
+    fused: tuple[FuseItem, ...]
+    left: tuple[FuseItem, ...]
+    unknown: dict[str, int]
+
+    def __str__(self) -> str:
+        lines = [f"fused: {len(self.fused)}", *_grouped(self.fused)]
+        if not self.fused and not self.left:
+            lines = ["fused: 0, as the model has no block or stem that resnet.fuse knows"]
+        if self.left:
+            lines += [f"left as they are: {len(self.left)}", *_grouped(self.left)]
+        if self.unknown:
+            lines += [f"of other classes, with a convolution and a BatchNorm: {sum(self.unknown.values())}"]
+            lines += [f"  {count} {kind}" for kind, count in self.unknown.items()]
+        return "\n".join(lines)
+
+
+def _grouped(items: tuple[FuseItem, ...]) -> Iterator[str]:
+    """A line for each class and reason, with the names of the modules."""
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for name, kind, reason in items:
+        groups.setdefault((kind, reason), []).append(name or "the model itself")
+    for (kind, reason), names in groups.items():
+        known = _KNOWN.get(kind)
+        of = "stem of " if known is not None and issubclass(known.mixin, _Network) else ""
+        why = "" if reason is None else f", since {reason}"
+        yield f"  {len(names)} {of}{kind}{why}: {', '.join(_in_ranges(names))}"
+
+
+def _in_ranges(names: list[str]) -> list[str]:
+    """layer1.0-2 in place of layer1.0, layer1.1, layer1.2."""
+    ranges: list[tuple[str, int | str, int | str]] = []  # what is before the last dot, the first and the last after it
+    for name in names:
+        head, _, last = name.rpartition(".")
+        number = int(last) if last.isdecimal() else last
+        if ranges and ranges[-1][0] == head and type(number) is int and ranges[-1][2] == number - 1:
+            ranges[-1] = head, ranges[-1][1], number
+        else:
+            ranges.append((head, number, number))
+    dotted = ((f"{head}." if head else "", first, last) for head, first, last in ranges)
+    return [f"{head}{first}" + ("" if first == last else f"-{last}") for head, first, last in dotted]
+
+
+def _is_known(cls: type) -> bool:
+    return cls in _OWN or _known(cls) is not None
+
+
+def _reason_not_to_fuse(module: nn.Module) -> str | None:
+    """Why a module of a fused class runs PyTorch's operators."""
+    parts = module._parts()
+    return parts if isinstance(parts, str) else module._reason_not_to_fuse(parts)
+
+
+def _fuse(module: nn.Module, eager: type[nn.Module]) -> str | None:
+    """Change the class of a module of a known one, or say why not."""
+    reason = _unlike_its_class(module, eager)
+    if reason is not None:
+        return reason
+    before, module.__class__ = type(module), _fused_class(eager)
+    reason = _reason_not_to_fuse(module)
+    if reason is not None:
+        module.__class__ = before
+    return reason
+
+
+def _normalizes(module: nn.Module) -> bool:
+    return all(any(isinstance(child, kind) for child in module._modules.values()) for kind in (_ConvNd, _BatchNorm))
+
+
+def fuse(model: nn.Module) -> FuseReport:
+    """Let the residual blocks and stems in a model run as fused operators from now on; in place.
+
+    A fused module keeps all that it has: parameters and buffers, and so the `state_dict` and an optimizer's state, and
+    hooks, modes, device and type. Its class becomes one that is derived from its own. It can be pickled and copied;
+    whoever reads it needs this library. For a fused copy call `copy.deepcopy` first: a choice between the two here
+    would have `fuse` return now a model and now a report.
+
+    Known are this library's blocks and stems, and those of the ResNets of torchvision, timm and transformers. Where a
+    network calls the modules of its stem itself, it is the network that changes its class. A module stays as it is
+    where it might compute something else than the operator: with another activation or norm, groups, dilation,
+    attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known one.
+
+    A second call changes nothing, and its report is the same.
+
+    Args:
+        model: any module; one block alone will do.
+
+    Returns:
+        What was fused, and what was not and why. Print it.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_module("fuse", model)
+    fused, left, unknown = [], [], Counter()
+    inside = None  # the block whose submodules come now
+    for name, module in model.named_modules():
+        eager = _eager_class(type(module))
+        base = next(filter(_is_known, eager.__mro__), None)
+        if base is None:
+            if _normalizes(module) and not (inside is not None and name.startswith(inside)):
+                unknown[_kind(eager)] += 1
+            continue
+        if base is eager:
+            reason = _fuse(module, eager)
+        elif isinstance(module, (_Changed, *_EAGER)):  # derived from a fused one, as by a tool that changes classes
+            reason = _reason_not_to_fuse(module)
+        else:
+            reason = f"it is derived from {_kind(base)} and may compute something else"
+        (fused if reason is None else left).append(FuseItem(name, _kind(eager), reason))
+        if base in _OWN or not issubclass(_known(base).mixin, _Network):
+            inside = f"{name}." if name else ""
+    return FuseReport(tuple(fused), tuple(left), dict(unknown))
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give all modules in a model that `fuse` has changed their own class back; `FusedResidual` becomes `Residual`.
+
+    Raises:
+        TypeError: `model` is no module.
+    """
+    _check_module("unfuse", model)
+    for module in model.modules():
+        eager = _eager_class(type(module))
+        if eager is not type(module):
+            module.__class__ = eager
+
+
+def _check_module(name: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got a {type(model).__name__}")

@@ -1,0 +1,517 @@
+"""`fuse` and `unfuse` on this library's own blocks, and on a local class that stands in the table of known ones.
+
+tests/resnet/test_fuse_zoo.py has the models of other libraries, where these are installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from resnet import (
+    BasicBlock,
+    Bottleneck,
+    FusedResidual,
+    FusedStem,
+    LazyFusedResidual,
+    Residual,
+    ResidualBottleneck,
+    ResNet,
+    Stem,
+    fuse,
+    resnet18,
+    unfuse,
+)
+from resnet.fuse import _KNOWN, BlockLayout, StemLayout, _Block, _Known, _Network
+from tests.conftest import DEVICE
+from tests.helpers.blocks import draw, randomize, snapshot, step
+
+
+class Shortcut(nn.Sequential):
+    """A container of a class of its own, as one library has it."""
+
+
+class Block(nn.Module):
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(C, K, 1, bias=False), nn.BatchNorm2d(K), nn.ReLU())
+        self.conv2, self.bn2 = nn.Conv2d(K, K, 3, stride, 1), nn.BatchNorm2d(K)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop = None
+        same_shape = C == K and stride == 1
+        self.shortcut = None if same_shape else Shortcut(nn.Identity(), nn.Conv2d(C, K, 1, stride), nn.BatchNorm2d(K))
+
+    def forward(self, image):
+        y = self.bn2(self.conv2(self.first(image)))
+        if self.drop is not None:
+            y = self.drop(y)
+        return self.relu(y + (image if self.shortcut is None else self.shortcut(image)))
+
+
+class Net(nn.Module):
+    """A network that calls the stem's modules itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.relu, self.pool = Stem(3, 8)
+        self.blocks = nn.Sequential(Block(8, 8), Block(8, 12, 2), Block(12, 12))
+        self.calls = 0
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.relu(x)
+        x = self.pool(x)
+        return self.blocks(x)
+
+
+class Branches(Net):
+    """One whose forward has more to do with its stem's modules."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.relu(x)
+        x = self.pool(x)
+        return self.pool(self.blocks(x))
+
+
+LAYOUT = BlockLayout(
+    units=(("first.0", "first.1"), ("conv2", "bn2")),
+    relus=("first.2", "relu"),
+    shortcut="shortcut",
+    optional=("drop",),
+    containers=(("first", nn.Sequential),),
+    shortcut_class="Shortcut",
+)
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    stem = _Known(_Network, StemLayout("conv", "bn", "relu", "pool"))
+    for cls, entry in ((Block, _Known(_Block, LAYOUT)), (Net, stem), (Branches, stem)):
+        monkeypatch.setitem(_KNOWN, f"{cls.__module__}.{cls.__qualname__}", entry)
+
+
+def net() -> Net:
+    model = Net()
+    randomize(model)
+    return model.to(DEVICE, torch.float64)
+
+
+def own() -> nn.Sequential:
+    model = nn.Sequential(Stem(3, 8), Residual(8, 8), Residual(8, 12, True, 2))
+    randomize(model)
+    return model.to(DEVICE, torch.float64)
+
+
+def published() -> ResNet:
+    model = ResNet(Bottleneck, depths=(1, 2), widths=(4, 6), num_classes=5)
+    randomize(model)
+    return model.to(DEVICE, torch.float64)
+
+
+models = pytest.mark.parametrize("make", [own, net, published])
+IMAGES = (2, 3, 32, 28)
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def names(items) -> list[str]:
+    return [item.name for item in items]
+
+
+def reason_of(report) -> str:
+    (item,) = report.left
+    return item.reason
+
+
+# ---- what a fused model is -------------------------------------------------------------------------------------------
+
+
+@models
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_fused_model_does_the_steps_of_the_eager_one(make, train):
+    eager = make().train(train)
+    fused = copy.deepcopy(eager)
+    assert not fuse(fused).left
+    for seed in range(2):  # the second sees what the first has done to the buffers
+        x = draw(*IMAGES, seed=seed, dtype=torch.float64)
+        torch.testing.assert_close(step(fused, x), step(eager, x), atol=1e-9, rtol=1e-7)
+
+
+@models
+def test_a_fused_model_keeps_all_that_it_has(make):
+    model = make().eval()
+    block = {own: lambda: model[1], net: lambda: model.blocks[0], published: lambda: model.layer1[0]}[make]()
+    block.train()
+    calls = []
+    block.register_forward_hook(lambda *_: calls.append("hook"))
+    before = copy.copy(vars(block))
+    tensors = model.state_dict(keep_vars=True)
+    modes = [module.training for module in model.modules()]
+    eager_kinds = kinds(model)
+    fuse(model)
+    assert vars(block) == before
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(tensors) and all(after[name] is tensors[name] for name in tensors)
+    assert [module.training for module in model.modules()] == modes
+    assert all(issubclass(fused, eager) for fused, eager in zip(kinds(model), eager_kinds, strict=True))
+    model(draw(*IMAGES, dtype=torch.float64))
+    assert calls == ["hook"]
+
+
+def test_own_blocks_become_the_librarys_fused_ones():
+    model = own()
+    report = fuse(model)
+    assert kinds(model)[1] is FusedStem and [type(block) for block in model[1:]] == [FusedResidual] * 2
+    assert [item.kind for item in report.fused] == ["resnet.reference.Stem", *["resnet.reference.Residual"] * 2]
+
+
+OTHERS = {"BasicBlock": (BasicBlock, 8, 8, 2), "Bottleneck": (Bottleneck, 8, 3, 1), "wide": (Bottleneck, 8, 2, 2)}
+OTHERS["ResidualBottleneck"] = (ResidualBottleneck, 8, 12, True, 2)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_block_of_this_library_is_fused_and_keeps_its_values(kind):
+    cls, *args = OTHERS[kind]
+    eager = cls(*args, **({"mid_width": 5} if kind == "wide" else {})).to(DEVICE, torch.float64)
+    randomize(eager)
+    fused = copy.deepcopy(eager)
+    assert [item.kind for item in fuse(fused).fused] == [f"resnet.reference.{cls.__name__}"]
+    assert type(fused).__name__ == f"Fused{cls.__name__}" and isinstance(fused, cls)
+    x = draw(2, 8, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(step(fused, x), step(eager, x), atol=1e-9, rtol=1e-7)
+
+
+@models
+def test_a_second_call_changes_nothing_and_reports_the_same(make):
+    model = make()
+    first, before = fuse(model), None
+    before = kinds(model)
+    assert fuse(model) == first
+    assert kinds(model) == before
+
+
+@models
+def test_unfuse_gives_the_classes_back(make):
+    model = make()
+    before = kinds(model)
+    fuse(model)
+    assert kinds(model) != before
+    unfuse(model)
+    assert kinds(model) == before
+    unfuse(model)
+    assert kinds(model) == before
+
+
+def test_two_modules_of_a_class_become_of_one_class():
+    model = net()
+    fuse(model)
+    assert type(model.blocks[0]) is type(model.blocks[2]) is not Block
+    assert type(model.blocks[0]).__name__ == "FusedBlock"
+
+
+@models
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_of_a_fused_model_are_fused_and_change_alone(make, duplicate):
+    model = make().eval()
+    fuse(model)
+    x = draw(*IMAGES, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(x)
+        twin = duplicate(model)
+        assert kinds(twin) == kinds(model)
+        assert torch.equal(twin(x), before)
+        for p in twin.parameters():
+            p.mul_(-0.7)
+        assert not torch.equal(twin(x), before)
+        assert torch.equal(model(x), before)
+
+
+@models
+def test_an_optimizer_goes_on(make):
+    eager = make()
+    fused = copy.deepcopy(eager)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (eager, fused)]
+    for i in range(3):
+        for model, optimizer in zip((eager, fused), optimizers):
+            optimizer.zero_grad()
+            model(draw(*IMAGES, seed=i, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        fuse(fused)
+    torch.testing.assert_close(snapshot(fused), snapshot(eager), atol=1e-9, rtol=1e-7)
+
+
+def test_a_fused_method_has_the_arguments_of_the_eager_one():
+    block = Block(4, 4).to(DEVICE)
+    x = draw(2, 4, 6, 5)
+    fuse(block)
+    assert torch.equal(block(image=x), block(x))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'x'"):
+        block(x=x)
+
+
+@pytest.mark.filterwarnings("ignore:FusedBlock runs PyTorch's operators")
+def test_modules_that_are_replaced_after_fuse_are_the_ones_that_run():
+    eager, x = Block(4, 6, 2).to(DEVICE, torch.float64), draw(2, 4, 6, 5, dtype=torch.float64)
+    randomize(eager)
+    fused = copy.deepcopy(eager)
+    fuse(fused)
+    same_bits = {"atol": 1e-12, "rtol": 1e-12}
+    for change in (
+        lambda block: None,
+        lambda block: setattr(block, "conv2", nn.Conv2d(6, 6, 3, 2, 1).to(DEVICE, torch.float64)),
+        lambda block: block.first.__setitem__(1, nn.BatchNorm2d(6).to(DEVICE, torch.float64)),
+        lambda block: block.first.append(nn.Sigmoid()),
+        lambda block: block.first.pop(3),
+        lambda block: setattr(block, "drop", torch.neg),
+        lambda block: setattr(block, "drop", None),
+        lambda block: block.shortcut.__setitem__(0, nn.Tanh()),
+        lambda block: setattr(block, "relu", nn.SiLU()),
+        lambda block: vars(block).update(shortcut=block._modules.pop("shortcut").forward),
+    ):
+        for block in (eager, fused):
+            torch.manual_seed(1)
+            change(block)
+        with torch.no_grad():
+            torch.testing.assert_close(fused.eval()(x), eager.eval()(x), **same_bits)
+
+
+def test_a_blocks_part_that_is_shared_is_fused_in_each():
+    model = net()
+    model.blocks[2].conv2 = model.blocks[1].conv2
+    model.blocks[2].conv2.stride = (1, 1)
+    model.blocks.append(model.blocks[2])
+    assert names(fuse(model).fused) == ["", "blocks.0", "blocks.2"]
+
+
+# ---- what is left alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda b: setattr(b, "drop", nn.Dropout()), "drop is a Dropout, not a Identity"),
+        (lambda b: setattr(b, "drop", torch.neg), "drop is a builtin_function_or_method and no module"),
+        (lambda b: setattr(b, "relu", nn.GELU()), "relu is a GELU, not a ReLU"),
+        (lambda b: b.conv2.register_forward_hook(print), "conv2 has hooks"),
+        (lambda b: b.first.register_forward_pre_hook(print), "first has hooks"),
+        (lambda b: b.first.append(nn.Dropout()), "first.3 is a Dropout"),
+        (lambda b: b.shortcut.__setitem__(0, nn.AvgPool2d(2)), "shortcut.0 is a AvgPool2d"),
+        (lambda b: setattr(b, "shortcut", nn.Sequential(*b.shortcut)), "shortcut is a Sequential, not a Shortcut"),
+        (lambda b: setattr(b, "bn2", nn.SyncBatchNorm(6)), "bn2 is a SyncBatchNorm"),
+        (lambda b: setattr(b, "bn2", nn.GroupNorm(2, 6)), "bn2 is a GroupNorm"),
+        (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, 1, groups=2)), "conv2.groups is 2"),
+        (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, 1, dilation=2)), "conv2.dilation is"),
+        (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 5, 2, 2)), "conv2.kernel_size is"),
+        (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 1, 1)), "shortcut.1.stride is"),
+        (
+            lambda b: parametrize.register_parametrization(b.conv2, "weight", nn.Identity()),
+            "conv2 is a ParametrizedConv2d",
+        ),
+        (lambda b: nn.utils.weight_norm(b.conv2), "conv2 has hooks"),
+        (lambda b: setattr(b, "forward", b.forward), "a forward of its own"),
+        (lambda b: setattr(b, "scale", nn.Parameter(torch.ones(1))), "scale is none that"),
+        (lambda b: setattr(b, "after", nn.Dropout()), "after is none that"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
+def test_a_block_that_might_compute_something_else_is_left_alone(change, reason):
+    block = Block(4, 6, 2)
+    change(block)
+    report = fuse(block)
+    assert reason in reason_of(report) and not report.fused
+    assert type(block) is Block
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.bn.register_forward_hook(print), "bn has hooks"),
+        (lambda m: setattr(m, "pool", nn.AvgPool2d(2)), "pool is a AvgPool2d, not a MaxPool2d"),
+        (lambda m: setattr(m, "relu", nn.ReLU6()), "relu is a ReLU6"),
+        (lambda m: setattr(m, "conv", nn.Sequential(m.conv)), "conv is a Sequential, not a Conv2d"),
+        (lambda m: setattr(m, "forward", m.forward), "a forward of its own"),
+    ],
+)
+def test_a_stem_that_might_compute_something_else_is_left_alone_and_the_blocks_are_fused(change, reason):
+    model = net()
+    change(model)
+    report = fuse(model)
+    assert names(report.left) == [""] and reason in reason_of(report)
+    assert names(report.fused) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert type(model) is Net
+
+
+def test_a_network_that_uses_its_stem_twice_is_left_alone():
+    model = Branches()
+    assert "forward does not begin with conv, bn, relu, pool, and have them nowhere else" in reason_of(fuse(model))
+    assert type(model) is Branches
+
+
+def test_a_sequential_network_whose_first_layers_are_no_stem_runs_them_as_they_are():
+    small = ResNet(BasicBlock, depths=(1,), widths=(4,), num_classes=3, stem="small")
+    assert reason_of(fuse(small)) == "it does not begin with conv1, bn1, relu, maxpool"
+    eager, x = published().eval(), draw(*IMAGES, dtype=torch.float64)
+    fused = copy.deepcopy(eager)
+    fuse(fused)
+    for model in (eager, fused):
+        del model.maxpool
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), eager(x), atol=1e-9, rtol=1e-7)
+
+
+def test_a_class_whose_forward_was_replaced_is_left_alone(monkeypatch):
+    def forward(self, image):
+        return -image
+
+    monkeypatch.setattr(Block, "forward", forward)
+    block = Block(4, 4)
+    assert reason_of(fuse(block)).endswith("Block.forward was replaced")
+    assert type(block) is Block
+
+
+class Derived(Block):
+    pass
+
+
+class DerivedResidual(Residual):
+    pass
+
+
+def test_derived_classes_are_left_alone():
+    model = nn.Sequential(Derived(4, 4), DerivedResidual(4, 4), LazyFusedResidual(4))
+    before = kinds(model)
+    report = fuse(model)
+    assert kinds(model) == before and not report.fused
+    assert [item.reason for item in report.left] == [
+        f"it is derived from {Block.__module__}.Block and may compute something else",
+        "it is derived from resnet.reference.Residual and may compute something else",
+        "conv1 is a LazyConv2d, not a Conv2d",
+    ]
+
+
+def test_a_class_that_a_tool_derives_from_a_fused_one_stays_and_is_reported_as_fused():
+    """As `torch.distributed.fsdp.fully_shard` does."""
+    block = Block(4, 4)
+    fuse(block)
+    block.__class__ = derived = type("Derived", (type(block),), {})
+    report = fuse(block)
+    assert names(report.fused) == [""] and not report.left
+    unfuse(block)
+    assert type(block) is derived
+
+
+def test_own_blocks_are_left_alone_with_a_reason():
+    model = own()
+    model[1].bn1.register_forward_hook(print)
+    model[2].forward = model[2].forward
+    assert [item.reason for item in fuse(model).left] == [
+        "bn1 has hooks, which a fused operator would not call",
+        "it has a forward of its own",
+    ]
+
+
+def test_a_block_that_was_fused_and_no_longer_can_be_keeps_its_class_and_is_reported():
+    model = net()
+    fuse(model)
+    fused = type(model.blocks[1])
+    handle = model.blocks[1].conv2.register_forward_hook(print)
+    report = fuse(model)
+    assert names(report.left) == ["blocks.1"] and type(model.blocks[1]) is fused
+    handle.remove()
+    assert not fuse(model).left
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_prints_a_line_for_each_class_and_reason():
+    model = nn.Sequential(resnet18(in_channels=3), nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    model[0][3][1].bn2 = nn.Identity()
+    model[0][4][0].bn2 = nn.Identity()
+    model[0][4][1].conv1.register_forward_hook(print)
+    assert str(fuse(model)) == "\n".join(
+        [
+            "fused: 6",
+            "  1 resnet.reference.Stem: 0.0",
+            "  5 resnet.reference.Residual: 0.1.0-1, 0.2.0-1, 0.3.0",
+            "left as they are: 3",
+            "  2 resnet.reference.Residual, since bn2 is a Identity, not a BatchNorm2d: 0.3.1, 0.4.0",
+            "  1 resnet.reference.Residual, since conv1 has hooks, which a fused operator would not call: 0.4.1",
+            "of other classes, with a convolution and a BatchNorm: 1",
+            "  1 torch.nn.modules.container.Sequential",
+        ]
+    )
+
+
+def test_a_report_names_the_stem_of_a_network_and_the_model_itself():
+    assert "  1 stem of tests" in str(fuse(net())).replace(Net.__module__, "tests")
+    assert str(fuse(Residual(4, 4))) == "fused: 1\n  1 resnet.reference.Residual: the model itself"
+
+
+def test_a_model_with_nothing_that_is_known_says_so():
+    report = fuse(nn.Sequential(nn.Linear(2, 2)))
+    assert not report.fused and not report.left and not report.unknown
+    assert str(report) == "fused: 0, as the model has no block or stem that resnet.fuse knows"
+
+
+def test_what_is_inside_a_known_block_is_not_counted_as_unknown():
+    assert fuse(net()).unknown == {}
+    assert fuse(nn.ModuleList([Derived(4, 6), nn.Sequential(nn.Conv1d(2, 2, 1), nn.BatchNorm1d(2))])).unknown == {
+        "torch.nn.modules.container.Sequential": 1
+    }
+
+
+@pytest.mark.parametrize("function", [fuse, unfuse])
+def test_what_is_no_module_is_refused(function):
+    with pytest.raises(TypeError, match=rf"{function.__name__}: expected a torch.nn.Module, got a type"):
+        function(Residual)
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+
+@models
+@pytest.mark.parametrize(
+    "tool",
+    [
+        torch.fx.symbolic_trace,
+        torch.jit.script,
+        lambda model: torch.jit.trace(model, draw(*IMAGES, dtype=torch.float64)),
+        lambda model: torch.compile(model, backend="eager", fullgraph=True),
+        lambda model: torch.export.export(model, (draw(*IMAGES, dtype=torch.float64),)).module(),
+    ],
+    ids=["fx", "script", "trace", "compile", "export"],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_tools_see_a_model_that_computes_the_same(make, tool, monkeypatch):
+    monkeypatch.setattr(nn.functional, "conv2d", torch.conv2d)  # TorchScript would read tests/conftest.py's
+    model = make().eval()
+    x = draw(*IMAGES, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        fuse(model)
+        torch.testing.assert_close(tool(model)(x), expected, atol=1e-9, rtol=1e-7)
+
+
+def test_a_replica_runs_its_own_modules():
+    """What `nn.DataParallel` makes of a module: a shallow copy whose children are then replaced."""
+    block = Block(4, 4).to(DEVICE).eval()
+    fuse(block)
+    x = draw(2, 4, 6, 5)
+    with torch.no_grad():
+        before = block(x)
+        replica = block._replicate_for_data_parallel()
+        replica.conv2 = copy.deepcopy(block.conv2)
+        replica.conv2.weight.zero_()
+        assert not torch.equal(replica(x), before)
+        assert torch.equal(block(x), before)

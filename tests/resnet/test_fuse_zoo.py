@@ -1,0 +1,336 @@
+"""`fuse` on the ResNets of torchvision, timm and transformers, each where it is installed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from resnet import fuse, unfuse
+from tests.conftest import DEVICE, ROOT
+from tests.helpers.blocks import assert_parity, draw, randomize, snapshot, step, weights_dtype
+
+
+def torchvision(name: str, **options) -> nn.Module:
+    return getattr(pytest.importorskip("torchvision").models, name)(num_classes=5, **options)
+
+
+def timm(name: str, **options) -> nn.Module:
+    return pytest.importorskip("timm").create_model(name, num_classes=5, **options)
+
+
+def transformers(layer_type: str, **options) -> nn.Module:
+    library = pytest.importorskip("transformers")
+    config = library.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 24], depths=[2, 2], layer_type=layer_type, num_labels=5, **options
+    )
+    return library.ResNetForImageClassification(config)
+
+
+class Entry(NamedTuple):
+    make: Callable[[], nn.Module]
+    fused: int
+    left: int
+
+
+ZOO = {
+    "torchvision resnet18": Entry(lambda: torchvision("resnet18"), 9, 0),
+    "torchvision resnet50": Entry(lambda: torchvision("resnet50"), 17, 0),
+    "torchvision resnext50": Entry(lambda: torchvision("resnext50_32x4d"), 1, 16),
+    "timm resnet18": Entry(lambda: timm("resnet18"), 9, 0),
+    "timm resnet50": Entry(lambda: timm("resnet50"), 17, 0),
+    "timm resnet18d": Entry(lambda: timm("resnet18d"), 5, 4),
+    "timm resnet26t": Entry(lambda: timm("resnet26t"), 5, 4),
+    "timm seresnet18": Entry(lambda: timm("seresnet18"), 1, 8),
+    "transformers basic": Entry(lambda: transformers("basic"), 5, 0),
+    "transformers bottleneck": Entry(lambda: transformers("bottleneck"), 5, 0),
+    "transformers stride first": Entry(lambda: transformers("bottleneck", downsample_in_bottleneck=True), 5, 0),
+}
+zoo = pytest.mark.parametrize("name", ZOO)
+ONE_OF_EACH = ("torchvision resnet18", "timm resnet18", "transformers bottleneck")
+one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
+IMAGES = (2, 3, 64, 64)
+
+
+def made(name: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    model = ZOO[name].make()
+    randomize(model)
+    return model.to(DEVICE, dtype).eval()
+
+
+def logits(out: Tensor | object) -> Tensor:
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    return logits(model(x))
+
+
+def one_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    return step(model, x, lambda call: logits(call()))
+
+
+def fused_classes(model: nn.Module) -> list[str]:
+    return [type(module).__name__ for module in model.modules() if type(module).__name__.startswith("Fused")]
+
+
+# ---- each model ------------------------------------------------------------------------------------------------------
+
+
+@zoo
+def test_what_is_fused_and_what_is_left(name):
+    model = made(name)
+    before = [type(module) for module in model.modules()]
+    report = fuse(model)
+    assert (len(report.fused), len(report.left)) == ZOO[name][1:]
+    assert len(fused_classes(model)) == len(report.fused)
+    assert all(isinstance(module, kind) for module, kind in zip(model.modules(), before, strict=True))
+    assert fuse(model) == report
+    unfuse(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+@zoo
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_step_gives_what_the_eager_one_gives(name, train):
+    eager = made(name).train(train)
+    fused = copy.deepcopy(eager)
+    fuse(fused)
+    x = draw(*IMAGES, dtype=torch.float64)
+    torch.testing.assert_close(one_step(fused, x), one_step(eager, x), atol=1e-8, rtol=1e-6)
+
+
+def outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    with torch.no_grad():
+        out = run(model, x.to(weights_dtype(model)))
+    return {"out": out, **{name: buffer.clone() for name, buffer in model.named_buffers()}}
+
+
+@one_of_each
+def test_outputs_and_statistics_in_float32_are_as_exact_as_eagers(name):
+    """Gradients are not compared here: in a whole network a single value on the other side of a ReLU outweighs all."""
+    results = []
+    for seed in range(3):
+        eager = made(name, torch.float32, seed).train()
+        fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
+        fuse(fused)
+        results.append(tuple(outputs(model, draw(*IMAGES, seed=seed)) for model in (eager, fused, exact)))
+    assert_parity(results)
+
+
+@zoo
+def test_the_state_dict_and_its_tensors_stay(name):
+    model = made(name)
+    before = model.state_dict(keep_vars=True)
+    fuse(model)
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before) and all(after[key] is before[key] for key in before)
+    twin = made(name, seed=1)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    model.load_state_dict(twin.state_dict(), strict=True)
+
+
+def saved(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "save": saved}
+
+
+@one_of_each
+@pytest.mark.parametrize("duplicate", COPIES)
+def test_copies_are_fused(name, duplicate):
+    model = made(name)
+    fuse(model)
+    x = draw(*IMAGES, dtype=torch.float64)
+    with torch.no_grad():
+        before = run(model, x)
+        twin = COPIES[duplicate](model)
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert torch.equal(run(twin, x), before)
+
+
+READER = """
+import sys, torch
+model = torch.load(sys.argv[1], weights_only=False)
+out = model(torch.load(sys.argv[2]))
+torch.save(getattr(out, "logits", out).detach(), sys.argv[3])
+print(*(type(module).__name__ for module in model.modules() if type(module).__name__.startswith("Fused")))
+"""
+
+
+@one_of_each
+def test_a_saved_model_is_fused_in_a_fresh_process(name, tmp_path: Path):
+    model, x = made(name), draw(*IMAGES, dtype=torch.float64)
+    fuse(model)
+    files = [str(tmp_path / file) for file in ("model.pt", "x.pt", "out.pt")]
+    torch.save(model, files[0])
+    torch.save(x, files[1])
+    done = subprocess.run([sys.executable, "-c", READER, *files], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == fused_classes(model)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.load(files[2]), run(model, x), atol=1e-9, rtol=1e-7)
+
+
+@one_of_each
+def test_an_optimizer_that_was_made_before_goes_on(name):
+    eager = made(name).train()
+    fused = copy.deepcopy(eager)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9) for model in (eager, fused)]
+    for i in range(2):
+        for model, optimizer in zip((eager, fused), optimizers):
+            optimizer.zero_grad()
+            run(model, draw(*IMAGES, seed=i, dtype=torch.float64)).square().mean().backward()
+            optimizer.step()
+        fuse(fused)
+    assert fused_classes(fused)
+    torch.testing.assert_close(snapshot(fused), snapshot(eager), atol=1e-8, rtol=1e-6)
+
+
+@one_of_each
+def test_compiled_and_exported_models_compute_the_same(name, monkeypatch):
+    monkeypatch.setattr(nn.functional, "conv2d", torch.conv2d)  # tools would read tests/conftest.py's
+    model, x = made(name), draw(*IMAGES, dtype=torch.float64)
+    with torch.no_grad():
+        expected = run(model, x)
+        fuse(model)
+        for recorded in (
+            torch.compile(model, backend="eager", fullgraph=True),
+            torch.export.export(model, (x,)).module(),
+        ):
+            torch.testing.assert_close(run(recorded, x), expected, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["torchvision resnet50", "timm resnet18"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_scripted_and_symbolically_traced_models_compute_the_same(name, monkeypatch):
+    monkeypatch.setattr(nn.functional, "conv2d", torch.conv2d)  # tools would read tests/conftest.py's
+    model, x = made(name), draw(*IMAGES, dtype=torch.float64)
+    with torch.no_grad():
+        expected = run(model, x)
+        fuse(model)
+        for recorded in (torch.jit.script(model), torch.fx.symbolic_trace(model)):
+            torch.testing.assert_close(recorded(x), expected, atol=1e-9, rtol=1e-7)
+
+
+# ---- what is left alone, and what else the libraries do with their models --------------------------------------------
+
+
+def frozen_batch_norm() -> type[nn.Module]:
+    return pytest.importorskip("torchvision").ops.FrozenBatchNorm2d
+
+
+@pytest.mark.parametrize(
+    ("make", "reasons"),
+    [
+        (lambda: torchvision("resnext50_32x4d"), ["conv2.groups is 32"]),
+        (lambda: torchvision("resnet50", replace_stride_with_dilation=[False, False, True]), ["conv2.padding is (2"]),
+        (lambda: torchvision("resnet18", norm_layer=lambda K: nn.GroupNorm(1, K)), ["bn1 is a GroupNorm"]),
+        (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(torchvision("resnet18")), ["bn1 is a SyncBatchNorm"]),
+        (lambda: timm("resnet18", drop_path_rate=0.1), ["drop_path is a DropPath"]),
+        (lambda: timm("resnet18", drop_block_rate=0.1), ["drop_block is a DropBlock2d"]),
+        (lambda: timm("resnet18", act_layer="silu"), ["act1 is a SiLU"]),
+        (lambda: timm("resnetblur50"), ["aa is a BlurPool2d", "maxpool is a Sequential"]),
+        (lambda: timm("seresnet18"), ["se is a SEModule"]),
+        (lambda: timm("resnet18d"), ["downsample.0 is a AvgPool2d", "conv1 is a Sequential"]),
+        (lambda: torchvision("resnet18", norm_layer=frozen_batch_norm()), ["bn1 is a FrozenBatchNorm2d"]),
+        (
+            lambda: transformers("basic", hidden_act="gelu"),
+            ["embedder.activation is a GELU", "activation is a GELU"],
+        ),
+    ],
+)
+def test_the_reasons_name_what_is_in_the_way(make, reasons):
+    found = {item.reason for item in fuse(make()).left}
+    for reason in reasons:
+        assert any(text.startswith(reason) for text in found), found
+
+
+def test_models_that_torchvision_quantizes_are_derived_and_left_alone():
+    model = pytest.importorskip("torchvision").models.quantization.resnet18()
+    report = fuse(model)
+    assert not report.fused and len(report.left) == 9
+    assert all("is derived from torchvision.models.resnet." in item.reason for item in report.left)
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm"])
+def test_hooks_on_the_stems_modules_see_what_they_saw(kind):
+    model = {"torchvision": torchvision, "timm": timm}[kind]("resnet18").to(DEVICE).eval()
+    x, seen = draw(*IMAGES), []
+    model.bn1.register_forward_hook(lambda module, args, out: seen.append(out.clone()))  # ReLU changes it
+    report = fuse(model)
+    assert [item.name for item in report.left] == [""]
+    with torch.no_grad():
+        model(x)
+        bn, y = model.bn1, model.conv1(x)
+        expected = nn.functional.batch_norm(y, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+    torch.testing.assert_close(seen, [expected])
+
+
+def test_timms_other_ways_through_a_fused_network_are_its_own():
+    model = timm("resnet18").to(DEVICE, torch.float64).eval()
+    eager = copy.deepcopy(model)
+    fuse(model)
+    x, close = draw(*IMAGES, dtype=torch.float64), {"atol": 1e-9, "rtol": 1e-7}
+    with torch.no_grad():
+        for call in (
+            lambda m: m.forward_features(x),
+            lambda m: m.forward_head(m.forward_features(x), pre_logits=True),
+            lambda m: m.forward_intermediates(x),
+        ):
+            torch.testing.assert_close(call(model), call(eager), **close)
+    for m in (model, eager):
+        m.set_grad_checkpointing()
+    torch.testing.assert_close(one_step(model.train(), x), one_step(eager.train(), x), atol=1e-8, rtol=1e-6)
+
+
+def test_blocks_in_timms_feature_extractor_are_fused():
+    model = pytest.importorskip("timm").create_model("resnet18", features_only=True).to(DEVICE, torch.float64).eval()
+    x = draw(*IMAGES, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(x)
+        report = fuse(model)
+        torch.testing.assert_close(model(x), expected, atol=1e-9, rtol=1e-7)
+    assert len(report.fused) == 8 and report.unknown == {"timm.models._features.FeatureListNet": 1}
+
+
+def test_a_backbone_of_torchvisions_detectors_has_fused_blocks():
+    models = pytest.importorskip("torchvision").models
+    model = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None)
+    report = fuse(model)
+    # The others are dilated.
+    assert [item.kind for item in report.fused] == ["torchvision.models.resnet.Bottleneck"] * 8
+    assert report.unknown["torchvision.models._utils.IntermediateLayerGetter"] == 1
+
+
+def test_wrong_channels_are_refused_in_the_words_of_transformers():
+    model = transformers("basic").to(DEVICE)
+    fuse(model)
+    with pytest.raises(ValueError, match="channel dimension of the pixel values"):
+        model(draw(2, 4, 64, 64))
+
+
+def test_transformers_saves_and_loads_what_it_did(tmp_path):
+    model = transformers("bottleneck").eval()
+    fuse(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert not fused_classes(loaded)
+    with torch.no_grad():
+        torch.testing.assert_close(run(loaded, torch.ones(IMAGES)), run(model, torch.ones(IMAGES)))
+    hidden = [m(torch.ones(IMAGES), output_hidden_states=True).hidden_states for m in (model, loaded)]
+    torch.testing.assert_close(*hidden)
