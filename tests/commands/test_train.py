@@ -10,7 +10,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -24,9 +23,8 @@ from resnet.data import DatasetError
 from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import NonFiniteError, TrainConfig, train
-from tests.conftest import ROOT
 from tests.helpers.graphs import captures_on_the_cpu
-from tests.helpers.runs import load_once, small_runs  # noqa: F401
+from tests.helpers.runs import command, load_once, options, small_runs  # noqa: F401
 
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
 # To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
@@ -39,24 +37,6 @@ RATE_LINE = r"(\d+\.\d) examples/sec on cpu"
 
 def small(model: str = "eager", **changes) -> TrainConfig:
     return TrainConfig(model=model, **{**SMALL, **changes})
-
-
-def options(config: TrainConfig) -> list[str]:
-    """The command line that means `config`."""
-    values = dataclasses.asdict(config).items()
-    return [word for k, v in values if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
-
-
-def command(config: TrainConfig, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs) -> subprocess.Popen:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "resnet.train", *options(config)],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=stdout,
-        stderr=stderr,
-        text=True,
-        **kwargs,
-    )
 
 
 def weights_of(path: str | Path) -> dict[str, torch.Tensor]:
