@@ -20,9 +20,9 @@ def _parser() -> Parser:
     default = TrainConfig()
     parser = Parser(
         prog="python -m resnet.train",
-        description="Trains ResNet-18 on Fashion-MNIST and prints its loss, accuracies and examples/sec. Loss and "
-        "train acc are of the images as the recipe augments them; test acc is of the weights' average where the recipe "
-        "keeps one.",
+        description="Trains ResNet-18 on Fashion-MNIST, or on a folder of images, and prints its loss, accuracies and "
+        "examples/sec. Loss and train acc are of the images as the recipe augments them; test acc is of the weights' "
+        "average where the recipe keeps one.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", choices=MODELS, default=default.model, help="compile: torch.compile of eager")
@@ -51,7 +51,11 @@ def _parser() -> Parser:
         help="replay the steps of whole batches as a CUDA graph; auto: on a CUDA device, but not with --model compile",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="of the first weights and the order of images")
-    parser.add_argument("--data", help="folder of Fashion-MNIST's four IDX files; searched and downloaded if not given")
+    parser.add_argument(
+        "--data",
+        help="folder of Fashion-MNIST's four IDX files, searched and downloaded if not given; or one of PNG and JPEG "
+        "images, as train/CLASS/NAME.png and test/CLASS/NAME.png",
+    )
     parser.add_argument("--limit-train", type=int, metavar="N", help="only the first N training images")
     parser.add_argument("--limit-test", type=int, metavar="N", help="only the first N test images")
     parser.add_argument("--save", metavar="PATH", help="checkpoint, replaced after every epoch and at Ctrl-C")

@@ -1,4 +1,4 @@
-"""Trains ResNet-18 on Fashion-MNIST by a recipe, and times it.
+"""Trains ResNet-18 on Fashion-MNIST, or on a folder of images, by a recipe, and times it.
 
 The first recipe is d2l.ai's `train_ch6`: plain SGD, Xavier-uniform weights, cross entropy, images enlarged to 96 x 96.
 The others are in `resnet.recipes`. Loss and training accuracy are means over the last epoch, taken as it ran, of the
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from resnet.checkpoints import FORMAT, MODELS, another_net, check_settings, read_checkpoint
+from resnet.checkpoints import FORMAT, MODELS, another_net, check_images, check_settings, read_checkpoint
 from resnet.commands import (
     DTYPES,
     ConfigError,
@@ -43,7 +43,7 @@ from resnet.commands import (
     write_output,
     write_plot,
 )
-from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
+from resnet.data import FASHION_MNIST, IMAGE_SIZE, Batches, ImageSet, ImageSpec, load
 from resnet.fused import FusedResidual
 from resnet.graphs import Graphed
 from resnet.kernels.host.command import ENDING, RunError
@@ -94,7 +94,7 @@ class TrainConfig:
     dtype: str = None  # type: ignore[assignment]  # other than float32: autocast to it
     cuda_graph: str = "auto"  # on: replay whole batches' steps as a CUDA graph; auto: where that can be
     seed: int = 0
-    data: str | None = None  # folder; None: see resnet.data.load
+    data: str | None = None  # folder, of Fashion-MNIST or of images; None: see resnet.data.load
     limit_train: int | None = None  # only so many images, the first ones; None: all
     limit_test: int | None = None
     save: str | None = None  # checkpoint, written after every epoch
@@ -234,9 +234,10 @@ def train(config: TrainConfig) -> TrainResult:
     The same seed gives the same first weights and order of images for every model and device.
 
     The checkpoint is a dictionary for `torch.load`: `model` (a state_dict for `resnet18` of either block),
-    `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one) and `args`. It is replaced after every
-    epoch, never by one with non-finite weights. Ctrl-C ends the run after the step at hand and writes it, under a name
-    of its own in the current folder where `config.save` has none; a second Ctrl-C raises KeyboardInterrupt at once.
+    `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one), `images` (an ImageSpec) and
+    `args`. It is replaced after every epoch, never by one with non-finite weights. Ctrl-C ends the run after the step
+    at hand and writes it, under a name of its own in the current folder where `config.save` has none; a second Ctrl-C
+    raises KeyboardInterrupt at once.
     SIGTERM and SIGHUP do as Ctrl-C does; a second one does what it did before.
 
     Raises:
@@ -252,6 +253,8 @@ def train(config: TrainConfig) -> TrainResult:
     if earlier is not None:
         check_settings(config.resume, earlier["args"], config.decisive)
     dataset = load(config.data)
+    if earlier is not None:
+        check_images(config.resume, earlier, dataset.spec)
     batches, evaluation = _batches(config, dataset, device)
     _check_steps(config, batches)
     if device.type == "cpu" and config.dtype == "float16":
@@ -259,7 +262,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     with (
         _deferred_interrupt() as interrupt,
-        contextlib.closing(_Run(config, device, cuda_graph, batches, evaluation, interrupt)) as run,
+        contextlib.closing(_Run(config, device, cuda_graph, batches, evaluation, interrupt, dataset.spec)) as run,
     ):
         if earlier is not None:
             run.restore(earlier)
@@ -339,6 +342,7 @@ class _Run:
         batches: Batches,
         evaluation: Batches,
         interrupt: threading.Event,
+        images: ImageSpec = FASHION_MNIST,
     ):
         self.config = config
         self.device = device
@@ -346,6 +350,7 @@ class _Run:
         self.batches = batches
         self.evaluation = evaluation
         self.interrupt = interrupt
+        self.images = images
         self.log = Log(config.log)
         self.epochs = 0  # trained in full
         self.step = 0  # steps of the next one
@@ -353,7 +358,8 @@ class _Run:
         self.tally = _Tally.of(len(batches), device)
         self.plan = config.plan
         self.steps = _steps(config, batches)
-        self.net = _net(config.model, config.seed, self.plan.stem).to(device, memory_format=torch.channels_last)
+        net = _net(config.model, config.seed, self.plan.stem, images)
+        self.net = net.to(device, memory_format=torch.channels_last)
         # Two shapes of batches at most: one graph for each is quicker than one for all.
         self.forward = torch.compile(self.net, dynamic=False) if config.model == "compile" else self.net
         self.optimizer = optimizer(self.plan, self.net)
@@ -484,6 +490,7 @@ class _Run:
             "model": self.evaluated.state_dict(),
             **raw,
             "format": FORMAT,
+            "images": dataclasses.asdict(self.images),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epochs,
@@ -588,17 +595,18 @@ def _check_losses(losses: Tensor, epoch: int, first_step: int) -> None:
         raise NonFiniteError(f"non-finite loss ({losses[step]}) at epoch {epoch}, step {first_step + step}; {_ADVICE}")
 
 
-def _net(model: str, seed: int, stem: str = "textbook") -> nn.Sequential:
+def _net(model: str, seed: int, stem: str = "textbook", images: ImageSpec = FASHION_MNIST) -> nn.Sequential:
     """ResNet-18 with the textbook's first weights, the same for each model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = resnet18(stem=stem)
+        shape = (len(images.classes), images.channels)
+        net = resnet18(*shape, stem=stem)
         for module in net.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
         if model != "fused":
             return net
-        fused = resnet18(block=FusedResidual, stem=stem)
+        fused = resnet18(*shape, block=FusedResidual, stem=stem)
         fused.load_state_dict(net.state_dict())
         return fused
 
@@ -611,10 +619,13 @@ def _wants_graph(config: TrainConfig, device: torch.device) -> bool:
     return config.cuda_graph != "off" and config.model != "compile" and device.type == "cuda"
 
 
-def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -> tuple[Batches, Batches]:
+def _batches(config: TrainConfig, dataset: ImageSet, device: torch.device) -> tuple[Batches, Batches]:
     """The training and the test set on the device. Raises ConfigError for a limit or a batch that cannot be."""
     require_limit("--limit-train", config.limit_train, len(dataset.train_images), dataset.source)
     require_limit("--limit-test", config.limit_test, len(dataset.test_images), dataset.source)
+    size = dataset.spec.size
+    own = f"at least {size}, the size of the images of {dataset.source}: they are enlarged only"
+    require(config.resize >= size, "--resize", own, config.resize)
     n = config.limit_train or len(dataset.train_images)
     # A last stage of one pixel has one value per channel in a batch of one image, which BatchNorm cannot normalise.
     plan = config.plan
