@@ -62,7 +62,12 @@ def _parser() -> Parser:
     parser.add_argument("--resume", metavar="PATH", help="go on from a checkpoint of a run with the same settings")
     parser.add_argument("--json", metavar="PATH", help="figures of the run, per epoch and in all")
     parser.add_argument("--log", metavar="PATH", help="a line of JSON per epoch, as the run goes; --resume adds to it")
-    parser.add_argument("--log-every", type=int, metavar="N", help="and a line per N steps")
+    parser.add_argument(
+        "--log-every", type=int, metavar="N", help="and a line per N steps; --tensorboard gets them too"
+    )
+    parser.add_argument(
+        "--tensorboard", metavar="DIR", help="scalars per epoch for TensorBoard, whose package it needs"
+    )
     parser.add_argument("--plot", metavar="PATH", help="loss and accuracies per epoch, drawn after each")
     return parser
 

@@ -36,6 +36,7 @@ from resnet.commands import (
     OutputError,
     check_outputs,
     check_plot,
+    check_tensorboard,
     find_device,
     require,
     require_count,
@@ -47,7 +48,7 @@ from resnet.data import FASHION_MNIST, IMAGE_SIZE, Batches, ImageSet, ImageSpec,
 from resnet.fused import FusedResidual
 from resnet.graphs import Graphed
 from resnet.kernels.host.command import ENDING, RunError
-from resnet.metrics import Log
+from resnet.metrics import Board, Log
 from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
 from resnet.reference import resnet18
 
@@ -101,6 +102,7 @@ class TrainConfig:
     json: str | None = None  # figures of the run
     log: str | None = None  # lines of JSON, one per epoch, written as the run goes
     log_every: int | None = None  # and one per so many steps
+    tensorboard: str | None = None  # folder for TensorBoard's scalars, per epoch and per log_every steps
     plot: str | None = None  # picture of loss and accuracies, drawn after every epoch
     resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
 
@@ -127,8 +129,10 @@ class TrainConfig:
             require(limit is None or limit >= 1, name, "at least 1", limit)
         if self.log_every is not None:
             require_count("--log-every", self.log_every)
-            require(self.log is not None, "--log-every", "--log, which names the file", "none")
+            where = self.log or self.tensorboard
+            require(where is not None, "--log-every", "--log or --tensorboard, which say where", "none")
         check_plot(self.plot)
+        check_tensorboard(self.tensorboard)
         reports = {"--json": self.json, "--log": self.log, "--plot": self.plot}
         check_outputs({"--save": self.save, **reports})
         check_outputs(reports, {"--resume": self.resume})
@@ -245,7 +249,8 @@ def train(config: TrainConfig) -> TrainResult:
             cannot be normalised, or the steps are too few for the recipe's warm-up.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
-        UnfinishedError: a checkpoint, the log or the plot cannot be written. What was there before is left as it was.
+        UnfinishedError: a checkpoint, the log, the plot or a scalar cannot be written. What was there before is left as
+            it was.
     """
     device = find_device(config.device)
     cuda_graph = _wants_graph(config, device)
@@ -352,6 +357,7 @@ class _Run:
         self.interrupt = interrupt
         self.images = images
         self.log = Log(config.log)
+        self.board = Board(config.tensorboard)
         self.epochs = 0  # trained in full
         self.step = 0  # steps of the next one
         self.history: list[Epoch] = []  # trained in full and evaluated
@@ -371,6 +377,7 @@ class _Run:
 
     def close(self) -> None:
         self.log.close()
+        self.board.close()
 
     @property
     def trained(self) -> bool:
@@ -459,6 +466,13 @@ class _Run:
             seconds=epoch.seconds,
             lr=self._rate(0),
         )
+        scalars = {
+            "loss": epoch.loss,
+            "accuracy/train": epoch.train_acc,
+            "accuracy/test": epoch.test_acc,
+            "examples per sec": epoch.examples / epoch.seconds,
+        }
+        self.board.write(self._taken(0), scalars)
         return True
 
     def _log_steps(self, logged: int) -> None:
@@ -469,10 +483,15 @@ class _Run:
         for step in range(logged - logged % every + every, self.step + 1, every):
             loss = self.tally.losses[step - 1].item()
             self.log.write(epoch=self.epochs + 1, step=step, loss=loss, lr=self._rate(step))
+            self.board.write(self._taken(step), {"steps/loss": loss, "steps/lr": self._rate(step)})
+
+    def _taken(self, step: int) -> int:
+        """A step of the epoch, counted from the first one of the run; 0 is the last one of the epoch before."""
+        return self.epochs * len(self.batches) + step
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step of the epoch, counted from 1; 0 is the last one of the epoch before."""
-        return rate(self.plan, self.epochs * len(self.batches) + step - 1, self.steps)
+        return rate(self.plan, self._taken(step) - 1, self.steps)
 
     def plot(self) -> None:
         """Draws the epochs so far, where that is asked for."""
@@ -530,6 +549,7 @@ class _Run:
         if self.epochs > len(self.history):  # Ctrl-C came in its evaluation, which is all that it lacks
             self.epochs, self.step = len(self.history), len(self.batches)
         self.log.go_on(self.epochs, self.step)
+        self.board.go_on(self._taken(self.step))
 
     def _step(self, index: Tensor) -> tuple[Tensor, ...]:
         """`_learn` at the step's learning rate, replayed where it was captured for so many images."""

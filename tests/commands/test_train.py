@@ -762,7 +762,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--json", "nowhere/figures.json"], "--json: expected a path in an existing folder"),
         (["--log", "nowhere/log"], "--log: expected a path in an existing folder"),
         (["--log", "log", "--json", "log"], "--log: expected another file than that of --json, got log"),
-        (["--log-every", "2"], "--log-every: expected --log, which names the file, got none"),
+        (["--log-every", "2"], "--log-every: expected --log or --tensorboard, which say where, got none"),
         (["--log-every", "0", "--log", "log"], "--log-every: expected at least 1, got 0"),
         (["--plot", "out.nothing"], "--plot"),
         (["--batch-size", "1", "--resize", "28"], "--resize 28 needs batches of 2 images or more"),
