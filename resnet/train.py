@@ -68,6 +68,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--tensorboard", metavar="DIR", help="scalars per epoch for TensorBoard, whose package it needs"
     )
+    parser.add_argument("--profile", metavar="PATH", help="PyTorch's trace of 5 of the first steps, as JSON for Chrome")
     parser.add_argument("--plot", metavar="PATH", help="loss and accuracies per epoch, drawn after each")
     return parser
 

@@ -49,6 +49,7 @@ from resnet.fused import FusedResidual
 from resnet.graphs import Graphed
 from resnet.kernels.host.command import ENDING, RunError
 from resnet.metrics import Board, Log
+from resnet.profiling import RECORDED, SKIPPED, Trace
 from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
 from resnet.reference import resnet18
 
@@ -103,6 +104,7 @@ class TrainConfig:
     log: str | None = None  # lines of JSON, one per epoch, written as the run goes
     log_every: int | None = None  # and one per so many steps
     tensorboard: str | None = None  # folder for TensorBoard's scalars, per epoch and per log_every steps
+    profile: str | None = None  # trace of some of the first epoch's steps
     plot: str | None = None  # picture of loss and accuracies, drawn after every epoch
     resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
 
@@ -133,7 +135,7 @@ class TrainConfig:
             require(where is not None, "--log-every", "--log or --tensorboard, which say where", "none")
         check_plot(self.plot)
         check_tensorboard(self.tensorboard)
-        reports = {"--json": self.json, "--log": self.log, "--plot": self.plot}
+        reports = {"--json": self.json, "--log": self.log, "--plot": self.plot, "--profile": self.profile}
         check_outputs({"--save": self.save, **reports})
         check_outputs(reports, {"--resume": self.resume})
 
@@ -246,11 +248,11 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, a batch of one image
-            cannot be normalised, or the steps are too few for the recipe's warm-up.
+            cannot be normalised, or the steps are too few for the recipe's warm-up or a trace.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
-        UnfinishedError: a checkpoint, the log, the plot or a scalar cannot be written. What was there before is left as
-            it was.
+        UnfinishedError: a checkpoint, the log, the plot, the trace or a scalar cannot be written. What was there before
+            is left as it was.
     """
     device = find_device(config.device)
     cuda_graph = _wants_graph(config, device)
@@ -358,6 +360,7 @@ class _Run:
         self.images = images
         self.log = Log(config.log)
         self.board = Board(config.tensorboard)
+        self.trace = Trace(config.profile, device)
         self.epochs = 0  # trained in full
         self.step = 0  # steps of the next one
         self.history: list[Epoch] = []  # trained in full and evaluated
@@ -378,6 +381,7 @@ class _Run:
     def close(self) -> None:
         self.log.close()
         self.board.close()
+        self.trace.close()
 
     @property
     def trained(self) -> bool:
@@ -440,6 +444,7 @@ class _Run:
                 tally.correct += right
                 self.step += 1
                 tally.seen += len(index)
+                self.trace.step()
                 bar.update(len(index))
                 stop = self.interrupt.is_set()
                 if self.step == steps or stop or time.perf_counter() - looked >= _LOOK_SECONDS:
@@ -687,13 +692,16 @@ def _steps(config: TrainConfig, batches: Batches) -> int:
 
 
 def _check_steps(config: TrainConfig, batches: Batches) -> None:
-    """ConfigError where the learning rate could only rise."""
+    """ConfigError where the learning rate could only rise, or a trace would have no end."""
     steps = _steps(config, batches)
     if warm_up_steps(config.plan, steps) >= steps:
         raise ConfigError(
             f"--recipe {config.recipe} needs 2 steps or more, a last one after its warm-up: --epochs {config.epochs} "
             f"and --batch-size {config.batch_size} make {steps} of {batches.examples} images"
         )
+    if config.profile is not None:
+        wanted = f"{SKIPPED + RECORDED} steps or more in an epoch, of which it records {RECORDED}"
+        require(len(batches) >= SKIPPED + RECORDED, "--profile", wanted, len(batches))
 
 
 @contextmanager
