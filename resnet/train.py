@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -101,6 +102,9 @@ def _train(config: TrainConfig) -> int:
 
 def _report(config: TrainConfig, result: TrainResult) -> None:
     try:
+        if result.epochs:
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                print(result.table(), file=sys.stderr, flush=True)
         if result.interrupted:
             saved = result.checkpoint and f"checkpoint in {result.checkpoint}"
             say(f"interrupted after {len(result.epochs)} epochs; {saved or 'before the first step, nothing to save'}")

@@ -217,6 +217,13 @@ class TrainResult:
             f"{self.examples_per_sec:.1f} examples/sec on {self.device}{how}"
         )
 
+    def table(self) -> str:
+        """A line per whole epoch; its seconds are those of its training steps."""
+        lines = [f"{'epoch':>5}{'loss':>9}{'train acc':>11}{'test acc':>10}{'seconds':>10}"]
+        for number, e in enumerate(self.epochs, 1):
+            lines.append(f"{number:>5}{e.loss:>9.3f}{e.train_acc:>11.3f}{e.test_acc:>10.3f}{e.seconds:>10.2f}")
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         """All of it, with versions, as JSON's types. NaN, which JSON has not, becomes None."""
         figures = {name: getattr(self, name) for name in ("loss", "train_acc", "test_acc", "examples_per_sec")}

@@ -63,6 +63,11 @@ def test_the_command_ends_with_the_two_lines_and_shows_a_bar(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [f"{figures[k]:.3f}" for k in ("loss", "train_acc", "test_acc")] == list(loss.groups())
     assert f"{figures['examples_per_sec']:.1f}" == rate[1]
+    heads, *rows = err.splitlines()[-3:]
+    assert heads.split() == ["epoch", "loss", "train", "acc", "test", "acc", "seconds"]
+    last = [f"{figures[name]:.3f}" for name in ("loss", "train_acc", "test_acc")]
+    assert [row.split()[0] for row in rows] == ["1", "2"] and rows[1].split()[1:4] == last
+    assert len({len(heads), *map(len, rows)}) == 1, "columns are below each other"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "net.pt"], "nothing temporary is left"
 
 
