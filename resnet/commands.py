@@ -198,16 +198,16 @@ def check_tensorboard(folder: str | os.PathLike[str] | None) -> None:
 # ---- plots -------------------------------------------------------------------------------------------------------
 
 
-def check_plot(path: str | os.PathLike[str] | None) -> None:
+def check_plot(path: str | os.PathLike[str] | None, name: str = "--plot") -> None:
     """ConfigError where matplotlib is missing or draws no file of such a name. None is no plot."""
     if path is None:
         return
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ConfigError(f"{name} needs matplotlib: pip install matplotlib") from None
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-    require(_kind(path) in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
+    require(_kind(path) in formats, name, f"a name that ends in one of .{', .'.join(formats)}", path)
 
 
 def write_plot(path: str | os.PathLike[str], figure: Figure) -> None:
