@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import compare
 from resnet import evaluate, predict, train
 from resnet.data import Augmentation, Batches, DatasetError, ImageSpec, load
 from resnet.kernels.host.command import ConfigError
@@ -172,6 +173,13 @@ def test_other_images_than_the_net_s_are_one_line(folder, checkpoint, capsys):
     assert (
         message == f"--resize: expected at least 32, the size of the images of {folder}: they are enlarged only, got 28"
     )
+
+
+def test_the_benchmarks_are_of_fashion_mnist_alone(folder, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--data", str(folder), "--device", "cpu", "--batch-size", "2"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"error: --data: expected a folder of Fashion-MNIST's four IDX files, got {folder}")
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,10 @@ class Kills:
 def kill_again_and_again(folder: Path, kills: int, *, seed: int, limit_train: int, longest: float) -> Kills:
     """Starts the command so many times, from its checkpoint where there is one, and kills it at a random moment.
 
-    The moment is up to `longest` seconds after the bar of the first to third epoch, which are so short that a good part
-    of the time goes into writing. AssertionError where a checkpoint is not whole, has fewer epochs than the one before
-    or does not go on, and where the epochs in the end are not those of a run that nobody killed.
+    The moment is up to `longest` seconds after the bar of the first to third epoch, and for every second kill the next
+    one after it at which a checkpoint is being written. AssertionError where a checkpoint is not whole, has fewer
+    epochs than the one before or does not go on, and where the epochs in the end are not those of a run that nobody
+    killed.
     """
     net, log = folder / "net.pt", folder / "log.jsonl"
     config = TrainConfig(
@@ -62,7 +63,8 @@ def kill_again_and_again(folder: Path, kills: int, *, seed: int, limit_train: in
     epochs = 0
     while found.kills < kills:
         bar = f"epoch {epochs + moments.randint(1, 3)}/"
-        _start_and_kill(_from(net, config), folder / "said.txt", bar, moments.uniform(0, longest))
+        seconds, in_a_write = moments.uniform(0, longest), found.kills % 2 == 1
+        _start_and_kill(_from(net, config), folder, bar, seconds, in_a_write)
         found.kills += 1
         found.in_a_write += any(folder.glob(".*.part"))
         if not net.exists():
@@ -87,8 +89,9 @@ def _from(net: Path, config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, resume=str(net) if net.exists() else None)
 
 
-def _start_and_kill(config: TrainConfig, said: Path, bar: str, seconds: float) -> None:
+def _start_and_kill(config: TrainConfig, folder: Path, bar: str, seconds: float, in_a_write: bool) -> None:
     """So many seconds after it has shown the bar."""
+    said = folder / "said.txt"
     with said.open("w") as stderr:
         process = command(config, stdout=subprocess.DEVNULL, stderr=stderr)
     try:
@@ -97,6 +100,9 @@ def _start_and_kill(config: TrainConfig, said: Path, bar: str, seconds: float) -
             time.sleep(0.01)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
+        while in_a_write and not any(folder.glob(".*.part")):
+            assert process.poll() is None, said.read_text()
+            time.sleep(0.001)
         assert process.poll() is None, said.read_text()
     finally:
         process.kill()
@@ -111,11 +117,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit-train", type=int, default=64)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # of the commands; the same bits need the same number of threads
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        print(kill_again_and_again(Path(folder), arguments.kills, seed=arguments.seed, limit_train=256, longest=2.0))
+        found = kill_again_and_again(
+            Path(folder), arguments.kills, seed=arguments.seed, limit_train=arguments.limit_train, longest=1.0
+        )
+    print(found)
 
 
 if __name__ == "__main__":
