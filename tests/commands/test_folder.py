@@ -100,7 +100,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def settings(folder: Path, **changes: str) -> list[str]:
-    chosen = {"model": "fused", "device": "cpu", "epochs": "1", "batch-size": "6", "resize": "33", "lr": "0.01"}
+    chosen = {"impl": "fused", "device": "cpu", "epochs": "1", "batch-size": "6", "resize": "33", "lr": "0.01"}
     return [word for name, value in {**chosen, "data": str(folder), **changes}.items() for word in (f"--{name}", value)]
 
 

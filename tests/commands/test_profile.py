@@ -14,7 +14,7 @@ from tests.helpers.runs import small_runs  # noqa: F401
 
 
 def config(**changes) -> TrainConfig:
-    settings = {"model": "eager", "device": "cpu", "epochs": 1, "batch_size": 2, "resize": 33, "lr": 0.01}
+    settings = {"impl": "eager", "device": "cpu", "epochs": 1, "batch_size": 2, "resize": 33, "lr": 0.01}
     return TrainConfig(**{**settings, "limit_train": 16, "limit_test": 2, "profile": "trace.json", **changes})
 
 

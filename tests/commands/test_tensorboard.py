@@ -11,7 +11,7 @@ from resnet.train import main
 from resnet.training import TrainConfig, UnfinishedError, train
 from tests.helpers.runs import options, small_runs  # noqa: F401
 
-SETTINGS = {"model": "eager", "device": "cpu", "batch_size": 4, "limit_train": 8, "limit_test": 4, "resize": 33}
+SETTINGS = {"impl": "eager", "device": "cpu", "batch_size": 4, "limit_train": 8, "limit_test": 4, "resize": 33}
 
 
 def config(**changes) -> TrainConfig:
