@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import common, compare, plot, roofline, turns, verdict
+from benchmarks import common, compare, passes, plot, roofline, turns, verdict
 from benchmarks.common import Implementation
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import publish
@@ -465,7 +465,7 @@ def test_a_suite_may_have_a_clock_and_a_number_of_calls_of_its_own(tmp_path):
 # ---- the commands ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [compare, gpu_check, publish, roofline])
+@pytest.mark.parametrize("command", [compare, gpu_check, passes, publish, roofline])
 def test_help_prints_the_usage_and_succeeds(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")  # argparse breaks lines to the terminal's width
     with pytest.raises(SystemExit) as exit_:
@@ -571,12 +571,45 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, capsys):
     assert "pip install matplotlib" in capsys.readouterr().err
 
 
+# ---- benchmarks.passes ----------------------------------------------------------------------------------------
+
+
+def test_a_table_says_the_passes_of_each_block_and_is_the_documents():
+    lines = list(passes.table())
+    assert lines[2].startswith("| textbook | 64 → 64 → 64, identity | 17 + 27 = 44 | 7 + 21 = 28 | ")
+    assert len(lines) == 2 + len(passes.BLOCKS)
+    assert "\n".join(lines) in (ROOT / "docs" / "how-it-works.md").read_text()
+
+
+def test_the_passes_of_a_block_do_not_depend_on_its_size():
+    block = passes.BLOCKS["bottleneck-strided"]
+    counts = set()
+    for channels, batch, size in ((64, 8, 24), (4, 1, 6)):
+        chain = passes.Chain.of(block.fused(*block.arguments(channels)), block.input_shape(channels, batch, size))
+        counts.add((chain.passes(*passes.eager(chain)), chain.passes(*passes.fused(chain))))
+    assert counts == {(68.75, 39.5)}
+
+
+def test_the_steps_of_a_block_add_up_to_its_passes():
+    block = passes.BLOCKS["textbook"]
+    lines = list(passes.steps(passes.Chain.of(block.fused(*block.arguments(8)), block.input_shape(8, 1, 6))))
+    assert "| bn2 + add + ReLU | y2, x → out | 3 |" in lines
+    assert [line for line in lines if "**sum" in line] == ["| **sum, eager** | | 44 |", "| **sum, fused** | | 28 |"]
+
+
+def test_the_passes_of_a_shortcut_without_a_norm_are_refused():
+    with pytest.raises(ValueError, match="without a BatchNorm"):
+        passes.Chain.of(FusedResidual(8, 16, True, 2), (1, 8, 6, 6))
+
+
 # ---- benchmarks.roofline --------------------------------------------------------------------------------------
 
 
 def test_a_launch_is_bound_by_what_takes_most_clocks():
     device = dataclasses.replace(tuning.SM_80, processors=10, products=1024, clock=2.0, bandwidth=1000)
-    count = roofline.Counted("", unique=5000, requested=8000, instructions=1600, products=100, wavefronts=300)
+    count = roofline.Counted(
+        "", read=3000, written=2000, requested=8000, instructions=1600, products=100, wavefronts=300
+    )
     clocks = count.clocks(device)
     assert clocks == {"memory": 10, "L2": 20, "issue": 40, "tensor": 20, "shared": 30}
     assert roofline.bound(clocks) == "issue 4.00"

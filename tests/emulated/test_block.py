@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import math
 
 import pytest
 import torch
 from torch import nn
 
 import resnet
-from benchmarks import roofline
+from benchmarks import passes, roofline
 from resnet import BasicBlock, Bottleneck, Residual, ResidualBottleneck, resnet18
 from tests.helpers.blocks import DTYPES, assert_parity, draw, infer, same, snapshot, step, trio
 from tests.helpers.emulated_limits import (
-    LAUNCH_OVER_FLOOR,
+    PARTIALS_OVER_SUMMED,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
     wavefronts_over_ideal,
@@ -85,22 +84,32 @@ def test_every_other_choice_of_convolution_is_as_exact_as_eager(emulate, kind, a
 
 
 @pytest.mark.long
-def test_an_identity_block_moves_the_activations_of_its_floor(emulate):
-    """It is 7 passes forward and 21 backward, where eager takes 17 and 27. No launch has bank conflicts."""
-    shape, dtype = (8, 64, 24, 24), torch.float16
-    activation = 2 * math.prod(shape)
+@pytest.mark.parametrize(
+    ("emulate", "name"),
+    [*((80, name) for name in passes.BLOCKS), (90, "textbook")],
+    ids=[*(f"sm_80-{name}" for name in passes.BLOCKS), "sm_90-textbook"],
+    indirect=["emulate"],
+)
+def test_each_launch_of_a_block_moves_the_activations_of_its_floor(emulate, name):
+    """Each is read and written once, beside vectors per channel and partial sums. No launch has bank conflicts."""
+    block, channels, dtype = passes.BLOCKS[name], 64, torch.float16
     with emulate() as reports:
-        weight = roofline.step(shape, dtype)
+        chain = roofline.step(block, block.input_shape(channels, 8, 14), channels, dtype)
     for report in reports:
         assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL, str(report)
-    counted = roofline.counted(reports, weight)
-    assert [count.kernel for count in counted] == [launch.kernel for launch in roofline.LAUNCHES]
-    for count, launch in zip(counted, roofline.LAUNCHES):
-        assert count.unique <= LAUNCH_OVER_FLOOR * launch.passes * activation, (launch, count.unique / activation)
-    moved = sum(count.unique for count in counted)
-    assert 28 * activation <= moved <= TRAFFIC_OVER_FLOOR * 28 * activation
-    *_, total = roofline.table({80: counted}, activation)
-    assert total.startswith(f"| **sum** | {moved / activation:.2f} of 28 |")
+    launches, counted = passes.fused(chain), roofline.counted(reports, chain, dtype)
+    assert [count.kernel for count in counted] == [launch.kernel for launch in launches]
+    for launch, count in zip(launches, counted):
+        read, written, summed = (
+            dtype.itemsize * chain.elements(*names) for names in (launch.reads, launch.writes, launch.sums)
+        )
+        assert read <= count.read <= TRAFFIC_OVER_FLOOR * read, (launch, count.read / read)
+        assert written <= count.written <= written + PARTIALS_OVER_SUMMED * summed, (launch, count.written, written)
+    activation = dtype.itemsize * chain.maps["out"]
+    floor, moved = chain.passes(*launches), sum(count.unique for count in counted) / activation
+    assert moved <= TRAFFIC_OVER_FLOOR * floor
+    *_, total = roofline.table(chain, {80: counted}, dtype.itemsize)
+    assert total.startswith(f"| **sum** | {moved:.2f} of {passes.number(floor)} |")
 
 
 @pytest.mark.long

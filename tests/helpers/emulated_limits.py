@@ -5,8 +5,9 @@ from __future__ import annotations
 # Bytes moved over the bytes at the floor, which is every tensor moved once. In 16-bit types the partials of a reduction
 # are 1 to 1.6% of an activation at the tests' shapes, and per-channel vectors less than 0.3%.
 TRAFFIC_OVER_FLOOR = 1.03
-# The same for one launch of a block: the moments that a convolution leaves for each of its row tiles are a twentieth.
-LAUNCH_OVER_FLOOR = 1.06
+# Partial sums that a launch leaves for a merge, over the 16-bit map that is summed: three float32 for each channel of a
+# tile of 64 rows, of which the last may have few.
+PARTIALS_OVER_SUMMED = 0.11
 
 # Bytes that activations' loads and stores ask for, over the bytes of the 32-byte sectors they touch. The merge kernels
 # and the stores of partials are exempt: they move a hundredth of what the others do, and are a few channels wide so
