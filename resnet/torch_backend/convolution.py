@@ -4,7 +4,7 @@ oneDNN's direct convolution is slow where a map has few pixels and many channels
 at 96x96) 32 of its 81 products of a pixel and a tap meet padding. There the convolution is one matrix product per tap,
 over the pixels whose tap lies within the map. Where a batch has few pixels altogether, oneDNN spends its time on
 bringing the weight into its own layout. There one product of all windows takes the weight as it is. oneDNN's
-grad-weight is slow on larger maps too.
+grad-weight is slow on larger maps too. A 1x1 convolution of stride 1 is one product without any of this.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ _PIXELS, _WEIGHTS = (16, 4), 1 << 14  # of products per tap, forward and for gra
 _GRAD_WEIGHT_PIXELS = 64, 9
 _ROWS, _WINDOW_CHANNELS = range(32, 257), 512  # of windows: output pixels of a batch, and output channels
 _GRAD_WEIGHT_ROWS = 512  # at most, for one product of windows and not one per tap
+_PLAIN_PIXELS, _PLAIN_CHANNELS = 1152, 64  # of a batch, at most; and at least: for a 1x1 convolution as one product
 
 
 def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -> int | torch.SymInt:
@@ -72,6 +73,18 @@ def is_mostly_weight(x: Tensor, weight: Tensor, stride: int, padding: int) -> bo
     """Whether one product of windows is faster than oneDNN's convolution, forward: few pixels meet a large weight."""
     size = _map_size(x, weight, stride, padding)
     return x.shape[0] * size in _ROWS and weight.shape[0] >= _WINDOW_CHANNELS and not products_lag()
+
+
+def is_plain(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether a convolution is a product of pixels and weight, whose grad-weight oneDNN is no quicker at."""
+    K, C, R, S = weight.shape
+    plain = R == S == stride == 1 and padding == 0 and min(C, K) >= _PLAIN_CHANNELS
+    return plain and is_single_on_cpu(x) and not products_lag()
+
+
+def is_plain_of_few(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether oneDNN is no quicker at such a convolution's other two products either."""
+    return x.numel() <= _PLAIN_PIXELS * x.shape[1] and is_plain(x, weight, stride, padding)
 
 
 def overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -128,6 +141,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 
     The weight may lie in memory in any way.
     """
+    if is_plain_of_few(x, weight, stride, padding):
+        return F.linear(_nhwc(x), weight.flatten(1), bias).permute(0, 3, 1, 2)
     small = is_small(x, weight, stride, padding)
     if not small and is_mostly_weight(x, weight, stride, padding):
         matrix = _nhwc(weight.contiguous(memory_format=torch.channels_last)).flatten(1)
@@ -164,8 +179,8 @@ def convolve_backward(
     """(dx, dweight) of `convolve`, None where not needed; dx is channels_last, as dy (N, K, P, Q) is."""
     small = is_small(x, weight, stride, padding)
     few = 0 < _map_size(x, weight, stride, padding) <= _GRAD_WEIGHT_PIXELS[products_lag()] and x.shape[0] >= _IMAGES
-    own_weight = needs_weight and (few or overruns(x, weight, stride))
-    own_x = needs_x and small
+    own_weight = needs_weight and (few or is_plain(x, weight, stride, padding) or overruns(x, weight, stride))
+    own_x = needs_x and (small or is_plain_of_few(x, weight, stride, padding))
     wanted = [needs_x and not own_x, needs_weight and not own_weight, False]  # with none PyTorch computes nothing
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
@@ -178,6 +193,8 @@ def convolve_backward(
 
 
 def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    if is_plain(x, weight, stride, padding):
+        return (_nhwc(dy) @ weight.flatten(1)).permute(0, 3, 1, 2)
     dx = _nhwc(torch.zeros_like(x, memory_format=torch.channels_last))
     for tap, outputs, inputs in _taps(x, weight, stride, padding):
         _add_product(dx, inputs, _nhwc(dy)[outputs], weight[tap])
@@ -186,6 +203,8 @@ def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int
 
 def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     (N, K, P, Q), (_, C, R, S) = dy.shape, weight.shape
+    if is_plain(x, weight, stride, padding):
+        return (_nhwc(dy).flatten(0, 2).t() @ _nhwc(x).flatten(0, 2)).view(K, C, 1, 1)
     if N * P * Q <= _GRAD_WEIGHT_ROWS and P * Q > 1:
         met = windows(x, weight, stride, padding).reshape(N * P * Q, R * S * C)
         return (_nhwc(dy).flatten(0, 2).t() @ met).view(K, R, S, C).permute(0, 3, 1, 2)
