@@ -11,7 +11,12 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 from resnet import (
     BasicBlock,
@@ -501,6 +506,65 @@ def test_tools_see_a_model_that_computes_the_same(make, tool, monkeypatch):
         expected = model(x)
         fuse(model)
         torch.testing.assert_close(tool(model)(x), expected, atol=1e-9, rtol=1e-7)
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """Each stage's activations are computed again in backward."""
+    for stage in (model.layer1, model.layer2):
+        forward = stage.forward
+        stage.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
+    return model
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh(DEVICE.type, (1,))
+    for block in (*model.layer1, *model.layer2):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "store"
+    backend = "nccl" if DEVICE.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tool", [checkpointed, DistributedDataParallel, sharded], ids=["checkpoint", "DDP", "FSDP2"])
+def test_tools_train_a_fused_model_as_the_eager_one(one_process, tool):
+    states = []
+    for is_fused in (False, True):
+        torch.manual_seed(0)
+        model = published()
+        if is_fused:
+            assert not fuse(model).left
+        wrapped = tool(model)
+        optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)) if tool is checkpointed else None
+        for seed in range(2):
+            optimizer.zero_grad()
+            wrapped(draw(*IMAGES, seed=seed, dtype=torch.float64)).square().sum().backward()
+            optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
+        state = model.state_dict() if average is None else average.module.state_dict()
+        states.append({name: getattr(value, "to_local", lambda v=value: v)() for name, value in state.items()})
+    torch.testing.assert_close(states[1], states[0], atol=1e-9, rtol=1e-7)
+
+
+def test_a_fused_model_under_autocast_is_eagers_within_its_rounding():
+    eager = published().float()
+    fused = copy.deepcopy(eager)
+    fuse(fused)
+    x = draw(*IMAGES)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        got, expected = fused(x), eager(x)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    exact = copy.deepcopy(eager).double()(x.double())
+    errors = [(out.double() - exact).square().mean().sqrt() for out in (got, expected)]
+    assert errors[0] <= 2 * errors[1]
 
 
 def test_a_replica_runs_its_own_modules():
