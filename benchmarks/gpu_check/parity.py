@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import resnet
 from benchmarks.gpu_check.errors import noted
 from benchmarks.gpu_check.scale import Scale
-from resnet import FusedResidual, Residual
+from resnet import Residual, fuse
 from resnet.kernels import tuning
 from resnet.kernels.host import plan
 from resnet.kernels.host.shapes import ConvShape
@@ -35,11 +35,21 @@ class Task:
     shape: tuple[int, int, int, int]  # input channels, channels, stride, height and width
     dtype: str
     train: bool
+    kind: str = "Residual"  # a block of `resnet`; a published one has its width in place of the channels
 
     @property
     def name(self) -> str:
         C, K, stride, size = self.shape
-        return f"{C}->{K}, stride {stride}, {size}x{size}, {self.dtype}, {'training' if self.train else 'evaluation'}"
+        kind = "" if self.kind == "Residual" else f"{self.kind} "
+        mode = "training" if self.train else "evaluation"
+        return f"{kind}{C}->{K}, stride {stride}, {size}x{size}, {self.dtype}, {mode}"
+
+    def block(self) -> nn.Module:
+        """The eager block."""
+        C, K, stride, _ = self.shape
+        return (
+            Residual(C, K, stride != 1, stride) if self.kind == "Residual" else getattr(resnet, self.kind)(C, K, stride)
+        )
 
     @property
     def type(self) -> torch.dtype:
@@ -47,12 +57,15 @@ class Task:
 
 
 def tasks(scale: Scale) -> list[Task]:
-    """All shapes in the first type, in the others a part of them."""
+    """All shapes in the first type, in the others a part of them; the published blocks come last."""
     return [
-        Task(shape, dtype, train)
-        for dtype in _DTYPES
-        for shape in (scale.blocks if dtype == _DTYPES[0] else scale.blocks[:2])
-        for train in (True, False)
+        *(
+            Task(shape, dtype, train)
+            for dtype in _DTYPES
+            for shape in (scale.blocks if dtype == _DTYPES[0] else scale.blocks[:2])
+            for train in (True, False)
+        ),
+        *(Task(tuple(shape), _DTYPES[0], train, kind) for kind, *shape in scale.published for train in (True, False)),
     ]
 
 
@@ -88,10 +101,11 @@ def _check(task: Task, scale: Scale) -> dict[str, object]:
     torch.manual_seed(0)
     torch.backends.cudnn.conv.fp32_precision = "tf32" if task.dtype == "tf32" else "ieee"
     C, K, stride, size = task.shape
-    eager, fused = (block(C, K, stride != 1, stride) for block in (Residual, FusedResidual))
-    fused.load_state_dict(eager.state_dict())
-    exact = copy.deepcopy(eager).double()
+    eager = task.block()
+    fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
+    fuse(fused)
     x = torch.randn(scale.block_batch, C, size, size).relu().to(task.type)
+    K *= getattr(eager, "expansion", 1)
     dout = torch.randn(scale.block_batch, K, -(-size // stride), -(-size // stride)).to(task.type)
     expected, own = (_results(block, x, dout, task, scale) for block in (exact, eager))
     allowed = {name: 2.5 * _error(own[name], value) + 4 * _eps(task.type) for name, value in expected.items()}

@@ -14,6 +14,7 @@ class Scale:
     resize: int  # their height and width
     block_batch: int  # of a block alone
     blocks: tuple[tuple[int, int, int, int], ...]  # input channels, channels, stride, height and width of the input
+    published: tuple[tuple[str, int, int, int, int], ...]  # the class before these; its width in place of the channels
     rounds: int  # of a timed function
     calls: int  # of the function in a round
     copied_bytes: int
@@ -30,13 +31,18 @@ _BLOCKS = (
     *((64, 64, 1, 24), (64, 128, 2, 24), (128, 128, 1, 12), (128, 256, 2, 12)),
     *((256, 256, 1, 6), (256, 512, 2, 6), (512, 512, 1, 3)),
 )
+_PUBLISHED = (
+    *(("Bottleneck", 64, 64, 1, 24), ("Bottleneck", 256, 64, 1, 24), ("Bottleneck", 256, 128, 2, 24)),
+    *(("Bottleneck", 2048, 512, 1, 3), ("BasicBlock", 64, 128, 2, 24)),
+)
 
 
 def full() -> Scale:
     """The textbook's training: ResNet-18 on batches of 256 images of 96x96."""
-    return Scale(torch.device("cuda"), 256, 96, 256, _BLOCKS, 20, 4, 2**31, 8192, ())
+    return Scale(torch.device("cuda"), 256, 96, 256, _BLOCKS, _PUBLISHED, 20, 4, 2**31, 8192, ())
 
 
 def rehearsal() -> Scale:
     small = ("--epochs", "1", "--limit-train", "16", "--limit-test", "8", "--batch-size", "8", "--resize", "32")
-    return Scale(torch.device("cpu"), 4, 32, 512, ((8, 8, 1, 5), (8, 16, 2, 5)), 3, 1, 2**20, 64, small)
+    published = (("Bottleneck", 8, 4, 2, 5),)
+    return Scale(torch.device("cpu"), 4, 32, 512, ((8, 8, 1, 5), (8, 16, 2, 5)), published, 3, 1, 2**20, 64, small)
