@@ -7,7 +7,7 @@ from torch import Tensor
 from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import add_projected, convolve, convolve_backward
-from resnet.torch_backend.inference import conv_batch_norm
+from resnet.torch_backend.inference import conv_batch_norm, fold_shortcut
 
 
 def _convolve(x: Tensor, part: Unit) -> Tensor:
@@ -78,9 +78,12 @@ def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Project
     a = x
     for unit in units[:-1]:
         a = conv_batch_norm(a, unit).relu_()
-    if isinstance(shortcut, Unit):
+    weight, bias = shortcut.weight, None
+    if isinstance(shortcut, Projection):
+        bias = shortcut.bias
+    elif (folded := fold_shortcut(x, shortcut)) is not None:
+        weight, bias = folded
+    else:
         return conv_batch_norm(a, units[-1]).add_(conv_batch_norm(x, shortcut)).relu_()
-    out = conv_batch_norm(a, units[-1], shortcut.bias)
-    if shortcut.weight is None:
-        return out.add_(x).relu_()
-    return add_projected(out, x, shortcut.weight, shortcut.stride).relu_()
+    out = conv_batch_norm(a, units[-1], bias)
+    return (out.add_(x) if weight is None else add_projected(out, x, weight, shortcut.stride)).relu_()

@@ -31,6 +31,14 @@ def _folded(weight: Tensor, norm: Norm, more: Tensor | None = None) -> tuple[Ten
     return weight * scale.view(-1, 1, 1, 1), shift if more is None else shift + more
 
 
+def fold_shortcut(x: Tensor, unit: Unit) -> tuple[Tensor, Tensor] | None:
+    """(weight, bias) of the 1x1 convolution that computes a normed shortcut of x, where folding pays and is safe."""
+    if not is_single_on_cpu(x):
+        return None
+    weight, bias = _folded(unit.weight, unit.norm)
+    return (weight, bias) if weight.sum().isfinite() else None  # scaling it may overflow where scaling z does not
+
+
 def _outputs(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
     """Elements of conv(x, weight)."""
     P, Q = out_map(x.shape, weight.shape, stride, padding)
