@@ -54,9 +54,11 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         if not asked[i + 1] and i + 1 < len(units):
             break
         unit = units[i]
-        a = batch_norm.recompute(ys[i - 1], stats[i - 1]) if i and (asked[i] or needs.units[i].weight) else x
         flags = asked[i], needs.units[i].weight
-        da, dconv = convolve_backward(norm.dx, a, unit.weight, unit.stride, unit.padding, *flags)
+        da = dconv = a = None
+        if any(flags):
+            a = batch_norm.recompute(ys[i - 1], stats[i - 1]) if i else x
+            da, dconv = convolve_backward(norm.dx, a, unit.weight, unit.stride, unit.padding, *flags)
         grads[i] = UnitGrad(dconv, norm.dweight, norm.dbias, norm.sum_g)
         if i == 0:
             dx = da

@@ -95,3 +95,15 @@ def test_a_second_step_of_a_block_gives_the_same_bits(any_backend, case):
     first = step(block, x)
     block.load_state_dict(state)
     same(first, step(block, x))
+
+
+@cases
+def test_the_last_norm_alone_may_be_trained(any_backend, case):
+    t = trio_of(case, dtype=torch.float64)
+    grads = []
+    for module in (t.fused, t.exact):
+        module.requires_grad_(False)
+        norm = (module.bn3 if hasattr(module, "bn3") else module.bn2).requires_grad_(True)
+        module(draw(3, case[1][0], 7, 6, dtype=torch.float64)).square().sum().backward()
+        grads.append([norm.weight.grad, norm.bias.grad])
+    torch.testing.assert_close(*grads)
