@@ -42,6 +42,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib", "pillow"],  # and images that are read from files
+        "tensorboard": ["tensorboard"],
         "test": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff"],
     },
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet import FusedResidual, Residual, backend, resnet18
-from resnet.data import Batches, FashionMNIST
+from resnet.data import Batches, ImageSet
 
 QUICK = os.environ.get("BENCH_QUICK", "") not in ("", "0")  # smaller and fewer: to see that all of it runs
 SEED = 0
@@ -182,7 +182,7 @@ def activations(
 
 
 def images(
-    implementation: Implementation, data: FashionMNIST, batch_size: int, count: int, resize: int
+    implementation: Implementation, data: ImageSet, batch_size: int, count: int, resize: int
 ) -> list[tuple[Tensor, Tensor]]:
     """The first `count` whole batches of the shuffled training images, fewer where there are not so many.
 

@@ -23,7 +23,7 @@ from benchmarks import common, turns
 from benchmarks.common import Implementation
 from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
 from resnet.commands import DTYPES, check_outputs, check_plot, find_device, require, write_output, write_plot
-from resnet.data import IMAGE_SIZE, DatasetError, FashionMNIST, load
+from resnet.data import FASHION_MNIST, IMAGE_SIZE, DatasetError, ImageSet, load
 from resnet.kernels.host.command import ConfigError, Parser, ended_by, run, say
 
 RIVALS = ("eager", "compile")
@@ -102,7 +102,7 @@ class Result:
 
 
 def workload(
-    case: str, implementation: Implementation, settings: Settings, data: FashionMNIST | None
+    case: str, implementation: Implementation, settings: Settings, data: ImageSet | None
 ) -> Callable[[], None]:
     """The function without arguments that `case` times for `implementation`; `data` is wanted for ResNet-18 only."""
     what, mode = case.split("-")
@@ -133,7 +133,7 @@ def _stage(case: str) -> int:
     return int(case[len("block")]) if case.startswith("block") else len(CHANNELS)
 
 
-def measure(case: str, rival: str, settings: Settings, data: FashionMNIST | None) -> Result:
+def measure(case: str, rival: str, settings: Settings, data: ImageSet | None) -> Result:
     """Times `settings.pairs` pairs, after a warm-up that compiles, and chooses how often each side is called."""
     now = turns.clock(settings.device)
     sides = []
@@ -146,7 +146,7 @@ def measure(case: str, rival: str, settings: Settings, data: FashionMNIST | None
     return Result(case, rival, calls, tuple(fused.seconds), tuple(other.seconds), waited)
 
 
-def saved_bytes(settings: Settings, data: FashionMNIST) -> dict[str, dict[str, int]]:
+def saved_bytes(settings: Settings, data: ImageSet) -> dict[str, dict[str, int]]:
     """Bytes saved for backward, for each stage's identity block, without its input, and for the whole net."""
     result: dict[str, dict[str, int]] = {}
     for kind in ("fused", "eager"):
@@ -235,7 +235,7 @@ def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, 
     return tuple(dict.fromkeys(asked or RIVALS))
 
 
-def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
+def _prepare(args: argparse.Namespace) -> tuple[Settings, ImageSet]:
     device = find_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # the clock's events are recorded on the current one
@@ -253,6 +253,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Settings, FashionMNIST]:
     if reason := common.unavailable(settings.implementation("fused")):
         raise ConfigError(reason)
     data = load(args.data)
+    require(data.spec == FASHION_MNIST, "--data", "a folder of Fashion-MNIST's four IDX files", args.data)
     n = len(data.train_images)
     require(settings.batch_size <= n, "--batch-size", f"at most {n}, the images there are", settings.batch_size)
     return dataclasses.replace(settings, rivals=_usable_rivals(args.rivals, device)), data

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks import common, turns, verdict
 from benchmarks.common import Implementation, Workload
-from resnet.data import FashionMNIST, load
+from resnet.data import ImageSet, load
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def data() -> FashionMNIST:
+def data() -> ImageSet:
     return load()
 
 

@@ -236,26 +236,34 @@ def reduce_taps(
     """The sum over a class's taps (a, b), B to a row, and over k. A step takes one tap and BLOCK_K channels."""
     CHANNEL_STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     ks = tl.arange(0, BLOCK_K)
-    a = 0
-    b = 0
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    k = 0
-    for _ in range(steps):
-        hits = misses & (1 << a | 65536 << b) == 0
-        dy_tile = load_pixels(dy + (k - (a * Q + b) * K), dy_offsets, hits, ks, K - k, K, BLOCK_K)
-        w = weight + (k * (R * S) + (r0 + STRIDE * a) * S + s0 + STRIDE * b) * C
-        weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
-        acc = dot(dy_tile, weight_tile, acc, PRECISION)
-        if CHANNEL_STEPS > 1:
-            k += BLOCK_K
-            done = (k >= K).to(tl.int32)
-            k -= done * (CHANNEL_STEPS * BLOCK_K)
-            b += done
-        else:
-            b += 1
-        done = (b == B).to(tl.int32)
-        b -= done * B
-        a += done
+    if R * S == 1:  # a plain product: nothing is asked of a tap
+        hits = misses == 0
+        for step in range(steps):
+            k = step * BLOCK_K
+            dy_tile = load_pixels(dy + k, dy_offsets, hits, ks, K - k, K, BLOCK_K)
+            weight_tile = load_weight(weight + k * C, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
+            acc = dot(dy_tile, weight_tile, acc, PRECISION)
+    else:
+        a = 0
+        b = 0
+        k = 0
+        for _ in range(steps):
+            hits = misses & (1 << a | 65536 << b) == 0
+            dy_tile = load_pixels(dy + (k - (a * Q + b) * K), dy_offsets, hits, ks, K - k, K, BLOCK_K)
+            w = weight + (k * (R * S) + (r0 + STRIDE * a) * S + s0 + STRIDE * b) * C
+            weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
+            acc = dot(dy_tile, weight_tile, acc, PRECISION)
+            if CHANNEL_STEPS > 1:
+                k += BLOCK_K
+                done = (k >= K).to(tl.int32)
+                k -= done * (CHANNEL_STEPS * BLOCK_K)
+                b += done
+            else:
+                b += 1
+            done = (b == B).to(tl.int32)
+            b -= done * B
+            a += done
     return acc
 
 

@@ -133,7 +133,9 @@ def conv_grad_weight_kernel(
         if DY_MOVES:
             moved = rows if ALONG else (n * P + v) * Q + w
             a = load_input(x + still_offsets, valid[None, :], live_c[:, None], scale, shift)
-            acc = multiply_by_moving_grad(acc, a, dy, out, moved, v, w, valid, ks, live_k, P, Q, K, TAPS, PRECISION)
+            acc = multiply_by_moving_grad(
+                acc, a, dy, out, moved, v, w, valid, ks, live_k, P, Q, K, R * S, PADDING, TAPS, PRECISION
+            )
         else:
             moved = rows if ALONG else (n * H + v) * W + w
             g = load_grad(dy, out, still_offsets, live_k[:, None] & valid[None, :])
@@ -227,13 +229,17 @@ def multiply_by_moving_grad(
     P,
     Q,
     K: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PADDING: tl.constexpr,
     TAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc[t] + a @ g for each tap t. Its g is read at the pixels (p, q - t)."""
+    """acc[t] + a @ g for each tap t. Its g is read at the pixels (p, q - t), all of which a window of one tap meets."""
     new = ()
     for t in tl.static_range(TAPS):
-        inside = valid & within(p, P) & within(q - t, Q)
+        inside = valid
+        if WINDOW > 1 or PADDING > 0:
+            inside = valid & within(p, P) & within(q - t, Q)
         offsets = (moved - t)[:, None] * K + ks[None, :]
         g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
         new += (dot(a, g, acc[t], PRECISION),)

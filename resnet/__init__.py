@@ -9,8 +9,8 @@ from resnet.kernels.host.command import settings_are_read
 
 with settings_are_read():
     from resnet.batch_norm import FusedBatchNorm2d
-    from resnet.fuse import FuseReport, fuse, unfuse
     from resnet.fused import FusedBasicBlock, FusedBottleneck, FusedResidual, FusedResidualBottleneck, FusedStem
+    from resnet.fusing import FuseReport, fuse, unfuse
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
     from resnet.published import ResNet
     from resnet.reference import (

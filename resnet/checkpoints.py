@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet.commands import DTYPES, LARGEST, ConfigError
-from resnet.data import IMAGE_SIZE
+from resnet.data import FASHION_MNIST, IMAGE_SIZE, ImageSpec
 from resnet.models import BUILDERS, OLD_MODEL
 from resnet.recipes import RECIPES
 
@@ -44,10 +44,11 @@ class SavedNet:
     recipe: str
     resize: int
     dtype: str
+    images: ImageSpec  # that it was trained on
     epoch: int  # trained in full
 
     def logits(self, images: Iterable[Tensor]) -> Tensor:
-        """What the net says of batches of images (B, 1, resize, resize) on its device: float32 (N, 10) on the CPU."""
+        """What the net says of batches (B, C, resize, resize) on its device: float32 (N, classes) on the CPU."""
         dtype = DTYPES[self.dtype]
         with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             return torch.cat([self.net(x).float() for x in images]).cpu()
@@ -59,7 +60,8 @@ def read_net(path: str, device: torch.device) -> SavedNet:
     settings = found["args"]
     if not _are_known(settings):
         raise _refusal(_USE, path, "its settings are none of this version")
-    net = BUILDERS[settings["model"], settings["impl"]](stem=RECIPES[settings["recipe"]].stem)
+    images, build = _images(found, path, _USE), BUILDERS[settings["model"], settings["impl"]]
+    net = build(len(images.classes), images.channels, stem=RECIPES[settings["recipe"]].stem)
     try:
         net.load_state_dict(found["model"])
     except (RuntimeError, TypeError, AttributeError):  # the keys, the sizes or the types are others
@@ -68,8 +70,18 @@ def read_net(path: str, device: torch.device) -> SavedNet:
         net.to(device, memory_format=torch.channels_last).eval(),
         device,
         **{name: settings[name] for name in ("model", "impl", "recipe", "resize", "dtype")},
+        images=images,
         epoch=found["epoch"],
     )
+
+
+def _images(checkpoint: Mapping[str, Any], path: str, purpose: str) -> ImageSpec:
+    """What a checkpoint's net was trained on: Fashion-MNIST where it says nothing, as older versions did."""
+    match checkpoint.get("images", dataclasses.asdict(FASHION_MNIST)):
+        case {"classes": [_, *_] as classes, "channels": 1 | 3 as channels, "size": int(size)}:
+            if all(isinstance(name, str) for name in classes) and 1 <= size <= checkpoint["args"]["resize"]:
+                return ImageSpec(tuple(classes), channels, size)
+    raise _refusal(purpose, path, "what it says of its images is nothing of this version")
 
 
 def _are_known(settings: Any) -> bool:
@@ -116,6 +128,13 @@ def check_settings(path: str, saved: Mapping[str, Any], given: Mapping[str, Any]
     ]
     if changed:
         raise _refusal(_GO_ON, path, f"its run has {'; '.join(changed)}")
+
+
+def check_images(path: str, saved: Mapping[str, Any], given: ImageSpec) -> None:
+    """ConfigError where the images are not as those of the checkpoint's run."""
+    spec = _images(saved, path, _GO_ON)
+    if spec != given:
+        raise _refusal(_GO_ON, path, f"its run has {spec}, not {given}")
 
 
 def another_net(path: str) -> ConfigError:

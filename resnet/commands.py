@@ -140,7 +140,7 @@ def write_output(path: str | os.PathLike[str], content: bytes) -> None:
             write_atomically(path, lambda file: file.write(content))
             return
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
     with file:
         append_to(file, path, content)
 
@@ -154,7 +154,7 @@ def open_output(path: str | os.PathLike[str], append: bool) -> BinaryIO:
     try:
         return _open_as_it_is(path) or open(path, "ab" if append else "wb", buffering=0)
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
 
 
 def _open_as_it_is(path: Path) -> BinaryIO | None:
@@ -174,26 +174,40 @@ def append_to(file: BinaryIO, path: str | os.PathLike[str], content: bytes) -> N
         while content:  # a write into what has no buffer may take a part
             content = content[file.write(content) :]
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
 
 
-def _not_written(path: str | os.PathLike[str], error: OSError) -> OutputError:
+def not_written(path: str | os.PathLike[str], error: OSError) -> OutputError:
+    """The error for a file or a folder that a user has named."""
     return OutputError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def check_tensorboard(folder: str | os.PathLike[str] | None) -> None:
+    """ConfigError where TensorBoard's package is missing, or the folder cannot have its files. None is no folder."""
+    if folder is None:
+        return
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise ConfigError("--tensorboard needs tensorboard: pip install tensorboard") from None
+    place = Path(folder) if os.path.exists(folder) else Path(folder).absolute().parent
+    usable = place.is_dir() and os.access(place, os.W_OK)
+    require(usable, "--tensorboard", "a folder that may be written, or a new one's name", folder)
 
 
 # ---- plots -------------------------------------------------------------------------------------------------------
 
 
-def check_plot(path: str | os.PathLike[str] | None) -> None:
+def check_plot(path: str | os.PathLike[str] | None, name: str = "--plot") -> None:
     """ConfigError where matplotlib is missing or draws no file of such a name. None is no plot."""
     if path is None:
         return
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install matplotlib") from None
+        raise ConfigError(f"{name} needs matplotlib: pip install matplotlib") from None
     formats = sorted(FigureCanvasAgg.get_supported_filetypes())
-    require(_kind(path) in formats, "--plot", f"a name that ends in one of .{', .'.join(formats)}", path)
+    require(_kind(path) in formats, name, f"a name that ends in one of .{', .'.join(formats)}", path)
 
 
 def write_plot(path: str | os.PathLike[str], figure: Figure) -> None:

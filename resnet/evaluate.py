@@ -19,6 +19,7 @@ from resnet.commands import (
     check_outputs,
     check_plot,
     find_device,
+    require,
     require_count,
     require_limit,
     write_output,
@@ -32,12 +33,16 @@ from resnet.training import EVALUATION_BATCH, versions
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m resnet.evaluate",
-        description="Evaluates a net that `python -m resnet.train --save` has saved on Fashion-MNIST's test images: "
+        description="Evaluates a net that `python -m resnet.train --save` has saved on the test images: "
         "accuracy, a table of the classes, the confusion matrix.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="file that --save wrote")
-    parser.add_argument("--data", help="folder of Fashion-MNIST's four IDX files; searched and downloaded if not given")
+    parser.add_argument(
+        "--data",
+        help="folder of Fashion-MNIST's four IDX files, searched and downloaded if not given; or one of PNG and JPEG "
+        "images, as train/CLASS/NAME.png and test/CLASS/NAME.png",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, help="other than float32: by autocast; by default the training's")
     parser.add_argument("--batch-size", type=int, default=EVALUATION_BATCH, help="images at a time")
@@ -82,8 +87,11 @@ def class_table(classes: Sequence[ClassFigures]) -> str:
     def shown(fraction: float | None) -> str:
         return "-" if fraction is None else f"{fraction:.3f}"
 
-    lines = [f"{'class':<12}{'images':>8}{'right':>8}{'accuracy':>10}{'precision':>11}"]
-    lines += [f"{c.name:<12}{c.images:>8}{c.right:>8}{shown(c.accuracy):>10}{shown(c.precision):>11}" for c in classes]
+    width = max(12, *(len(c.name) + 1 for c in classes))
+    lines = [f"{'class':<{width}}{'images':>8}{'right':>8}{'accuracy':>10}{'precision':>11}"]
+    lines += [
+        f"{c.name:<{width}}{c.images:>8}{c.right:>8}{shown(c.accuracy):>10}{shown(c.precision):>11}" for c in classes
+    ]
     return "\n".join(lines)
 
 
@@ -91,9 +99,10 @@ def confusion_table(matrix: Tensor, names: Sequence[str] = CLASSES) -> str:
     """A line per class, a column per guess, by the classes' numbers."""
     rows = matrix.tolist()
     width = max(4, *(len(str(count)) + 2 for row in rows for count in row))
-    lines = [" " * 14 + "".join(f"{number:>{width}}" for number in range(len(names)))]
+    longest = max(11, *(len(name) + 1 for name in names))
+    lines = [" " * (3 + longest) + "".join(f"{number:>{width}}" for number in range(len(names)))]
     for number, (name, row) in enumerate(zip(names, rows)):
-        lines.append(f"{number:>2} {name:<11}" + "".join(f"{count:>{width}}" for count in row))
+        lines.append(f"{number:>2} {name:<{longest}}" + "".join(f"{count:>{width}}" for count in row))
     return "\n".join(lines)
 
 
@@ -113,20 +122,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     saved = read_net(arguments.checkpoint, device)
     saved = dataclasses.replace(saved, dtype=arguments.dtype or saved.dtype)
     data = load(arguments.data)
+    require(data.spec == saved.images, "--data", f"{saved.images}, as the net was trained on", data.spec)
     require_limit("--limit-test", arguments.limit_test, len(data.test_images), data.source)
     images, labels = data.test_images[: arguments.limit_test], data.test_labels[: arguments.limit_test]
 
     batches = Batches(images, labels, arguments.batch_size, device=device, resize=saved.resize)
     guesses = saved.logits(x for x, _ in tqdm(batches, desc="evaluating", unit="batch")).argmax(1)
-    matrix = confusion(labels, guesses)
-    classes = class_figures(matrix)
+    names = data.classes
+    matrix = confusion(labels, guesses, len(names))
+    classes = class_figures(matrix, names)
     report = _report(arguments.checkpoint, saved, data.source, matrix, classes)
     try:
         put(
             f"test acc {report['accuracy']:.3f}: {report['right']} of {report['images']} images of {data.source}\n"
             f"{saved.impl} {saved.model} of recipe {saved.recipe} after {saved.epoch} epochs, "
             f"images {saved.resize}x{saved.resize}, {saved.dtype} on {device}\n\n{class_table(classes)}\n\n"
-            f"confusion matrix: a row is a class, a column a guess\n{confusion_table(matrix)}"
+            f"confusion matrix: a row is a class, a column a guess\n{confusion_table(matrix, names)}"
         )
     finally:
         if arguments.json is not None:
@@ -134,7 +145,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         if arguments.plot is not None:
             from resnet import plots  # here, since it needs matplotlib, which the rest does without
 
-            write_plot(arguments.plot, plots.evaluation(images, labels, guesses, matrix))
+            write_plot(arguments.plot, plots.evaluation(images, labels, guesses, matrix, names))
     return 0
 
 

@@ -1,13 +1,17 @@
-"""The log of a training run: lines of JSON, each in the file as soon as it is known."""
+"""What a training run says of itself as it goes: a log of lines of JSON, and scalars for TensorBoard."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from resnet.commands import append_to, open_output, standard_stream, write_output
+from resnet.commands import append_to, not_written, open_output, standard_stream, write_output
+
+if TYPE_CHECKING:  # an extra
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Log:
@@ -61,3 +65,39 @@ def _is_later(line: bytes, place: tuple[int, int]) -> bool:
         return ((epoch, 0) if step is None else (epoch - 1, step)) > place
     except (ValueError, TypeError, KeyError, AttributeError):
         return False
+
+
+class Board:
+    """Writes scalars for TensorBoard into a folder that a user has named; nowhere where it is None.
+
+    They hide what is in the folder of the same steps and of later ones: that is of a run that began anew or went on.
+    """
+
+    def __init__(self, folder: str | None):
+        self.folder = folder
+        self._first = 1  # step
+        self._writer: SummaryWriter | None = None
+
+    def go_on(self, step: int) -> None:
+        """Leave what a run had written in its steps until this one."""
+        self._first = step + 1
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Scalars by their tags, at a step that is counted over all epochs; OutputError where that fails."""
+        if self.folder is None:
+            return
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # here, since it takes seconds
+
+                self._writer = SummaryWriter(self.folder, purge_step=self._first)
+            for tag, value in scalars.items():
+                self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
+        except OSError as error:
+            raise not_written(self.folder, error) from error
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):  # which `write` has raised before: nothing is left to be written
+                self._writer.close()

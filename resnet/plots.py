@@ -20,16 +20,18 @@ RIGHT, WRONG = "0.35", "#c4161c"
 CENTRED = {"horizontalalignment": "center", "verticalalignment": "center"}
 
 
-def evaluation(images: Tensor, labels: Tensor, guesses: Tensor, matrix: Tensor) -> Figure:
-    """The first images, uint8 (N, S, S), each with its class and its guess, beside the confusion matrix."""
+def evaluation(
+    images: Tensor, labels: Tensor, guesses: Tensor, matrix: Tensor, names: Sequence[str] = CLASSES
+) -> Figure:
+    """The first images, uint8 (N, S, S) or (N, S, S, 3), each with its class and guess, beside the confusion matrix."""
     figure = Figure(figsize=(15, 7), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(8, 7))
     left.suptitle("the first images: class, then guess; a wrong guess is framed", fontsize=11)
     shown = zip(range(1, ROWS * COLUMNS + 1), images, labels.tolist(), guesses.tolist())
     for place, image, label, guess in shown:
-        _draw_guess(left.add_subplot(ROWS, COLUMNS, place), image, CLASSES[label], CLASSES[guess])
+        _draw_guess(left.add_subplot(ROWS, COLUMNS, place), image, names[label], names[guess])
     right.suptitle("confusion matrix: images by class and guess", fontsize=11)
-    _draw_confusion(right.subplots(), matrix, CLASSES)
+    _draw_confusion(right.subplots(), matrix, names)
     return figure
 
 

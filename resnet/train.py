@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import signal
 import sys
@@ -20,9 +21,9 @@ def _parser() -> Parser:
     default = TrainConfig()
     parser = Parser(
         prog="python -m resnet.train",
-        description="Trains a ResNet on Fashion-MNIST and prints its loss, accuracies and examples/sec. Loss and "
-        "train acc are of the images as the recipe augments them; test acc is of the weights' average where the recipe "
-        "keeps one.",
+        description="Trains a ResNet on Fashion-MNIST, or on a folder of images, and prints its loss, accuracies and "
+        "examples/sec. Loss and train acc are of the images as the recipe augments them; test acc is of the weights' "
+        "average where the recipe keeps one.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     # No choices: TrainConfig takes what earlier versions had for --model too.
@@ -58,14 +59,24 @@ def _parser() -> Parser:
         help="replay the steps of whole batches as a CUDA graph; auto: on a CUDA device, but not with --impl compile",
     )
     parser.add_argument("--seed", type=int, default=default.seed, help="of the first weights and the order of images")
-    parser.add_argument("--data", help="folder of Fashion-MNIST's four IDX files; searched and downloaded if not given")
+    parser.add_argument(
+        "--data",
+        help="folder of Fashion-MNIST's four IDX files, searched and downloaded if not given; or one of PNG and JPEG "
+        "images, as train/CLASS/NAME.png and test/CLASS/NAME.png",
+    )
     parser.add_argument("--limit-train", type=int, metavar="N", help="only the first N training images")
     parser.add_argument("--limit-test", type=int, metavar="N", help="only the first N test images")
     parser.add_argument("--save", metavar="PATH", help="checkpoint, replaced after every epoch and at Ctrl-C")
     parser.add_argument("--resume", metavar="PATH", help="go on from a checkpoint of a run with the same settings")
     parser.add_argument("--json", metavar="PATH", help="figures of the run, per epoch and in all")
     parser.add_argument("--log", metavar="PATH", help="a line of JSON per epoch, as the run goes; --resume adds to it")
-    parser.add_argument("--log-every", type=int, metavar="N", help="and a line per N steps")
+    parser.add_argument(
+        "--log-every", type=int, metavar="N", help="and a line per N steps; --tensorboard gets them too"
+    )
+    parser.add_argument(
+        "--tensorboard", metavar="DIR", help="scalars per epoch for TensorBoard, whose package it needs"
+    )
+    parser.add_argument("--profile", metavar="PATH", help="PyTorch's trace of 5 of the first steps, as JSON for Chrome")
     parser.add_argument("--plot", metavar="PATH", help="loss and accuracies per epoch, drawn after each")
     return parser
 
@@ -98,6 +109,9 @@ def _train(config: TrainConfig) -> int:
 
 def _report(config: TrainConfig, result: TrainResult) -> None:
     try:
+        if result.epochs:
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                print(result.table(), file=sys.stderr, flush=True)
         if result.interrupted:
             saved = result.checkpoint and f"checkpoint in {result.checkpoint}"
             say(f"interrupted after {len(result.epochs)} epochs; {saved or 'before the first step, nothing to save'}")

@@ -1,4 +1,4 @@
-"""Trains a ResNet on Fashion-MNIST by a recipe, and times it.
+"""Trains a ResNet on Fashion-MNIST, or on a folder of images, by a recipe, and times it.
 
 The first recipe is d2l.ai's `train_ch6`: plain SGD, Xavier-uniform weights, cross entropy, images enlarged to 96 x 96.
 The others are in `resnet.recipes`. Loss and training accuracy are means over the last epoch, taken as it ran, of the
@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from resnet.checkpoints import FORMAT, another_net, check_settings, read_checkpoint
+from resnet.checkpoints import FORMAT, another_net, check_images, check_settings, read_checkpoint
 from resnet.commands import (
     DTYPES,
     ConfigError,
     OutputError,
     check_outputs,
     check_plot,
+    check_tensorboard,
     find_device,
     require,
     require_count,
@@ -43,11 +44,12 @@ from resnet.commands import (
     write_output,
     write_plot,
 )
-from resnet.data import IMAGE_SIZE, Batches, FashionMNIST, load
+from resnet.data import FASHION_MNIST, IMAGE_SIZE, Batches, ImageSet, ImageSpec, load
 from resnet.graphs import Graphed
 from resnet.kernels.host.command import ENDING, RunError, say
-from resnet.metrics import Log
+from resnet.metrics import Board, Log
 from resnet.models import BUILDERS, IMPLS, MODELS, OLD_MODEL
+from resnet.profiling import RECORDED, SKIPPED, Trace
 from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "UnfinishedError", "train"]
@@ -96,13 +98,15 @@ class TrainConfig:
     dtype: str = None  # type: ignore[assignment]  # other than float32: autocast to it
     cuda_graph: str = "auto"  # on: replay whole batches' steps as a CUDA graph; auto: where that can be
     seed: int = 0
-    data: str | None = None  # folder; None: see resnet.data.load
+    data: str | None = None  # folder, of Fashion-MNIST or of images; None: see resnet.data.load
     limit_train: int | None = None  # only so many images, the first ones; None: all
     limit_test: int | None = None
     save: str | None = None  # checkpoint, written after every epoch
     json: str | None = None  # figures of the run
     log: str | None = None  # lines of JSON, one per epoch, written as the run goes
     log_every: int | None = None  # and one per so many steps
+    tensorboard: str | None = None  # folder for TensorBoard's scalars, per epoch and per log_every steps
+    profile: str | None = None  # trace of some of the first epoch's steps
     plot: str | None = None  # picture of loss and accuracies, drawn after every epoch
     resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
 
@@ -132,9 +136,11 @@ class TrainConfig:
             require(limit is None or limit >= 1, name, "at least 1", limit)
         if self.log_every is not None:
             require_count("--log-every", self.log_every)
-            require(self.log is not None, "--log-every", "--log, which names the file", "none")
+            where = self.log or self.tensorboard
+            require(where is not None, "--log-every", "--log or --tensorboard, which say where", "none")
         check_plot(self.plot)
-        reports = {"--json": self.json, "--log": self.log, "--plot": self.plot}
+        check_tensorboard(self.tensorboard)
+        reports = {"--json": self.json, "--log": self.log, "--plot": self.plot, "--profile": self.profile}
         check_outputs({"--save": self.save, **reports})
         check_outputs(reports, {"--resume": self.resume})
 
@@ -225,6 +231,13 @@ class TrainResult:
             f"{self.examples_per_sec:.1f} examples/sec on {self.device}{how}"
         )
 
+    def table(self) -> str:
+        """A line per whole epoch; its seconds are those of its training steps."""
+        lines = [f"{'epoch':>5}{'loss':>9}{'train acc':>11}{'test acc':>10}{'seconds':>10}"]
+        for number, e in enumerate(self.epochs, 1):
+            lines.append(f"{number:>5}{e.loss:>9.3f}{e.train_acc:>11.3f}{e.test_acc:>10.3f}{e.seconds:>10.2f}")
+        return "\n".join(lines)
+
     def to_json(self) -> dict[str, Any]:
         """All of it, with versions, as JSON's types. NaN, which JSON has not, becomes None."""
         figures = {name: getattr(self, name) for name in ("loss", "train_acc", "test_acc", "examples_per_sec")}
@@ -248,17 +261,19 @@ def train(config: TrainConfig) -> TrainResult:
     The same seed gives the same order of images everywhere, and a model the same first weights for every `impl`.
 
     The checkpoint is a dictionary for `torch.load`: `model` (a state_dict for that net of either block),
-    `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one) and `args`. It is replaced after every
-    epoch, never by one with non-finite weights. Ctrl-C ends the run after the step at hand and writes it, under a name
-    of its own in the current folder where `config.save` has none; a second Ctrl-C raises KeyboardInterrupt at once.
+    `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one), `images` (an ImageSpec) and
+    `args`. It is replaced after every epoch, never by one with non-finite weights. Ctrl-C ends the run after the step
+    at hand and writes it, under a name of its own in the current folder where `config.save` has none; a second Ctrl-C
+    raises KeyboardInterrupt at once.
     SIGTERM and SIGHUP do as Ctrl-C does; a second one does what it did before.
 
     Raises:
         ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, a batch of one image
-            cannot be normalised, or the steps are too few for the recipe's warm-up.
+            cannot be normalised, or the steps are too few for the recipe's warm-up or a trace.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
-        UnfinishedError: a checkpoint, the log or the plot cannot be written. What was there before is left as it was.
+        UnfinishedError: a checkpoint, the log, the plot, the trace or a scalar cannot be written. What was there before
+            is left as it was.
     """
     device = find_device(config.device)
     cuda_graph = _wants_graph(config, device)
@@ -266,6 +281,8 @@ def train(config: TrainConfig) -> TrainResult:
     if earlier is not None:
         check_settings(config.resume, earlier["args"], config.decisive)
     dataset = load(config.data)
+    if earlier is not None:
+        check_images(config.resume, earlier, dataset.spec)
     batches, evaluation = _batches(config, dataset, device)
     _check_steps(config, batches)
     if device.type == "cpu" and config.dtype == "float16":
@@ -273,7 +290,7 @@ def train(config: TrainConfig) -> TrainResult:
 
     with (
         _deferred_interrupt() as interrupt,
-        contextlib.closing(_Run(config, device, cuda_graph, batches, evaluation, interrupt)) as run,
+        contextlib.closing(_Run(config, device, cuda_graph, batches, evaluation, interrupt, dataset.spec)) as run,
     ):
         if earlier is not None:
             run.restore(earlier)
@@ -353,6 +370,7 @@ class _Run:
         batches: Batches,
         evaluation: Batches,
         interrupt: threading.Event,
+        images: ImageSpec = FASHION_MNIST,
     ):
         self.config = config
         self.device = device
@@ -360,14 +378,17 @@ class _Run:
         self.batches = batches
         self.evaluation = evaluation
         self.interrupt = interrupt
+        self.images = images
         self.log = Log(config.log)
+        self.board = Board(config.tensorboard)
+        self.trace = Trace(config.profile, device)
         self.epochs = 0  # trained in full
         self.step = 0  # steps of the next one
         self.history: list[Epoch] = []  # trained in full and evaluated
         self.tally = _Tally.of(len(batches), device)
         self.plan = config.plan
         self.steps = _steps(config, batches)
-        net = _net(config.model, config.impl, config.seed, self.plan.stem)
+        net = _net(config.model, config.impl, config.seed, self.plan.stem, images)
         self.net = net.to(device, memory_format=torch.channels_last)
         # Two shapes of batches at most: one graph for each is quicker than one for all.
         self.forward = torch.compile(self.net, dynamic=False) if config.impl == "compile" else self.net
@@ -380,6 +401,8 @@ class _Run:
 
     def close(self) -> None:
         self.log.close()
+        self.board.close()
+        self.trace.close()
 
     @property
     def trained(self) -> bool:
@@ -442,6 +465,7 @@ class _Run:
                 tally.correct += right
                 self.step += 1
                 tally.seen += len(index)
+                self.trace.step()
                 bar.update(len(index))
                 stop = self.interrupt.is_set()
                 if self.step == steps or stop or time.perf_counter() - looked >= _LOOK_SECONDS:
@@ -468,6 +492,13 @@ class _Run:
             seconds=epoch.seconds,
             lr=self._rate(0),
         )
+        scalars = {
+            "loss": epoch.loss,
+            "accuracy/train": epoch.train_acc,
+            "accuracy/test": epoch.test_acc,
+            "examples per sec": epoch.examples / epoch.seconds,
+        }
+        self.board.write(self._taken(0), scalars)
         return True
 
     def _log_steps(self, logged: int) -> None:
@@ -478,10 +509,15 @@ class _Run:
         for step in range(logged - logged % every + every, self.step + 1, every):
             loss = self.tally.losses[step - 1].item()
             self.log.write(epoch=self.epochs + 1, step=step, loss=loss, lr=self._rate(step))
+            self.board.write(self._taken(step), {"steps/loss": loss, "steps/lr": self._rate(step)})
+
+    def _taken(self, step: int) -> int:
+        """A step of the epoch, counted from the first one of the run; 0 is the last one of the epoch before."""
+        return self.epochs * len(self.batches) + step
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step of the epoch, counted from 1; 0 is the last one of the epoch before."""
-        return rate(self.plan, self.epochs * len(self.batches) + step - 1, self.steps)
+        return rate(self.plan, self._taken(step) - 1, self.steps)
 
     def plot(self) -> None:
         """Draws the epochs so far, where that is asked for."""
@@ -499,6 +535,7 @@ class _Run:
             "model": self.evaluated.state_dict(),
             **raw,
             "format": FORMAT,
+            "images": dataclasses.asdict(self.images),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epochs,
@@ -538,6 +575,7 @@ class _Run:
         if self.epochs > len(self.history):  # Ctrl-C came in its evaluation, which is all that it lacks
             self.epochs, self.step = len(self.history), len(self.batches)
         self.log.go_on(self.epochs, self.step)
+        self.board.go_on(self._taken(self.step))
 
     def _step(self, index: Tensor) -> tuple[Tensor, ...]:
         """`_learn` at the step's learning rate, replayed where it was captured for so many images."""
@@ -603,17 +641,18 @@ def _check_losses(losses: Tensor, epoch: int, first_step: int) -> None:
         raise NonFiniteError(f"non-finite loss ({losses[step]}) at epoch {epoch}, step {first_step + step}; {_ADVICE}")
 
 
-def _net(model: str, impl: str, seed: int, stem: str = "textbook") -> nn.Sequential:
+def _net(model: str, impl: str, seed: int, stem: str = "textbook", images: ImageSpec = FASHION_MNIST) -> nn.Sequential:
     """A net with the textbook's first weights, the same for each `impl`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = BUILDERS[model, "eager"](stem=stem)
+        shape = len(images.classes), images.channels
+        net = BUILDERS[model, "eager"](*shape, stem=stem)
         for module in net.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
         if impl != "fused":
             return net
-        fused = BUILDERS[model, impl](stem=stem)
+        fused = BUILDERS[model, impl](*shape, stem=stem)
         fused.load_state_dict(net.state_dict())
         return fused
 
@@ -626,10 +665,13 @@ def _wants_graph(config: TrainConfig, device: torch.device) -> bool:
     return config.cuda_graph != "off" and config.impl != "compile" and device.type == "cuda"
 
 
-def _batches(config: TrainConfig, dataset: FashionMNIST, device: torch.device) -> tuple[Batches, Batches]:
+def _batches(config: TrainConfig, dataset: ImageSet, device: torch.device) -> tuple[Batches, Batches]:
     """The training and the test set on the device. Raises ConfigError for a limit or a batch that cannot be."""
     require_limit("--limit-train", config.limit_train, len(dataset.train_images), dataset.source)
     require_limit("--limit-test", config.limit_test, len(dataset.test_images), dataset.source)
+    size = dataset.spec.size
+    own = f"at least {size}, the size of the images of {dataset.source}: they are enlarged only"
+    require(config.resize >= size, "--resize", own, config.resize)
     n = config.limit_train or len(dataset.train_images)
     # A last stage of one pixel has one value per channel in a batch of one image, which BatchNorm cannot normalise.
     plan = config.plan
@@ -671,13 +713,16 @@ def _steps(config: TrainConfig, batches: Batches) -> int:
 
 
 def _check_steps(config: TrainConfig, batches: Batches) -> None:
-    """ConfigError where the learning rate could only rise."""
+    """ConfigError where the learning rate could only rise, or a trace would have no end."""
     steps = _steps(config, batches)
     if warm_up_steps(config.plan, steps) >= steps:
         raise ConfigError(
             f"--recipe {config.recipe} needs 2 steps or more, a last one after its warm-up: --epochs {config.epochs} "
             f"and --batch-size {config.batch_size} make {steps} of {batches.examples} images"
         )
+    if config.profile is not None:
+        wanted = f"{SKIPPED + RECORDED} steps or more in an epoch, of which it records {RECORDED}"
+        require(len(batches) >= SKIPPED + RECORDED, "--profile", wanted, len(batches))
 
 
 @contextmanager

@@ -59,6 +59,14 @@ def claims_of_block_by_hand(output: str) -> None:
     assert number("largest difference of the trained values", output) < 1e-9
 
 
+def claims_of_finished_model(output: str) -> None:
+    assert "fused: 4\n" in output and "left as they are" not in output
+    losses = re.findall(r"^step \d: loss (\S+) fused, (\S+) eager$", output, re.MULTILINE)
+    assert len(losses) == 3 and all(float(fused) == pytest.approx(float(eager), rel=1e-6) for fused, eager in losses)
+    assert "the classes are the eager ones again: True" in output
+    assert number("largest difference of the trained values", output) < 1e-9
+
+
 def claims_of_plain_export(output: str) -> None:
     assert "resnet imported where the exported net ran: False" in output
     assert number("largest difference from the fused net", output) <= ROUNDING * number("largest output", output)
@@ -76,6 +84,7 @@ CLAIMS = {
     "training_loop": claims_of_training_loop,
     "functional": claims_of_functional,
     "block_by_hand": claims_of_block_by_hand,
+    "finished_model": claims_of_finished_model,
     "plain_export": claims_of_plain_export,
     "d2l_current_edition": claims_of_d2l_current_edition,
 }

@@ -1,7 +1,19 @@
-"""Fashion-MNIST, and batches of it on the training device."""
+"""Fashion-MNIST or images of one's own, and batches of them on the training device."""
 
 from resnet.data.augmentation import Augmentation
 from resnet.data.batches import Batches
-from resnet.data.files import CLASSES, IMAGE_SIZE, DatasetError, FashionMNIST, fetch, load
+from resnet.data.files import fetch, load
+from resnet.data.sets import CLASSES, FASHION_MNIST, IMAGE_SIZE, DatasetError, ImageSet, ImageSpec
 
-__all__ = ["CLASSES", "IMAGE_SIZE", "Augmentation", "Batches", "DatasetError", "FashionMNIST", "fetch", "load"]
+__all__ = [
+    "CLASSES",
+    "FASHION_MNIST",
+    "IMAGE_SIZE",
+    "Augmentation",
+    "Batches",
+    "DatasetError",
+    "ImageSet",
+    "ImageSpec",
+    "fetch",
+    "load",
+]

@@ -24,21 +24,23 @@ class Augmentation:
     CHANCES: ClassVar[int] = 6  # per image
 
     def __call__(self, images: Tensor, chances: Tensor) -> Tensor:
-        """images (B, S, S), each changed as its row of `chances` (B, CHANCES) says."""
+        """images (B, S, S) or (B, S, S, C), each changed as its row of `chances` (B, CHANCES) says."""
+        channels = images.dim() - 3  # axes of them
         down, right, mirror, top, left, grey = chances.unbind(1)
-        places = torch.arange(images.shape[-1], device=images.device)
+        places = torch.arange(images.shape[1], device=images.device)
         rows = _choice(down, 2 * self.shift + 1) + places
         columns = torch.where((mirror < 0.5)[:, None], places.flip(0), places) if self.flip else places
         columns = _choice(right, 2 * self.shift + 1) + columns
         image = torch.arange(len(images), device=images.device)
-        padded = F.pad(images, 4 * (self.shift,))
+        padded = F.pad(images, channels * (0, 0) + 4 * (self.shift,))
         cropped = padded[image[:, None, None], rows[:, :, None], columns[:, None, :]]
         if not self.erase:
             return cropped
         starts = len(places) - self.erase + 1
         hidden = self._covers(places, _choice(top, starts))[:, :, None]
         hidden = hidden & self._covers(places, _choice(left, starts))[:, None, :]
-        return torch.where(hidden, grey[:, None, None], cropped)
+        hidden, grey = (x.view(*x.shape, *(cropped.dim() - x.dim()) * (1,)) for x in (hidden, grey))
+        return torch.where(hidden, grey, cropped)
 
     def _covers(self, places: Tensor, start: Tensor) -> Tensor:
         """(B, S): which places along an axis the square covers."""

@@ -16,7 +16,7 @@ from resnet.data.augmentation import Augmentation
 class Batches:
     """Batches of a set of images that lives, as uint8, on a device; each iteration over it is one epoch.
 
-    Yields (images, labels): images (B, 1, resize, resize) of `dtype` in `memory_format`, with values from 0 to 1 (the
+    Yields (images, labels): images (B, C, resize, resize) of `dtype` in `memory_format`, with values from 0 to 1 (the
     byte / 255 and nothing else, as the textbook's `ToTensor` gives it), resized bilinearly; labels int64 (B,). Both on
     `device`, where all of the work is done.
 
@@ -24,7 +24,7 @@ class Batches:
     does to each image, before the resizing. `epoch` counts the iterations begun; it may be set.
 
     Args:
-        images: uint8 (N, 28, 28), or any other square size.
+        images: uint8 (N, 28, 28), or any other square size; for images in colour (N, S, S, 3).
         labels: integers (N,).
         batch_size: B; the last batch is smaller where it does not divide N, unless `drop_last` leaves it out.
         resize: height and width of the yielded images, in pixels; at least that of `images`, since bilinear
@@ -49,8 +49,9 @@ class Batches:
         augmentation: Augmentation | None = None,
         memory_format: torch.memory_format = torch.channels_last,
     ):
-        if images.dtype != torch.uint8 or images.dim() != 3 or images.shape[1] != images.shape[2]:
-            raise ValueError(f"images: expected uint8 (N, S, S), got {images.dtype} {tuple(images.shape)}")
+        shape = tuple(images.shape)
+        if images.dtype != torch.uint8 or len(shape) < 3 or shape[1] != shape[2] or shape[3:] not in ((), (3,)):
+            raise ValueError(f"images: expected uint8 (N, S, S) or (N, S, S, 3), got {images.dtype} {shape}")
         if labels.shape != images.shape[:1] or labels.is_floating_point():
             raise ValueError(
                 f"labels: expected integers ({len(images)},), one per image, got {labels.dtype} {tuple(labels.shape)}"
@@ -115,11 +116,14 @@ class Batches:
         x = self.images[index].float().div_(255)
         if self.augmentation is not None:
             x = self.augmentation(x, self._chances[index])
-        x = x.unsqueeze(1)
+        is_grey = x.dim() == 3
+        x = x.unsqueeze(1) if is_grey else x.permute(0, 3, 1, 2)
         if self.resize != x.shape[-1]:
             x = F.interpolate(x, size=(self.resize, self.resize), mode="bilinear", align_corners=False)
         x = x.to(self.dtype)
-        if self.memory_format == torch.channels_last:
+        if not is_grey:
+            x = x.contiguous(memory_format=self.memory_format)
+        elif self.memory_format == torch.channels_last:
             # With one channel both formats are one order of bytes; the strides tell operators which is meant, and
             # `contiguous` would leave them, so they are set by moving the axis.
             x = x.squeeze(1).unsqueeze(-1).permute(0, 3, 1, 2)

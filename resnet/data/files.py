@@ -23,35 +23,19 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from resnet.data.images import holds_images, read_folder
+from resnet.data.sets import IMAGE_SIZE, DatasetError, ImageSet
 from resnet.kernels.host.files import cache_folder, write_atomically
 
 OFFICIAL_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's and Ubuntu's package dataset-fashion-mnist
 EMBEDDED_SAMPLE = "embedded sample"
-IMAGE_SIZE = 28
-CLASSES = (  # as the textbook names the labels from 0 to 9
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
 
 _OPEN_SECONDS = 5.0  # until a server has answered: an offline user should reach the sample soon
 _STALL_SECONDS = 15.0  # without a byte, once a download runs
 _CHUNK_BYTES = 1 << 16
-
-
-class DatasetError(RuntimeError):
-    """A data file is missing or is not the genuine one; the message names the file and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +93,7 @@ class _IdxFile:
         )
 
 
-# In the order of FashionMNIST's fields.
+# In the order of ImageSet's fields.
 _WHOLE_SET = (
     _IdxFile(
         "train-images-idx3-ubyte",
@@ -144,28 +128,15 @@ _SAMPLE = (
 )
 
 
-@dataclass(frozen=True)
-class FashionMNIST:
-    """Fashion-MNIST on the CPU: images uint8 (N, 28, 28), labels int64 (N,) from 0 to 9.
-
-    `source` is the folder it was read from, or "embedded sample".
-    """
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    source: str
-
-
-def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True) -> FashionMNIST:
+def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True) -> ImageSet:
     """Fashion-MNIST from the first of: `folder`, the folder that the environment variable `FASHION_MNIST_DIR` names,
     `./data`, the folder of Debian's package `dataset-fashion-mnist`, the per-user cache (`FUSED_RESIDUAL_CACHE`), a
     download into it, and last, with a printed line that says so, the sample of 2,048 + 512 images that comes with the
     package.
 
     A folder holds the four IDX files under their official names, plain or gzipped. Their content is checked by size
-    and SHA-256 wherever it comes from.
+    and SHA-256 wherever it comes from. `folder` may also be one of images, which `read_folder` reads: it is taken for
+    one where it has train, test or val in it, and none of the four files.
 
     Args:
         folder: where the files are; nothing else is then tried.
@@ -174,7 +145,15 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
 
     Raises:
         DatasetError: a file is missing from the folder that was named, or a file found or downloaded is not genuine.
+        ConfigError: the folder is one of images, and Pillow is missing.
     """
+    if folder is not None and _has_no_idx_file(path := Path(os.path.expanduser(folder))):
+        if not holds_images(path):
+            raise DatasetError(
+                f"{path}: no data set in it; expected {', '.join(f.name for f in _WHOLE_SET)}[.gz], or train/ and "
+                "test/ (or val/) with a folder of images per class"
+            )
+        return read_folder(path)
     named = folder if folder is not None else os.environ.get("FASHION_MNIST_DIR") or None
     if named is not None:
         return _read_folder(Path(os.path.expanduser(named)), _WHOLE_SET)  # "~nobody" stays as it is
@@ -200,6 +179,10 @@ def load(folder: str | os.PathLike[str] | None = None, *, download: bool = True)
         file=sys.stderr,
     )
     return sample
+
+
+def _has_no_idx_file(folder: Path) -> bool:
+    return os.path.isdir(folder) and not any(file.find(folder) for file in _WHOLE_SET)
 
 
 def download_folder() -> Path | None:
@@ -284,7 +267,7 @@ def _copy(response: http.client.HTTPResponse, out: BinaryIO, name: str) -> None:
         raise ConnectionError(f"connection closed after {received} of {total} bytes of {name}")
 
 
-def _read_folder(folder: Path, files: tuple[_IdxFile, ...], source: str | None = None) -> FashionMNIST:
+def _read_folder(folder: Path, files: tuple[_IdxFile, ...], source: str | None = None) -> ImageSet:
     if not os.path.isdir(folder):  # which a name that is too long is not either
         raise DatasetError(f"{folder}: no such folder; expected one with {', '.join(f.name for f in files)}[.gz]")
     paths = [file.find(folder) for file in files]
@@ -293,4 +276,4 @@ def _read_folder(folder: Path, files: tuple[_IdxFile, ...], source: str | None =
             raise DatasetError(f"{folder / file.name}[.gz]: no such file; {file._expected}")
     arrays = [torch.from_numpy(file.read(path)) for file, path in zip(files, paths)]
     train_images, train_labels, test_images, test_labels = arrays
-    return FashionMNIST(train_images, train_labels.long(), test_images, test_labels.long(), source or str(folder))
+    return ImageSet(train_images, train_labels.long(), test_images, test_labels.long(), source or str(folder))

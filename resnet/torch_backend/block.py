@@ -52,12 +52,11 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     for i in reversed(range(len(units))):
         if not asked[i + 1] and i + 1 < len(units):
             break
-        unit = units[i]
-        flags = asked[i], needs.units[i].weight
-        da = dconv = a = None
-        if any(flags):
-            a = batch_norm.recompute(ys[i - 1], stats[i - 1]) if i else x
-            da, dconv = convolve_backward(norm.dx, a, unit.weight, unit.stride, unit.padding, *flags)
+        unit, flags = units[i], (asked[i], needs.units[i].weight)
+        a = ys[i - 1] if i else x
+        if i and any(flags):
+            a = batch_norm.recompute(a, stats[i - 1])
+        da, dconv = convolve_backward(norm.dx, a, unit.weight, unit.stride, unit.padding, *flags)
         grads[i] = UnitGrad(dconv, norm.dweight, norm.dbias, norm.sum_g)
         if i == 0:
             dx = da

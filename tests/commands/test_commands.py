@@ -197,6 +197,7 @@ COMMANDS = (
     "resnet.kernels.tuning",
     "benchmarks.compare",
     "benchmarks.gpu_check",
+    "benchmarks.history",
 )
 
 

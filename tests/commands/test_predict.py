@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from resnet.checkpoints import read_net
-from resnet.data import CLASSES, Batches
-from resnet.predict import main, most_likely, read_image
+from resnet.data import CLASSES, FASHION_MNIST, Batches
+from resnet.predict import image_for, main, most_likely
 from tests.helpers.checkpoints import as_earlier, as_fused, changed, save_untrained
 from tests.helpers.runs import load_once
 
@@ -72,15 +72,15 @@ def test_the_most_likely_come_first():
 
 def test_an_image_of_the_set_is_read_as_it_is():
     expected = image_of_the_set(3)
-    assert torch.equal(read_image(save(expected, "a.png")), expected)
-    assert torch.equal(read_image(save(255 - expected, "a.png"), invert=True), expected)
+    assert torch.equal(image_for(FASHION_MNIST, save(expected, "a.png")), expected)
+    assert torch.equal(image_for(FASHION_MNIST, save(255 - expected, "a.png"), invert=True), expected)
     in_colour = expected[:, :, None].expand(-1, -1, 3)
-    assert torch.equal(read_image(save(in_colour, "a.png")), expected)
+    assert torch.equal(image_for(FASHION_MNIST, save(in_colour, "a.png")), expected)
 
 
 def test_sixteen_bits_keep_their_highest():
     expected = image_of_the_set(3)
-    assert torch.equal(read_image(save(expected.numpy().astype(np.uint16) * 256, "a.png")), expected)
+    assert torch.equal(image_for(FASHION_MNIST, save(expected.numpy().astype(np.uint16) * 256, "a.png")), expected)
 
 
 @pytest.mark.parametrize("invert", [False, True])
@@ -88,12 +88,12 @@ def test_what_is_transparent_is_ground(invert):
     pixels = np.full((28, 28, 4), 128, np.uint8)
     pixels[:, :, 3] = 255
     pixels[:9] = (*[200] * 3, 0)
-    found = read_image(save(pixels, "a.png"), invert)
+    found = image_for(FASHION_MNIST, save(pixels, "a.png"), invert)
     assert (found[:9] == 0).all() and (found[9:] == (127 if invert else 128)).all()
 
 
 def test_proportions_are_kept_and_what_is_beside_is_ground():
-    found = read_image(save(np.full((100, 50), 255, np.uint8), "a.png"))
+    found = image_for(FASHION_MNIST, save(np.full((100, 50), 255, np.uint8), "a.png"))
     assert (found[:, 7:21] == 255).all() and (found[:, :7] == 0).all() and (found[:, 21:] == 0).all()
 
 
@@ -102,7 +102,7 @@ def test_a_photograph_stands_as_its_camera_says():
     upright[:16] = 255
     orientation = Image.Exif()
     orientation[0x0112] = 3  # upside down
-    found = read_image(save(upright, "a.jpg", exif=orientation)).float()
+    found = image_for(FASHION_MNIST, save(upright, "a.jpg", exif=orientation)).float()
     assert found[:12].mean() < 10 and found[16:].mean() > 245
 
 

@@ -10,7 +10,6 @@ import re
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -25,9 +24,8 @@ from resnet.fused import FusedBlock
 from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import NonFiniteError, TrainConfig, train
-from tests.conftest import ROOT
 from tests.helpers.graphs import captures_on_the_cpu
-from tests.helpers.runs import load_once, small_runs  # noqa: F401
+from tests.helpers.runs import command, load_once, options, small_runs  # noqa: F401
 
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
 # To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
@@ -40,24 +38,6 @@ RATE_LINE = r"(\d+\.\d) examples/sec on cpu"
 
 def small(impl: str = "eager", **changes) -> TrainConfig:
     return TrainConfig(impl=impl, **{**SMALL, **changes})
-
-
-def options(config: TrainConfig) -> list[str]:
-    """The command line that means `config`."""
-    values = dataclasses.asdict(config).items()
-    return [word for k, v in values if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
-
-
-def command(config: TrainConfig, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs) -> subprocess.Popen:
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, "-m", "resnet.train", *options(config)],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=stdout,
-        stderr=stderr,
-        text=True,
-        **kwargs,
-    )
 
 
 def weights_of(path: str | Path) -> dict[str, torch.Tensor]:
@@ -119,6 +99,11 @@ def test_the_command_ends_with_the_two_lines_and_shows_a_bar(tmp_path):
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert [f"{figures[k]:.3f}" for k in ("loss", "train_acc", "test_acc")] == list(loss.groups())
     assert f"{figures['examples_per_sec']:.1f}" == rate[1]
+    heads, *rows = err.splitlines()[-3:]
+    assert heads.split() == ["epoch", "loss", "train", "acc", "test", "acc", "seconds"]
+    last = [f"{figures[name]:.3f}" for name in ("loss", "train_acc", "test_acc")]
+    assert [row.split()[0] for row in rows] == ["1", "2"] and rows[1].split()[1:4] == last
+    assert len({len(heads), *map(len, rows)}) == 1, "columns are below each other"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "net.pt"], "nothing temporary is left"
 
 
@@ -820,7 +805,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--json", "nowhere/figures.json"], "--json: expected a path in an existing folder"),
         (["--log", "nowhere/log"], "--log: expected a path in an existing folder"),
         (["--log", "log", "--json", "log"], "--log: expected another file than that of --json, got log"),
-        (["--log-every", "2"], "--log-every: expected --log, which names the file, got none"),
+        (["--log-every", "2"], "--log-every: expected --log or --tensorboard, which say where, got none"),
         (["--log-every", "0", "--log", "log"], "--log-every: expected at least 1, got 0"),
         (["--plot", "out.nothing"], "--plot"),
         (["--batch-size", "1", "--resize", "28"], "--resize 28 needs batches of 2 images or more"),

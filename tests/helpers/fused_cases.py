@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import Bottleneck, Residual, Stem
+from resnet import Residual, Stem
 from tests.helpers.blocks import Trio, assert_parity, draw, same, snapshot, step, trio, weights_dtype
 
 IDENTITY, PROJECTED, STRIDED = (4, 4), (4, 6, True), (4, 6, True, 2)
@@ -25,7 +25,6 @@ train_and_eval = pytest.mark.parametrize("train", [True, False], ids=["train", "
 KINDS = {
     "identity": (Residual, 16, 16),
     "strided": (Residual, 8, 16, True, 2),
-    "bottleneck": (Bottleneck, 8, 4, 2),
     "stem": (Stem, 8, 16),
     "grey stem": (Stem, 1, 16),  # on the CPU a product of windows
 }

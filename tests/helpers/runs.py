@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import pytest
 
 from resnet import training
 from resnet.data import load
+from resnet.training import TrainConfig
+from tests.conftest import ROOT
 
 load_once = functools.cache(load)  # half a second, for half a hundred runs
 
@@ -18,3 +24,21 @@ def small_runs(one_thread, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "load", load_once)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands
+
+
+def options(config: TrainConfig) -> list[str]:
+    """The command line that means `config`."""
+    values = dataclasses.asdict(config).items()
+    return [word for k, v in values if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
+
+
+def command(config: TrainConfig, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs) -> subprocess.Popen:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "resnet.train", *options(config)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        **kwargs,
+    )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet import FusedResidual, Residual, fused, resnet18
+from resnet import Bottleneck, FusedResidual, Residual, fused, resnet18
 from tests.conftest import DEVICE, ROOT
-from tests.helpers.blocks import draw
+from tests.helpers.blocks import draw, trio
 from tests.helpers.fused_cases import images, inference_trio, kinds, train_and_eval
 
 PASSES = ("inference", "forward", "forward and backward")
@@ -57,6 +57,19 @@ def test_the_count_is_eagers(kind, train, what, frozen, wants_dx):
         for name, p in module.train(train).named_parameters():
             p.requires_grad_(not name.startswith(FROZEN[frozen]))
         counts.append(counted(module, x, what))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("frozen", [(), ("conv1.weight",), ("conv1", "bn1", "conv2"), ("downsample",)], ids=str)
+@pytest.mark.usefixtures("whichever_is_counted")
+def test_the_count_of_a_bottleneck_is_eagers(frozen):
+    t = trio(Bottleneck, 8, 4, 2)
+    x = draw(2, 8, 9, 8)
+    counts = []
+    for module in (t.fused, t.eager):
+        for name, p in module.named_parameters():
+            p.requires_grad_(not name.startswith(frozen))
+        counts.append(counted(module, x, "forward and backward"))
     assert counts[0] == counts[1] > 0
 
 

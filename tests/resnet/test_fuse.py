@@ -27,7 +27,7 @@ from resnet import (
     resnet18,
     unfuse,
 )
-from resnet.fuse import _KNOWN, BlockLayout, StemLayout, _Block, _Known, _Network
+from resnet.fusing import _KNOWN, BlockLayout, StemLayout, _Block, _Known, _Network
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, randomize, snapshot, step
 
