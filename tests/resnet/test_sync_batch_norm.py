@@ -76,6 +76,7 @@ INTERPRETED = ("1x1, averaged", "three units, normed shortcut", "stem", "the las
 # Images of each process, step by step. The first process has as many in three steps, the other one never has.
 SHARES = [(2, 1), (2, 0), (2, 2), (1, 3), (0, 2)]
 STEPS = {"torch": 5, "triton": 4}
+MANY = {"identity": (20, 16)}  # pixels, of which PyTorch's operators sum up groups where a process has 2 images or more
 
 
 def made(case: str) -> nn.Module:
@@ -98,7 +99,7 @@ def synchronized(case: str) -> nn.Module:
 def batch(case: str, i: int) -> Tensor:
     """The images of all processes. The means are far from zero, and each image has another."""
     images = sum(SHARES[i])
-    x = draw(images, CASES[case][1][0], 4, 3, seed=i, dtype=torch.float64)
+    x = draw(images, CASES[case][1][0], *MANY.get(case, (4, 3)), seed=i, dtype=torch.float64)
     return x + torch.arange(images, device=DEVICE).add(10).view(-1, 1, 1, 1)
 
 
