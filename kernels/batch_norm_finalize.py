@@ -170,6 +170,13 @@ def batch_norm_finalize(
     return stats
 
 
+def batch_norm_merge(partial: Tensor, rows: int, M: int) -> Tensor:
+    """(2 or 3, C): one partial of M rows, from several as `batch_norm_finalize` takes them."""
+    while partial.shape[1] > 1:
+        partial, rows = _merge(partial, rows, M), rows * GROUP
+    return partial[:, 0]
+
+
 def _merge(partial: Tensor, rows: int, M: int) -> Tensor:
     """Each GROUP partials in turn merged into one: (3, G, C)."""
     planes, T, C = partial.shape

@@ -159,7 +159,10 @@ def _check_count(name: str, t: Tensor, x: Tensor) -> None:
 
 
 def check_values_per_channel(norm: Norm, shape: tuple[int, int, int, int], name: str = "batch_norm") -> None:
-    """ValueError for a single value per channel under batch statistics, as `torch.nn.BatchNorm2d`: no variance."""
+    """ValueError for a single value per channel under batch statistics, as `torch.nn.BatchNorm2d`: no variance.
+
+    Other processes of the norm's group may have more of them.
+    """
     N, _, H, W = shape
-    if norm.training and N * H * W == 1:
+    if norm.training and not norm.group and N * H * W == 1:
         raise ValueError(f"{name}: expected more than 1 value per channel when training, got input size {shape}")

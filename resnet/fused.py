@@ -49,7 +49,7 @@ def _warn_once(name: str, reason: str) -> None:
 _warn_once._dynamo_marked_constant = True
 
 _GLOBAL_HOOKS = "global module hooks are registered, which a fused operator would not call for the submodules"
-_FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)}
+_FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d)}
 
 
 def passed_over(module: nn.Module) -> str | None:
@@ -76,6 +76,11 @@ def _unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | Non
         return f"{name} is a {got}, not a {expected}"
     found = passed_over(module)
     return None if found is None else f"{name} has {found}, which a fused operator would not call"
+
+
+def _unfusable_norm(name: str, bn: nn.Module) -> str | None:
+    """Why a norm cannot be fused: it is neither exactly an `nn.BatchNorm2d` nor an `nn.SyncBatchNorm`, or watched."""
+    return _unfusable(name, bn, nn.SyncBatchNorm if type(bn) is nn.SyncBatchNorm else nn.BatchNorm2d)
 
 
 def _unfusable_conv(name: str, conv: nn.Module, kernel: int, padding: int, stride: int | None) -> str | None:
@@ -341,7 +346,7 @@ class FusedStemBase(_Fused):
             _unfusable_other(others)
             or _unfusable(conv_name, conv, nn.Conv2d)
             or _unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None)
-            or _unfusable(bn_name, bn, nn.BatchNorm2d)
+            or _unfusable_norm(bn_name, bn)
             or _unfusable(*relu)
             or _unfusable_pool(pool.name, pool.module)
         )
@@ -397,7 +402,7 @@ class FusedBlock(_Fused):
         for unit in parts.units:
             kernel = 1 if getattr(unit.conv, "kernel_size", None) == (1, 1) else 3
             reason = _unfusable_conv(unit.conv_name, unit.conv, kernel, kernel // 2, None)
-            reason = reason or _unfusable(unit.bn_name, unit.bn, nn.BatchNorm2d)
+            reason = reason or _unfusable_norm(unit.bn_name, unit.bn)
             if reason is not None:
                 return reason
             strides *= unit.conv.stride[0]
@@ -405,7 +410,7 @@ class FusedBlock(_Fused):
         if shortcut is not None:
             reason = _unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides)
             if reason is None and shortcut.bn is not None:
-                reason = _unfusable(shortcut.bn_name, shortcut.bn, nn.BatchNorm2d)
+                reason = _unfusable_norm(shortcut.bn_name, shortcut.bn)
             if reason is not None:
                 return reason
         return None

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from resnet.collectives import group_of
 from resnet.schema import Updated
 
 
@@ -19,6 +20,8 @@ class Norm(NamedTuple):
     `num_batches_tracked`, in which this batch is counted already, makes the running statistics averages over as many
     batches. It stays a tensor: a number would have to come from the device, and a CUDA graph would keep it. `counted`
     is a count that the operator adds this batch to. There is one of the two at most.
+
+    `group` names a process group. With batch statistics those of all its processes are taken, as of one batch.
     """
 
     weight: Tensor | None  # (C,)
@@ -31,6 +34,7 @@ class Norm(NamedTuple):
     eps: float
     num_batches_tracked: Tensor | None = None  # () int64: the momentum is 1 over it, and `momentum` is not used
     counted: Updated = None  # when training 1 is added, whatever it is
+    group: str = ""  # when training; "" for this process alone
 
 
 class KeptNorm(NamedTuple):
@@ -41,6 +45,7 @@ class KeptNorm(NamedTuple):
     conv_bias: Tensor | None  # (C,)
     training: bool
     eps: float
+    group: str = ""
 
 
 VECTORS = Norm._fields[:5]  # (C,) each, where they are there
@@ -60,8 +65,10 @@ def held(module: nn.Module, kind: str, name: str) -> Tensor | None:
     return found[name] if name in found else getattr(module, name)
 
 
-def norm_of(bn: nn.BatchNorm2d, conv_bias: Tensor | None = None) -> Norm:
+def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm, conv_bias: Tensor | None = None) -> Norm:
     """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing.
+
+    Those of an `nn.SyncBatchNorm` are the same, and the group of processes with which it would share its statistics.
 
     This batch is not counted yet, in `num_batches_tracked` either.
     """
@@ -84,6 +91,7 @@ def norm_of(bn: nn.BatchNorm2d, conv_bias: Tensor | None = None) -> Norm:
         own["eps"],
         count,
         counted,
+        group_of(bn) if training and type(bn) is nn.SyncBatchNorm else "",
     )
 
 

@@ -191,3 +191,8 @@ def reached(needs: tuple) -> list[tuple[bool, bool]]:
         earlier = conv or any(unit.norm)
         found.append((earlier, conv))
     return found
+
+
+def shortcut_reached(needs: tuple) -> bool:
+    """Whether anything asks for the gradient of a shortcut with a norm, or for that norm's sums."""
+    return needs.x or needs.shortcut.weight or any(needs.shortcut.norm)

@@ -34,6 +34,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import Library, register_fake
 
 from resnet import backends, flops, settings
+from resnet.collectives import merge_sums
 from resnet.kernels.host.facts import Known, is_plain
 from resnet.norm import KeptNorm, Norm, statistics_dtype
 from resnet.operands import (
@@ -49,9 +50,12 @@ from resnet.operands import (
     StemOutput,
     Unit,
     UnitGrad,
+    reached,
+    shortcut_reached,
     wanted,
 )
 from resnet.schema import leaves, pack, parameters, unpack, updates
+from resnet.torch_backend.batch_norm import stats_of_moments
 from resnet.torch_backend.convolution import out_map, out_size
 
 _NAMESPACE = "fused_residual"
@@ -141,6 +145,8 @@ class _Differentiable:
     keep_moves: bool  # whether `keep` leaves out and moves values alone, whatever they are
     like: Callable  # of what is kept: arguments of the shapes of their gradients
     backward: Callable  # of dout, what is kept, and which gradients are wanted: the gradients, in the arguments' places
+    norms: Callable  # of arguments and output: each norm and its stats, as `forward` takes them
+    summed: Callable  # of what is kept, and which gradients are wanted: those whose sums `backward` takes, in its order
     passed_on: Callable | None = None  # of what is kept: names of the arguments whose gradient is dout itself
 
     def register(self) -> None:
@@ -162,8 +168,7 @@ class _Differentiable:
 
     def run(self, flat: Sequence, known: Known | None = None) -> tuple:
         if flat[0].numel() == 0:
-            self._count(flat)
-            return tuple(t.zero_() for t in self._fake(*flat))
+            return self._run_empty(flat)
         outputs = backends.implementation(flat[0]).run(self._compute, flat, known)
         # A kernel's write to the running statistics is not counted in their versions.
         torch.autograd.graph.increment_version(
@@ -171,11 +176,16 @@ class _Differentiable:
         )
         return tuple(outputs)
 
-    def _count(self, flat: Sequence) -> None:
-        """An empty batch is one that counts."""
-        for leaf, value in zip(leaves(self.arguments), flat, strict=True):
-            if leaf.name.endswith("counted") and value is not None:
-                value.add_(1)
+    def _run_empty(self, flat: Sequence) -> tuple:
+        """An empty batch is one that counts. Other processes of a norm's group may have more, and wait for this one."""
+        outputs = tuple(t.zero_() for t in self._fake(*flat))
+        for norm, stats in self.norms(unpack(self.arguments, flat), unpack(self.output, outputs)):
+            if norm.training and norm.group:
+                with torch._C._AutoDispatchBelowAutograd():
+                    stats.copy_(stats_of_moments(stats[0], stats[1], 0, norm))
+            elif norm.counted is not None:
+                norm.counted.add_(1)
+        return outputs
 
     def _compute(self, *flat) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -192,8 +202,15 @@ class _Differentiable:
 
     def _run_backward(self, flat: Sequence, known: Known | None = None) -> list[Tensor]:
         if flat[0].numel() == 0:
-            return [t.zero_() for t in self._backward_fake(*flat)]
+            return self._run_empty_backward(flat)
         return backends.implementation(flat[0]).run(self._compute_grads, flat, known)
+
+    def _run_empty_backward(self, flat: Sequence) -> list[Tensor]:
+        _, *kept, needs = flat
+        for norm, stats in self.summed(unpack(self.kept, kept), unpack(self.arguments, needs)):
+            if norm.training and norm.group:
+                merge_sums(torch.zeros_like(stats[:2]), 0, norm.group)
+        return [t.zero_() for t in self._backward_fake(*flat)]
 
     def _compute_grads(self, dout: Tensor, *rest) -> list[Tensor]:
         *kept, needs = rest
@@ -336,12 +353,12 @@ def _dense(t: Tensor) -> Tensor:
 
 
 def _kept_norm(norm: Norm) -> KeptNorm:
-    return KeptNorm(norm.weight, norm.bias, norm.conv_bias, norm.training, norm.eps)
+    return KeptNorm(norm.weight, norm.bias, norm.conv_bias, norm.training, norm.eps, norm.group)
 
 
 def _like_norm(norm: KeptNorm) -> Norm:
     """The norm's parameters in their places."""
-    return Norm(norm.weight, norm.bias, None, None, norm.conv_bias, None, None, None)
+    return Norm(norm.weight, norm.bias, None, None, norm.conv_bias, None, None, None, group=None)
 
 
 def _norm_grads(
@@ -366,7 +383,7 @@ def _norm_grads(
             dconv_bias = zeros
         else:
             dconv_bias = torch.zeros_like(norm.conv_bias, memory_format=torch.contiguous_format)
-    return Norm(dweight, dbias, None, None, dconv_bias, None, None, None)
+    return Norm(dweight, dbias, None, None, dconv_bias, None, None, None, group=None)
 
 
 # ---- relu(batch_norm(x) + shortcut) ------------------------------------------------------------------------------
@@ -400,6 +417,8 @@ _Differentiable(
     keep_moves=False,
     like=lambda kept: BatchNormAddRelu(kept.x, kept.x, _like_norm(kept.norm), None),
     backward=_batch_norm_add_relu_backward,
+    norms=lambda a, o: [(a.norm, o.stats)],
+    summed=lambda kept, needs: [(kept.norm, kept.stats)],
     passed_on=lambda kept: () if kept.relu else ("shortcut",),
 ).register()
 
@@ -459,6 +478,8 @@ _Differentiable(
     keep_moves=True,
     like=lambda kept: Stem(kept.x, _like_part(kept.unit)),
     backward=_stem_backward,
+    norms=lambda a, o: [(a.unit.norm, o.stats)],
+    summed=lambda kept, needs: [(kept.unit.norm, kept.output.stats)],
 ).register()
 
 # ---- the residual block ------------------------------------------------------------------------------------------
@@ -484,8 +505,22 @@ def _block_operator(kind: BlockKind) -> _Differentiable:
         x, units, shortcut = arguments
         return kind.kept(x, output, tuple(map(_kept, units)), _kept(shortcut))
 
+    def norms(part: tuple, output: tuple) -> list[tuple[Norm | KeptNorm, Tensor]]:
+        found = [(unit.norm, stats) for unit, stats in zip(part.units, output.stats, strict=True)]
+        return [*found, (part.shortcut.norm, output.shortcut[1])] if output.shortcut else found
+
+    def all_wanted(needs: tuple) -> tuple:
+        return needs._replace(units=tuple(map(wanted, needs.units)), shortcut=wanted(needs.shortcut))
+
+    def summed(kept: tuple, needs: tuple) -> list[tuple[KeptNorm, Tensor]]:
+        """The last norm, the shortcut's, and the others from the last one on, as far as anything asks for them."""
+        needs, found = all_wanted(needs), norms(kept, kept.output)
+        earlier = [norm for norm, (asked, _) in zip(found, reached(needs)[:-1]) if asked]
+        normed = found[len(kept.units) :] if kept.output.shortcut and shortcut_reached(needs) else []
+        return [found[len(kept.units) - 1], *normed, *reversed(earlier)]
+
     def backward(dout: Tensor, kept: tuple, needs: tuple) -> tuple:
-        needs = needs._replace(units=tuple(map(wanted, needs.units)), shortcut=wanted(needs.shortcut))
+        needs = all_wanted(needs)
         grad = backends.implementation(kept.x).block_backward(dout, kept, needs)
         units = map(_unit_grads, kept.units, grad.units, kept.output.stats, needs.units)
         if isinstance(kept.shortcut, KeptUnit):
@@ -505,6 +540,8 @@ def _block_operator(kind: BlockKind) -> _Differentiable:
         keep_moves=True,
         like=lambda kept: kind.arguments(kept.x, tuple(map(_like_part, kept.units)), _like_part(kept.shortcut)),
         backward=backward,
+        norms=norms,
+        summed=summed,
     )
 
 

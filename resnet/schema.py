@@ -25,6 +25,7 @@ _TYPES = {
     int: "int",
     bool: "bool",
     float: "float",
+    str: "str",
 }
 
 

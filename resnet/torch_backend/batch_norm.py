@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from resnet.collectives import merge_moments, merge_sums
 from resnet.norm import KeptNorm, Norm, NormGrad, statistics_dtype
 
 aten = torch.ops.aten
@@ -107,14 +108,38 @@ def _moments_of_few(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(mean, invstd) of the batch, (C,) each; updates the running statistics in place."""
-    mean, variance = _moments(x, statistics_dtype(x.dtype))
+    return _of_moments(*_moments(x, statistics_dtype(x.dtype)), x.numel() // x.shape[1], norm)
+
+
+def _of_moments(mean: Tensor, variance: Tensor, values: int, norm: Norm) -> tuple[Tensor, Tensor]:
+    """`_statistics` from `_moments` of so many values per channel: with a group, from those of all its processes."""
+    running = norm.running_mean is not None
+    if norm.group:
+        merged, merged_variance, total = merge_moments(mean, variance, values, norm.group)
+        if values or total.item():  # the host waits only where this process has no rows, and then no process may have
+            dtype = variance.dtype
+            mean, variance = merged.to(dtype), merged_variance.to(dtype)
+            unbiased, factor = (merged_variance * (total / (total - 1))).to(dtype), 1.0
+        else:
+            running = False
+    elif running:
+        unbiased, factor = variance, values / (values - 1)
     if norm.counted is not None:
         norm.counted.add_(1)
-    if norm.running_mean is not None:
-        values = x.numel() // x.shape[1]
+    if running:
         _average(norm.running_mean, mean if norm.conv_bias is None else mean + norm.conv_bias, norm)
-        _average(norm.running_var, variance, norm, values / (values - 1))
+        _average(norm.running_var, unbiased, norm, factor)
     return mean, (variance + norm.eps).rsqrt_()
+
+
+def stats_of_moments(mean: Tensor, variance: Tensor, values: int, norm: Norm) -> Tensor:
+    """`stats` of a batch of which the moments are known, (C,) each, the variance in the type of the statistics.
+
+    It is M2 over `values`, the number of values per channel. Where that is 0 both are zeros. Before a merge with those
+    of other processes the mean may have more digits.
+    """
+    mean, invstd = _of_moments(mean, variance, values, norm)
+    return torch.stack((mean, invstd, *scale_shift(mean, invstd, norm)))
 
 
 def _average(running: Tensor, new: Tensor, norm: Norm, factor: float = 1.0) -> None:
@@ -175,23 +200,28 @@ def forward(
     shortcut_shift: Tensor | None = None,
     relu: bool = True,
     into: Tensor | None = None,
-    shortcut_stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out = relu(batch_norm(x) [+ shortcut [+ shortcut_shift]]) and stats (4, C) = mean, invstd, scale, shift.
 
-    x, shortcut and out are (N, C, H, W) channels_last of one type; shortcut_shift is (C,). With `shortcut_stats` (4, C)
-    the shortcut is normalised by them. Running statistics are updated in place when `norm.training`. `into`, a tensor
-    like x that is no longer needed, becomes out.
+    x, shortcut and out are (N, C, H, W) channels_last of one type; shortcut_shift is (C,). Running statistics are
+    updated in place when `norm.training`. `into`, a tensor like x that is no longer needed, becomes out.
     """
     own, scale, shift = _stats(x, norm)
-    if shortcut_stats is not None:
-        shortcut_shift = shortcut_stats[3]
     out = _affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift, into)
-    if shortcut_stats is not None:
-        _add_scaled(out, shortcut, shortcut_stats[2])
-    elif shortcut is not None:
+    if shortcut is not None:
         out.add_(shortcut)
     return out.relu_() if relu else out, own
+
+
+def forward_normed(
+    x: Tensor, norm: Norm, shortcut: Tensor, shortcut_norm: Norm, into: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out = relu(batch_norm(x) + batch_norm(shortcut)), and the stats (4, C) of both: see `forward`."""
+    own, scale, shift = _stats(x, norm)
+    other, other_scale, other_shift = _stats(shortcut, shortcut_norm)
+    out = _affine(x, scale, shift + other_shift, into)
+    _add_scaled(out, shortcut, other_scale)
+    return out.relu_(), own, other
 
 
 def _add_scaled(out: Tensor, x: Tensor, scale: Tensor) -> None:
@@ -227,7 +257,7 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
     It keeps x and out for backward. Without the ReLU, whose backward makes dense what it gives, BatchNorm's would
     depend on the layout of the incoming gradient.
     """
-    weight, bias, mean, var, _, training, momentum, eps, count, counted = norm
+    weight, bias, mean, var, _, training, momentum, eps, count, counted, _ = norm
     if counted is not None:
         counted.add_(1)
     elif count is not None:
@@ -261,7 +291,7 @@ def backward(
         g = aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
     else:
         g = aten.threshold_backward(dout, out, 0)
-    dx, dweight, sum_g = (_backward_of_few if are_few(x) else _backward_of_many)(g, x, stats, norm)
+    dx, dweight, sum_g = (_backward_of_few if are_few(x) and not norm.group else _backward_of_many)(g, x, stats, norm)
     return NormGrad(
         dx,
         None if norm.weight is None else dweight.to(norm.weight.dtype),
@@ -285,10 +315,10 @@ def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tup
 
 
 def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """`_backward_of_few` with sums that keep their digits."""
+    """`_backward_of_few` with sums that keep their digits; dx takes those of all processes of a group."""
     mean, invstd, scale, _ = stats.unbind()
     C, rows_g, rows, sums = x.shape[1], _rows(g), _rows(x), []
-    for some_g, some_x in zip(_maps(rows_g), _maps(rows)):
+    for some_g, some_x in [(g, x)] if are_few(x) else zip(_maps(rows_g), _maps(rows)):
         saved = (v.expand(some_x.shape[1] // C, C).reshape(-1) for v in (mean, invstd))
         operands = some_g, some_x, None, None, None, *saved
         _, *some = aten.native_batch_norm_backward(*operands, True, norm.eps, [False, True, True])
@@ -300,8 +330,11 @@ def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tu
         torch.mul(rows_g, scale, out=rows_dx)
         return dx, dweight, sum_g
     # dx = scale * (g - sum_g / n - (x - mean) * invstd * dweight / n), n pixels
+    summed_g, summed_weight = sum_g, dweight
+    if norm.group:
+        summed_g, summed_weight = merge_sums(torch.stack((sum_g, dweight)), x.numel() // C, norm.group).unbind()
     share = scale * (-C / x.numel())
-    slope, level = invstd * dweight * share, sum_g * share
+    slope, level = invstd * summed_weight * share, summed_g * share
     if _is_far(mean, invstd**-2):
         rows = rows - mean
     else:

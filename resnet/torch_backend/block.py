@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached
+from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached, shortcut_reached
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import add_projected, convolve, convolve_backward
 from resnet.torch_backend.inference import conv_batch_norm, fold_shortcut
@@ -29,8 +29,7 @@ def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projectio
     into = a if a.shape == y.shape else None
     if isinstance(shortcut, Unit):
         z = _convolve(x, shortcut)
-        z_stats = batch_norm.stats(z, shortcut.norm)
-        out, last_stats = batch_norm.forward(y, last.norm, z, shortcut_stats=z_stats, into=into)
+        out, last_stats, z_stats = batch_norm.forward_normed(y, last.norm, z, shortcut.norm, into)
         kept = z, z_stats
     else:
         skip = x if shortcut.weight is None else convolve(x, shortcut.weight, None, shortcut.stride, 0)
@@ -44,7 +43,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     x, (out, ys, stats, projected), units, shortcut = kept
     norm = batch_norm.backward(dout, ys[-1], out, stats[-1], units[-1].norm, shortcut=True)
     dshortcut, shortcut_grad = norm.g, UnitGrad(sum_g=norm.sum_g)
-    if projected and (needs.x or needs.shortcut.weight or any(needs.shortcut.norm)):
+    if projected and shortcut_reached(needs):
         z, z_stats = projected
         z_norm = batch_norm.backward(dshortcut, z, None, z_stats, shortcut.norm, relu=False)
         dshortcut, shortcut_grad = z_norm.dx, UnitGrad(None, z_norm.dweight, z_norm.dbias, z_norm.sum_g)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resnet.collectives import merge_sums
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
-from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
+from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze, batch_norm_merge
 from resnet.kernels.batch_norm_statistics import Moments, batch_norm_statistics
 from resnet.norm import VECTORS, KeptNorm, Norm, NormGrad, empty_grads, statistics_dtype
+from resnet.torch_backend.batch_norm import stats_of_moments
 
 
 def forward(
@@ -35,7 +37,16 @@ def dense(norm: Norm) -> Norm:
 
 
 def batch_stats(moments: Moments, norm: Norm) -> Tensor:
-    """stats (4, C) from the batch's moments; updates the running statistics in place."""
+    """stats (4, C) from the batch's moments; updates the running statistics in place.
+
+    With a group the processes' moments are merged by PyTorch's operators. How many rows the others have is not known
+    on the host, where a launch would need it.
+    """
+    if norm.group:
+        mean, m2, *rest = batch_norm_merge(*moments)
+        if rest:  # its digits count where a mean is large; that of an infinite one is NaN
+            mean = mean.double() + rest[0].nan_to_num(0.0, 0.0, 0.0)
+        return stats_of_moments(mean, m2 / moments.M, moments.M, norm)
     vectors, counted = dense(norm), norm.counted
     if counted is not None and (counted.shape, counted.dtype, counted.device) != ((), torch.int64, moments[0].device):
         counted.add_(1)
@@ -77,6 +88,18 @@ def norm_stats(y: Tensor, moments: Moments | None, norm: Norm) -> Tensor:
     return frozen_stats(norm, y.dtype) if moments is None else batch_stats(moments, norm)
 
 
+def applied_sums(sums: Tensor, x: Tensor, norm: KeptNorm, plane: int = 1) -> Tensor | None:
+    """The sums over x's rows as the apply pass of a norm takes them: None with frozen statistics.
+
+    It reads sum g and the sum in `plane`. With a group these two are those of all its processes.
+    """
+    if not norm.training or not norm.group:
+        return sums if norm.training else None
+    read, merged = slice(0, plane + 1, plane), sums.clone()
+    merged[read] = merge_sums(sums[read], x.numel() // x.shape[1], norm.group)
+    return merged
+
+
 def backward(
     dout: Tensor,
     x: Tensor,
@@ -91,5 +114,5 @@ def backward(
     dweight, dbias, _ = empty_grads(norm)  # no convolution's bias comes here
     sums = batch_norm_backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
     g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
-    dx = batch_norm_backward_apply(dout, x, mask, stats, sums if norm.training else None, relu, g)
+    dx = batch_norm_backward_apply(dout, x, mask, stats, applied_sums(sums, x, norm), relu, g)
     return NormGrad(dx, dweight, dbias, sums[0], g)

@@ -21,9 +21,9 @@ from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
 from resnet.kernels.conv_forward import Shortcut
 from resnet.norm import empty_grads
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached, trained_dtype
+from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached, shortcut_reached, trained_dtype
 from resnet.triton_backend import convolution
-from resnet.triton_backend.batch_norm import norm_stats
+from resnet.triton_backend.batch_norm import applied_sums, norm_stats
 
 
 def _rides(shortcut: Unit | Projection, first: Unit) -> bool:
@@ -82,16 +82,19 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     if needs_g and (projected or not _rides(shortcut, units[0])):
         g, mask = torch.empty_like(dout), None
     grads, dx, dy = [UnitGrad()] * len(units), None, None
+    used, z_used = applied_sums(sums, dout, units[last].norm), None
+    if projected and shortcut_reached(needs):
+        z_used = applied_sums(sums, dout, shortcut.norm, plane=2)
     if asked[last][1] or mask is None:
         dy = batch_norm_backward_apply(
             dout,
             ys[last],
             out,
             stats[last],
-            sums if units[last].norm.training else None,
+            used,
             dshortcut=g if mask is None else None,
             shortcut=normed,
-            shortcut_sums=sums if projected and shortcut.norm.training else None,
+            shortcut_sums=z_used,
         )
     for i in reversed(range(len(units))):
         unit, dconv = units[i], None
@@ -99,6 +102,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         if i and asked[i - 1][0]:
             vectors = empty_grads(units[i - 1].norm)
             inner, sums = convolution.grad_input_mask(dy, *unit[:3], ys[i - 1], stats[i - 1], vectors)
+            used = applied_sums(sums, inner, units[i - 1].norm)
         elif i == 0 and needs.x:
             dx = convolution.grad_input_add(dy, *unit[:3], x, shortcut, g, mask)
         if needs.units[i].weight:
@@ -108,10 +112,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         if i == 0 or not asked[i - 1][0]:
             break
         if asked[i - 1][1]:
-            norm = units[i - 1].norm
-            dy = batch_norm_backward_apply(
-                inner, ys[i - 1], None, stats[i - 1], sums if norm.training else None, dx=inner
-            )
+            dy = batch_norm_backward_apply(inner, ys[i - 1], None, stats[i - 1], used, dx=inner)
     if needs.shortcut.weight:
         dconv = convolution.grad_weight(
             g, x, *convolution.shortcut_of(shortcut), out=mask, dtype=trained_dtype(shortcut)

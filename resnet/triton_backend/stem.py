@@ -18,7 +18,7 @@ from resnet.norm import empty_grads
 from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad, trained_dtype
 from resnet.torch_backend.convolution import convolve_backward
 from resnet.triton_backend import convolution
-from resnet.triton_backend.batch_norm import frozen_stats, norm_stats
+from resnet.triton_backend.batch_norm import applied_sums, frozen_stats, norm_stats
 
 
 def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
@@ -36,7 +36,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     weight, stride, padding, norm, _ = unit = convolution.as_read(unit)
     dweight, dbias, zeros = empty_grads(norm)
     sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias, zeros)
-    used = sums if norm.training else None
+    used = applied_sums(sums, y, norm)
     tf32 = convolution.tf32(x)
     dx = dconv = None
 

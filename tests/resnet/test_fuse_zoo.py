@@ -240,7 +240,6 @@ def frozen_batch_norm() -> type[nn.Module]:
         (lambda: torchvision("resnext50_32x4d"), ["conv2.groups is 32"]),
         (lambda: torchvision("resnet50", replace_stride_with_dilation=[False, False, True]), ["conv2.padding is (2"]),
         (lambda: torchvision("resnet18", norm_layer=lambda K: nn.GroupNorm(1, K)), ["bn1 is a GroupNorm"]),
-        (lambda: nn.SyncBatchNorm.convert_sync_batchnorm(torchvision("resnet18")), ["bn1 is a SyncBatchNorm"]),
         (lambda: timm("resnet18", drop_path_rate=0.1), ["drop_path is a DropPath"]),
         (lambda: timm("resnet18", drop_block_rate=0.1), ["drop_block is a DropBlock2d"]),
         (lambda: timm("resnet18", act_layer="silu"), ["act1 is a SiLU"]),

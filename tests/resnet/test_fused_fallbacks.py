@@ -108,7 +108,6 @@ class Conv2d(nn.Conv2d):
 
 # A change of the module, which returns the changed module or None for the same one, and the reason that is named.
 UNFUSABLE = {
-    "SyncBatchNorm": (nn.SyncBatchNorm.convert_sync_batchnorm, "bn1 is a SyncBatchNorm, not a BatchNorm2d"),
     "a subclass": (replaced("bn2", lambda old: Doubled(old.num_features)), "bn2 is a Doubled, not a BatchNorm2d"),
     "GroupNorm": (replaced("bn1", lambda old: nn.GroupNorm(2, old.num_features)), "bn1 is a GroupNorm"),
     "Identity": (replaced("bn2", lambda old: nn.Identity()), "bn2 is a Identity, not a BatchNorm2d"),
