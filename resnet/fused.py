@@ -124,19 +124,21 @@ def _conv_state(conv: nn.Module | None) -> tuple:
     return (
         own["in_channels"],
         own["out_channels"],
-        _hashable(own["kernel_size"]),
-        _hashable(own["stride"]),
-        _hashable(own["padding"]),
-        _hashable(own["dilation"]),
+        own["kernel_size"],
+        own["stride"],
+        own["padding"],
+        own["dilation"],
         own["groups"],
         own["padding_mode"],
         passed_over(conv),
     )
 
 
-def _hashable(value: object) -> object:
-    """A setting in a state: PyTorch's modules take a list where they mean a tuple."""
-    return repr(value) if type(value) is list else value
+def _hashable(state: object) -> object:
+    """A state whose lists are no longer lists: PyTorch's modules take one where they mean a tuple."""
+    if type(state) is tuple:
+        return tuple(map(_hashable, state))
+    return repr(state) if type(state) is list else state
 
 
 def _state(module: nn.Module | None) -> tuple:
@@ -251,7 +253,11 @@ class _Fused:
         watched = _has_any_global_hook()
         parts = self._parts()
         state = None if compiling or watched else self._state(parts)
-        recent = _fusable.get(state)
+        try:
+            recent = _fusable.get(state)
+        except TypeError:  # a setting cannot be hashed
+            state = _hashable(state)
+            recent = _fusable.get(state)
         if recent is None:
             reason = _GLOBAL_HOOKS if watched else parts if isinstance(parts, str) else self._reason_not_to_fuse(parts)
             if reason is not None:
@@ -308,10 +314,10 @@ def _remember(state: tuple, recent: Recent) -> None:
     _fusable[state] = recent
 
 
-def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> tuple[Tensor, Tensor | None]:
+def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """A convolution's weight as autocast multiplies it, and the parameter that such a copy was made of."""
     weight = held(conv, "_parameters", "weight")
-    if not cast or weight.dtype == x.dtype:
+    if weight.dtype == x.dtype:
         return weight, None
     return weight.detach().to(x.dtype, memory_format=torch.channels_last), weight
 
@@ -319,7 +325,7 @@ def _weight(conv: nn.Conv2d, x: Tensor, cast: bool) -> tuple[Tensor, Tensor | No
 def _unit_arguments(unit: UnitParts, x: Tensor, norm: Norm, cast: bool) -> list:
     """The leaves of an `operands.Unit`."""
     conv = unit.conv
-    weight, master = _weight(conv, x, cast)
+    weight, master = _weight(conv, x) if cast else (held(conv, "_parameters", "weight"), None)
     return [weight, conv.stride[0], conv.padding[0], *norm, master]
 
 
@@ -333,10 +339,10 @@ class FusedStemBase(_Fused):
         return "stem"
 
     def _state(self, parts: StemParts | str) -> tuple:
-        if isinstance(parts, str):
+        if type(parts) is str:
             return "stem", parts
         (conv, bn, *_), relu, pool, others = parts
-        window = [_hashable(getattr(pool.module, field, None)) for field in _POOL]
+        window = [getattr(pool.module, field, None) for field in _POOL]
         watched = [(other.kind, _state(other.module)) for other in (relu, *others)]
         return "stem", _conv_state(conv), _state(bn), _state(pool.module), *window, *watched
 
@@ -373,6 +379,9 @@ class FusedStemBase(_Fused):
         return [x, *_unit_arguments(parts.unit, x, norms[0], cast)]
 
 
+_OPERATORS = {(units == 3, normed): block_operator(units, normed) for units in (2, 3) for normed in (False, True)}
+
+
 class FusedBlock(_Fused):
     """A residual block whose modules `_parts` names: a `BlockParts`, or why there are none."""
 
@@ -380,11 +389,11 @@ class FusedBlock(_Fused):
         raise NotImplementedError
 
     def _operator(self, parts: BlockParts) -> str:
-        shortcut = parts.shortcut
-        return block_operator(len(parts.units), shortcut is not None and shortcut.bn is not None)
+        units, shortcut, _ = parts
+        return _OPERATORS[units[2:] != (), shortcut is not None and shortcut.bn is not None]
 
     def _state(self, parts: BlockParts | str) -> tuple:
-        if isinstance(parts, str):
+        if type(parts) is str:
             return "block", parts
         units, shortcut, others = parts
         state = ["block", len(units)]
@@ -474,7 +483,7 @@ class FusedBlock(_Fused):
             return [*flat, None, None, 1, None]
         if shortcut.bn is not None:
             return [*flat, *_unit_arguments(shortcut, x, norms[-1], cast)]
-        weight, master = _weight(shortcut.conv, x, cast)
+        weight, master = _weight(shortcut.conv, x) if cast else (held(shortcut.conv, "_parameters", "weight"), None)
         return [*flat, weight, held(shortcut.conv, "_parameters", "bias"), shortcut.conv.stride[0], master]
 
 
@@ -542,10 +551,13 @@ class FusedResidual(FusedBlock, Residual):
 def _units(block: nn.Module, count: int) -> tuple[UnitParts, ...]:
     """conv1 and bn1, conv2 and bn2, ..."""
     own = block._modules
-    return tuple([UnitParts(own.get(c), own.get(b), c, b) for c, b in _UNITS[:count]])
+    try:
+        return tuple([UnitParts(own[conv], own[bn], conv, bn) for conv, bn in _UNITS[count]])
+    except KeyError:
+        return tuple(UnitParts(own.get(conv), own.get(bn), conv, bn) for conv, bn in _UNITS[count])
 
 
-_UNITS = (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"))
+_UNITS = {count: [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)] for count in (2, 3)}
 
 
 def _parts_of_textbook(block: nn.Module, units: int, shortcut: str) -> BlockParts:
