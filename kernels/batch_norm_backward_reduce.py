@@ -187,8 +187,8 @@ def batch_norm_backward_reduce(
     check_vectors("stats", stats, (4, C), x)
     if shortcut is not None:
         check_shortcut(shortcut, x)
-    t = tiling(M, C, elements_of(C))
-    planes = 2 if shortcut is None else 3
+    planes, elements = (2, elements_of(C)) if shortcut is None else (3, elements_of(C) // 2)  # a sum more per element
+    t = tiling(M, C, elements)
     partial = torch.empty((planes, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     launch(
         backward_reduce_kernel,

@@ -9,7 +9,7 @@ from torch.fx import Proxy, Tracer
 from resnet import ops
 from resnet.checks import check_activation, check_shortcut
 from resnet.functional import channels_last, checked, unchecked
-from resnet.fused import passed_over
+from resnet.fusable import passed_over
 from resnet.norm import VECTORS, Norm, norm_of
 from resnet.reference import BatchNormAddRelu2d, batch_norm_add_relu  # noqa: F401, in the source that TorchScript compiles
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +25,21 @@ from resnet.checks import (
     check_whole,
 )
 from resnet.functional import channels_last
+from resnet.fusable import (
+    BlockParts,
+    StemParts,
+    UnitParts,
+    Watched,
+    conv_state,
+    hashable,
+    module_state,
+    pool_state,
+    unfusable,
+    unfusable_conv,
+    unfusable_norm,
+    unfusable_other,
+    unfusable_pool,
+)
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
 from resnet.operands import block_operator
@@ -49,101 +63,6 @@ def _warn_once(name: str, reason: str) -> None:
 _warn_once._dynamo_marked_constant = True
 
 _GLOBAL_HOOKS = "global module hooks are registered, which a fused operator would not call for the submodules"
-_FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d)}
-
-
-def passed_over(module: nn.Module) -> str | None:
-    """What calling a submodule would run, and a fused operator would not; in as few calls as can be."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "hooks"
-    own, kind = module.__dict__, type(module)
-    if (
-        "forward" in own
-        or "_conv_forward" in own
-        or ("_compiled_call_impl" in own and own["_compiled_call_impl"] is not None)
-        or (kind in _FORWARD and kind.forward is not _FORWARD[kind])
-    ):
-        return "a forward of its own"
-    return None
-
-
-def _unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Why a submodule cannot be fused: it is not exactly of its kind (a subclass may do anything), or is watched."""
-    if type(module) is not kind:
-        got, expected = type(module).__name__, kind.__name__
-        if got == expected:
-            got, expected = (f"{k.__module__}.{k.__qualname__}" for k in (type(module), kind))
-        return f"{name} is a {got}, not a {expected}"
-    found = passed_over(module)
-    return None if found is None else f"{name} has {found}, which a fused operator would not call"
-
-
-def _unfusable_norm(name: str, bn: nn.Module) -> str | None:
-    """Why a norm cannot be fused: it is neither exactly an `nn.BatchNorm2d` nor an `nn.SyncBatchNorm`, or watched."""
-    return _unfusable(name, bn, nn.SyncBatchNorm if type(bn) is nn.SyncBatchNorm else nn.BatchNorm2d)
-
-
-def _unfusable_conv(name: str, conv: nn.Module, kernel: int, padding: int, stride: int | None) -> str | None:
-    """Why a convolution cannot be fused; `stride` None accepts any that is the same along H and W."""
-    reason = _unfusable(name, conv, nn.Conv2d)
-    if reason is not None:
-        return reason
-    expected = {
-        "kernel_size": (kernel, kernel),
-        "padding": (padding, padding),
-        "stride": (conv.stride[0] if stride is None else stride,) * 2,
-        "dilation": (1, 1),
-        "groups": 1,
-        "padding_mode": "zeros",
-    }
-    for field, value in expected.items():
-        if getattr(conv, field) != value:
-            return f"{name}.{field} is {getattr(conv, field)}, not {value}"
-    return None
-
-
-_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
-
-
-def _unfusable_pool(name: str, pool: nn.Module) -> str | None:
-    reason = _unfusable(name, pool, nn.MaxPool2d)
-    if reason is not None:
-        return reason
-    expected = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-    for field in _POOL:
-        if getattr(pool, field) != getattr(expected, field):
-            return f"{name}.{field} is {getattr(pool, field)}, not {getattr(expected, field)}"
-    return None
-
-
-def _conv_state(conv: nn.Module | None) -> tuple:
-    """All that fusing and checking ask of a convolution, its tensors aside."""
-    if type(conv) is not nn.Conv2d:
-        return (type(conv),)
-    own = conv.__dict__
-    return (
-        own["in_channels"],
-        own["out_channels"],
-        own["kernel_size"],
-        own["stride"],
-        own["padding"],
-        own["dilation"],
-        own["groups"],
-        own["padding_mode"],
-        passed_over(conv),
-    )
-
-
-def _hashable(state: object) -> object:
-    """A state whose lists are no longer lists: PyTorch's modules take one where they mean a tuple."""
-    if type(state) is tuple:
-        return tuple(map(_hashable, state))
-    return repr(state) if type(state) is list else state
-
-
-def _state(module: nn.Module | None) -> tuple:
-    """All that fusing asks of another module."""
-    return (None,) if module is None else (type(module), passed_over(module))
 
 
 def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
@@ -190,48 +109,6 @@ _KEPT = 1024  # states; more of them come once, and all are forgotten
 _fusable: dict[tuple, Recent] = {}  # states of modules that can be fused, and the facts of their arguments
 
 
-class UnitParts(NamedTuple):
-    """The modules of a convolution and its BatchNorm, and their names in the `state_dict`."""
-
-    conv: nn.Module | None
-    bn: nn.Module | None  # None: a shortcut's convolution without a norm
-    conv_name: str
-    bn_name: str = ""
-
-
-class Watched(NamedTuple):
-    """A module that a fused operator takes the place of, without a parameter: a ReLU, an Identity, a container."""
-
-    name: str
-    module: nn.Module | None
-    kind: type[nn.Module]  # what it has to be, exactly
-
-
-class BlockParts(NamedTuple):
-    """The modules of a residual block."""
-
-    units: tuple[UnitParts, ...]  # 2 or 3
-    shortcut: UnitParts | None  # None: the identity
-    others: tuple[Watched, ...] = ()
-
-
-def _unfusable_other(others: tuple[Watched, ...]) -> str | None:
-    for other in others:
-        reason = _unfusable(*other)
-        if reason is not None:
-            return reason
-    return None
-
-
-class StemParts(NamedTuple):
-    """The modules of a stem."""
-
-    unit: UnitParts
-    relu: Watched
-    pool: Watched
-    others: tuple[Watched, ...] = ()
-
-
 class _Fused:
     """`forward`, as `_run`, of a module that one operator can do the work of; the eager module is the next base.
 
@@ -256,7 +133,7 @@ class _Fused:
         try:
             recent = _fusable.get(state)
         except TypeError:  # a setting cannot be hashed
-            state = _hashable(state)
+            state = hashable(state)
             recent = _fusable.get(state)
         if recent is None:
             reason = _GLOBAL_HOOKS if watched else parts if isinstance(parts, str) else self._reason_not_to_fuse(parts)
@@ -342,19 +219,18 @@ class FusedStemBase(_Fused):
         if type(parts) is str:
             return "stem", parts
         (conv, bn, *_), relu, pool, others = parts
-        window = [getattr(pool.module, field, None) for field in _POOL]
-        watched = [(other.kind, _state(other.module)) for other in (relu, *others)]
-        return "stem", _conv_state(conv), _state(bn), _state(pool.module), *window, *watched
+        watched = [(other.kind, module_state(other.module)) for other in (relu, *others)]
+        return "stem", conv_state(conv), module_state(bn), pool_state(pool.module), *watched
 
     def _reason_not_to_fuse(self, parts: StemParts) -> str | None:
         (conv, bn, conv_name, bn_name), relu, pool, others = parts
         return (
-            _unfusable_other(others)
-            or _unfusable(conv_name, conv, nn.Conv2d)
-            or _unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None)
-            or _unfusable_norm(bn_name, bn)
-            or _unfusable(*relu)
-            or _unfusable_pool(pool.name, pool.module)
+            unfusable_other(others)
+            or unfusable(conv_name, conv, nn.Conv2d)
+            or unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None)
+            or unfusable_norm(bn_name, bn)
+            or unfusable(*relu)
+            or unfusable_pool(pool.name, pool.module)
         )
 
     def _norm_pairs(self, parts: StemParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
@@ -398,28 +274,28 @@ class FusedBlock(_Fused):
         units, shortcut, others = parts
         state = ["block", len(units)]
         for conv, bn, *_ in units if shortcut is None else (*units, shortcut):
-            state += (_conv_state(conv), _state(bn))
+            state += (conv_state(conv), module_state(bn))
         for other in others:
-            state.append((other.kind, _state(other.module)))
+            state.append((other.kind, module_state(other.module)))
         return tuple(state)
 
     def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
-        reason = _unfusable_other(parts.others)
+        reason = unfusable_other(parts.others)
         if reason is not None:
             return reason
         strides = 1
         for unit in parts.units:
             kernel = 1 if getattr(unit.conv, "kernel_size", None) == (1, 1) else 3
-            reason = _unfusable_conv(unit.conv_name, unit.conv, kernel, kernel // 2, None)
-            reason = reason or _unfusable_norm(unit.bn_name, unit.bn)
+            reason = unfusable_conv(unit.conv_name, unit.conv, kernel, kernel // 2, None)
+            reason = reason or unfusable_norm(unit.bn_name, unit.bn)
             if reason is not None:
                 return reason
             strides *= unit.conv.stride[0]
         shortcut = parts.shortcut
         if shortcut is not None:
-            reason = _unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides)
+            reason = unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides)
             if reason is None and shortcut.bn is not None:
-                reason = _unfusable_norm(shortcut.bn_name, shortcut.bn)
+                reason = unfusable_norm(shortcut.bn_name, shortcut.bn)
             if reason is not None:
                 return reason
         return None

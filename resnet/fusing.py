@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from resnet.fusable import BlockParts, StemParts, UnitParts, Watched
 from resnet.fused import (
-    BlockParts,
     FusedBasicBlock,
     FusedBlock,
     FusedBottleneck,
@@ -31,9 +31,6 @@ from resnet.fused import (
     FusedResidualBottleneck,
     FusedStem,
     FusedStemBase,
-    StemParts,
-    UnitParts,
-    Watched,
 )
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, Stem
 

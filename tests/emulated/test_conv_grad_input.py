@@ -137,9 +137,10 @@ def test_images_are_reached_beyond_2_to_the_31_elements(emulate):
 
     with emulate(bounds="storage", select=lambda kernel, grid: [grid[0] - 1]):
         conv_grad_input.grad_input_kernel[(N,)](
-            *(displaced(case.dy), case.weight, displaced(dx), None, None, None),
+            *(displaced(case.dy), case.weight, displaced(dx), None, None, None, None),
             *(displaced(case.epilogue.dout), displaced(case.epilogue.out), None),
             *(N, 8, 8, 8, 8, N),
+            SHORTCUT_K=shape.K,
             ACC=tl.float32,
             PRECISION="ieee",
             **shape.constants(),

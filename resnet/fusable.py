@@ -1,0 +1,158 @@
+"""Which modules a fused operator may take the place of: why not, and the state that this depends on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import nn
+
+# ---- the modules -------------------------------------------------------------------------------------------------
+
+
+class UnitParts(NamedTuple):
+    """The modules of a convolution and its BatchNorm, and their names in the `state_dict`."""
+
+    conv: nn.Module | None
+    bn: nn.Module | None  # None: a shortcut's convolution without a norm
+    conv_name: str
+    bn_name: str = ""
+
+
+class Watched(NamedTuple):
+    """A module that a fused operator takes the place of, without a parameter: a ReLU, an Identity, a container."""
+
+    name: str
+    module: nn.Module | None
+    kind: type[nn.Module]  # what it has to be, exactly
+
+
+class BlockParts(NamedTuple):
+    """The modules of a residual block."""
+
+    units: tuple[UnitParts, ...]  # 2 or 3
+    shortcut: UnitParts | None  # None: the identity
+    others: tuple[Watched, ...] = ()
+
+
+class StemParts(NamedTuple):
+    """The modules of a stem."""
+
+    unit: UnitParts
+    relu: Watched
+    pool: Watched
+    others: tuple[Watched, ...] = ()
+
+
+# ---- why not -----------------------------------------------------------------------------------------------------
+
+_FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d)}
+
+
+def passed_over(module: nn.Module) -> str | None:
+    """What calling a submodule would run, and a fused operator would not; in as few calls as can be."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "hooks"
+    own, kind = module.__dict__, type(module)
+    if (
+        "forward" in own
+        or "_conv_forward" in own
+        or ("_compiled_call_impl" in own and own["_compiled_call_impl"] is not None)
+        or (kind in _FORWARD and kind.forward is not _FORWARD[kind])
+    ):
+        return "a forward of its own"
+    return None
+
+
+def unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why a submodule cannot be fused: it is not exactly of its kind (a subclass may do anything), or is watched."""
+    if type(module) is not kind:
+        got, expected = type(module).__name__, kind.__name__
+        if got == expected:
+            got, expected = (f"{k.__module__}.{k.__qualname__}" for k in (type(module), kind))
+        return f"{name} is a {got}, not a {expected}"
+    found = passed_over(module)
+    return None if found is None else f"{name} has {found}, which a fused operator would not call"
+
+
+def unfusable_norm(name: str, bn: nn.Module) -> str | None:
+    """Why a norm cannot be fused: it is neither exactly an `nn.BatchNorm2d` nor an `nn.SyncBatchNorm`, or watched."""
+    return unfusable(name, bn, nn.SyncBatchNorm if type(bn) is nn.SyncBatchNorm else nn.BatchNorm2d)
+
+
+def unfusable_conv(name: str, conv: nn.Module, kernel: int, padding: int, stride: int | None) -> str | None:
+    """Why a convolution cannot be fused; `stride` None accepts any that is the same along H and W."""
+    reason = unfusable(name, conv, nn.Conv2d)
+    if reason is not None:
+        return reason
+    expected = {
+        "kernel_size": (kernel, kernel),
+        "padding": (padding, padding),
+        "stride": (conv.stride[0] if stride is None else stride,) * 2,
+        "dilation": (1, 1),
+        "groups": 1,
+        "padding_mode": "zeros",
+    }
+    for field, value in expected.items():
+        if getattr(conv, field) != value:
+            return f"{name}.{field} is {getattr(conv, field)}, not {value}"
+    return None
+
+
+_POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
+
+
+def unfusable_pool(name: str, pool: nn.Module) -> str | None:
+    reason = unfusable(name, pool, nn.MaxPool2d)
+    if reason is not None:
+        return reason
+    expected = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+    for field in _POOL:
+        if getattr(pool, field) != getattr(expected, field):
+            return f"{name}.{field} is {getattr(pool, field)}, not {getattr(expected, field)}"
+    return None
+
+
+def unfusable_other(others: tuple[Watched, ...]) -> str | None:
+    for other in others:
+        reason = unfusable(*other)
+        if reason is not None:
+            return reason
+    return None
+
+
+# ---- what this depends on ----------------------------------------------------------------------------------------
+
+
+def conv_state(conv: nn.Module | None) -> tuple:
+    """All that fusing and checking ask of a convolution, its tensors aside."""
+    if type(conv) is not nn.Conv2d:
+        return (type(conv),)
+    own = conv.__dict__
+    return (
+        own["in_channels"],
+        own["out_channels"],
+        own["kernel_size"],
+        own["stride"],
+        own["padding"],
+        own["dilation"],
+        own["groups"],
+        own["padding_mode"],
+        passed_over(conv),
+    )
+
+
+def pool_state(pool: nn.Module | None) -> tuple:
+    """All that fusing asks of a pool."""
+    return (*module_state(pool), *[getattr(pool, field, None) for field in _POOL])
+
+
+def hashable(state: object) -> object:
+    """A state whose lists are no longer lists: PyTorch's modules take one where they mean a tuple."""
+    if type(state) is tuple:
+        return tuple(map(hashable, state))
+    return repr(state) if type(state) is list else state
+
+
+def module_state(module: nn.Module | None) -> tuple:
+    """All that fusing asks of another module."""
+    return (None,) if module is None else (type(module), passed_over(module))
