@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from resnet.operands import BLOCK_KINDS, BlockKind, Stem, StemKept, Unit, reached, wanted
+from resnet.operands import BLOCK_KINDS, BlockKind, Stem, StemKept, Unit, all_wanted, grad_inputs, wanted
 from resnet.schema import unpack
 from resnet.torch_backend.convolution import out_map, out_size
 
@@ -58,10 +58,8 @@ def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
     def backward(dout: Sequence[int], *rest, out_shape: object = None) -> int:
         *kept, needs = rest
         units, shortcut = _block(unpack(kind.kept, kept))
-        needs = unpack(kind.arguments, needs)
-        needs = needs._replace(units=tuple(map(wanted, needs.units)), shortcut=wanted(needs.shortcut))
-        grad_inputs = [needs.x, *(sums for sums, _ in reached(needs))]
-        total = sum(n * (grad_inputs[i] + needs.units[i].weight) for i, n in enumerate(units))
+        needs = all_wanted(unpack(kind.arguments, needs))
+        total = sum(n * (asked + unit.weight) for n, asked, unit in zip(units, grad_inputs(needs), needs.units))
         return total + shortcut * (needs.x + needs.shortcut.weight)
 
     return {kind.name: forward, f"{kind.name}_inference": forward, f"{kind.name}_backward": backward}

@@ -389,7 +389,17 @@ class FusedStem(FusedStemBase, Stem):
         return StemParts(UnitParts(conv, bn, "0", "1"), Watched("2", relu, nn.ReLU), Watched("3", pool, nn.MaxPool2d))
 
 
-class FusedResidual(FusedBlock, Residual):
+class _FusedTextbook(FusedBlock):
+    """A block with the textbook's constructor."""
+
+    stem = FusedStem
+
+    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
+        check_block(input_channels, num_channels, use_1x1conv, strides)
+        super().__init__(input_channels, num_channels, use_1x1conv, strides)
+
+
+class FusedResidual(_FusedTextbook, Residual):
     """The residual block on fused operators: BatchNorm, the residual add and ReLU move each activation once.
 
     Drop-in for `Residual` (d2l.ai): same constructor, parameters, buffers and `state_dict`. Activations are
@@ -408,12 +418,6 @@ class FusedResidual(FusedBlock, Residual):
         ValueError, TypeError: rank, channels, type or device of the input, or one value per channel in training.
         RuntimeError: on double backward.
     """
-
-    stem = FusedStem
-
-    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
-        check_block(input_channels, num_channels, use_1x1conv, strides)
-        super().__init__(input_channels, num_channels, use_1x1conv, strides)
 
     def forward(self, X: Tensor) -> Tensor:
         return self._run(X)
@@ -453,14 +457,8 @@ def _parts_of_published(block: nn.Module, units: int) -> BlockParts | str:
     return BlockParts(_units(block, units), shortcut, (relu, Watched("downsample", downsample, nn.Sequential)))
 
 
-class FusedResidualBottleneck(FusedBlock, ResidualBottleneck):
+class FusedResidualBottleneck(_FusedTextbook, ResidualBottleneck):
     """`ResidualBottleneck`, the textbook's block with a bottleneck, on fused operators: see `FusedResidual`."""
-
-    stem = FusedStem
-
-    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
-        check_block(input_channels, num_channels, use_1x1conv, strides)
-        super().__init__(input_channels, num_channels, use_1x1conv, strides)
 
     def forward(self, X: Tensor) -> Tensor:
         return self._run(X)

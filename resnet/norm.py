@@ -36,6 +36,9 @@ class Norm(NamedTuple):
     counted: Updated = None  # when training 1 is added, whatever it is
     group: str = ""  # when training; "" for this process alone
 
+    def kept(self) -> KeptNorm:
+        return KeptNorm(self.weight, self.bias, self.conv_bias, self.training, self.eps, self.group)
+
 
 class KeptNorm(NamedTuple):
     """What backward asks of a `Norm`: the statistics that were used are kept beside it."""

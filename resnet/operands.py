@@ -55,6 +55,9 @@ class Unit(NamedTuple):
     norm: Norm
     master: Alike = None  # (K, C, R, S)
 
+    def kept(self) -> KeptUnit:
+        return KeptUnit(self.weight, self.stride, self.padding, self.norm.kept(), self.master)
+
 
 class KeptUnit(NamedTuple):
     """A `Unit` as backward needs it."""
@@ -73,6 +76,9 @@ class Projection(NamedTuple):
     bias: Tensor | None  # (K,)
     stride: int
     master: Alike = None  # see `Unit`
+
+    def kept(self) -> Projection:
+        return self
 
 
 class UnitGrad(NamedTuple):
@@ -180,17 +186,20 @@ class BlockGrad(NamedTuple):
     shortcut: UnitGrad  # a Projection's: its convolution's alone, and the sum of g
 
 
-def reached(needs: tuple) -> list[tuple[bool, bool]]:
-    """For each unit, from the first on: whether anything asks for its norm's sums, and for its convolution's gradient.
+# `needs` has a flag in each place of a block's arguments.
 
-    `needs` has a flag in each place of a block's arguments.
-    """
-    found, earlier = [], needs.x
-    for unit in needs.units:
-        conv = earlier or unit.weight
-        earlier = conv or any(unit.norm)
-        found.append((earlier, conv))
-    return found
+
+def all_wanted(needs: tuple) -> tuple:
+    """The needs with each part's flags as `wanted` gives them."""
+    return needs._replace(units=tuple(map(wanted, needs.units)), shortcut=wanted(needs.shortcut))
+
+
+def grad_inputs(needs: tuple) -> list[bool]:
+    """For each unit, whether anything asks for its convolution's grad-input, whose sums are the norm's before it."""
+    asked = [needs.x]
+    for unit in needs.units[:-1]:
+        asked.append(asked[-1] or unit.weight or any(unit.norm))
+    return asked
 
 
 def shortcut_reached(needs: tuple) -> bool:

@@ -50,7 +50,8 @@ from resnet.operands import (
     StemOutput,
     Unit,
     UnitGrad,
-    reached,
+    all_wanted,
+    grad_inputs,
     shortcut_reached,
     wanted,
 )
@@ -352,10 +353,6 @@ def _dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def _kept_norm(norm: Norm) -> KeptNorm:
-    return KeptNorm(norm.weight, norm.bias, norm.conv_bias, norm.training, norm.eps, norm.group)
-
-
 def _like_norm(norm: KeptNorm) -> Norm:
     """The norm's parameters in their places."""
     return Norm(norm.weight, norm.bias, None, None, norm.conv_bias, None, None, None, group=None)
@@ -412,7 +409,7 @@ _Differentiable(
     fake=lambda a: BatchNormAddReluOutput(_like(a.x), _empty_stats(a.x, a.x.shape[1])),
     forward=_batch_norm_add_relu,
     keep=lambda a, o: BatchNormAddReluKept(
-        a.x, o.out if a.relu else None, o.stats, _kept_norm(a.norm), a.relu, a.shortcut is not None
+        a.x, o.out if a.relu else None, o.stats, a.norm.kept(), a.relu, a.shortcut is not None
     ),
     keep_moves=False,
     like=lambda kept: BatchNormAddRelu(kept.x, kept.x, _like_norm(kept.norm), None),
@@ -430,14 +427,6 @@ def _unit_grads(unit: KeptUnit, grad: UnitGrad, stats: Tensor, needs: Unit) -> U
     dweight, dmaster = _places(grad.conv, unit.weight, unit.master)
     norm = _norm_grads(unit.norm, grad.weight, grad.bias, stats, grad.sum_g, needs.norm, grad.conv_bias)
     return Unit(dweight, None, None, norm, dmaster)
-
-
-def _kept(part: Unit | Projection) -> KeptUnit | Projection:
-    """A part of a block as backward needs it."""
-    if isinstance(part, Projection):
-        return part
-    weight, stride, padding, norm, master = part
-    return KeptUnit(weight, stride, padding, _kept_norm(norm), master)
 
 
 def _like_part(part: KeptUnit | Projection) -> Unit | Projection:
@@ -474,7 +463,7 @@ _Differentiable(
     StemKept,
     fake=_stem_fake,
     forward=_stem,
-    keep=lambda a, output: StemKept(a.x, output, _kept(a.unit)),
+    keep=lambda a, output: StemKept(a.x, output, a.unit.kept()),
     keep_moves=True,
     like=lambda kept: Stem(kept.x, _like_part(kept.unit)),
     backward=_stem_backward,
@@ -503,19 +492,16 @@ def _block_operator(kind: BlockKind) -> _Differentiable:
 
     def keep(arguments: tuple, output: tuple) -> tuple:
         x, units, shortcut = arguments
-        return kind.kept(x, output, tuple(map(_kept, units)), _kept(shortcut))
+        return kind.kept(x, output, tuple(unit.kept() for unit in units), shortcut.kept())
 
     def norms(part: tuple, output: tuple) -> list[tuple[Norm | KeptNorm, Tensor]]:
         found = [(unit.norm, stats) for unit, stats in zip(part.units, output.stats, strict=True)]
         return [*found, (part.shortcut.norm, output.shortcut[1])] if output.shortcut else found
 
-    def all_wanted(needs: tuple) -> tuple:
-        return needs._replace(units=tuple(map(wanted, needs.units)), shortcut=wanted(needs.shortcut))
-
     def summed(kept: tuple, needs: tuple) -> list[tuple[KeptNorm, Tensor]]:
         """The last norm, the shortcut's, and the others from the last one on, as far as anything asks for them."""
         needs, found = all_wanted(needs), norms(kept, kept.output)
-        earlier = [norm for norm, (asked, _) in zip(found, reached(needs)[:-1]) if asked]
+        earlier = [norm for norm, asked in zip(found, grad_inputs(needs)[1:]) if asked]
         normed = found[len(kept.units) :] if kept.output.shortcut and shortcut_reached(needs) else []
         return [found[len(kept.units) - 1], *normed, *reversed(earlier)]
 

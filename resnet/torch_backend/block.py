@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached, shortcut_reached
+from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs, shortcut_reached
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import add_projected, convolve, convolve_backward
 from resnet.torch_backend.inference import conv_batch_norm, fold_shortcut
@@ -47,11 +47,8 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         z, z_stats = projected
         z_norm = batch_norm.backward(dshortcut, z, None, z_stats, shortcut.norm, relu=False)
         dshortcut, shortcut_grad = z_norm.dx, UnitGrad(None, z_norm.dweight, z_norm.dbias, z_norm.sum_g)
-    asked = [needs.x, *(sums for sums, _ in reached(needs))]
-    grads, dx = [UnitGrad()] * len(units), None
+    asked, grads, dx = grad_inputs(needs), [UnitGrad()] * len(units), None
     for i in reversed(range(len(units))):
-        if not asked[i + 1] and i + 1 < len(units):
-            break
         unit, flags = units[i], (asked[i], needs.units[i].weight)
         a = ys[i - 1] if i else x
         if i and any(flags):
@@ -60,7 +57,9 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         grads[i] = UnitGrad(dconv, norm.dweight, norm.dbias, norm.sum_g)
         if i == 0:
             dx = da
-        elif asked[i]:
+        elif not asked[i]:
+            break
+        else:
             norm = batch_norm.backward(da, ys[i - 1], a, stats[i - 1], units[i - 1].norm, consume=True)
         del a, da  # before the next ones are made
     if shortcut.weight is not None:

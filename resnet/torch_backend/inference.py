@@ -32,7 +32,7 @@ def _folded(weight: Tensor, norm: Norm, more: Tensor | None = None) -> tuple[Ten
 
 
 def fold_shortcut(x: Tensor, unit: Unit) -> tuple[Tensor, Tensor] | None:
-    """(weight, bias) of the 1x1 convolution that computes a normed shortcut of x, where folding pays and is safe."""
+    """(weight, bias) of the convolution that computes a normed 1x1 shortcut of x; None where it is not to be folded."""
     if not is_single_on_cpu(x):
         return None
     weight, bias = _folded(unit.weight, unit.norm)

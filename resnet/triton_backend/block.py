@@ -21,14 +21,15 @@ from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
 from resnet.kernels.conv_forward import Shortcut
 from resnet.norm import empty_grads
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, reached, shortcut_reached, trained_dtype
+from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs, shortcut_reached, trained_dtype
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import applied_sums, norm_stats
 
 
 def _rides(shortcut: Unit | Projection, first: Unit) -> bool:
-    """Whether the shortcut's convolution is part of the first one's launch."""
-    return shortcut.stride == first.stride and shortcut.weight.shape[0] == first.weight.shape[0]
+    """Whether the shortcut is a convolution that is part of the first one's launch."""
+    weight = shortcut.weight
+    return weight is not None and shortcut.stride == first.stride and weight.shape[0] == first.weight.shape[0]
 
 
 def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> tuple:
@@ -36,7 +37,7 @@ def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projectio
     (first, *rest), shortcut = map(convolution.as_read, units), convolution.as_read(shortcut)
     normed = isinstance(shortcut, Unit)
     z_training = normed and shortcut.norm.training
-    riding = shortcut.weight if shortcut.weight is not None and _rides(shortcut, first) else None
+    riding = shortcut.weight if _rides(shortcut, first) else None
     y, moments, z, z_moments = convolution.forward(
         x,
         *first[:3],
@@ -67,7 +68,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """See `torch_backend.block_backward`."""
     x, (out, ys, stats, projected), units, shortcut = kept
     units, shortcut = list(map(convolution.as_read, units)), convolution.as_read(shortcut)
-    asked, last = reached(needs), len(units) - 1
+    asked, last = grad_inputs(needs), len(units) - 1
     normed, z_vectors = None, (None,) * 3
     if projected:
         z_vectors = empty_grads(shortcut.norm)
@@ -85,7 +86,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     used, z_used = applied_sums(sums, dout, units[last].norm), None
     if projected and shortcut_reached(needs):
         z_used = applied_sums(sums, dout, shortcut.norm, plane=2)
-    if asked[last][1] or mask is None:
+    if asked[last] or needs.units[last].weight or mask is None:
         dy = batch_norm_backward_apply(
             dout,
             ys[last],
@@ -99,7 +100,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     for i in reversed(range(len(units))):
         unit, dconv = units[i], None
         grad = UnitGrad(None, *vectors[:2], sums[0], vectors[2])
-        if i and asked[i - 1][0]:
+        if i and asked[i]:
             vectors = empty_grads(units[i - 1].norm)
             inner, sums = convolution.grad_input_mask(dy, *unit[:3], ys[i - 1], stats[i - 1], vectors)
             used = applied_sums(sums, inner, units[i - 1].norm)
@@ -109,9 +110,9 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
             before = (ys[i - 1], *unit[:3], stats[i - 1]) if i else (x, *unit[:3])
             dconv = convolution.grad_weight(dy, *before, dtype=trained_dtype(unit))
         grads[i] = grad._replace(conv=dconv)
-        if i == 0 or not asked[i - 1][0]:
+        if i == 0 or not asked[i]:
             break
-        if asked[i - 1][1]:
+        if asked[i - 1] or needs.units[i - 1].weight:
             dy = batch_norm_backward_apply(inner, ys[i - 1], None, stats[i - 1], used, dx=inner)
     if needs.shortcut.weight:
         dconv = convolution.grad_weight(
@@ -127,7 +128,7 @@ def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Project
     skip, riding = x, None
     if isinstance(shortcut, Unit):
         skip, _ = convolution.inference(x, shortcut)
-    elif shortcut.weight is not None and _rides(shortcut, first):
+    elif _rides(shortcut, first):
         riding = Shortcut(shortcut.weight, _dense(shortcut.bias))
     elif shortcut.weight is not None:
         skip = convolution.projection(x, shortcut)

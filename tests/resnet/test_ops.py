@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from resnet import FusedBottleneck, FusedResidual, FusedStem, resnet_block
-from resnet.norm import KeptNorm, Norm
+from resnet.norm import Norm
 from resnet.operands import (
     BatchNormAddReluKept,
-    KeptUnit,
     Projection,
     Stem,
     StemKept,
@@ -70,14 +69,6 @@ def norm(
     )
 
 
-def kept_norm(norm: Norm) -> KeptNorm:
-    return KeptNorm(norm.weight, norm.bias, norm.conv_bias, norm.training, norm.eps)
-
-
-def kept_part(part: Unit | Projection) -> KeptUnit | Projection:
-    return part if isinstance(part, Projection) else KeptUnit(*part[:3], kept_norm(part.norm), part.master)
-
-
 def weight(K: int, C: int, size: int, seed: int, grad: bool = True) -> Tensor:
     return draw(K, C, size, size, seed=seed).div_(C * size).requires_grad_(grad)
 
@@ -129,7 +120,7 @@ def test_batch_norm_add_relu_backward_passes_opcheck(any_backend, options):
     arguments = [x.requires_grad_(), skip, *fields, relu]
     with torch.no_grad():
         out, stats = ops.batch_norm_add_relu(*arguments)
-    kept = BatchNormAddReluKept(x, out if relu else None, stats, kept_norm(fields), relu, shortcut)
+    kept = BatchNormAddReluKept(x, out if relu else None, stats, fields.kept(), relu, shortcut)
     opcheck(ops.batch_norm_add_relu_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
@@ -151,7 +142,7 @@ def test_stem_backward_passes_opcheck(any_backend, options):
     arguments = pack(Stem(x, unit))
     with torch.no_grad():
         output = StemOutput(*ops.stem(*arguments))
-    kept = StemKept(x, output, kept_part(unit))
+    kept = StemKept(x, output, unit.kept())
     dout = draw(*output.out.shape, seed=1)
     opcheck(ops.stem_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
@@ -202,7 +193,7 @@ def test_the_backward_of_a_block_passes_opcheck(any_backend, options):
     kind, flat = kind_of(arguments), pack(arguments)
     with torch.no_grad():
         output = unpack(kind.output, getattr(ops, kind.name)(*flat))
-    kept = kind.kept(arguments.x, output, tuple(map(kept_part, arguments.units)), kept_part(arguments.shortcut))
+    kept = kind.kept(arguments.x, output, tuple(unit.kept() for unit in arguments.units), arguments.shortcut.kept())
     dout = draw(*output.out.shape, seed=5)
     op = getattr(ops, f"{kind.name}_backward")
     opcheck(op, backward_arguments(dout, kept, flat, options["all_needed"]))
