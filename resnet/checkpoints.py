@@ -115,10 +115,16 @@ def _read(path: str, device: torch.device, purpose: str) -> dict[str, Any]:
         raise _refusal(purpose, path, "another program wrote it")
     if version > FORMAT:
         raise _refusal(purpose, path, "a newer version wrote it")
-    settings = found["args"]
-    if isinstance(settings, dict) and "impl" not in settings:  # earlier versions had one net, and called this its model
-        found["args"] = {**settings, "model": OLD_MODEL, "impl": settings.get("model")}
+    if isinstance(found["args"], dict):
+        found["args"] = _completed(found["args"])
     return found
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings with those that earlier versions did not have."""
+    if "impl" not in settings:  # there was one net, and this was called its model
+        settings = {**settings, "model": OLD_MODEL, "impl": settings.get("model")}
+    return {"sync_batch_norm": False, **settings}
 
 
 def check_settings(path: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -128,6 +134,13 @@ def check_settings(path: str, saved: Mapping[str, Any], given: Mapping[str, Any]
     ]
     if changed:
         raise _refusal(_GO_ON, path, f"its run has {'; '.join(changed)}")
+
+
+def check_processes(path: str, saved: Mapping[str, Any], given: int) -> None:
+    """ConfigError where other processes share the batches than those of the checkpoint's run."""
+    processes = saved.get("processes", 1)  # earlier versions had one
+    if processes != given:
+        raise _refusal(_GO_ON, path, f"its run has {processes} processes, not {given}")
 
 
 def check_images(path: str, saved: Mapping[str, Any], given: ImageSpec) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from resnet.kernels.host.command import ConfigError, RunError
 from resnet.kernels.host.files import irregular, write_atomically
+from resnet.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:  # which the commands do without, unless a plot is asked for
     from matplotlib.figure import Figure
@@ -35,8 +36,11 @@ def require(condition: bool, name: str, expected: str, got: object) -> None:
         raise ConfigError(f"{name}: expected {expected}, got {got}")
 
 
-def find_device(name: str) -> torch.device:
-    """The device that --device names: "auto" is the current GPU where there is one. ConfigError where it is absent."""
+def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device that --device names: "auto" is the current GPU where there is one. ConfigError where it is absent.
+
+    Of several processes each has a GPU of its own.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -48,6 +52,11 @@ def find_device(name: str) -> torch.device:
     require(device.type == "cuda", "--device", "auto, cpu, cuda or cuda:N", name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     require(count > 0, "--device", "auto or cpu, since PyTorch finds no CUDA device here", name)
+    if ranks.size > 1:
+        require(device.index is None, "--device", "auto, cpu or cuda: each process has a GPU of its own", name)
+        most = f"at most {count} on this machine, one for each of its CUDA devices, or --device cpu"
+        require(ranks.local_size <= count, "processes", most, ranks.local_size)
+        return torch.device("cuda", ranks.local_rank)
     index = torch.cuda.current_device() if device.index is None else device.index
     require(index < count, "--device", f"one of the {count} devices, cuda:0 to cuda:{count - 1}", name)
     return torch.device("cuda", index)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Any
 
-from resnet.commands import DTYPES, write_output
+from resnet.commands import DTYPES, ConfigError, write_output
 from resnet.data import DatasetError
-from resnet.kernels.host.command import Parser, ended_by, put, run, say
+from resnet.kernels.host.command import Parser, RunError, ended_by, put, run, say
 from resnet.models import IMPLS, MODELS
+from resnet.ranks import Ranks
 from resnet.recipes import RECIPES
 from resnet.training import CUDA_GRAPHS, TrainConfig, TrainResult, UnfinishedError, train
 
@@ -76,6 +80,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--tensorboard", metavar="DIR", help="scalars per epoch for TensorBoard, whose package it needs"
     )
+    parser.add_argument(
+        "--sync-batch-norm",
+        action="store_true",
+        help="of several processes: normalise by the statistics of the whole batch, not of each one's share",
+    )
     parser.add_argument("--profile", metavar="PATH", help="PyTorch's trace of 5 of the first steps, as JSON for Chrome")
     parser.add_argument("--plot", metavar="PATH", help="loss and accuracies per epoch, drawn after each")
     return parser
@@ -93,21 +102,36 @@ def main(argv: list[str] | None = None) -> int:
     130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    return run(parser, lambda: _train(TrainConfig(**vars(arguments))), (DatasetError,))
+    return run(parser, lambda: _say_once(lambda: _train(TrainConfig(**vars(parser.parse_args(argv))))), _REFUSED)
+
+
+_REFUSED = (DatasetError,)
+
+
+def _say_once(work: Callable[[], int]) -> int:
+    """The exit status of `work`; of several processes the first one alone says what it says, and what fails in all."""
+    if Ranks.of_environment().rank == 0:
+        return work()
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return work()
+    except (ConfigError, *_REFUSED):
+        return 2
+    except RunError:
+        return 1
 
 
 def _train(config: TrainConfig) -> int:
     try:
         result = train(config)
     except UnfinishedError as error:
-        _report(config, error.result)
+        _report(error.result)
         raise
-    _report(config, result)
+    _report(result)
     return ended_by(signal.Signals[result.signal]) if result.interrupted else 0
 
 
-def _report(config: TrainConfig, result: TrainResult) -> None:
+def _report(result: TrainResult) -> None:
     try:
         if result.epochs:
             with contextlib.suppress(OSError):  # of a terminal that was closed
@@ -118,8 +142,8 @@ def _report(config: TrainConfig, result: TrainResult) -> None:
         elif result.epochs:
             put(result.summary())
     finally:
-        if config.json is not None:
-            write_output(config.json, (json.dumps(result.to_json(), indent=2) + "\n").encode())
+        if result.config.json is not None:
+            write_output(result.config.json, (json.dumps(result.to_json(), indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

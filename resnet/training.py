@@ -22,14 +22,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from resnet.checkpoints import FORMAT, another_net, check_images, check_settings, read_checkpoint
+from resnet.checkpoints import (
+    FORMAT,
+    another_net,
+    check_images,
+    check_processes,
+    check_settings,
+    read_checkpoint,
+)
 from resnet.commands import (
     DTYPES,
     ConfigError,
@@ -44,15 +51,18 @@ from resnet.commands import (
     write_output,
     write_plot,
 )
-from resnet.data import FASHION_MNIST, IMAGE_SIZE, Batches, ImageSet, ImageSpec, load
+from resnet.data import FASHION_MNIST, IMAGE_SIZE, Batches, DatasetError, ImageSet, ImageSpec, load
 from resnet.graphs import Graphed
 from resnet.kernels.host.command import ENDING, RunError, say
 from resnet.metrics import Board, Log
 from resnet.models import BUILDERS, IMPLS, MODELS, OLD_MODEL
 from resnet.profiling import RECORDED, SKIPPED, Trace
+from resnet.ranks import ALONE, Ranks
 from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "UnfinishedError", "train"]
+
+T = TypeVar("T")
 
 CUDA_GRAPHS = ("auto", "on", "off")
 
@@ -106,6 +116,7 @@ class TrainConfig:
     log: str | None = None  # lines of JSON, one per epoch, written as the run goes
     log_every: int | None = None  # and one per so many steps
     tensorboard: str | None = None  # folder for TensorBoard's scalars, per epoch and per log_every steps
+    sync_batch_norm: bool = False  # of several processes: statistics of the whole batch, not of each one's share
     profile: str | None = None  # trace of some of the first epoch's steps
     plot: str | None = None  # picture of loss and accuracies, drawn after every epoch
     resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
@@ -165,6 +176,7 @@ class TrainConfig:
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what the weights become; one step after the other, with a constant rate."""
         names = ("model", "impl", "recipe", "batch_size", "lr", "resize", "dtype", "seed", "limit_train")
+        names = (*names, "sync_batch_norm")
         return {name: getattr(self, name) for name in (*names, *(("epochs",) if self.plan.warm_up else ()))}
 
     @property
@@ -191,6 +203,7 @@ class TrainResult:
     config: TrainConfig
     device: str  # such as cuda:0
     device_name: str
+    processes: int
     cuda_graph: bool  # whether the steps of whole batches were replays of a CUDA graph
     data: str  # where the images came from
     warm_up_seconds: float  # compilation and choice of algorithms, before the clock started
@@ -224,11 +237,13 @@ class TrainResult:
         return sum(e.seconds for e in self.epochs)
 
     def summary(self) -> str:
-        """Two lines, in the textbook's form; the second says where a CUDA graph was replayed."""
-        how = " as a CUDA graph" if self.cuda_graph else ""
+        """Two lines, in the textbook's form; the second says what ran: a device, a CUDA graph, several processes."""
+        where = self.device + (" as a CUDA graph" if self.cuda_graph else "")
+        if self.processes > 1:
+            where = f"{self.processes} processes ({torch.device(self.device).type})"
         return (
             f"loss {self.loss:.3f}, train acc {self.train_acc:.3f}, test acc {self.test_acc:.3f}\n"
-            f"{self.examples_per_sec:.1f} examples/sec on {self.device}{how}"
+            f"{self.examples_per_sec:.1f} examples/sec on {where}"
         )
 
     def table(self) -> str:
@@ -267,6 +282,10 @@ def train(config: TrainConfig) -> TrainResult:
     raises KeyboardInterrupt at once.
     SIGTERM and SIGHUP do as Ctrl-C does; a second one does what it did before.
 
+    In several processes, as torchrun starts them, each takes its share of every batch and of the test set; figures are
+    of all. The first process alone writes files, and a signal to one of them is one to all. What cannot be used, or
+    fails, is raised in each of them.
+
     Raises:
         ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, a batch of one image
             cannot be normalised, or the steps are too few for the recipe's warm-up or a trace.
@@ -275,44 +294,42 @@ def train(config: TrainConfig) -> TrainResult:
         UnfinishedError: a checkpoint, the log, the plot, the trace or a scalar cannot be written. What was there before
             is left as it was.
     """
-    device = find_device(config.device)
-    cuda_graph = _wants_graph(config, device)
-    earlier = None if config.resume is None else read_checkpoint(config.resume, device)
-    if earlier is not None:
-        check_settings(config.resume, earlier["args"], config.decisive)
-    dataset = load(config.data)
-    if earlier is not None:
-        check_images(config.resume, earlier, dataset.spec)
-    batches, evaluation = _batches(config, dataset, device)
-    _check_steps(config, batches)
-    if device.type == "cpu" and config.dtype == "float16":
-        print("float16 on a CPU is emulated and may be a hundred times slower; bfloat16 is not.", file=sys.stderr)
+    ranks = Ranks.of_environment()
+    if ranks.rank:
+        config = dataclasses.replace(config, **dict.fromkeys(_WRITTEN))
+    device = find_device(config.device, ranks)
+    with ranks.joined(device):
+        return _train(config, device, ranks)
 
+
+_WRITTEN = ("save", "json", "log", "log_every", "tensorboard", "profile", "plot")  # by the first process
+
+
+def _train(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainResult:
+    cuda_graph, earlier, dataset, batches, evaluation = ranks.alike(
+        lambda: _prepared(config, device, ranks), ConfigError, DatasetError
+    )
     with (
         _deferred_interrupt() as interrupt,
-        contextlib.closing(_Run(config, device, cuda_graph, batches, evaluation, interrupt, dataset.spec)) as run,
+        contextlib.closing(
+            _Run(config, device, cuda_graph, batches, evaluation, interrupt, dataset.spec, ranks)
+        ) as run,
     ):
         if earlier is not None:
-            run.restore(earlier)
-            run.plot()
+            ranks.alike(lambda: run.go_on(earlier), ConfigError, OutputError)
         warm_up_seconds = run.warm_up()
         epochs = run.history
-        checkpoint = failure = None
-        try:
-            while len(epochs) < config.epochs and not interrupt.is_set() and run.epoch():
-                if config.save is not None:
-                    checkpoint = run.save(config.save)
-                run.plot()
-        except OutputError as error:
-            failure = error
-        interrupted = failure is None and len(epochs) < config.epochs
-        if (interrupted or failure is not None) and run.trained:
-            checkpoint, error = run.save_somewhere()
-            failure = failure or error
+        checkpoint = None
+        while len(epochs) < config.epochs and not run.stops() and run.epoch():
+            checkpoint = run.save_epoch() or checkpoint
+        interrupted = run.failure is None and len(epochs) < config.epochs
+        if (interrupted or run.failure is not None) and run.trained:
+            checkpoint = run.save_somewhere()
     result = TrainResult(
         config=config,
         device=str(device),
         device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        processes=ranks.size,
         cuda_graph=cuda_graph,
         data=dataset.source,
         warm_up_seconds=warm_up_seconds,
@@ -321,16 +338,37 @@ def train(config: TrainConfig) -> TrainResult:
         checkpoint=checkpoint,
         signal=signal.Signals(interrupt.number).name if interrupted else None,
     )
-    if failure is not None:
+    if run.failure is not None:
         where = "" if checkpoint is None else f"; the weights are in {checkpoint}"
-        raise UnfinishedError(f"{failure}{where}", result)
+        raise UnfinishedError(f"{run.failure}{where}", result)
     return result
 
 
-class _Interrupt(threading.Event):
-    """Set by the first signal that asks the run to end; `number` is that signal's."""
+def _prepared(
+    config: TrainConfig, device: torch.device, ranks: Ranks
+) -> tuple[bool, dict[str, Any] | None, ImageSet, Batches, Batches]:
+    """(whether there is a CUDA graph, the checkpoint to go on from, the images, the training and the test set)."""
+    cuda_graph = _wants_graph(config, device, ranks)
+    if config.sync_batch_norm and config.impl != "fused":
+        require(device.type == "cuda", "--sync-batch-norm", "--impl fused, or CUDA devices as PyTorch's has it", device)
+    earlier = None if config.resume is None else read_checkpoint(config.resume, device)
+    if earlier is not None:
+        check_settings(config.resume, earlier["args"], config.decisive)
+        check_processes(config.resume, earlier, ranks.size)
+    dataset = ranks.after_first(lambda: load(config.data))
+    if earlier is not None:
+        check_images(config.resume, earlier, dataset.spec)
+    batches, evaluation = _batches(config, dataset, device, ranks)
+    _check_steps(config, batches)
+    if device.type == "cpu" and config.dtype == "float16":
+        print("float16 on a CPU is emulated and may be a hundred times slower; bfloat16 is not.", file=sys.stderr)
+    return cuda_graph, earlier, dataset, batches, evaluation
 
-    number: int
+
+class _Interrupt(threading.Event):
+    """Set by the first signal that asks the run to end; `number` is that signal's, or 0."""
+
+    number = 0
 
 
 @dataclasses.dataclass
@@ -369,8 +407,9 @@ class _Run:
         cuda_graph: bool,
         batches: Batches,
         evaluation: Batches,
-        interrupt: threading.Event,
+        interrupt: _Interrupt,
         images: ImageSpec = FASHION_MNIST,
+        ranks: Ranks = ALONE,
     ):
         self.config = config
         self.device = device
@@ -379,6 +418,8 @@ class _Run:
         self.evaluation = evaluation
         self.interrupt = interrupt
         self.images = images
+        self.ranks = ranks
+        self.failure: OutputError | None = None  # the first file that could not be written
         self.log = Log(config.log)
         self.board = Board(config.tensorboard)
         self.trace = Trace(config.profile, device)
@@ -390,8 +431,13 @@ class _Run:
         self.steps = _steps(config, batches)
         net = _net(config.model, config.impl, config.seed, self.plan.stem, images)
         self.net = net.to(device, memory_format=torch.channels_last)
-        # Two shapes of batches at most: one graph for each is quicker than one for all.
-        self.forward = torch.compile(self.net, dynamic=False) if config.impl == "compile" else self.net
+        self.forward = ranks.parallel(self.net, device)
+        if config.sync_batch_norm:
+            # Now: DistributedDataParallel takes none on a CPU, where PyTorch's own do not run and fused ones do.
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+        if config.impl == "compile":
+            # Two shapes of batches at most: one graph for each is quicker than one for all.
+            self.forward = torch.compile(self.forward, dynamic=False)
         self.optimizer = optimizer(self.plan, self.net)
         self.average = weight_average(self.plan, self.net, self.steps)
         self.evaluated = self.net if self.average is None else self.average.net
@@ -458,25 +504,30 @@ class _Run:
         ) as bar:
             looked = self._clock()
             start = looked - tally.seconds
+            correct = torch.zeros_like(tally.correct)  # since the last look
             for index in itertools.islice(self.batches.indices(), self.step, None):
                 loss, right = self._step(index)
                 tally.losses[self.step] = loss
                 tally.sizes[self.step] = len(index)
-                tally.correct += right
+                correct += right
                 self.step += 1
                 tally.seen += len(index)
-                self.trace.step()
+                self._write(self.trace.step)
                 bar.update(len(index))
-                stop = self.interrupt.is_set()
-                if self.step == steps or stop or time.perf_counter() - looked >= _LOOK_SECONDS:
+                look = self.step == steps or time.perf_counter() - looked >= _LOOK_SECONDS
+                look, stop = self._agree(look)
+                if look:
+                    self.ranks.sum_(tally.losses[checked : self.step], correct)
+                    tally.correct += correct
+                    correct.zero_()
                     _check_losses(tally.losses[checked : self.step], self.epochs + 1, checked + 1)
-                    self._log_steps(checked)
+                    self._write(self._log_steps, checked)
                     checked = self.step
                     tally.seconds = (looked := self._clock()) - start
                     bar.set_postfix_str(tally.figures())
                 if stop and self.step < steps:
                     return False
-            self._check_weights()
+            self.ranks.alike(self._check_weights, NonFiniteError)
             self.epochs, self.step = self.epochs + 1, 0
             test_acc = self._accuracy()
             if test_acc is None:
@@ -484,6 +535,31 @@ class _Run:
             bar.set_postfix_str(f"{tally.figures()}, test acc {test_acc:.3f}")
         epoch = Epoch(tally.loss(), tally.accuracy(), test_acc, tally.seen, tally.seconds)
         self.history.append(epoch)
+        self._write(self._log_epoch, epoch)
+        return True
+
+    def stops(self) -> bool:
+        """Whether a signal came to any process, or a file could not be written."""
+        return self._agree(False)[1]
+
+    def _agree(self, look: bool) -> tuple[bool, bool]:
+        """(whether any process wants to look at its figures, whether any has to stop, which is a look too)."""
+        look, number, failed = self.ranks.highest(look, self.interrupt.number, self.failure is not None)
+        if number and not self.interrupt.is_set():
+            self.interrupt.number = number
+            self.interrupt.set()
+        stop = bool(number or failed)
+        return look or stop, stop
+
+    def _write(self, write: Callable[..., T], *args: object) -> T | None:
+        """What `write` returns; None where a file cannot be written, which ends the run after the step at hand."""
+        try:
+            return write(*args)
+        except OutputError as error:
+            self.failure = self.failure or error
+            return None
+
+    def _log_epoch(self, epoch: Epoch) -> None:
         self.log.write(
             epoch=self.epochs,
             loss=epoch.loss,
@@ -499,7 +575,6 @@ class _Run:
             "examples per sec": epoch.examples / epoch.seconds,
         }
         self.board.write(self._taken(0), scalars)
-        return True
 
     def _log_steps(self, logged: int) -> None:
         """A line for each of `config.log_every` steps of the epoch, after those that were looked at before."""
@@ -518,6 +593,12 @@ class _Run:
     def _rate(self, step: int) -> float:
         """The learning rate of a step of the epoch, counted from 1; 0 is the last one of the epoch before."""
         return rate(self.plan, self._taken(step) - 1, self.steps)
+
+    def save_epoch(self) -> str | None:
+        """Writes what is asked for after an epoch; the checkpoint's path where it was written."""
+        saved = None if self.config.save is None else self._write(self.save, self.config.save)
+        self._write(self.plot)
+        return saved
 
     def plot(self) -> None:
         """Draws the epochs so far, where that is asked for."""
@@ -541,6 +622,7 @@ class _Run:
             "epoch": self.epochs,
             "step": self.step,
             "tally": vars(self.tally),
+            "processes": self.ranks.size,
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
             "args": dataclasses.asdict(self.config),
         }
@@ -549,18 +631,14 @@ class _Run:
         write_output(path, content.getbuffer())
         return str(path)
 
-    def save_somewhere(self) -> tuple[str | None, OutputError | None]:
-        """(where the weights are, the first error on the way): in the place that was asked for, or in another one."""
-        first = None
-        for path in (self.config.save, *_unused_paths(self.config)):
-            try:
-                if path is not None:
-                    return self.save(path), first
-            except OutputError as error:
-                first = first or error
-        return None, first
+    def save_somewhere(self) -> str | None:
+        """Writes the checkpoint where that was asked for, or in another place; its path, None where neither can be."""
+        if self.ranks.rank:
+            return None
+        paths = (self.config.save, *_unused_paths(self.config))
+        return next((path for path in paths if path is not None and self._write(self.save, path)), None)
 
-    def restore(self, checkpoint: dict[str, Any]) -> None:
+    def go_on(self, checkpoint: dict[str, Any]) -> None:
         """Be where the run was that saved the checkpoint. ConfigError where its weights are of another net."""
         try:
             self.net.load_state_dict(checkpoint["model" if self.average is None else "raw_model"])
@@ -576,6 +654,7 @@ class _Run:
             self.epochs, self.step = len(self.history), len(self.batches)
         self.log.go_on(self.epochs, self.step)
         self.board.go_on(self._taken(self.step))
+        self.plot()
 
     def _step(self, index: Tensor) -> tuple[Tensor, ...]:
         """`_learn` at the step's learning rate, replayed where it was captured for so many images."""
@@ -588,11 +667,19 @@ class _Run:
         return self.graph(index)
 
     def _learn(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on the images at `index`: (mean loss, how many were named right), on the device."""
-        x, labels = self.batches.draw(index)
+        """One step on the images at `index`: (mean loss, how many were named right), on the device.
+
+        In one of several processes both are its share's part of a sum over all.
+        """
+        share = self.ranks.share(index)
+        x, labels = self.batches.draw(share)
         loss, logits = self._loss(self.forward, x, labels)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        differentiated = loss
+        if self.ranks.size > 1:
+            loss = loss * (len(share) / len(index))
+            differentiated = loss * self.ranks.size  # since gradients are averaged
+        self.scaler.scale(differentiated).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -609,13 +696,19 @@ class _Run:
     def _accuracy(self) -> float | None:
         """The fraction of the test images that are named right; None where Ctrl-C came in between."""
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.ranks.take_first(self.evaluated.buffers())
         self.evaluated.eval()
         with torch.no_grad():
-            for x, labels in self.evaluation:
-                if self.interrupt.is_set():
+            for index in self.evaluation.indices():
+                if self.stops():
                     return None
+                share = self.ranks.share(index)
+                if not len(share):
+                    continue
+                x, labels = self.evaluation.draw(share)
                 # Not the compiled net: another two graphs would take longer to make than they save.
                 correct += (self._loss(self.evaluated, x, labels)[1].argmax(1) == labels).sum()
+        self.ranks.sum_(correct)
         return correct.item() / self.evaluation.examples
 
     def _check_weights(self) -> None:
@@ -657,15 +750,18 @@ def _net(model: str, impl: str, seed: int, stem: str = "textbook", images: Image
         return fused
 
 
-def _wants_graph(config: TrainConfig, device: torch.device) -> bool:
+def _wants_graph(config: TrainConfig, device: torch.device, ranks: Ranks = ALONE) -> bool:
     """Whether steps are to be replayed as a CUDA graph. ConfigError where that is asked for and cannot be."""
     if config.cuda_graph == "on":
         require(config.impl != "compile", "--cuda-graph on", "--impl eager or fused, which it captures", config.impl)
         require(device.type == "cuda", "--cuda-graph on", "a CUDA device, which has such graphs", device)
-    return config.cuda_graph != "off" and config.impl != "compile" and device.type == "cuda"
+        require(ranks.size == 1, "--cuda-graph on", "one process, whose steps wait for no other", ranks.size)
+    return config.cuda_graph != "off" and config.impl != "compile" and device.type == "cuda" and ranks.size == 1
 
 
-def _batches(config: TrainConfig, dataset: ImageSet, device: torch.device) -> tuple[Batches, Batches]:
+def _batches(
+    config: TrainConfig, dataset: ImageSet, device: torch.device, ranks: Ranks = ALONE
+) -> tuple[Batches, Batches]:
     """The training and the test set on the device. Raises ConfigError for a limit or a batch that cannot be."""
     require_limit("--limit-train", config.limit_train, len(dataset.train_images), dataset.source)
     require_limit("--limit-test", config.limit_test, len(dataset.test_images), dataset.source)
@@ -681,12 +777,22 @@ def _batches(config: TrainConfig, dataset: ImageSet, device: torch.device) -> tu
             f"--resize {config.resize} needs batches of 2 images or more: one has but one value per channel in the "
             "last stage, which BatchNorm cannot normalise; --resize 33 or more does not"
         )
-    single = one_pixel and n % config.batch_size == 1
-    if single:
+    least = (2 if one_pixel else 1) * ranks.size
+    require(
+        min(n, config.batch_size) >= least,
+        "--batch-size",
+        f"{least} images or more, {least // ranks.size} for each of {ranks.size} processes",
+        min(n, config.batch_size),
+    )
+    left = n % config.batch_size
+    too_few = 0 < left < least
+    if too_few and ranks.size == 1:
         print(
             f"One image is left out of each epoch: BatchNorm cannot train on it alone at --resize {config.resize}.",
             file=sys.stderr,
         )
+    elif too_few:
+        print(f"{left} of {n} images are left out of each epoch: too few for {ranks.size} processes.", file=sys.stderr)
     batches = Batches(
         dataset.train_images[:n],
         dataset.train_labels[:n],
@@ -695,7 +801,7 @@ def _batches(config: TrainConfig, dataset: ImageSet, device: torch.device) -> tu
         resize=config.resize,
         shuffle=True,
         seed=config.seed,
-        drop_last=single or (plan.whole_batches and n >= config.batch_size),
+        drop_last=too_few or (plan.whole_batches and n >= config.batch_size),
         augmentation=plan.augmentation,
     )
     evaluation = Batches(

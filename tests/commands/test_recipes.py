@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import threading
 
 import pytest
 import torch
@@ -15,14 +14,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet import FusedResidual, Residual, resnet18, training
-from resnet.commands import find_device
 from resnet.data import Augmentation, Batches
 from resnet.recipes import RECIPES, Recipe, optimizer, rate, weight_average
 from resnet.train import main
 from resnet.training import ConfigError, TrainConfig, train
 from tests.conftest import DEVICE
 from tests.helpers.graphs import captures_on_the_cpu
-from tests.helpers.runs import load_once, small_runs  # noqa: F401
+from tests.helpers.runs import begun, load_once, small_runs  # noqa: F401
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -45,12 +43,6 @@ def stand_in(monkeypatch) -> list[int]:
 
 def quick(**changes) -> TrainConfig:
     return TrainConfig(**{**FEW, **changes})
-
-
-def run_of(config: TrainConfig) -> training._Run:
-    device = find_device(config.device)
-    batches, evaluation = training._batches(config, load_once(None), device)
-    return training._Run(config, device, training._wants_graph(config, device), batches, evaluation, threading.Event())
 
 
 # ---- the schedule ----------------------------------------------------------------------------------------------
@@ -410,7 +402,7 @@ def test_replays_train_as_steps_do(tmp_path, stand_in):
 
 
 def test_the_warm_up_leaves_weights_momenta_averages_and_random_states_as_they_were(stand_in):
-    run = run_of(quick(cuda_graph="on"))
+    run = begun(quick(cuda_graph="on"))
     before, random = state_of(run), torch.get_rng_state()
     run.warm_up()
     assert all(torch.equal(*pair) for pair in zip(state_of(run), before, strict=True))
@@ -433,7 +425,7 @@ class NoAnswers(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["fast", "best"])
 def test_a_step_asks_the_device_for_nothing(name):
     """Which a capture would refuse."""
-    run = run_of(quick(recipe=name, batch_size=2, limit_train=4))
+    run = begun(quick(recipe=name, batch_size=2, limit_train=4))
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoAnswers():
         torch.ones(1).item()
     with NoAnswers():
@@ -457,7 +449,7 @@ def test_what_a_graph_reads_and_writes_stays_where_it_is(monkeypatch, stand_in):
 def test_a_step_that_the_loss_scaler_skips_changes_no_weight_momentum_or_average(monkeypatch):
     scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**60)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    run = run_of(quick(dtype="float16", batch_size=2, limit_train=2))
+    run = begun(quick(dtype="float16", batch_size=2, limit_train=2))
     run._step(torch.arange(2))
     parameters = [*run.net.parameters()], [*run.average.net.parameters()]
     assert all(torch.equal(*pair) for pair in zip(*parameters, strict=True))
@@ -491,7 +483,7 @@ def test_a_graph_trains_as_steps_do_on_a_gpu(tmp_path, impl, name):
 
 @CUDA
 def test_each_replay_sees_other_images():
-    run = run_of(TrainConfig(recipe="best", batch_size=32, limit_train=32, limit_test=8, lr=1e-30))
+    run = begun(TrainConfig(recipe="best", batch_size=32, limit_train=32, limit_test=8, lr=1e-30))
     run.warm_up()
     losses = []
     for _ in range(3):

@@ -25,7 +25,7 @@ from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import NonFiniteError, TrainConfig, train
 from tests.helpers.graphs import captures_on_the_cpu
-from tests.helpers.runs import command, load_once, options, small_runs  # noqa: F401
+from tests.helpers.runs import begun, command, load_once, options, small_runs  # noqa: F401
 
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
 # To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
@@ -132,6 +132,7 @@ def test_the_published_form_is_printed_for_the_published_figures():
         config=TrainConfig(),
         device="cuda:0",
         device_name="",
+        processes=1,
         cuda_graph=False,
         data="",
         warm_up_seconds=0.0,
@@ -340,9 +341,7 @@ def test_what_a_graph_reads_and_writes_stays_where_it_is(tmp_path, monkeypatch, 
 
 def run_of(config: TrainConfig) -> training._Run:
     """Warmed up, and captured where the configuration asks for that."""
-    device = find_device(config.device)
-    batches, evaluation = training._batches(config, load_once(None), device)
-    run = training._Run(config, device, training._wants_graph(config, device), batches, evaluation, threading.Event())
+    run = begun(config)
     run.warm_up()
     return run
 

@@ -46,6 +46,7 @@ def as_fused(content: dict[str, Any]) -> None:
 def as_earlier(content: dict[str, Any]) -> None:
     """As a version wrote it that had one net, and called what ran it its model."""
     content["args"]["model"] = content["args"].pop("impl")
+    del content["args"]["sync_batch_norm"]
 
 
 def as_small(content: dict[str, Any]) -> None:

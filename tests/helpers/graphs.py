@@ -27,5 +27,5 @@ def captures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, outputs
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(training, "_wants_graph", lambda config, device: config.cuda_graph == "on")
+    monkeypatch.setattr(training, "_wants_graph", lambda config, device, ranks=None: config.cuda_graph == "on")
     return replays

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from resnet import training
+from resnet.commands import find_device
 from resnet.data import load
 from resnet.training import TrainConfig
 from tests.conftest import ROOT
@@ -26,10 +27,18 @@ def small_runs(one_thread, monkeypatch, tmp_path):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands
 
 
+def begun(config: TrainConfig) -> training._Run:
+    """A run before its first step."""
+    device = find_device(config.device)
+    batches, evaluation = training._batches(config, load_once(None), device)
+    graph = training._wants_graph(config, device)
+    return training._Run(config, device, graph, batches, evaluation, training._Interrupt())
+
+
 def options(config: TrainConfig) -> list[str]:
     """The command line that means `config`."""
-    values = dataclasses.asdict(config).items()
-    return [word for k, v in values if v is not None for word in (f"--{k.replace('_', '-')}", str(v))]
+    given = {f"--{k.replace('_', '-')}": v for k, v in dataclasses.asdict(config).items() if v not in (None, False)}
+    return [word for k, v in given.items() for word in ([k] if v is True else [k, str(v)])]
 
 
 def command(config: TrainConfig, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs) -> subprocess.Popen:

@@ -1,0 +1,194 @@
+"""resnet.train under torchrun: two processes on the CPU train as one does, and end as one does."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from resnet.kernels.host.command import ConfigError
+from resnet.ranks import ALONE, Ranks
+from resnet.train import main
+from resnet.training import TrainConfig
+from tests.conftest import ROOT
+from tests.helpers.runs import load_once, options, small_runs  # noqa: F401
+
+PROCESSES = 2
+# 34 images in batches of 8: the last one has 2, one for each process, which maps of 2x2 pixels allow.
+SMALL = {"epochs": 2, "batch_size": 8, "resize": 33, "limit_train": 34, "limit_test": 9, "device": "cpu"}
+
+
+def config(**changes) -> TrainConfig:
+    return TrainConfig(**{**SMALL, **changes})
+
+
+def torchrun(config: TrainConfig, *more: str) -> subprocess.Popen:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "-m", "--"]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, *launcher, "resnet.train", *options(config), *more],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of a run; an assertion where it hangs."""
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def figures_of(path: str) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def losses(path: str) -> list[float]:
+    return [line["loss"] for line in map(json.loads, Path(path).read_text().splitlines()) if "step" in line]
+
+
+@pytest.mark.parametrize("rest", [{"batch_size": 17, "lr": 1e-2}], ids=str)
+def test_with_statistics_of_the_whole_batch_two_processes_train_as_one(rest):
+    """In batches of 17 the one process has 9 images and the other one 8."""
+    rest = {**rest, "log_every": 1, "seed": 3}
+    assert main(options(config(json="one.json", log="one", **rest))) == 0
+    status, _, err = ended(torchrun(config(json="two.json", log="two", sync_batch_norm=True, **rest)))
+    assert status == 0, err
+    one, two = figures_of("one.json"), figures_of("two.json")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    torch.testing.assert_close(losses("two"), losses("one"), rtol=2e-3, atol=1e-5)
+    for name in ("examples", "train_acc", "test_acc"):
+        assert [e[name] for e in two["epochs"]] == pytest.approx([e[name] for e in one["epochs"]], abs=1e-6)
+
+
+def test_two_processes_give_the_same_bits_each_time_and_say_once_what_one_says():
+    found = []
+    for _ in range(2):
+        status, out, err = ended(torchrun(config(save="net.pt", json="figures.json", log="log")))
+        assert status == 0, err
+        figures = figures_of("figures.json")
+        assert re.fullmatch(
+            rf"loss {figures['loss']:.3f}, train acc {figures['train_acc']:.3f}, test acc {figures['test_acc']:.3f}\n"
+            rf"\d+\.\d examples/sec on 2 processes \(cpu\)\n",
+            out,
+        )
+        assert err.count("epoch     loss") == 1
+        assert len(Path("log").read_text().splitlines()) == 2
+        found.append(torch.load("net.pt", weights_only=True))
+    first, second = found
+    assert first["epoch"] == 2
+    assert all(torch.equal(second["model"][name], value) for name, value in first["model"].items())
+    assert torch.equal(first["tally"]["losses"], second["tally"]["losses"])
+
+
+def test_two_processes_go_on_as_if_they_had_not_stopped_and_one_does_not(capsys):
+    eager = functools.partial(config, impl="eager")
+    for settings in (eager(save="whole.pt"), eager(save="part.pt", epochs=1)):
+        status, _, err = ended(torchrun(settings))
+        assert status == 0, err
+    with pytest.raises(SystemExit):
+        main(options(eager(resume="part.pt")))
+    assert "its run has 2 processes, not 1" in capsys.readouterr().err
+    status, _, err = ended(torchrun(eager(save="part.pt", resume="part.pt")))
+    assert status == 0, err
+    whole, part = (torch.load(name, weights_only=True) for name in ("whole.pt", "part.pt"))
+    assert all(torch.equal(part["model"][name], value) for name, value in whole["model"].items())
+    assert [e["loss"] for e in part["history"]] == [e["loss"] for e in whole["history"]]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_leaves_one_checkpoint_of_a_step_that_all_have_ended(name):
+    process = torchrun(config(save="net.pt", json="figures.json", log="log", log_every=1, epochs=10**6))
+    while not (os.path.exists("log") and Path("log").read_text().count("\n") > 3) and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(getattr(signal, name))
+    status, _, err = ended(process)
+    assert status != 0
+    assert err.count("interrupted after ") == 1
+    saved, figures = torch.load("net.pt", weights_only=True), figures_of("figures.json")
+    assert figures["interrupted"]
+    assert figures["signal"] == name
+    assert saved["processes"] == PROCESSES
+    assert sorted(os.listdir()) == ["figures.json", "log", "net.pt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--batch-size", "1"], "--batch-size: expected 2 images or more, 1 for each of 2 processes, got 1"),
+        (["--epochs", "x"], "argument --epochs: invalid int value: 'x'"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--lr", "1e30"], "non-finite"),
+    ],
+)
+def test_what_fails_in_all_processes_is_one_line(words, expected):
+    status, out, err = ended(torchrun(config(), *words))
+    assert (status, out) == (1, "")  # torchrun's own
+    said = [line for line in err.splitlines() if line.startswith("python -m resnet.train: error: ")]
+    assert len(said) == 1
+    assert expected in said[0]
+    assert "resnet/train.py" not in err  # no traceback
+
+
+def test_a_file_that_cannot_be_written_ends_all_processes_and_the_weights_are_kept():
+    status, _, err = ended(torchrun(config(log="/dev/full", save="net.pt")))
+    assert status == 1
+    said = [line for line in err.splitlines() if line.startswith("python -m resnet.train: error: ")]
+    assert said == [
+        "python -m resnet.train: error: /dev/full: cannot be written (No space left on device); "
+        "the weights are in net.pt"
+    ]
+    assert torch.load("net.pt", weights_only=True)["epoch"] == 1
+
+
+# ---- a process's place -----------------------------------------------------------------------------------------
+
+
+PLACES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({}, ALONE),
+        ({"RANK": "1"}, ALONE),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, ALONE),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Ranks(1, 2, 1, 2)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, Ranks(5, 8, 1, 4)),
+    ],
+)
+def test_a_process_knows_its_place_from_what_torchrun_says(monkeypatch, said, expected):
+    for name in PLACES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert Ranks.of_environment() == expected
+
+
+@pytest.mark.parametrize(("rank", "size"), [("2", "2"), ("-1", "2"), ("a", "2"), ("0", "b")])
+def test_what_is_no_place_is_refused(monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(ConfigError, match=rf"environment: expected a process's place.*RANK={rank} WORLD_SIZE={size}"):
+        Ranks.of_environment()
+
+
+@pytest.mark.parametrize(("images", "size"), [(8, 2), (7, 2), (5, 4), (3, 4)])
+def test_the_shares_of_a_batch_are_all_of_it_in_order_and_differ_by_one_image(images, size):
+    index = torch.arange(images) + 10
+    shares = [Ranks(rank, size).share(index) for rank in range(size)]
+    assert torch.cat(shares).equal(index)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
