@@ -16,6 +16,7 @@ from resnet.commands import DTYPES, LARGEST, ConfigError
 from resnet.data import FASHION_MNIST, IMAGE_SIZE, ImageSpec
 from resnet.models import BUILDERS, OLD_MODEL
 from resnet.recipes import RECIPES
+from resnet.reference import STEMS
 
 FORMAT = 1
 KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "tally", "history", "args"}
@@ -61,7 +62,7 @@ def read_net(path: str, device: torch.device) -> SavedNet:
     if not _are_known(settings):
         raise _refusal(_USE, path, "its settings are none of this version")
     images, build = _images(found, path, _USE), BUILDERS[settings["model"], settings["impl"]]
-    net = build(len(images.classes), images.channels, stem=RECIPES[settings["recipe"]].stem)
+    net = build(len(images.classes), images.channels, stem=settings["stem"])
     try:
         net.load_state_dict(found["model"])
     except (RuntimeError, TypeError, AttributeError):  # the keys, the sizes or the types are others
@@ -93,6 +94,7 @@ def _are_known(settings: Any) -> bool:
         (settings.get("model"), settings.get("impl")) in tuple(BUILDERS)  # not all that a file holds can be a key
         and settings.get("recipe") in tuple(RECIPES)
         and settings.get("dtype") in tuple(DTYPES)
+        and settings.get("stem") in STEMS
         and isinstance(resize, int)
         and IMAGE_SIZE <= resize <= LARGEST
     )
@@ -124,7 +126,9 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
     """A run's settings with those that earlier versions did not have."""
     if "impl" not in settings:  # there was one net, and this was called its model
         settings = {**settings, "model": OLD_MODEL, "impl": settings.get("model")}
-    return {"sync_batch_norm": False, **settings}
+    recipe = settings.get("recipe")
+    stem = RECIPES[recipe].stem if recipe in tuple(RECIPES) else None
+    return {"stem": stem, "sync_batch_norm": False, **settings}
 
 
 def check_settings(path: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:

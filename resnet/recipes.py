@@ -15,15 +15,15 @@ from resnet.data import Augmentation
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How to train; by default as the textbook does. The command's options of the first five names override them."""
+    """How to train; by default as the textbook does. The command's options of the first six names override them."""
 
     epochs: int = 10
     batch_size: int = 256
     lr: float = 0.05  # with a warm-up: the highest
     resize: int = 96  # pixels
     dtype: str = "float32"  # bfloat16: where the device computes in it, else float32
-
     stem: str = "textbook"  # of resnet.reference.STEMS
+
     whole_batches: bool = False  # leave out of each epoch what fills no batch
     warm_up: float = 0.0  # part of all steps in which the rate rises, before it falls along a cosine; 0: it is constant
     momentum: float = 0.0  # Nesterov's
@@ -33,7 +33,7 @@ class Recipe:
     average: float = 0.0  # window of the weights' moving average, which is evaluated, as a part of all steps; 0: none
 
 
-OVERRIDABLE = ("epochs", "batch_size", "lr", "resize", "dtype")
+OVERRIDABLE = ("epochs", "batch_size", "lr", "resize", "dtype", "stem")
 
 _MODERN = Recipe(
     resize=28,

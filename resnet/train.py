@@ -18,6 +18,7 @@ from resnet.kernels.host.command import Parser, RunError, ended_by, put, run, sa
 from resnet.models import IMPLS, MODELS
 from resnet.ranks import Ranks
 from resnet.recipes import RECIPES
+from resnet.reference import STEMS
 from resnet.training import CUDA_GRAPHS, TrainConfig, TrainResult, UnfinishedError, train
 
 
@@ -55,6 +56,13 @@ def _parser() -> Parser:
         str,
         "other than float32: by autocast, as a recipe does on a device that has it",
         choices=DTYPES,
+    )
+    _add_overriding(
+        parser,
+        "--stem",
+        str,
+        "first stage: textbook, 7x7 with a pool, or small, 3x3, after which the blocks see 16 times the pixels",
+        choices=STEMS,
     )
     parser.add_argument(
         "--cuda-graph",

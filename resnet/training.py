@@ -59,6 +59,7 @@ from resnet.models import BUILDERS, IMPLS, MODELS, OLD_MODEL
 from resnet.profiling import RECORDED, SKIPPED, Trace
 from resnet.ranks import ALONE, Ranks
 from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
+from resnet.reference import STEMS
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "UnfinishedError", "train"]
 
@@ -106,6 +107,7 @@ class TrainConfig:
     resize: int = None  # type: ignore[assignment]  # pixels
     device: str = "auto"  # cpu, cuda, cuda:N; auto: cuda where there is one
     dtype: str = None  # type: ignore[assignment]  # other than float32: autocast to it
+    stem: str = None  # type: ignore[assignment]  # one of STEMS
     cuda_graph: str = "auto"  # on: replay whole batches' steps as a CUDA graph; auto: where that can be
     seed: int = 0
     data: str | None = None  # folder, of Fashion-MNIST or of images; None: see resnet.data.load
@@ -141,6 +143,7 @@ class TrainConfig:
         )
         require(self.resize < 2**15, "--resize", "at most 32767 pixels", self.resize)
         require(self.dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        require(self.stem in STEMS, "--stem", f"one of {', '.join(STEMS)}", self.stem)
         require(self.cuda_graph in CUDA_GRAPHS, "--cuda-graph", f"one of {', '.join(CUDA_GRAPHS)}", self.cuda_graph)
         require(0 <= self.seed < 2**63, "--seed", "a number from 0 to 2**63 - 1", self.seed)
         for name, limit in (("--limit-train", self.limit_train), ("--limit-test", self.limit_test)):
@@ -175,7 +178,7 @@ class TrainConfig:
     @property
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what the weights become; one step after the other, with a constant rate."""
-        names = ("model", "impl", "recipe", "batch_size", "lr", "resize", "dtype", "seed", "limit_train")
+        names = ("model", "impl", "recipe", "batch_size", "lr", "resize", "dtype", "stem", "seed", "limit_train")
         names = (*names, "sync_batch_norm")
         return {name: getattr(self, name) for name in (*names, *(("epochs",) if self.plan.warm_up else ()))}
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet import FusedResidual, Residual, resnet18, training
+from resnet import FusedResidual, Residual, Stem, resnet18, training
+from resnet.checkpoints import read_net
 from resnet.data import Augmentation, Batches
 from resnet.recipes import RECIPES, Recipe, optimizer, rate, weight_average
 from resnet.train import main
@@ -499,14 +500,14 @@ def test_each_replay_sees_other_images():
 def test_an_option_that_is_not_given_takes_the_recipe_s_value(name):
     config = TrainConfig(recipe=name, device="cpu")
     recipe = RECIPES[name]
-    given = {k: getattr(config, k) for k in ("epochs", "batch_size", "lr", "resize")}
+    given = {k: getattr(config, k) for k in ("epochs", "batch_size", "lr", "resize", "stem")}
     assert given == {k: getattr(recipe, k) for k in given}
     assert config.dtype == "float32", "a recipe's bfloat16 is for a GPU"
 
 
 def test_the_textbook_is_the_default():
     assert TrainConfig() == TrainConfig(
-        recipe="textbook", epochs=10, batch_size=256, lr=0.05, resize=96, dtype="float32"
+        recipe="textbook", epochs=10, batch_size=256, lr=0.05, resize=96, dtype="float32", stem="textbook"
     )
 
 
@@ -519,15 +520,16 @@ def test_a_recipe_s_bfloat16_is_for_a_gpu_that_computes_in_it(device, dtype):
 def test_an_option_overrides_the_recipe_s_value_and_json_holds_what_was_used(tmp_path):
     path = tmp_path / "figures.json"
     few = ["--device", "cpu", "--impl", "eager", "--limit-train", "16", "--limit-test", "8", "--json", str(path)]
-    given = ["--epochs", "2", "--batch-size", "8", "--lr", "0.003", "--resize", "29", "--dtype", "float32"]
-    assert main(["--recipe", "fast", *few, *given]) == 0
+    given = ["--epochs", "2", "--batch-size", "8", "--lr", "0.003", "--resize", "33", "--dtype", "float32"]
+    assert main(["--recipe", "fast", *few, *given, "--stem", "textbook", "--save", "net.pt"]) == 0
     figures = json.loads(path.read_text())
-    used = {"epochs": 2, "batch_size": 8, "lr": 0.003, "resize": 29, "dtype": "float32"}
+    used = {"epochs": 2, "batch_size": 8, "lr": 0.003, "resize": 33, "dtype": "float32", "stem": "textbook"}
     assert {name: figures["config"][name] for name in used} == used
     assert figures["config"]["recipe"] == "fast"
     expected = dataclasses.asdict(dataclasses.replace(RECIPES["fast"], **used))
     assert figures["recipe"] == expected
     assert figures["train_seconds"] == pytest.approx(sum(epoch["seconds"] for epoch in figures["epochs"]))
+    assert isinstance(read_net("net.pt", torch.device("cpu")).net[0], Stem)
 
 
 @pytest.mark.parametrize(

@@ -781,6 +781,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         ),
         (["--resize", "32768"], "--resize: expected at most 32767 pixels, got 32768"),
         (["--dtype", "float64"], "--dtype: invalid choice: 'float64'"),
+        (["--stem", "imagenet"], "--stem: invalid choice: 'imagenet'"),
         (["--cuda-graph", "yes"], "--cuda-graph: invalid choice: 'yes'"),
         (["--cuda-graph", "on"], "--cuda-graph on: expected a CUDA device, which has such graphs, got cpu"),
         (

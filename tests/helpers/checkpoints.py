@@ -44,14 +44,14 @@ def as_fused(content: dict[str, Any]) -> None:
 
 
 def as_earlier(content: dict[str, Any]) -> None:
-    """As a version wrote it that had one net, and called what ran it its model."""
+    """As a version wrote it that had one net, and called what ran it its model, and took the stem from the recipe."""
     content["args"]["model"] = content["args"].pop("impl")
-    del content["args"]["sync_batch_norm"]
+    del content["args"]["stem"], content["args"]["sync_batch_norm"]
 
 
 def as_small(content: dict[str, Any]) -> None:
     """Another net, of first weights, with the small stem."""
-    content["args"].update(recipe="best", resize=28)
+    content["args"].update(recipe="best", resize=28, stem="small")
     content["model"] = resnet18(stem="small").state_dict()
 
 
