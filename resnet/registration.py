@@ -1,0 +1,315 @@
+"""How a fused operator is registered with `torch.library`: schema, implementation, fake implementation, autograd.
+
+The one place where kernels meet autograd. `torch.compile` and `torch.library.opcheck` see each operator as one node;
+what is exported, traced or scripted has none of them.
+
+The named tuples of `operands` describe an operator; its schema, what is wanted and what is returned follow from them.
+One with a derivative has a backward operator, which takes the output's gradient, what was kept, and a flag for each
+argument of the forward operator; it gives the gradients of those that are flagged.
+
+Operators that take running statistics update them in place, which `torch.library.custom_op` does not allow together
+with an autograd formula. They are therefore defined on a `Library`, with the formula on the Autograd key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from operator import itemgetter
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.library import Library, register_fake
+
+from resnet import backends, settings
+from resnet.collectives import merge_sums
+from resnet.kernels.host.facts import Known, is_plain
+from resnet.schema import leaves, pack, parameters, unpack, updates
+from resnet.torch_backend.batch_norm import stats_of_moments
+
+_NAMESPACE = "fused_residual"
+_LIBRARY = Library(_NAMESPACE, "DEF")
+_ops = getattr(torch.ops, _NAMESPACE)
+_DIRECT: dict[str, tuple] = {}  # by name: what runs an operator, and its formula's `apply` or None
+
+
+def _register(schema: str, implementation: Callable, fake: Callable) -> str:
+    """Define the operator; its name."""
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return name
+
+
+def _differentiate(name: str, formula: type[torch.autograd.Function]) -> None:
+    """`formula.apply(keyset, *args)` is the operator where a gradient is recorded."""
+    op = getattr(_ops, name).default
+
+    def autograd(keyset: torch._C.DispatchKeySet, *args):
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            return formula.apply(keyset, *args)
+        return _below_autograd(op, keyset, args)
+
+    _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+
+
+def _below_autograd(op: torch._ops.OpOverload, keyset: torch._C.DispatchKeySet, args: Sequence):
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+def is_direct() -> bool:
+    """Whether an operator may be called without PyTorch's dispatcher: it would only pass the call on to here."""
+    plain = is_plain() and forward_ad._current_level < 0
+    return plain and not torch._C._autograd._profiler_enabled()  # a profile names the operators
+
+
+def is_transformed_or_recorded() -> bool:
+    """Whether PyTorch's own operators have to run.
+
+    Transforms of `torch.func` and forward-mode AD follow only them; and what a tool records (`torch.export`,
+    `torch.jit.trace`, `torch.onnx`, `make_fx`) is to run without this library. `torch.compile` keeps the fused ones.
+    """
+    # In a graph of torch.compile PyTorch 2.11 takes the call of is_exporting() for true.
+    if torch.compiler._is_exporting_flag or torch.compiler.is_compiling():
+        return torch.compiler._is_exporting_flag
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or get_proxy_mode() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None  # precedes the proxies
+    )
+
+
+def call(name: str, flat: Sequence, known: Known | None) -> Tensor:
+    """The first output of the operator `fused_residual::name`.
+
+    Args:
+        known: the facts of `flat` where `is_direct` holds, else None.
+    """
+    if known is None:
+        outputs = getattr(_ops, name)(*flat)
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
+    operator, apply = _DIRECT[name]
+    if apply is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
+        return apply(known, *flat)
+    return operator.run(flat, known)[0]
+
+
+def like_of(t: Tensor) -> Tensor:
+    """An empty gradient or activation for t, in the layout of t where it has four axes."""
+    return torch.empty_like(t, memory_format=torch.preserve_format if t.dim() == 4 else torch.contiguous_format)
+
+
+def dense(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class Differentiable:
+    """An operator and its backward operator, by the classes of `operands` and functions of their instances."""
+
+    name: str
+    arguments: type[tuple]
+    output: type[tuple]  # the first field is the result, the others are kept for backward
+    kept: type[tuple]
+    fake: Callable  # of arguments: an output of uninitialised memory
+    forward: Callable  # of arguments: the output
+    keep: Callable  # of arguments and output: what is kept
+    keep_moves: bool  # whether `keep` leaves out and moves values alone, whatever they are
+    like: Callable  # of what is kept: arguments of the shapes of their gradients
+    backward: Callable  # of dout, what is kept, and which gradients are wanted: the gradients, in the arguments' places
+    norms: Callable  # of arguments and output: each norm and its stats, as `forward` takes them
+    summed: Callable  # of what is kept, and which gradients are wanted: those whose sums `backward` takes, in its order
+    passed_on: Callable | None = None  # of what is kept: names of the arguments whose gradient is dout itself
+
+    def register(self) -> None:
+        results = ", ".join(f"{leaf.type} {leaf.name}" for leaf in leaves(self.output))
+        _register(f"{self.name}({parameters(self.arguments)}) -> ({results})", self._forward, self._fake)
+        schema = f"{self.name}_backward(Tensor dout, {parameters(self.kept, updates=False)}, bool[] needs) -> Tensor[]"
+        backward = _register(schema, self._backward, self._backward_fake)
+        formula = self._formula()
+        _differentiate(self.name, formula)
+        _differentiate(backward, _once(backward))
+        # What `Function.apply` does before this one is for functorch.
+        _DIRECT[self.name] = self, super(torch.autograd.Function, formula).apply
+
+    def _fake(self, *flat) -> tuple:
+        return tuple(pack(self.fake(unpack(self.arguments, flat))))
+
+    def _forward(self, *flat) -> tuple:
+        return self.run(flat)
+
+    def run(self, flat: Sequence, known: Known | None = None) -> tuple:
+        if flat[0].numel() == 0:
+            return self._run_empty(flat)
+        outputs = backends.implementation(flat[0]).run(self._compute, flat, known)
+        # A kernel's write to the running statistics is not counted in their versions.
+        torch.autograd.graph.increment_version(
+            [flat[i] for i, training in updates(self.arguments) if flat[training] and flat[i] is not None]
+        )
+        return tuple(outputs)
+
+    def _run_empty(self, flat: Sequence) -> tuple:
+        """An empty batch is one that counts. Other processes of a norm's group may have more, and wait for this one."""
+        outputs = tuple(t.zero_() for t in self._fake(*flat))
+        for norm, stats in self.norms(unpack(self.arguments, flat), unpack(self.output, outputs)):
+            if norm.training and norm.group:
+                with torch._C._AutoDispatchBelowAutograd():
+                    stats.copy_(stats_of_moments(stats[0], stats[1], 0, norm))
+            elif norm.counted is not None:
+                norm.counted.add_(1)
+        return outputs
+
+    def _compute(self, *flat) -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return pack(self.forward(unpack(self.arguments, flat)))
+
+    def _backward_fake(self, dout: Tensor, *rest) -> list[Tensor]:
+        *kept, needs = rest
+        like = pack(self.like(unpack(self.kept, kept)))
+        return [like_of(t) for t, need in zip(like, needs, strict=True) if need]
+
+    def _backward(self, *flat) -> list[Tensor]:
+        *flat, needs = flat
+        return self._run_backward((*flat, tuple(needs)))
+
+    def _run_backward(self, flat: Sequence, known: Known | None = None) -> list[Tensor]:
+        if flat[0].numel() == 0:
+            return self._run_empty_backward(flat)
+        return backends.implementation(flat[0]).run(self._compute_grads, flat, known)
+
+    def _run_empty_backward(self, flat: Sequence) -> list[Tensor]:
+        _, *kept, needs = flat
+        for norm, stats in self.summed(unpack(self.kept, kept), unpack(self.arguments, needs)):
+            if norm.training and norm.group:
+                merge_sums(torch.zeros_like(stats[:2]), 0, norm.group)
+        return [t.zero_() for t in self._backward_fake(*flat)]
+
+    def _compute_grads(self, dout: Tensor, *rest) -> list[Tensor]:
+        *kept, needs = rest
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = self.backward(dout, unpack(self.kept, kept), unpack(self.arguments, needs))
+        return [grad for grad, need in zip(pack(grads), needs, strict=True) if need]
+
+    def _keeper(self) -> Callable[[Sequence, Sequence], Sequence]:
+        """`keep` from and to flat values. Where it only moves them, it is asked once, for their places."""
+        count = len(leaves(self.arguments))
+        if not self.keep_moves:
+            return lambda flat, outputs: pack(self.keep(unpack(self.arguments, flat), unpack(self.output, outputs)))
+        output = unpack(self.output, range(count, count + len(leaves(self.output))))
+        places = pack(self.keep(unpack(self.arguments, range(count)), output))
+        move = itemgetter(*[-1 if place is None else place for place in places])
+        return lambda flat, outputs: move((*flat, *outputs, None))
+
+    def _formula(self) -> type[torch.autograd.Function]:
+        names = [leaf.name for leaf in leaves(self.arguments)]
+        ops = [getattr(_ops, name).default for name in (self.name, f"{self.name}_backward")]
+        # What is not read is not saved as autograd saves: who writes to it before backward changes nothing.
+        tensors = [leaf.read for leaf in leaves(self.kept)]
+        pick_tensors, pick_settings, in_order = _split(tensors)
+        keep = self._keeper()
+
+        def forward(ctx, by, *flat):
+            direct = type(by) is Known
+            ctx.recent = by.facts.recent if direct else None
+            if direct:
+                outputs = self.run(flat, by)
+            else:
+                outputs = _below_autograd(ops[0], by, flat)
+                ctx.mark_non_differentiable(*outputs[1:])
+            kept = keep(flat, outputs)
+            ctx.chosen = settings.in_force()
+            ctx.settings = pick_settings(kept)
+            ctx.save_for_backward(*pick_tensors(kept))
+            ctx.set_materialize_grads(False)
+            return outputs[0] if direct else tuple(outputs)
+
+        def backward(ctx, dout, *_):
+            if dout is None:
+                return (None,) * len(ctx.needs_input_grad)
+            if ctx.chosen == settings.in_force():
+                return gradients(ctx, dout)
+            with settings.both(ctx.chosen):  # a GPU's backward has a thread of its own, without our context
+                return gradients(ctx, dout)
+
+        def gradients(ctx, dout):
+            kept = in_order((*ctx.saved_tensors, *ctx.settings))
+            passed_on = self.passed_on and self.passed_on(unpack(self.kept, kept))
+            wanted = ctx.needs_input_grad[1:]
+            needs = wanted
+            if passed_on:
+                needs = tuple(need and name not in passed_on for name, need in zip(names, wanted))
+            flat = (dense(dout), *kept, needs)
+            known = ctx.recent.known(flat) if ctx.recent and not torch.is_grad_enabled() and is_direct() else None
+            grads = ops[1](*flat) if known is None else self._run_backward(flat, known)
+            computed = _in_places(needs)((None, *grads))
+            if passed_on:
+                computed = [
+                    dout if need and name in passed_on else grad
+                    for name, need, grad in zip(names, wanted, computed, strict=True)
+                ]
+            return None, *computed
+
+        name = self.name.title().replace("_", "")  # ResidualBlock: what a user sees in grad_fn
+        return type(name, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in (forward, backward)})
+
+
+class Inference:
+    """An operator without a derivative."""
+
+    def __init__(self, name: str, arguments: type[tuple], fake: Callable, implementation: Callable):
+        self._arguments, self._fake, self._implementation = arguments, fake, implementation
+        schema = f"{name}({parameters(arguments, updates=False)}) -> Tensor"
+        _register(schema, lambda *flat: self.run(flat)[0], lambda *flat: fake(unpack(arguments, flat)).out)
+        _DIRECT[name] = self, None
+
+    def run(self, flat: Sequence, known: Known | None = None) -> list[Tensor]:
+        if flat[0].numel() == 0:
+            return [self._fake(unpack(self._arguments, flat)).out]
+        return backends.implementation(flat[0]).run(self._compute, flat, known)
+
+    def _compute(self, *flat) -> list[Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return [dense(self._implementation(unpack(self._arguments, flat)))]
+
+
+@cache
+def _in_places(needs: tuple[bool, ...]) -> Callable[[Sequence], tuple]:
+    """A function of None and values: the values in the places that `needs` marks, None in the others."""
+    counts = accumulate(needs)
+    return itemgetter(*[count if need else 0 for need, count in zip(needs, counts)])
+
+
+def _split(first: Sequence[bool]) -> tuple[Callable, Callable, Callable]:
+    """Three functions of tuples: what lies where `first` says so; the rest; and from both in turn, all in order."""
+    places = (
+        [i for i, is_first in enumerate(first) if is_first],
+        [i for i, is_first in enumerate(first) if not is_first],
+    )
+    back = sorted(range(len(first)), key=lambda place: (places[0] + places[1])[place])
+    return itemgetter(*places[0]), itemgetter(*places[1]), itemgetter(*back)
+
+
+def _once(name: str) -> type[torch.autograd.Function]:
+    """The autograd of a backward operator: it may be recorded (`create_graph=True`), not differentiated."""
+
+    class NoDoubleBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, keyset, *args):
+            return tuple(_below_autograd(getattr(_ops, name).default, keyset, args))
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(
+                f"{_NAMESPACE}::{name} has no derivative: double backward through the fused operators is not "
+                "supported. Use resnet.Residual, the eager block with the same state_dict, where it is needed."
+            )
+
+    return NoDoubleBackward
