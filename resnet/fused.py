@@ -191,19 +191,27 @@ def _remember(state: tuple, recent: Recent) -> None:
     _fusable[state] = recent
 
 
-def _weight(conv: nn.Conv2d, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A convolution's weight as autocast multiplies it, and the parameter that such a copy was made of."""
-    weight = held(conv, "_parameters", "weight")
-    if weight.dtype == x.dtype:
-        return weight, None
-    return weight.detach().to(x.dtype, memory_format=torch.channels_last), weight
+def _weights(convs: list[nn.Conv2d], x: Tensor, cast: bool) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Weights as autocast multiplies them where it casts, and the parameters that such copies were made of.
 
-
-def _unit_arguments(unit: UnitParts, x: Tensor, norm: Norm, cast: bool) -> list:
-    """The leaves of an `operands.Unit`."""
-    conv = unit.conv
-    weight, master = _weight(conv, x) if cast else (held(conv, "_parameters", "weight"), None)
-    return [weight, conv.stride[0], conv.padding[0], *norm, master]
+    On a GPU the copies of channels_last weights are one launch.
+    """
+    weights, masters, sources, copies = [], [], [], []
+    for conv in convs:
+        weight, master = held(conv, "_parameters", "weight"), None
+        if cast and weight.dtype != x.dtype:
+            master, source = weight, weight.detach()
+            # A 1x1 weight keeps its strides: where they are others, PyTorch copies one weight after the other.
+            alike = source.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.preserve_format if alike else torch.channels_last
+            weight = torch.empty_like(source, dtype=x.dtype, memory_format=layout)
+            sources += (source,)
+            copies += (weight,)
+        weights += (weight,)
+        masters += (master,)
+    if copies:
+        torch._foreach_copy_(copies, sources)
+    return weights, masters
 
 
 class FusedStemBase(_Fused):
@@ -252,7 +260,9 @@ class FusedStemBase(_Fused):
         return None
 
     def _arguments(self, parts: StemParts, x: Tensor, norms: list[Norm], cast: bool) -> list:
-        return [x, *_unit_arguments(parts.unit, x, norms[0], cast)]
+        conv = parts.unit.conv
+        weights, masters = _weights([conv], x, cast)
+        return [x, weights[0], conv.stride[0], conv.padding[0], *norms[0], masters[0]]
 
 
 _OPERATORS = {(units == 3, normed): block_operator(units, normed) for units in (2, 3) for normed in (False, True)}
@@ -351,16 +361,18 @@ class FusedBlock(_Fused):
         return None
 
     def _arguments(self, parts: BlockParts, x: Tensor, norms: list[Norm], cast: bool) -> list:
+        units, shortcut, _ = parts
+        convs = [unit.conv for unit in (units if shortcut is None else (*units, shortcut))]
+        weights, masters = _weights(convs, x, cast)
         flat = [x]
-        for unit, norm in zip(parts.units, norms):
-            flat += _unit_arguments(unit, x, norm, cast)
-        shortcut = parts.shortcut
+        for conv, norm, weight, master in zip(convs, norms, weights, masters):
+            flat += (weight, conv.stride[0], conv.padding[0], *norm, master)
         if shortcut is None:
-            return [*flat, None, None, 1, None]
-        if shortcut.bn is not None:
-            return [*flat, *_unit_arguments(shortcut, x, norms[-1], cast)]
-        weight, master = _weight(shortcut.conv, x) if cast else (held(shortcut.conv, "_parameters", "weight"), None)
-        return [*flat, weight, held(shortcut.conv, "_parameters", "bias"), shortcut.conv.stride[0], master]
+            flat += (None, None, 1, None)
+        elif shortcut.bn is None:
+            conv = shortcut.conv
+            flat += (weights[-1], held(conv, "_parameters", "bias"), conv.stride[0], masters[-1])
+        return flat
 
 
 class FusedStem(FusedStemBase, Stem):

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet
-from resnet import FusedResidual, FusedStem, Residual
+from resnet import FusedBottleneck, FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
 from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, infer, name_of, same, step, trio
 from tests.helpers.fused_cases import KINDS, STRIDED, assert_refused, images, inference_trio, kinds, train_and_eval
@@ -196,6 +197,40 @@ def test_autocast_casts_the_input_and_convolution_weights_alone_in_a_chain_of_bl
     first, second = trio(Residual, *STRIDED), trio(Residual, 6, 6, seed=1)
     eager, fused, _ = (nn.Sequential(a, b) for a, b in zip(first.all, second.all))
     assert_autocast_casts(fused, eager, draw(2, 4, 7, 6), torch.bfloat16)
+
+
+class Casts(TorchDispatchMode):
+    """Notes the names of the operators that give a weight another type, and how many they cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        first = args[0] if args else None
+        if func is torch.ops.aten._foreach_copy_.default:
+            assert all(to.stride() == from_.stride() for to, from_ in zip(*args)), "which would be a launch each"
+            self.found.append(("_foreach_copy_", len(first)))
+        elif func is torch.ops.aten._to_copy.default and isinstance(first, nn.Parameter):
+            self.found.append(("_to_copy", 1))
+        return func(*args, **(kwargs or {}))
+
+
+@train_and_eval
+@pytest.mark.parametrize(
+    ("made", "weights"),
+    [
+        (lambda: FusedResidual(4, 4), 2),
+        (lambda: FusedResidual(4, 6, use_1x1conv=True, strides=2), 3),
+        (lambda: FusedBottleneck(4, 2, 2), 4),
+    ],
+    ids=["identity", "1x1", "three units, normed shortcut"],
+)
+def test_under_autocast_a_block_s_weights_are_cast_at_once(made, weights, train):
+    block = made().to(DEVICE, memory_format=torch.channels_last).train(train)
+    with torch.autocast(DEVICE.type, torch.bfloat16), Casts() as casts:
+        block(draw(2, 4, 6, 6))
+    assert casts.found == [("_foreach_copy_", weights)]
 
 
 @kinds
