@@ -12,7 +12,16 @@ import resnet
 from resnet import FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
 from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, infer, name_of, same, step, trio
-from tests.helpers.fused_cases import KINDS, STRIDED, assert_refused, images, inference_trio, kinds, train_and_eval
+from tests.helpers.fused_cases import (
+    KINDS,
+    STRIDED,
+    assert_refused,
+    convolved,
+    images,
+    inference_trio,
+    kinds,
+    train_and_eval,
+)
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 # ---- memory formats ---------------------------------------------------------------------------------------------
@@ -67,7 +76,7 @@ def test_weights_are_made_as_pytorchs_convolution_makes_them_and_stay_as_the_use
         assert all(w.is_contiguous() for w in weights_of(module))
 
 
-@kinds
+@convolved
 @pytest.mark.parametrize(
     "backend, convolution, layout",
     [
@@ -198,7 +207,7 @@ def test_autocast_casts_the_input_and_convolution_weights_alone_in_a_chain_of_bl
     assert_autocast_casts(fused, eager, draw(2, 4, 7, 6), torch.bfloat16)
 
 
-@kinds
+@convolved
 def test_weight_gradients_under_autocast_are_float32_and_never_rounded(kind):
     """The product's accumulators are float32. Eager rounds them to the type of the product first."""
     fused = trio(*KINDS[kind]).fused
