@@ -9,7 +9,14 @@ from resnet.kernels.host.command import settings_are_read
 
 with settings_are_read():
     from resnet.batch_norm import FusedBatchNorm2d
-    from resnet.fused import FusedBasicBlock, FusedBottleneck, FusedResidual, FusedResidualBottleneck, FusedStem
+    from resnet.fused import (
+        FusedBasicBlock,
+        FusedBottleneck,
+        FusedResidual,
+        FusedResidualBottleneck,
+        FusedSmallStem,
+        FusedStem,
+    )
     from resnet.fusing import FuseReport, fuse, unfuse
     from resnet.lazy import LazyFusedResidual, LazyFusedStem, LazyResNet18
     from resnet.published import ResNet
@@ -18,6 +25,7 @@ with settings_are_read():
         Bottleneck,
         Residual,
         ResidualBottleneck,
+        SmallStem,
         Stem,
         resnet18,
         resnet34,
@@ -37,6 +45,7 @@ __all__ = [
     "FusedBottleneck",
     "FusedResidual",
     "FusedResidualBottleneck",
+    "FusedSmallStem",
     "FusedStem",
     "LazyFusedResidual",
     "LazyFusedStem",
@@ -44,6 +53,7 @@ __all__ = [
     "ResNet",
     "Residual",
     "ResidualBottleneck",
+    "SmallStem",
     "Stem",
     "backend",
     "convolution",

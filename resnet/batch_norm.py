@@ -23,6 +23,10 @@ class FusedBatchNorm2d(BatchNormAddRelu2d):
     scripted or traced, PyTorch's own operators run; `torch.compile` keeps the fused one. `torch.fx` records the module
     as one node, as it does `nn.BatchNorm2d`.
 
+    `nn.SyncBatchNorm.convert_sync_batchnorm` puts a plain `nn.SyncBatchNorm` in its place, without a word: the ReLU is
+    then missing, and a call with a shortcut fails. To share statistics use this library's blocks and stems, or write an
+    `nn.BatchNorm2d`, the add and the ReLU in the block, and convert that.
+
     Args:
         *args, **kwargs: those of `nn.BatchNorm2d`.
         relu: whether a ReLU ends it.

@@ -90,15 +90,17 @@ def unchecked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool) -> Ten
     return ops.call("batch_norm_add_relu", flat, known(flat))
 
 
-def checked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool) -> Tensor:
+def checked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool, name: str = "batch_norm") -> Tensor:
     """relu(batch_norm(x) + shortcut), for arguments that a user gave: see `batch_norm_add_relu`.
+
+    Errors call the norm by `name`.
 
     The batch is counted once nothing can be refused any more: where the momentum is made of the count, here and in
     `unchecked`, as the operator wants it to be counted already.
     """
     check_activation(x, None)
-    check_norm(norm, x, x.shape[1])
-    check_values_per_channel(norm, tuple(x.shape))
+    check_norm(norm, x, x.shape[1], name)
+    check_values_per_channel(norm, tuple(x.shape), name)
     if shortcut is not None:
         check_activation(shortcut, x.shape[1], "shortcut")
         check_shortcut(shortcut, x)
@@ -123,6 +125,8 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
     if type(x) is not Tensor or not x.is_cpu or norm.running_mean is None or norm.running_var is None:
         return False
     shape, dtype = x.shape, x.dtype
+    if norm.conv_bias is not None or norm.group:  # of which PyTorch's operators know nothing
+        return False
     if dtype not in EAGER_DTYPES or len(shape) != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return False
     if shortcut is not None and not (

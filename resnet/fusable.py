@@ -39,7 +39,7 @@ class StemParts(NamedTuple):
 
     unit: UnitParts
     relu: Watched
-    pool: Watched
+    pool: Watched | None  # None: there is no pool, and the convolution is left to PyTorch
     others: tuple[Watched, ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""`FusedResidual` and `FusedStem`: the reference's modules on fused operators, same constructors and `state_dict`."""
+"""`FusedResidual`, `FusedStem` and the others: the reference's modules on fused operators, same `state_dict`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from resnet.checks import (
     check_vector,
     check_whole,
 )
-from resnet.functional import channels_last
+from resnet.functional import channels_last, checked, unchecked
 from resnet.fusable import (
     BlockParts,
     StemParts,
@@ -43,7 +43,7 @@ from resnet.fusable import (
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
 from resnet.operands import block_operator
-from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, Stem
+from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
 from resnet.torch_backend.convolution import out_size
 
 _warned: set[str] = set()
@@ -215,10 +215,25 @@ def _weights(convs: list[nn.Conv2d], x: Tensor, cast: bool) -> tuple[list[Tensor
 
 
 class FusedStemBase(_Fused):
-    """A stem whose modules `_parts` names: a `StemParts`, or why there are none."""
+    """A stem whose modules `_parts` names: a `StemParts`, or why there are none.
+
+    One without a pool leaves little to look at, since its convolution is PyTorch's, and has a `_run` of its own.
+    """
 
     def _parts(self) -> StemParts | str:
         raise NotImplementedError
+
+    def _run(self, X: Tensor) -> Tensor:
+        parts = self._parts()
+        if type(parts) is str or parts.pool is not None:
+            return super()._run(X)
+        if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
+            return self._eager(X)
+        reason = _GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
+        if reason is not None:
+            _warn_once(type(self).__name__, reason)
+            return self._eager(X)
+        return _without_pool(parts.unit, X)
 
     def _operator(self, parts: StemParts) -> str:
         return "stem"
@@ -235,10 +250,10 @@ class FusedStemBase(_Fused):
         return (
             unfusable_other(others)
             or unfusable(conv_name, conv, nn.Conv2d)
-            or unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None)
+            or (pool and unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None))
             or unfusable_norm(bn_name, bn)
             or unfusable(*relu)
-            or unfusable_pool(pool.name, pool.module)
+            or (pool and unfusable_pool(pool.name, pool.module))
         )
 
     def _norm_pairs(self, parts: StemParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
@@ -263,6 +278,20 @@ class FusedStemBase(_Fused):
         conv = parts.unit.conv
         weights, masters = _weights([conv], x, cast)
         return [x, weights[0], conv.stride[0], conv.padding[0], *norms[0], masters[0]]
+
+
+def _without_pool(unit: UnitParts, X: Tensor) -> Tensor:
+    """relu(batch_norm(conv(X))): the convolution is PyTorch's, of any kind.
+
+    Its bias is left to the norm, where it costs no pass over the activation. With batch statistics it only shifts the
+    running mean.
+    """
+    check_activation(X, None)
+    conv = unit.conv
+    y = conv._conv_forward(channels_last(X), conv.weight, None)
+    norm = norm_of(unit.bn, conv.bias)
+    out = unchecked(y, None, norm, True)
+    return checked(y, None, norm, True, unit.bn_name) if out is None else out
 
 
 _OPERATORS = {(units == 3, normed): block_operator(units, normed) for units in (2, 3) for normed in (False, True)}
@@ -401,10 +430,35 @@ class FusedStem(FusedStemBase, Stem):
         return StemParts(UnitParts(conv, bn, "0", "1"), Watched("2", relu, nn.ReLU), Watched("3", pool, nn.MaxPool2d))
 
 
+class FusedSmallStem(FusedStemBase, SmallStem):
+    """`SmallStem` with BatchNorm and ReLU in one pass after PyTorch's convolution; same children and `state_dict`.
+
+    Backward needs the input, the convolution's output and the output.
+    """
+
+    def __init__(self, in_channels: int, channels: int = 64):
+        check_whole("in_channels", in_channels, 0)
+        check_whole("channels", channels, 0)
+        super().__init__(in_channels, channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input)
+
+    forward.__wrapped__ = SmallStem.forward
+
+    def _parts(self) -> StemParts | str:
+        children = tuple(self._modules.values())
+        if len(children) != 3:
+            return f"it has {len(children)} children, not 3"
+        conv, bn, relu = children
+        return StemParts(UnitParts(conv, bn, "0", "1"), Watched("2", relu, nn.ReLU), None)
+
+
 class _FusedTextbook(FusedBlock):
     """A block with the textbook's constructor."""
 
     stem = FusedStem
+    small_stem = FusedSmallStem
 
     def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
         check_block(input_channels, num_channels, use_1x1conv, strides)

@@ -29,10 +29,11 @@ from resnet.fused import (
     FusedBottleneck,
     FusedResidual,
     FusedResidualBottleneck,
+    FusedSmallStem,
     FusedStem,
     FusedStemBase,
 )
-from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, Stem
+from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
 
 # ---- where the known classes keep their parts ------------------------------------------------------------------------
 
@@ -58,7 +59,7 @@ class StemLayout(NamedTuple):
     conv: str
     bn: str
     relu: str
-    pool: str
+    pool: str  # of a net for small images it may be an identity
     containers: tuple[tuple[str, type | str], ...] = ()
     shortcut = ""
     optional = ()
@@ -210,13 +211,23 @@ class _Block(_Changed, FusedBlock):
 
 
 class _Stem(_Changed, FusedStemBase):
+    def _called(self) -> tuple[str, ...]:
+        """The names of the modules that are called."""
+        return self._layout.names
+
     def _find_parts(self) -> StemParts:
-        conv, bn, relu, pool = self._layout.names
+        conv, bn, relu, name = self._layout.names
+        pool, others = Watched(name, _held(self, name), nn.MaxPool2d), _watched(self)
+        if name not in self._called():
+            pool = None
+        elif type(pool.module) is nn.Identity:
+            others.append(pool._replace(kind=nn.Identity))
+            pool = None
         return StemParts(
             UnitParts(_held(self, conv), _held(self, bn), conv, bn),
             Watched(relu, _held(self, relu), nn.ReLU),
-            Watched(pool, _held(self, pool), nn.MaxPool2d),
-            tuple(_watched(self)),
+            pool,
+            tuple(others),
         )
 
 
@@ -232,7 +243,7 @@ class _Network(_Stem):
         return self._eager_method.__func__(_WithStem(self), x)
 
     def _eager(self, x: Tensor) -> Tensor:
-        for name in self._layout.names:
+        for name in self._called():
             x = getattr(self, name)(x)
         return x
 
@@ -240,14 +251,23 @@ class _Network(_Stem):
 class _Sequence(_Network):
     """A network that is an `nn.Sequential`, whose first modules are the stem."""
 
+    def _called(self) -> tuple[str, ...]:
+        return _first(self, self._layout)
+
     def _call(self, x: Tensor) -> Tensor:
-        if not _starts_with(self, self._layout.names):  # any more
+        names = self._called()
+        if not _starts_with(self, names):  # any more
             return super().forward(x)
         x = self._run(x)
         for name, module in self._modules.items():
-            if name not in self._layout.names:
+            if name not in names:
                 x = module(x)
         return x
+
+
+def _first(module: nn.Module, layout: StemLayout) -> tuple[str, ...]:
+    """The names that a sequence has to begin with: one for small images has no pool."""
+    return layout.names if layout.pool in module._modules else layout.names[:-1]
 
 
 def _starts_with(module: nn.Module, names: tuple[str, ...]) -> bool:
@@ -309,6 +329,7 @@ _OWN: dict[type[nn.Module], type[nn.Module]] = {  # which have names already
     Bottleneck: FusedBottleneck,
     Residual: FusedResidual,
     ResidualBottleneck: FusedResidualBottleneck,
+    SmallStem: FusedSmallStem,
     Stem: FusedStem,
 }
 _EAGER = {fused: eager for eager, fused in _OWN.items()}
@@ -421,7 +442,8 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
         if _replaced(cls, name):
             return f"{_kind(cls)}.{name} was replaced"
     if issubclass(mixin, _Sequence):
-        return None if _starts_with(module, layout.names) else f"it does not begin with {', '.join(layout.names)}"
+        names = _first(module, layout)
+        return None if _starts_with(module, names) else f"it does not begin with {', '.join(names)}"
     if issubclass(mixin, _Network):
         if not _begins_with(getattr(eager, method), layout.names):
             return f"{_kind(eager)}.{method} does not begin with {', '.join(layout.names)}, and have them nowhere else"

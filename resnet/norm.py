@@ -60,6 +60,7 @@ class NormGrad(NamedTuple):
     dbias: Tensor | None  # (C,)
     sum_g: Tensor  # (C,), in the type of the statistics: the gradient of whatever was added per channel
     g: Tensor | None  # (N, C, H, W): dout where the ReLU passes it, for the shortcut; None where that is dout itself
+    conv_bias: Tensor | None = None  # (C,) zeros, or None: see `UnitGrad`
 
 
 def held(module: nn.Module, kind: str, name: str) -> Tensor | None:

@@ -111,7 +111,7 @@ def _batch_norm_add_relu_backward(
 ) -> BatchNormAddRelu:
     x, out, stats, norm, relu, added = kept
     grad = backends.implementation(x).batch_norm_add_relu_backward(dout, x, out, stats, norm, relu, added)
-    norm_grads = _norm_grads(norm, grad.dweight, grad.dbias, stats, grad.sum_g, needs.norm)
+    norm_grads = _norm_grads(norm, grad.dweight, grad.dbias, stats, grad.sum_g, needs.norm, grad.conv_bias)
     return BatchNormAddRelu(grad.dx, grad.g, norm_grads, None)
 
 

@@ -230,15 +230,15 @@ def resnet(
         channels: of the stem's output, then of each stage's.
         num_classes: length of the output's last axis.
         in_channels: channels of the input (N, in_channels, H, W); Fashion-MNIST has 1.
-        block: `Residual`, `FusedResidual`, or any class with their constructor. Its attribute `stem`, where
-            it has one, builds the textbook's first stage; the `state_dict` does not depend on the choice.
+        block: `Residual`, `FusedResidual`, or any class with their constructor. Its attributes `stem` and
+            `small_stem`, where it has them, build the first stage; the `state_dict` does not depend on the choice.
         stem: "textbook", or "small" for `SmallStem`, with which the blocks see images at their full size.
     """
     if stem not in STEMS:
         raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
     check_stages("depths", depths)
     check_stages("channels", channels, len(depths) + 1)
-    first = SmallStem if stem == "small" else getattr(block, "stem", Stem)
+    first = getattr(block, "small_stem", SmallStem) if stem == "small" else getattr(block, "stem", Stem)
     return nn.Sequential(
         first(in_channels, channels[0]),
         *(

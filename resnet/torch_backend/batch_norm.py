@@ -241,12 +241,13 @@ def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
 
     PyTorch takes the statistics in the type of the vectors, of many pixels with few digits; an empty batch changes the
     running ones, and backward on the CPU reads a weight with strides as if it had none. It wants a momentum
-    that the host knows, and one made of a count is the device's.
+    that the host knows, and one made of a count is the device's. It knows nothing of a convolution's bias or of other
+    processes.
     """
     dtype = x.dtype
     if dtype not in EAGER_DTYPES or x.numel() == 0 or (norm.training and not are_few(x)):
         return False
-    if norm.num_batches_tracked is not None:
+    if norm.num_batches_tracked is not None or norm.conv_bias is not None or norm.group:
         return False
     return all(v is None or (v.dtype == dtype and v.is_contiguous()) for v in norm[:4])
 

@@ -111,8 +111,8 @@ def backward(
 ) -> NormGrad:
     """Gradients of `forward`, as `torch_backend.batch_norm.backward`. Without a shortcut x gives out's sign."""
     mask = out if shortcut else None
-    dweight, dbias, _ = empty_grads(norm)  # no convolution's bias comes here
-    sums = batch_norm_backward_reduce(dout, x, mask, stats, relu, dweight, dbias)
+    dweight, dbias, zeros = empty_grads(norm)
+    sums = batch_norm_backward_reduce(dout, x, mask, stats, relu, dweight, dbias, zeros)
     g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
     dx = batch_norm_backward_apply(dout, x, mask, stats, applied_sums(sums, x, norm), relu, g)
-    return NormGrad(dx, dweight, dbias, sums[0], g)
+    return NormGrad(dx, dweight, dbias, sums[0], g, zeros)

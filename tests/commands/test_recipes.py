@@ -366,8 +366,9 @@ def test_the_average_is_evaluated_and_saved_as_the_model(tmp_path):
 @pytest.mark.parametrize("name", ["fast", "best"])
 @pytest.mark.parametrize("impl", ["eager", "fused"])
 def test_a_recipe_lowers_the_loss(name, impl):
+    """At a larger rate the loss of so few images rises first, and roundings decide how far."""
     config = TrainConfig(
-        impl=impl, recipe=name, epochs=4, batch_size=8, lr=0.02, limit_train=24, limit_test=8, device="cpu"
+        impl=impl, recipe=name, epochs=4, batch_size=8, lr=0.01, limit_train=24, limit_test=8, device="cpu", seed=1
     )
     losses = [epoch.loss for epoch in train(config).epochs]
     assert losses[-1] < 0.8 * losses[0]

@@ -17,9 +17,11 @@ from resnet import (
     FusedBottleneck,
     FusedResidual,
     FusedResidualBottleneck,
+    FusedSmallStem,
     FusedStem,
     Residual,
     ResidualBottleneck,
+    SmallStem,
     Stem,
 )
 from tests.conftest import DEVICE, one_thread  # noqa: F401, tests/kernels takes the fixture from here
@@ -33,6 +35,7 @@ FUSED = {
     ResidualBottleneck: FusedResidualBottleneck,
     BasicBlock: FusedBasicBlock,
     Bottleneck: FusedBottleneck,
+    SmallStem: FusedSmallStem,
     Stem: FusedStem,
 }
 

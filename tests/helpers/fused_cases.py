@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import Residual, Stem
+from resnet import Residual, SmallStem, Stem
 from tests.helpers.blocks import Trio, assert_parity, draw, same, snapshot, step, trio, weights_dtype
 
 IDENTITY, PROJECTED, STRIDED = (4, 4), (4, 6, True), (4, 6, True, 2)
@@ -27,8 +27,10 @@ KINDS = {
     "strided": (Residual, 8, 16, True, 2),
     "stem": (Stem, 8, 16),
     "grey stem": (Stem, 1, 16),  # on the CPU a product of windows
+    "small stem": (SmallStem, 3, 16),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
+convolved = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "small stem"])  # by our convolutions
 MANY = (2, 24, 20)
 FEW = (2, 5, 6)
 

@@ -355,6 +355,15 @@ def test_a_stem_that_might_compute_something_else_is_left_alone_and_the_blocks_a
     assert type(model) is Net
 
 
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_network_with_an_identity_for_a_pool_has_a_fused_stem_too(train):
+    eager = net().train(train)
+    eager.pool = nn.Identity()
+    fused, x = copy.deepcopy(eager), draw(2, 3, 9, 8, dtype=torch.float64)
+    assert names(fuse(fused).fused)[0] == ""
+    torch.testing.assert_close(step(fused, x), step(eager, x), atol=1e-9, rtol=1e-7)
+
+
 def test_a_network_that_uses_its_stem_twice_is_left_alone():
     model = Branches()
     assert "forward does not begin with conv, bn, relu, pool, and have them nowhere else" in reason_of(fuse(model))
@@ -362,13 +371,15 @@ def test_a_network_that_uses_its_stem_twice_is_left_alone():
 
 
 def test_a_sequential_network_whose_first_layers_are_no_stem_runs_them_as_they_are():
-    small = ResNet(BasicBlock, depths=(1,), widths=(4,), num_classes=3, stem="small")
-    assert reason_of(fuse(small)) == "it does not begin with conv1, bn1, relu, maxpool"
+    for stem, names in (("imagenet", "conv1, bn1, relu, maxpool"), ("small", "conv1, bn1, relu")):
+        other = ResNet(BasicBlock, depths=(1,), widths=(4,), num_classes=3, stem=stem)
+        del other.bn1
+        assert reason_of(fuse(other)) == f"it does not begin with {names}"
     eager, x = published().eval(), draw(*IMAGES, dtype=torch.float64)
     fused = copy.deepcopy(eager)
     fuse(fused)
     for model in (eager, fused):
-        del model.maxpool
+        del model.bn1
     with torch.no_grad():
         torch.testing.assert_close(fused(x), eager(x), atol=1e-9, rtol=1e-7)
 

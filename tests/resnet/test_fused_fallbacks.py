@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import prune
 
-from resnet import FusedResidual, FusedStem, LazyFusedResidual, LazyFusedStem, Residual, Stem
+from resnet import FusedResidual, FusedStem, LazyFusedResidual, LazyFusedStem, Residual, SmallStem, Stem
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, step, trio
 from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused, train_and_eval
@@ -237,6 +237,25 @@ def _delete(stem: nn.Module) -> None:
     del stem[3]
 
 
+SMALL_STEM_CHANGES = {
+    "a hook on the convolution": (hooked("0"), "0 has hooks"),
+    "a hook on the norm": (pre_hooked("1"), "1 has hooks"),
+    "a hook on the ReLU": (hooked("2"), "2 has hooks"),
+    "an own convolution": (own_forward("0", "_conv_forward"), "0 has a forward of its own"),
+    "another norm": (replaced("1", lambda old: nn.GroupNorm(2, 4)), "1 is a GroupNorm, not a BatchNorm2d"),
+    "another activation": (replaced("2", lambda old: nn.GELU()), "2 is a GELU, not a ReLU"),
+    "a module more": (lambda m: m.append(nn.MaxPool2d(2)), "it has 4 children, not 3"),
+    "a module less": (lambda m: m.pop(2) and None, "it has 2 children, not 3"),
+}
+
+
+@pytest.mark.parametrize("reason", SMALL_STEM_CHANGES)
+def test_a_small_stem_that_cannot_be_fused_runs_as_eager_with_one_warning(any_backend, reason):
+    change, message = SMALL_STEM_CHANGES[reason]
+    t = trio(SmallStem, 3, 4, dtype=torch.float64).each(change)
+    assert_runs_as_eager_with_one_warning(t.fused, t.exact, draw(2, 3, 6, 5), message)
+
+
 CHILDREN = {
     "appended": (lambda m: m.append(nn.Flatten()), "it has 5 children, not 4"),
     "inserted": (_insert, "it has 5 children, not 4"),
@@ -310,10 +329,18 @@ GLOBAL_HOOKS = {
 }
 
 
-@pytest.mark.parametrize("kind", [IDENTITY, STRIDED, "stem"], ids=["identity", "strided", "stem"])
+HOOKED = {
+    "identity": (Residual, *IDENTITY),
+    "strided": (Residual, *STRIDED),
+    "stem": (Stem, 4, 5),
+    "small stem": (SmallStem, 4, 5),
+}
+
+
+@pytest.mark.parametrize("args", HOOKED.values(), ids=HOOKED)
 @pytest.mark.parametrize("hook", GLOBAL_HOOKS)
-def test_a_global_hook_sees_and_changes_the_submodules_as_in_eager(any_backend, hook, kind):
-    t = trio(Stem, 4, 5, dtype=torch.float64) if kind == "stem" else trio(Residual, *kind, dtype=torch.float64)
+def test_a_global_hook_sees_and_changes_the_submodules_as_in_eager(any_backend, hook, args):
+    t = trio(*args, dtype=torch.float64)
     x = draw(2, 4, 6, 5)
     register, function = GLOBAL_HOOKS[hook]
     handle = register(function)
@@ -321,7 +348,7 @@ def test_a_global_hook_sees_and_changes_the_submodules_as_in_eager(any_backend, 
         assert_runs_as_eager_with_one_warning(t.fused, t.exact, x, "global module hooks are registered")
     finally:
         handle.remove()
-    assert type(t.fused(x.double()).grad_fn).__name__.startswith(("ResidualBlock", "Stem"))
+    assert type(t.fused(x.double()).grad_fn).__name__.startswith(("ResidualBlock", "Stem", "BatchNormAddRelu"))
 
 
 BACKWARD_HOOKS = {

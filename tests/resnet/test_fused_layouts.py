@@ -13,7 +13,16 @@ import resnet
 from resnet import FusedBottleneck, FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
 from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, infer, name_of, same, step, trio
-from tests.helpers.fused_cases import KINDS, STRIDED, assert_refused, images, inference_trio, kinds, train_and_eval
+from tests.helpers.fused_cases import (
+    KINDS,
+    STRIDED,
+    assert_refused,
+    convolved,
+    images,
+    inference_trio,
+    kinds,
+    train_and_eval,
+)
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 # ---- memory formats ---------------------------------------------------------------------------------------------
@@ -68,7 +77,7 @@ def test_weights_are_made_as_pytorchs_convolution_makes_them_and_stay_as_the_use
         assert all(w.is_contiguous() for w in weights_of(module))
 
 
-@kinds
+@convolved
 @pytest.mark.parametrize(
     "backend, convolution, layout",
     [
@@ -233,7 +242,7 @@ def test_under_autocast_a_block_s_weights_are_cast_at_once(made, weights, train)
     assert casts.found == [("_foreach_copy_", weights)]
 
 
-@kinds
+@convolved
 def test_weight_gradients_under_autocast_are_float32_and_never_rounded(kind):
     """The product's accumulators are float32. Eager rounds them to the type of the product first."""
     fused = trio(*KINDS[kind]).fused

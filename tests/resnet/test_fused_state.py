@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from resnet import FusedResidual, FusedStem, Residual, Stem
-from tests.helpers.blocks import draw, randomize, same, snapshot, step, trio
+from resnet import FusedResidual, Residual, SmallStem, Stem
+from tests.helpers.blocks import FUSED, draw, randomize, same, snapshot, step, trio
 from tests.helpers.fused_cases import (
     BLOCKS,
     STRIDED,
@@ -23,11 +23,12 @@ from tests.helpers.fused_cases import (
 
 
 @pytest.mark.parametrize(
-    ("kind", "args"), [*((Residual, args) for args in BLOCKS.values()), (Stem, (1, 4))], ids=[*BLOCKS, "stem"]
+    ("kind", "args"),
+    [*((Residual, args) for args in BLOCKS.values()), (Stem, (1, 4)), (SmallStem, (1, 4))],
+    ids=[*BLOCKS, "stem", "small stem"],
 )
 def test_eager_and_fused_state_dicts_are_alike_and_load_strictly_both_ways(kind, args):
-    fused_kind = {Residual: FusedResidual, Stem: FusedStem}[kind]
-    eager, fused = kind(*args), fused_kind(*args)
+    eager, fused = kind(*args), FUSED[kind](*args)
     randomize(eager)
     assert [(k, v.shape, v.dtype) for k, v in eager.state_dict().items()] == [
         (k, v.shape, v.dtype) for k, v in fused.state_dict().items()

@@ -15,10 +15,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet import FusedResidual, FusedStem, LazyFusedResidual, LazyFusedStem, LazyResNet18, Residual, Stem, reference
+from resnet import (
+    FusedResidual,
+    FusedSmallStem,
+    FusedStem,
+    LazyFusedResidual,
+    LazyFusedStem,
+    LazyResNet18,
+    Residual,
+    SmallStem,
+    Stem,
+    reference,
+)
 from resnet.functional import batch_norm_add_relu
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, randomize
+from tests.helpers.blocks import FUSED, draw, randomize
 from tests.helpers.fused_cases import KINDS, images, inference_trio, kinds, train_and_eval
 
 SIZE = (2, 7, 6)
@@ -59,6 +70,7 @@ MODELS = {
     "identity": lambda fused: (FusedResidual if fused else Residual)(3, 3),
     "strided": lambda fused: (FusedResidual if fused else Residual)(3, 5, True, 2),
     "stem": lambda fused: (FusedStem if fused else Stem)(3, 5),
+    "small stem": lambda fused: (FusedSmallStem if fused else SmallStem)(3, 5),
     "net": lambda fused: small_net(FusedResidual if fused else Residual),
     "operation": lambda fused: Operation(batch_norm_add_relu if fused else reference.batch_norm_add_relu, 3),
 }
@@ -253,9 +265,8 @@ def test_a_dispatch_mode_sees_the_fused_operator_and_eagers_values(any_backend, 
 @train_and_eval
 def test_meta_and_fake_tensors_have_eagers_shapes(kind, train):
     make, *args = KINDS[kind]
-    fused = {Residual: FusedResidual, Stem: FusedStem}[make]
     shapes = []
-    for module in (make, fused):
+    for module in (make, FUSED[make]):
         x = images(kind, SIZE).to("meta")
         with torch.device("meta"):
             shapes.append(module(*args).train(train)(x).shape)

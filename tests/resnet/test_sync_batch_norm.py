@@ -23,6 +23,7 @@ from resnet import (
     FusedStem,
     Residual,
     ResidualBottleneck,
+    SmallStem,
     Stem,
     fuse,
 )
@@ -54,6 +55,10 @@ def untracked(module: nn.Module) -> None:
             bn.track_running_stats, bn.running_mean, bn.running_var, bn.num_batches_tracked = False, None, None, None
 
 
+def without_bias(stem: nn.Module) -> None:
+    stem[0].bias = None
+
+
 def unchanged(module: nn.Module) -> None:
     pass
 
@@ -67,12 +72,14 @@ CASES = {
     "three units, normed shortcut": (Bottleneck, (4, 2), unchanged),
     "stem": (Stem, (3, 4), unchanged),
     "stem, untracked": (Stem, (3, 4), untracked),
+    "small stem": (SmallStem, (3, 4), unchanged),
+    "small stem, no bias": (SmallStem, (3, 4), without_bias),
     "the last norm alone is trained": (BasicBlock, (4, 6, 2), frozen("conv1", "bn1", "conv2", "downsample")),
     "the first convolution is not trained": (Bottleneck, (4, 2), frozen("conv1")),
     "the shortcut alone is trained": (Bottleneck, (4, 2), frozen("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")),
 }
 REPEATED = ("three units, normed shortcut",)
-INTERPRETED = ("1x1, averaged", "three units, normed shortcut", "stem", "the last norm alone is trained")
+INTERPRETED = ("1x1, averaged", "three units, normed shortcut", "stem", "small stem", "the last norm alone is trained")
 # Images of each process, step by step. The first process has as many in three steps, the other one never has.
 SHARES = [(2, 1), (2, 0), (2, 2), (1, 3), (0, 2)]
 STEPS = {"torch": 5, "triton": 4}
@@ -247,7 +254,7 @@ def assert_together(found: list[Result], expected: Result, place: str) -> None:
     torch.testing.assert_close(joined, expected, rtol=1e-9, atol=1e-9, msg=lambda text: f"{place}: {text}")
 
 
-@pytest.mark.parametrize("case", ["normed shortcut", "stem"])
+@pytest.mark.parametrize("case", ["normed shortcut", "stem", "small stem"])
 @pytest.mark.parametrize("training", [True, False])
 def test_in_one_process_it_is_an_ordinary_batch_norm(any_backend, recwarn, case, training):
     module, x = synchronized(case).train(training), batch(case, 0)
