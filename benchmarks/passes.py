@@ -12,12 +12,17 @@ does; z is BatchNorm's output, a = ReLU(z), g the gradient behind a ReLU; d stan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
+from torch._inductor.graph import GraphLowering
+from torch._inductor.scheduler import BaseSchedulerNode
 
 from benchmarks.common import saved_bytes
 from resnet import (
@@ -245,6 +250,56 @@ def eager(chain: Chain) -> tuple[Step, ...]:
     return *eager_forward(chain), *eager_backward(chain)
 
 
+# ---- what torch.compile schedules --------------------------------------------------------------------------------
+
+
+def compiled(block: Block) -> tuple[float, float]:
+    """The passes of forward and backward that TorchInductor counts in its own schedule, here that for a CPU.
+
+    To it a convolution's backward is one node. It is two products, each of which reads dy.
+    """
+    torch._dynamo.reset()
+    module = block.eager(*block.arguments(_NARROW)).to(memory_format=torch.channels_last)
+    x = torch.randn(block.input_shape(_NARROW, _MANY, SIZE)).contiguous(memory_format=torch.channels_last)
+    with _scheduled(max(weight.nbytes for weight in module.parameters())) as moved:
+        out = torch.compile(module)(x.requires_grad_())
+        forward = sum(moved)
+        out.backward(torch.randn_like(out))
+    return forward / out.nbytes, (sum(moved) - forward) / out.nbytes
+
+
+_NARROW, _MANY = 16, 64  # channels and images: a weight is smaller than any activation's mask of a byte per element
+
+
+@contextmanager
+def _scheduled(largest_weight: int) -> Iterator[list[int]]:
+    """The bytes of activations that each node moves of what is compiled inside."""
+    moved: list[int] = []
+    compile_to_module = GraphLowering._compile_to_module
+
+    def noted(graph: GraphLowering) -> object:
+        module = compile_to_module(graph)
+        moved.extend(_moved(node, largest_weight) for node in graph.scheduler.nodes)
+        return module
+
+    GraphLowering._compile_to_module = noted
+    try:
+        with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+            yield moved
+    finally:
+        GraphLowering._compile_to_module = compile_to_module
+
+
+def _moved(node: BaseSchedulerNode, largest_weight: int) -> int:
+    """Bytes of activations that a node reads and writes."""
+    reads, writes = (node.get_read_write_buffer_accesses(reads, not reads) for reads in (True, False))
+    accesses = [*reads.items(), *writes.items()]
+    if getattr(node.node, "op_overload", None) is torch.ops.aten.convolution_backward.default:
+        dy = node.node.inputs[0].get_name()
+        accesses.append((dy, reads[dy]))
+    return sum(size for _, size in accesses if size > largest_weight)
+
+
 # ---- the table ---------------------------------------------------------------------------------------------------
 
 CHANNELS, BATCH, SIZE, DTYPE = 64, 8, 24, torch.float16  # the ratios depend on the kind of block, hardly on these
@@ -270,6 +325,14 @@ def table() -> Iterator[str]:
         )
         bytes_kept = (f"{kept(module, x):,}" for module in modules)
         yield "| " + " | ".join((name, described(chain), *passes, *bytes_kept)) + " |"
+
+
+def compiled_table(names: Iterable[str] = BLOCKS) -> Iterator[str]:
+    """Markdown, a line a block: what `compiled` finds."""
+    yield "| block | passes, torch.compile |"
+    yield "| --- " * 2 + "|"
+    for name in names:
+        yield f"| {name} | {summed(*(round(half, 2) for half in compiled(BLOCKS[name])))} |"
 
 
 def summed(*passes: float) -> str:
@@ -303,8 +366,12 @@ def number(passes: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="python -m benchmarks.passes", description=__doc__.splitlines()[0])
     parser.add_argument("--block", choices=BLOCKS, help="each of its steps, in place of all blocks' sums")
-    name = parser.parse_args(argv).block
-    if name is None:
+    parser.add_argument("--compile", action="store_true", help="those of torch.compile, which takes a minute")
+    arguments = parser.parse_args(argv)
+    name = arguments.block
+    if arguments.compile:
+        lines = compiled_table(BLOCKS if name is None else [name])
+    elif name is None:
         lines = table()
     else:
         block = BLOCKS[name]

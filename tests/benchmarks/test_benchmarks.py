@@ -581,6 +581,11 @@ def test_a_table_says_the_passes_of_each_block_and_is_the_documents():
     assert "\n".join(lines) in (ROOT / "docs" / "how-it-works.md").read_text()
 
 
+def test_a_table_says_the_passes_that_torch_compile_counts_and_is_in_the_documents():
+    *_, line = passes.compiled_table(["textbook"])
+    assert f"\n{line}\n" in (ROOT / "docs" / "how-it-works.md").read_text()
+
+
 def test_the_passes_of_a_block_do_not_depend_on_its_size():
     block = passes.BLOCKS["bottleneck-strided"]
     counts = set()
