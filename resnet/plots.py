@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
@@ -52,6 +52,26 @@ def training(epochs: Sequence[Epoch], planned: int) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid()
     axes.legend()
+    return figure
+
+
+def runs(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """Loss, and training and test accuracy, by epoch of several runs, each in its colour."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for number, (name, epochs) in enumerate(curves.items()):
+        numbers = range(1, len(epochs) + 1)
+        style = {"color": f"C{number}", "marker": "o" if len(epochs) == 1 else None}
+        loss.plot(numbers, [epoch["loss"] for epoch in epochs], label=name, **style)
+        accuracy.plot(numbers, [epoch["train_acc"] for epoch in epochs], linestyle="--", **style)
+        accuracy.plot(numbers, [epoch["test_acc"] for epoch in epochs], label=name, **style)
+    loss.set(title="train loss", xlabel="epoch")
+    loss.set_ylim(bottom=0)
+    accuracy.set(title="accuracy: test; dashed: train", xlabel="epoch")
+    for axes in (loss, accuracy):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid()
+        axes.legend()
     return figure
 
 

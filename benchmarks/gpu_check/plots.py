@@ -36,7 +36,9 @@ def figures(results: Results) -> Iterator[tuple[str, object]]:
             yield f"kernels-{mode}", _kernels(mode, found["gaps"])
     curves = {model: run["epochs"] for model, run in results.get("textbook", {}).items() if "epochs" in run}
     if curves:
-        yield "textbook", _curves(curves)
+        from resnet import plots  # here, since it needs matplotlib
+
+        yield "textbook", plots.runs(curves)
 
 
 def _timed(net: Results, prefix: str) -> dict[str, dict]:
@@ -82,19 +84,4 @@ def _kernels(mode: str, gaps: list[dict]):
     axes.set_xlabel("microseconds of a launch")
     axes.set_title(f"ResNet-18 {mode}: the largest gaps", loc="left")
     axes.legend(frameon=False)
-    return figure
-
-
-def _curves(curves: dict[str, list[dict]]):
-    """Loss and accuracies by epoch."""
-    figure, axes = _axes(4)
-    for (model, epochs), colour in zip(curves.items(), (OURS, LEAST)):
-        for key, style in (("loss", "-"), ("train_acc", "--"), ("test_acc", ":")):
-            values = [epoch[key] for epoch in epochs]
-            label = f"{model}, {key.replace('_', ' ')}"
-            axes.plot(range(1, len(values) + 1), values, style, color=colour, label=label)
-    axes.set_xlabel("epoch")
-    axes.set_ylim(0, 1)
-    axes.legend(frameon=False, ncols=len(curves))
-    axes.set_title("The textbook's training", loc="left")
     return figure

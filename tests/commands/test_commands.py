@@ -191,6 +191,7 @@ def test_a_hangup_that_is_ignored_stays_so():
 
 COMMANDS = (
     "resnet.train",
+    "resnet.curves",
     "resnet.evaluate",
     "resnet.predict",
     "resnet.tune",
