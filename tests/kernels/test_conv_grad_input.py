@@ -7,6 +7,7 @@ type.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from torch import Tensor
 from resnet.kernels import conv_grad_input, tuning
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
-from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad
+from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, ReluMask, ShortcutGrad
 from resnet.kernels.host.shapes import ConvShape
 from tests.conftest import DEVICE
 from tests.helpers import grad_input_cases as cases
@@ -92,6 +93,18 @@ def test_a_parity_class_without_taps_still_gets_its_epilogue(small_tiles, epilog
         if epilogue == "identity":
             expected = cases.masked(case.epilogue.dout, case.epilogue.out)
         same_bits(dx[:, :, h::2, w::2], expected[:, :, h::2, w::2])
+
+
+@pytest.mark.parametrize("tried", [False, True], ids=["launched", "each tile tried before"])
+def test_a_shortcut_adds_once_to_the_pixels_that_it_meets_and_to_no_other(small_tiles, tried):
+    case = Case.of(replace(RAGGED, R=1, S=1, stride=2, padding=0), "none", torch.float32)
+    before = draw(RAGGED.N, RAGGED.C, RAGGED.H, RAGGED.W, seed=9)
+    dx = before.clone(memory_format=NHWC)
+    with tuning.every_candidate() if tried else nullcontext():
+        assert conv_grad_input.conv_grad_input(case.dy, case.weight, case.shape, AddTo(dx)) is dx
+    torch.testing.assert_close(dx, before + case.plain(torch.float32)[0])
+    for h, w in ((0, 1), (1, 0), (1, 1)):
+        same_bits(dx[:, :, h::2, w::2], before[:, :, h::2, w::2])
 
 
 def test_the_same_bits_come_out_twice_and_results_are_channels_last(small_tiles):
