@@ -16,13 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import config as functorch
-from torch._inductor import config as inductor
-from torch._inductor.graph import GraphLowering
-from torch._inductor.scheduler import BaseSchedulerNode
 
 from benchmarks.common import saved_bytes
 from resnet import (
@@ -35,6 +32,9 @@ from resnet import (
 )
 from resnet.kernels.host.command import Parser
 from resnet.kernels.host.shapes import ConvShape
+
+if TYPE_CHECKING:  # it takes seconds to import
+    from torch._inductor.scheduler import BaseSchedulerNode
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,10 @@ _NARROW, _MANY = 16, 64  # channels and images: a weight is smaller than any act
 @contextmanager
 def _scheduled(largest_weight: int) -> Iterator[list[int]]:
     """The bytes of activations that each node moves of what is compiled inside."""
+    from torch._functorch import config as functorch  # here, since TorchInductor takes seconds to import
+    from torch._inductor import config as inductor
+    from torch._inductor.graph import GraphLowering
+
     moved: list[int] = []
     compile_to_module = GraphLowering._compile_to_module
 

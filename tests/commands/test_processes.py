@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from resnet.kernels.host.command import ConfigError
 from resnet.ranks import ALONE, Ranks
 from resnet.train import main
 from resnet.training import TrainConfig
-from tests.conftest import ROOT
-from tests.helpers.runs import load_once, options, small_runs  # noqa: F401
+from tests.helpers.runs import command, load_once, options, small_runs  # noqa: F401
 
 PROCESSES = 2
 # 18 images in batches of 8: the last one has 2, one for each process, which maps of 2x2 pixels allow.
@@ -35,14 +33,7 @@ def config(**changes) -> TrainConfig:
 
 def torchrun(config: TrainConfig, *more: str) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}", "-m", "--"]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.Popen(
-        [sys.executable, *launcher, "resnet.train", *options(config), *more],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return command(config, *more, launcher=launcher)
 
 
 def ended(process: subprocess.Popen) -> tuple[int, str, str]:

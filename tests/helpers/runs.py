@@ -41,10 +41,12 @@ def options(config: TrainConfig) -> list[str]:
     return [word for k, v in given.items() for word in ([k] if v is True else [k, str(v)])]
 
 
-def command(config: TrainConfig, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs) -> subprocess.Popen:
+def command(
+    config: TrainConfig, *more: str, launcher=("-m",), stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs
+) -> subprocess.Popen:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "resnet.train", *options(config)],
+        [sys.executable, *launcher, "resnet.train", *options(config), *more],
         env={**os.environ, "PYTHONPATH": path},
         stdout=stdout,
         stderr=stderr,
