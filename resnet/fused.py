@@ -122,13 +122,15 @@ class _Fused:
         """The same by the modules, one by one."""
         return super().forward(X)
 
-    def _run(self, X: Tensor) -> Tensor:
+    def _run(self, X: Tensor, parts: BlockParts | StemParts | str | None = None) -> Tensor:
+        """The forward; `parts` where the caller has asked for them already."""
         compiling = torch.compiler.is_compiling()
         direct = not compiling and ops.is_direct()
         if isinstance(X, Proxy) or (not direct and ops.is_transformed_or_recorded()):
             return self._eager(X)
         watched = _has_any_global_hook()
-        parts = self._parts()
+        if parts is None:
+            parts = self._parts()
         state = None if compiling or watched else self._state(parts)
         try:
             recent = _fusable.get(state)
@@ -226,7 +228,7 @@ class FusedStemBase(_Fused):
     def _run(self, X: Tensor) -> Tensor:
         parts = self._parts()
         if type(parts) is str or parts.pool is not None:
-            return super()._run(X)
+            return super()._run(X, parts)
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
             return self._eager(X)
         reason = _GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
@@ -404,18 +406,22 @@ class FusedBlock(_Fused):
         return flat
 
 
-class FusedStem(FusedStemBase, Stem):
+class _FusedTextbookStem(FusedStemBase):
+    """A stem with the textbook's constructor."""
+
+    def __init__(self, in_channels: int, channels: int = 64):
+        check_whole("in_channels", in_channels, 0)
+        check_whole("channels", channels, 0)
+        super().__init__(in_channels, channels)
+
+
+class FusedStem(_FusedTextbookStem, Stem):
     """`Stem` with BatchNorm, ReLU and max-pool in one pass; same children, so the same `state_dict`.
 
     The ReLU comes after the pool, on a quarter of the pixels: relu(pool(z)) is pool(relu(z)), gradients included.
     Where a window's maximum is positive, its place is the same; where it is not, nothing passes the ReLU. NaN stays
     NaN. Backward needs the input, the convolution's output, the output, and a byte for each of its elements.
     """
-
-    def __init__(self, in_channels: int, channels: int = 64):
-        check_whole("in_channels", in_channels, 0)
-        check_whole("channels", channels, 0)
-        super().__init__(in_channels, channels)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._run(input)
@@ -430,16 +436,11 @@ class FusedStem(FusedStemBase, Stem):
         return StemParts(UnitParts(conv, bn, "0", "1"), Watched("2", relu, nn.ReLU), Watched("3", pool, nn.MaxPool2d))
 
 
-class FusedSmallStem(FusedStemBase, SmallStem):
+class FusedSmallStem(_FusedTextbookStem, SmallStem):
     """`SmallStem` with BatchNorm and ReLU in one pass after PyTorch's convolution; same children and `state_dict`.
 
     Backward needs the input, the convolution's output and the output.
     """
-
-    def __init__(self, in_channels: int, channels: int = 64):
-        check_whole("in_channels", in_channels, 0)
-        check_whole("channels", channels, 0)
-        super().__init__(in_channels, channels)
 
     def forward(self, input: Tensor) -> Tensor:
         return self._run(input)

@@ -178,9 +178,9 @@ class TrainConfig:
     @property
     def decisive(self) -> dict[str, Any]:
         """The settings that decide what the weights become; one step after the other, with a constant rate."""
-        names = ("model", "impl", "recipe", "batch_size", "lr", "resize", "dtype", "stem", "seed", "limit_train")
-        names = (*names, "sync_batch_norm")
-        return {name: getattr(self, name) for name in (*names, *(("epochs",) if self.plan.warm_up else ()))}
+        names = ["model", "impl", "recipe", "batch_size", "lr", "resize", "dtype", "stem", "seed", "limit_train"]
+        names += ["sync_batch_norm", *(["epochs"] if self.plan.warm_up else [])]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def plan(self) -> Recipe:
