@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import torch
+from torch import Tensor, nn
 
 from resnet.kernels.host.command import ConfigError, RunError
 from resnet.kernels.host.files import irregular, write_atomically
@@ -71,6 +73,30 @@ def require_limit(name: str, limit: int | None, images: int, source: str) -> Non
     """ConfigError unless there are so many images; None is no limit."""
     require(limit is None or limit >= 1, name, "at least 1", limit)
     require(limit is None or limit <= images, name, f"at most {images} with {source}", limit)
+
+
+def logits_of(net: nn.Module, x: Tensor) -> Tensor:
+    """What the net gives; in transformers the logits are a part of that. ConfigError where there are none."""
+    out = net(x)
+    out = out if isinstance(out, Tensor) else getattr(out, "logits", out)
+    require(isinstance(out, Tensor), "MODEL", "a net that gives a tensor", type(out).__name__)
+    return out
+
+
+def made_by(spec: str, expected: str = "module:callable") -> nn.Module:
+    """The net that the callable gives, whose module and name MODEL is; ConfigError where there is none.
+
+    A class of transformers is called with its default configuration.
+    """
+    module, _, name = spec.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ConfigError(f"MODEL: expected {expected}, got {spec} ({error})") from error
+    configuration = getattr(make, "config_class", None)
+    net = make() if configuration is None else make(configuration())
+    require(isinstance(net, nn.Module), "MODEL", "a callable that gives an nn.Module", type(net).__name__)
+    return net
 
 
 # ---- files that a user has named ---------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import threading
 import time
@@ -14,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from resnet import settings
-from resnet.commands import DTYPES, check_outputs, find_device, require, require_count
+from resnet import fuse, settings
+from resnet.commands import DTYPES, check_outputs, find_device, logits_of, made_by, require, require_count
 from resnet.kernels.host.command import ConfigError, Parser, run
 from resnet.kernels.host.files import irregular
 from resnet.kernels.tuning import memory, timing
@@ -34,7 +33,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help=f"{', '.join(MODELS)} or module:callable, which is called for an nn.Module",
+        help=f"{', '.join(MODELS)} or module:callable, which is called for an nn.Module; resnet.fuse fuses it",
     )
     parser.add_argument("--batch", type=int, default=256, help="images per step")
     parser.add_argument("--size", type=int, default=96, help="height and width of the images, in pixels")
@@ -90,9 +89,7 @@ def tune(arguments: argparse.Namespace) -> str:
 
     def forward() -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            y = net(x)
-        require(isinstance(y, Tensor), "MODEL", "a net that gives a tensor", type(y).__name__)
-        return y
+            return logits_of(net, x)
 
     def training_step() -> None:
         net.train()
@@ -119,17 +116,11 @@ def tune(arguments: argparse.Namespace) -> str:
 
 
 def _net(model: str, channels: int, classes: int) -> nn.Module:
-    """The net that MODEL names; ConfigError where there is none."""
+    """The net that MODEL names, fused; ConfigError where there is none."""
     if model in MODELS:
         return BUILDERS[model, "fused"](classes, channels)
-    module, _, name = model.partition(":")
-    try:
-        make = getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
-        expected = f"{', '.join(MODELS)} or module:callable"
-        raise ConfigError(f"MODEL: expected {expected}, got {model} ({error})") from error
-    net = make()
-    require(isinstance(net, nn.Module), "MODEL", "a callable that gives an nn.Module", type(net).__name__)
+    net = made_by(model, f"{', '.join(MODELS)} or module:callable")
+    fuse(net)
     return net
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import common, compare, passes, plot, roofline, turns, verdict
+from benchmarks import common, compare, models, passes, plot, roofline, turns, verdict
 from benchmarks.common import Implementation
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import publish
@@ -465,7 +465,7 @@ def test_a_suite_may_have_a_clock_and_a_number_of_calls_of_its_own(tmp_path):
 # ---- the commands ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [compare, gpu_check, passes, publish, roofline])
+@pytest.mark.parametrize("command", [compare, gpu_check, models, passes, publish, roofline])
 def test_help_prints_the_usage_and_succeeds(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")  # argparse breaks lines to the terminal's width
     with pytest.raises(SystemExit) as exit_:

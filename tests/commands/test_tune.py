@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import resnet
-from resnet import FusedResidual
+from resnet import FusedResidual, Residual
 from resnet.kernels.tuning import memory, timing
 from resnet.tune import main
 from tests.conftest import DEVICE
@@ -21,6 +21,10 @@ SMALL = ["--device", DEVICE.type, "--batch", "2", "--size", "4", "--channels", "
 
 def net() -> nn.Module:
     return FusedResidual(32, 32)
+
+
+def eager_net() -> nn.Module:
+    return Residual(32, 32)
 
 
 def no_net() -> int:
@@ -75,6 +79,11 @@ def test_another_file_is_written_in_its_place_and_what_it_holds_is_not_timed_aga
     assert keys(other) == {"forward"} and not user.exists()
     first, second = (line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluation: "))
     assert not first.startswith("evaluation: 0 choices") and second.startswith("evaluation: 0 choices")
+
+
+def test_a_net_of_eager_blocks_is_fused(own_choices, timed):
+    assert main([f"{__name__}:eager_net", *SMALL, "--eval"]) == 0
+    assert keys(own_choices.path) == {"forward"}
 
 
 def test_the_training_step_alone(own_choices, timed, capsys):
