@@ -27,7 +27,8 @@ from resnet.commands import (
 )
 from resnet.data import CLASSES, Batches, DatasetError, load
 from resnet.kernels.host.command import Parser, put, run
-from resnet.training import EVALUATION_BATCH, versions
+from resnet.train_result import versions
+from resnet.training import EVALUATION_BATCH
 
 
 def _parser() -> Parser:

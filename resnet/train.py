@@ -19,7 +19,9 @@ from resnet.models import IMPLS, MODELS
 from resnet.ranks import Ranks
 from resnet.recipes import RECIPES
 from resnet.reference import STEMS
-from resnet.training import CUDA_GRAPHS, TrainConfig, TrainResult, UnfinishedError, train
+from resnet.train_config import CUDA_GRAPHS, TrainConfig
+from resnet.train_result import TrainResult
+from resnet.training import UnfinishedError, train
 
 
 def _parser() -> Parser:

@@ -41,31 +41,26 @@ from resnet.commands import (
     DTYPES,
     ConfigError,
     OutputError,
-    check_outputs,
-    check_plot,
-    check_tensorboard,
     find_device,
     require,
-    require_count,
     require_limit,
     write_output,
     write_plot,
 )
-from resnet.data import FASHION_MNIST, IMAGE_SIZE, Batches, DatasetError, ImageSet, ImageSpec, load
+from resnet.data import FASHION_MNIST, Batches, DatasetError, ImageSet, ImageSpec, load
 from resnet.graphs import Graphed
-from resnet.kernels.host.command import ENDING, RunError, say
+from resnet.kernels.host.command import ENDING, RunError
 from resnet.metrics import Board, Log
-from resnet.models import BUILDERS, IMPLS, MODELS, OLD_MODEL
+from resnet.models import BUILDERS
 from resnet.profiling import RECORDED, SKIPPED, Trace
 from resnet.ranks import ALONE, Ranks
-from resnet.recipes import OVERRIDABLE, RECIPES, Recipe, optimizer, rate, warm_up_steps, weight_average
-from resnet.reference import STEMS
+from resnet.recipes import optimizer, rate, warm_up_steps, weight_average
+from resnet.train_config import TrainConfig
+from resnet.train_result import Epoch, TrainResult
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "UnfinishedError", "train"]
 
 T = TypeVar("T")
-
-CUDA_GRAPHS = ("auto", "on", "off")
 
 _LOOK_SECONDS = 0.5  # between two looks at the losses; each makes a GPU's queue run empty
 EVALUATION_BATCH = 256
@@ -84,193 +79,6 @@ class UnfinishedError(OutputError):
     def __init__(self, message: str, result: TrainResult):
         super().__init__(message)
         self.result = result
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """What to train, on what, and how; the command's options under the same names.
-
-    What is None of OVERRIDABLE becomes the recipe's, at once: `dataclasses.replace` keeps what the first recipe gave.
-
-    A `model` that was one of IMPLS, as in earlier versions, becomes `impl`, and a line on stderr says so.
-
-    Raises ConfigError for a value out of its range. What depends on the machine and the data (device, folder, limits)
-    is checked by `train`, before it does anything.
-    """
-
-    model: str = "resnet18"  # one of MODELS
-    impl: str = None  # type: ignore[assignment]  # eager, fused, or compile: torch.compile of eager; None: fused
-    recipe: str = "textbook"  # one of RECIPES
-    epochs: int = None  # type: ignore[assignment]
-    batch_size: int = None  # type: ignore[assignment]
-    lr: float = None  # type: ignore[assignment]
-    resize: int = None  # type: ignore[assignment]  # pixels
-    device: str = "auto"  # cpu, cuda, cuda:N; auto: cuda where there is one
-    dtype: str = None  # type: ignore[assignment]  # other than float32: autocast to it
-    stem: str = None  # type: ignore[assignment]  # one of STEMS
-    cuda_graph: str = "auto"  # on: replay whole batches' steps as a CUDA graph; auto: where that can be
-    seed: int = 0
-    data: str | None = None  # folder, of Fashion-MNIST or of images; None: see resnet.data.load
-    limit_train: int | None = None  # only so many images, the first ones; None: all
-    limit_test: int | None = None
-    save: str | None = None  # checkpoint, written after every epoch
-    json: str | None = None  # figures of the run
-    log: str | None = None  # lines of JSON, one per epoch, written as the run goes
-    log_every: int | None = None  # and one per so many steps
-    tensorboard: str | None = None  # folder for TensorBoard's scalars, per epoch and per log_every steps
-    sync_batch_norm: bool = False  # of several processes: statistics of the whole batch, not of each one's share
-    profile: str | None = None  # trace of some of the first epoch's steps
-    plot: str | None = None  # picture of loss and accuracies, drawn after every epoch
-    resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
-
-    def __post_init__(self) -> None:
-        if self.impl is None:
-            self._choose_impl()
-        require(self.model in MODELS, "--model", f"one of {', '.join(MODELS)}", self.model)
-        require(self.impl in IMPLS, "--impl", f"one of {', '.join(IMPLS)}", self.impl)
-        require(self.recipe in RECIPES, "--recipe", f"one of {', '.join(RECIPES)}", self.recipe)
-        for name in OVERRIDABLE:
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, self._of_recipe(name))
-        require_count("--epochs", self.epochs)
-        require_count("--batch-size", self.batch_size)
-        require(0 < self.lr <= torch.finfo(torch.float32).max, "--lr", "a positive number that float32 holds", self.lr)
-        require(
-            self.resize >= IMAGE_SIZE,
-            "--resize",
-            f"at least {IMAGE_SIZE}, the images' own size: they are enlarged only",
-            self.resize,
-        )
-        require(self.resize < 2**15, "--resize", "at most 32767 pixels", self.resize)
-        require(self.dtype in DTYPES, "--dtype", f"one of {', '.join(DTYPES)}", self.dtype)
-        require(self.stem in STEMS, "--stem", f"one of {', '.join(STEMS)}", self.stem)
-        require(self.cuda_graph in CUDA_GRAPHS, "--cuda-graph", f"one of {', '.join(CUDA_GRAPHS)}", self.cuda_graph)
-        require(0 <= self.seed < 2**63, "--seed", "a number from 0 to 2**63 - 1", self.seed)
-        for name, limit in (("--limit-train", self.limit_train), ("--limit-test", self.limit_test)):
-            require(limit is None or limit >= 1, name, "at least 1", limit)
-        if self.log_every is not None:
-            require_count("--log-every", self.log_every)
-            where = self.log or self.tensorboard
-            require(where is not None, "--log-every", "--log or --tensorboard, which say where", "none")
-        check_plot(self.plot)
-        check_tensorboard(self.tensorboard)
-        reports = {"--json": self.json, "--log": self.log, "--plot": self.plot, "--profile": self.profile}
-        check_outputs({"--save": self.save, **reports})
-        check_outputs(reports, {"--resume": self.resume})
-
-    def _choose_impl(self) -> None:
-        """`impl` where none is given: fused, or what earlier versions had in `model`."""
-        impl = "fused"
-        if self.model in IMPLS:
-            impl = self.model
-            say(f"--model {impl} is now --impl {impl}; --model names the net, here {OLD_MODEL}")
-            object.__setattr__(self, "model", OLD_MODEL)
-        object.__setattr__(self, "impl", impl)
-
-    def _of_recipe(self, name: str) -> Any:
-        value = getattr(RECIPES[self.recipe], name)
-        if value == "bfloat16" and (
-            self.device == "cpu" or not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
-            return "float32"
-        return value
-
-    @property
-    def decisive(self) -> dict[str, Any]:
-        """The settings that decide what the weights become; one step after the other, with a constant rate."""
-        names = ["model", "impl", "recipe", "batch_size", "lr", "resize", "dtype", "stem", "seed", "limit_train"]
-        names += ["sync_batch_norm", *(["epochs"] if self.plan.warm_up else [])]
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def plan(self) -> Recipe:
-        """The recipe, with what overrides it."""
-        return dataclasses.replace(RECIPES[self.recipe], **{name: getattr(self, name) for name in OVERRIDABLE})
-
-
-@dataclasses.dataclass(frozen=True)
-class Epoch:
-    """One whole epoch: mean loss and accuracies as fractions, and what its training steps took."""
-
-    loss: float
-    train_acc: float
-    test_acc: float
-    examples: int
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """Figures of a run. The properties are those of the last whole epoch, or NaN where there is none."""
-
-    config: TrainConfig
-    device: str  # such as cuda:0
-    device_name: str
-    processes: int
-    cuda_graph: bool  # whether the steps of whole batches were replays of a CUDA graph
-    data: str  # where the images came from
-    warm_up_seconds: float  # compilation and choice of algorithms, before the clock started
-    epochs: tuple[Epoch, ...]
-    interrupted: bool  # by a signal
-    checkpoint: str | None  # where the weights are
-    signal: str | None = None  # that interrupted it: SIGINT for Ctrl-C, SIGTERM, SIGHUP
-
-    @property
-    def loss(self) -> float:
-        return self.epochs[-1].loss if self.epochs else math.nan
-
-    @property
-    def train_acc(self) -> float:
-        return self.epochs[-1].train_acc if self.epochs else math.nan
-
-    @property
-    def test_acc(self) -> float:
-        return self.epochs[-1].test_acc if self.epochs else math.nan
-
-    @property
-    def examples_per_sec(self) -> float:
-        """Examples of all whole epochs by the time that their training steps took."""
-        if not self.epochs:
-            return math.nan
-        return sum(e.examples for e in self.epochs) / self.train_seconds
-
-    @property
-    def train_seconds(self) -> float:
-        """What the training steps of all whole epochs took, without warm-up and evaluation."""
-        return sum(e.seconds for e in self.epochs)
-
-    def summary(self) -> str:
-        """Two lines, in the textbook's form; the second says what ran: a device, a CUDA graph, several processes."""
-        where = self.device + (" as a CUDA graph" if self.cuda_graph else "")
-        if self.processes > 1:
-            where = f"{self.processes} processes ({torch.device(self.device).type})"
-        return (
-            f"loss {self.loss:.3f}, train acc {self.train_acc:.3f}, test acc {self.test_acc:.3f}\n"
-            f"{self.examples_per_sec:.1f} examples/sec on {where}"
-        )
-
-    def table(self) -> str:
-        """A line per whole epoch; its seconds are those of its training steps."""
-        lines = [f"{'epoch':>5}{'loss':>9}{'train acc':>11}{'test acc':>10}{'seconds':>10}"]
-        for number, e in enumerate(self.epochs, 1):
-            lines.append(f"{number:>5}{e.loss:>9.3f}{e.train_acc:>11.3f}{e.test_acc:>10.3f}{e.seconds:>10.2f}")
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, with versions, as JSON's types. NaN, which JSON has not, becomes None."""
-        figures = {name: getattr(self, name) for name in ("loss", "train_acc", "test_acc", "examples_per_sec")}
-        return {
-            **{name: None if math.isnan(value) else value for name, value in figures.items()},
-            **dataclasses.asdict(self),
-            "recipe": dataclasses.asdict(self.config.plan),
-            "train_seconds": self.train_seconds,
-            "versions": versions(),
-        }
-
-
-def versions() -> dict[str, str]:
-    """What figures depend on beside this package."""
-    return {"python": platform.python_version(), "torch": torch.__version__}
 
 
 def train(config: TrainConfig) -> TrainResult:

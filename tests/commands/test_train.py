@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from resnet import FusedResidual, Residual, metrics, models, resnet18, training
-from resnet.commands import ConfigError, find_device
+from resnet.commands import DTYPES, ConfigError, find_device
 from resnet.data import DatasetError
 from resnet.fused import FusedBlock
+from resnet.models import IMPLS
 from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import NonFiniteError, TrainConfig, train
@@ -47,7 +48,7 @@ def weights_of(path: str | Path) -> dict[str, torch.Tensor]:
 # ---- the command -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("impl", training.IMPLS)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_model_of_an_earlier_version_is_its_impl_and_a_line_says_so(capsys, impl):
     assert TrainConfig(model=impl) == TrainConfig(model="resnet18", impl=impl)
     note = f"--model {impl} is now --impl {impl}; --model names the net, here resnet18\n"
@@ -267,8 +268,8 @@ def test_a_last_batch_of_one_image_is_left_out_only_where_it_has_one_value_per_c
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("impl", training.IMPLS)
-@pytest.mark.parametrize("dtype", training.DTYPES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_trains_as_the_cpu_does(impl, dtype):
     cpu = train(small(**GENTLE))
     cuda = train(small(impl, dtype=dtype, device="cuda", **GENTLE))
@@ -415,7 +416,7 @@ def test_a_replay_s_non_finite_loss_names_its_step(tmp_path, stand_in):
 
 @CUDA
 @pytest.mark.parametrize("impl", ["eager", "fused"])
-@pytest.mark.parametrize("dtype", training.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_graph_trains_as_steps_do_on_a_gpu(tmp_path, impl, dtype):
     settings = {**WITH_A_SHORT_BATCH, "resize": 64, "lr": 1e-3, "dtype": dtype, "device": "cuda"}
     off, on = (
