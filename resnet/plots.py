@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet.data import CLASSES
 
 if TYPE_CHECKING:
-    from resnet.training import Epoch
+    from resnet.train_result import Epoch
 
 ROWS, COLUMNS = 5, 8  # of images
 RIGHT, WRONG = "0.35", "#c4161c"

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from resnet import training
+from resnet.commands import find_device
 from resnet.data import Batches
 from resnet.kernels.host.command import ConfigError
 from resnet.ranks import ALONE, Ranks
@@ -187,6 +188,18 @@ def test_what_is_no_place_is_refused(monkeypatch, rank, size):
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(ConfigError, match=rf"environment: expected a process's place.*RANK={rank} WORLD_SIZE={size}"):
         Ranks.of_environment()
+
+
+def test_each_process_has_a_gpu_of_its_own_or_is_told_that_there_are_too_few(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("auto", "cuda"):
+        assert find_device(name, Ranks(5, 8, 1, 2)) == torch.device("cuda", 1)
+    assert find_device("cpu", Ranks(2, 3, 2, 3)) == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"processes: expected at most 2 on this machine, .* or --device cpu, got 3"):
+        find_device("auto", Ranks(0, 3, 0, 3))
+    with pytest.raises(ConfigError, match=r"--device: expected auto, cpu or cuda: each process .* got cuda:1"):
+        find_device("cuda:1", Ranks(0, 2, 0, 2))
 
 
 @pytest.mark.parametrize(("images", "size"), [(8, 2), (7, 2), (5, 4), (3, 4)])
