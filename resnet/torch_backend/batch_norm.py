@@ -20,6 +20,9 @@ _FEW = 512  # pixels: up to them PyTorch's own sums are about as exact, and quic
 _PIXELS = 128  # of a group, at most
 _SUMS = 1 << 14  # that PyTorch holds at a time: more of them leave the cache
 
+# Deviations by which a mean is too far from zero: for the statistics, whose sums it outgrows, and for dx.
+_FAR, _FAR_FOR_GRAD = 8, 32
+
 
 def are_few(x: Tensor) -> bool:
     """Whether PyTorch's own sums over the pixels of x (N, C, H, W) keep their digits."""
@@ -61,9 +64,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _is_far(mean: Tensor, variance: Tensor) -> bool:
-    """Whether a mean is so many deviations from zero that its own digits crowd out those of the differences."""
-    return torch.addcmul(variance, mean, mean, value=-1 / 16).min().item() < 0
+def _is_far(mean: Tensor, variance: Tensor, deviations: int) -> bool:
+    """Whether a mean is so many deviations from zero that its own digits crowd out those of the differences.
+
+    What is far is moved to zero first, in a pass of its own.
+    """
+    return torch.addcmul(variance, mean, mean, value=-(deviations**-2)).min().item() < 0
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -74,7 +80,7 @@ def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if are_few(x):
         return _moments_of_few(x, dtype)
     mean, variance = _moments_of_many(x, dtype)
-    if _is_far(mean, variance):
+    if _is_far(mean, variance, _FAR):
         shift = mean
         mean, variance = _moments_of_many(x, dtype, shift)
         mean += shift
@@ -336,7 +342,7 @@ def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tu
         summed_g, summed_weight = merge_sums(torch.stack((sum_g, dweight)), x.numel() // C, norm.group).unbind()
     share = scale * (-C / x.numel())
     slope, level = invstd * summed_weight * share, summed_g * share
-    if _is_far(mean, invstd**-2):
+    if _is_far(mean, invstd**-2, _FAR_FOR_GRAD):
         rows = rows - mean
     else:
         level.addcmul_(mean, slope, value=-1)

@@ -10,6 +10,8 @@ grad-weight is slow on larger maps too. A 1x1 convolution of stride 1 is one pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ Size = Sequence[int | torch.SymInt]
 # numbers of pixels of an output map the second one holds where products lag.
 _IMAGES, _CHANNELS = 4, 256  # at least
 _PIXELS, _WEIGHTS = (16, 4), 1 << 14  # of products per tap, forward and for grad-input; weights of a tap for each pixel
-_GRAD_WEIGHT_PIXELS = 64, 9
+_GRAD_WEIGHT_PIXELS = 64, 4
 _ROWS, _WINDOW_CHANNELS = range(32, 257), 512  # of windows: output pixels of a batch, and output channels
 _GRAD_WEIGHT_ROWS = 512  # at most, for one product of windows and not one per tap
 _PLAIN_PIXELS, _PLAIN_CHANNELS = 1152, 64  # of a batch, at most; and at least: for a 1x1 convolution as one product
@@ -43,6 +45,26 @@ def is_single_on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == torch.float32
 
 
+class Products(NamedTuple):
+    """What of a convolution is computed as matrix products, in place of oneDNN's convolution."""
+
+    plain: bool = False  # the output and dx, as one product of pixels and weight
+    small: bool = False  # the output and dx, as one product per tap
+    windows: bool = False  # the output, as one product of all windows
+    grad_weight: bool = False
+
+
+_NONE = Products()
+
+
+def products(x: Tensor, weight: Tensor, stride: int, padding: int) -> Products:
+    """What is faster, or safer, as matrix products."""
+    if not is_single_on_cpu(x):
+        return _NONE
+    return _products(x.shape, weight.shape, stride, padding, products_lag())
+
+
+@cache
 def products_lag() -> bool:
     """Whether PyTorch's matrix products have half the speed of its convolutions.
 
@@ -54,47 +76,28 @@ def products_lag() -> bool:
     return "AMD" in capabilities.get("cpu_name", "")
 
 
-def _map_size(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
-    """Pixels of an output map; 0 where PyTorch's convolution is never replaced."""
-    K, C, R, S = weight.shape
-    if not is_single_on_cpu(x) or min(C, K) < _CHANNELS or R * S == 1:
-        return 0
-    P, Q = out_map(x.shape, weight.shape, stride, padding)
-    return P * Q
+@lru_cache(1024)
+def _products(x: torch.Size, weight: torch.Size, stride: int, padding: int, lag: bool) -> Products:
+    """`products` by shapes: every call asks, and Python that has left the cache is slow."""
+    (N, _, H, W), (K, C, R, S) = x, weight
+    if R == S == 1:
+        plain = stride == 1 and padding == 0 and min(C, K) >= _PLAIN_CHANNELS and not lag
+        return Products(plain=plain and N * H * W <= _PLAIN_PIXELS, grad_weight=plain or overruns(C, stride))
+    if min(C, K) < _CHANNELS:
+        return _NONE
+    P, Q = out_map(x, weight, stride, padding)
+    small = N >= _IMAGES and _PIXELS[lag] >= P * Q and P * Q * _WEIGHTS <= C * K
+    windows = not small and N * P * Q in _ROWS and K >= _WINDOW_CHANNELS and not lag
+    return Products(small=small, windows=windows, grad_weight=N >= _IMAGES and _GRAD_WEIGHT_PIXELS[lag] >= P * Q)
 
 
-def is_small(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether products per tap are faster than oneDNN's convolution, forward and for grad-input."""
-    size, (K, C, _, _) = _map_size(x, weight, stride, padding), weight.shape
-    return 0 < size <= _PIXELS[products_lag()] and x.shape[0] >= _IMAGES and size * _WEIGHTS <= C * K
+def overruns(C: int, stride: int) -> bool:
+    """Whether PyTorch's grad-weight of a 1x1 convolution in float32 may write past the end of a buffer of its own.
 
-
-def is_mostly_weight(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether one product of windows is faster than oneDNN's convolution, forward: few pixels meet a large weight."""
-    size = _map_size(x, weight, stride, padding)
-    return x.shape[0] * size in _ROWS and weight.shape[0] >= _WINDOW_CHANNELS and not products_lag()
-
-
-def is_plain(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether a convolution is a product of pixels and weight, whose grad-weight oneDNN is no quicker at."""
-    K, C, R, S = weight.shape
-    plain = R == S == stride == 1 and padding == 0 and min(C, K) >= _PLAIN_CHANNELS
-    return plain and is_single_on_cpu(x) and not products_lag()
-
-
-def is_plain_of_few(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
-    """Whether oneDNN is no quicker at such a convolution's other two products either."""
-    return x.numel() <= _PLAIN_PIXELS * x.shape[1] and is_plain(x, weight, stride, padding)
-
-
-def overruns(x: Tensor, weight: Tensor, stride: int) -> bool:
-    """Whether PyTorch's grad-weight may write past the end of a buffer of its own.
-
-    oneDNN (torch 2.13) does so for a strided 1x1 convolution of fewer than 8 channels, with AVX2 and no AVX-512: it
-    gathers the strided pixels in whole vectors of 8 channels. Eager PyTorch corrupts its heap there.
+    oneDNN (torch 2.13) does so for a strided one of fewer than 8 channels, with AVX2 and no AVX-512: it gathers the
+    strided pixels in whole vectors of 8 channels. Eager PyTorch corrupts its heap there.
     """
-    _, C, R, S = weight.shape
-    return R == S == 1 and stride > 1 and C < 8 and is_single_on_cpu(x)
+    return stride > 1 and C < 8
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -141,15 +144,15 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, paddin
 
     The weight may lie in memory in any way.
     """
-    if is_plain_of_few(x, weight, stride, padding):
+    own = products(x, weight, stride, padding)
+    if own.plain:
         return F.linear(_nhwc(x), weight.flatten(1), bias).permute(0, 3, 1, 2)
-    small = is_small(x, weight, stride, padding)
-    if not small and is_mostly_weight(x, weight, stride, padding):
+    if own.windows:
         matrix = _nhwc(weight.contiguous(memory_format=torch.channels_last)).flatten(1)
         y = F.linear(windows(x, weight, stride, padding).flatten(3), matrix, bias)
         if not y.isnan().any():  # as an infinite weight makes of the padding's zeros, which a convolution leaves out
             return y.permute(0, 3, 1, 2)
-    if not small:
+    if not own.small:
         y = torch.conv2d(x, weight, bias, stride, padding)
         return y.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
@@ -166,7 +169,7 @@ def add_projected(to: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
     to (N, K, P, Q) and x (N, C, H, W) are channels_last. Returns `to`.
     """
-    if not is_single_on_cpu(x):
+    if not is_single_on_cpu(x) or products_lag():
         return to.add_(convolve(x, weight, None, stride, 0))
     pixels = _nhwc(x)[:, ::stride, ::stride].flatten(0, 2)
     _nhwc(to).view(-1, to.shape[1]).addmm_(pixels, weight.flatten(1).t())
@@ -177,10 +180,8 @@ def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight) of `convolve`, None where not needed; dx is channels_last, as dy (N, K, P, Q) is."""
-    small = is_small(x, weight, stride, padding)
-    few = 0 < _map_size(x, weight, stride, padding) <= _GRAD_WEIGHT_PIXELS[products_lag()] and x.shape[0] >= _IMAGES
-    own_weight = needs_weight and (few or is_plain(x, weight, stride, padding) or overruns(x, weight, stride))
-    own_x = needs_x and (small or is_plain_of_few(x, weight, stride, padding))
+    own = products(x, weight, stride, padding)
+    own_x, own_weight = needs_x and (own.plain or own.small), needs_weight and own.grad_weight
     wanted = [needs_x and not own_x, needs_weight and not own_weight, False]  # with none PyTorch computes nothing
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
@@ -193,7 +194,7 @@ def convolve_backward(
 
 
 def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    if is_plain(x, weight, stride, padding):
+    if weight.shape[2:] == (1, 1):
         return (_nhwc(dy) @ weight.flatten(1)).permute(0, 3, 1, 2)
     dx = _nhwc(torch.zeros_like(x, memory_format=torch.channels_last))
     for tap, outputs, inputs in _taps(x, weight, stride, padding):
@@ -203,7 +204,7 @@ def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int
 
 def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     (N, K, P, Q), (_, C, R, S) = dy.shape, weight.shape
-    if is_plain(x, weight, stride, padding):
+    if R == S == stride == 1:
         return (_nhwc(dy).flatten(0, 2).t() @ _nhwc(x).flatten(0, 2)).view(K, C, 1, 1)
     if N * P * Q <= _GRAD_WEIGHT_ROWS and P * Q > 1:
         met = windows(x, weight, stride, padding).reshape(N * P * Q, R * S * C)

@@ -12,6 +12,8 @@ many: a few images at a time, pooled while their rows are in the cache.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,12 +33,17 @@ def _folded(weight: Tensor, norm: Norm, more: Tensor | None = None) -> tuple[Ten
     return weight * scale.view(-1, 1, 1, 1), shift if more is None else shift + more
 
 
+def _is_finite(values: Tensor) -> bool:
+    """Whether their sum is; a sum that overflows is rare enough to be taken for a value that does."""
+    return math.isfinite(values.sum().item())
+
+
 def fold_shortcut(x: Tensor, unit: Unit) -> tuple[Tensor, Tensor] | None:
     """(weight, bias) of the convolution that computes a normed 1x1 shortcut of x; None where it is not to be folded."""
     if not is_single_on_cpu(x):
         return None
     weight, bias = _folded(unit.weight, unit.norm)
-    return (weight, bias) if weight.sum().isfinite() else None  # scaling it may overflow where scaling z does not
+    return (weight, bias) if _is_finite(weight) else None  # scaling it may overflow where scaling z does not
 
 
 def _outputs(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
@@ -55,7 +62,7 @@ def conv_batch_norm(x: Tensor, unit: Unit, more: Tensor | None = None) -> Tensor
         folded, bias = _folded(weight, norm, more)
         out = convolve(x, folded, bias, stride, padding)
         # Where scaling the weight overflowed, scaling the convolution need not. An image meets all of the weight.
-        if min(folded, out[0], key=Tensor.numel).sum().isfinite():
+        if _is_finite(min(folded, out[0], key=Tensor.numel)):
             return out
     bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
     y = convolve(x, weight, bias, stride, padding)
@@ -72,7 +79,7 @@ def stem_inference(x: Tensor, unit: Unit) -> Tensor:
     multiplied = C == 1 and is_single_on_cpu(x) and _outputs(x, weight, stride, padding) >= K * _MANY_WINDOWS
     if multiplied:
         folded, bias = _folded(weight, norm)
-        multiplied = folded.isfinite().all()  # by the padding's zeros, too
+        multiplied = _is_finite(folded)  # by the padding's zeros, too
     if not multiplied:
         return torch.max_pool2d(conv_batch_norm(x, unit), 3, 2, 1).relu_()
     weight = folded

@@ -43,7 +43,7 @@ MANY = {
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="PyTorch's sums over pixels lose digits on the CPU alone")
 @pytest.mark.parametrize("shape", MANY.values(), ids=MANY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("mean", [1.0, 4.0])
+@pytest.mark.parametrize("mean", [1.0, 4.0, 10.0, 30.0])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_any_number_of_pixels_is_as_exact_as_eager_in_the_default_layout(shape, dtype, mean, training):
     """Eager in channels_last is not: it is no measure for itself."""

@@ -5,7 +5,8 @@ import torch
 from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet.torch_backend.convolution import convolve, convolve_backward, is_mostly_weight, is_small
+from resnet.torch_backend import convolution
+from resnet.torch_backend.convolution import convolve, convolve_backward, products, products_lag
 from tests.helpers.parity import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.usefixtures("products_keep_up")
@@ -79,8 +80,8 @@ def test_products_in_place_of_convolutions_are_as_exact_as_pytorch(shape):
     results = []
     for seed in range(3):
         x, weight, bias, dy = _draw(*shape, seed=seed)
-        assert is_small(x, weight, stride, padding) == small
-        assert small or is_mostly_weight(x, weight, stride, padding) == mostly_weight
+        own = products(x, weight, stride, padding)
+        assert (own.small, own.windows) == (small, mostly_weight)
         y = convolve(x, weight, bias, stride, padding)
         with GradsAsked() as asked:
             fused = (y, *convolve_backward(dy, x, weight, stride, padding, True, True))
@@ -113,7 +114,7 @@ def test_an_infinite_weight_meets_no_padding(shape):
 def test_large_maps_few_channels_few_images_and_1x1_kernels_are_pytorchs_convolution(shape):
     *_, stride, padding = shape
     x, weight, bias, dy = _draw(*shape, seed=0)
-    assert not is_small(x, weight, stride, padding) and not is_mostly_weight(x, weight, stride, padding)
+    assert not any(products(x, weight, stride, padding))
     y, dx, dweight = _reference(x, weight, bias, dy, stride, padding)
     assert torch.equal(convolve(x, weight, bias, stride, padding), y)
     got = convolve_backward(dy, x, weight, stride, padding, True, True)
@@ -146,7 +147,7 @@ def test_an_nchw_weight_gives_the_same_bits():
 
 def test_a_small_float64_map_is_pytorchs_convolution():
     x, weight, *_ = _draw(*SMALL["last stage"], seed=0)
-    assert not is_small(x.double(), weight.double(), 1, 1)
+    assert not any(products(x.double(), weight.double(), 1, 1))
 
 
 @pytest.mark.parametrize(
@@ -156,11 +157,12 @@ def test_only_the_smallest_maps_are_products_on_a_cpu_whose_products_lag(monkeyp
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(convolution, "products_lag", products_lag.__wrapped__)
     draw = lambda N, size: _draw(N, 512, 512, size, size, 3, 1, 1, seed=0)[:2]  # noqa: E731
-    assert is_small(*draw(4, 2), 1, 1)
-    assert is_small(*draw(4, 3), 1, 1) == (not lag)
-    assert is_mostly_weight(*draw(1, 7), 1, 1) == (not lag)
-    for size, own in ((3, True), (6, not lag)):
+    assert products(*draw(4, 2), 1, 1).small
+    assert products(*draw(4, 3), 1, 1).small == (not lag)
+    assert products(*draw(1, 7), 1, 1).windows == (not lag)
+    for size, own in ((2, True), (3, not lag)):
         x, weight, _, dy = _draw(4, 256, 256, size, size, 3, 1, 1, seed=0)
         with GradsAsked() as asked:
             convolve_backward(dy, x, weight, 1, 1, False, True)
