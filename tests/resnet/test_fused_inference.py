@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet
+from resnet.functional import channels_last
 from resnet.torch_backend import inference
 from tests.conftest import DEVICE
 from tests.helpers.blocks import DTYPES, infer, name_of, same, snapshot
@@ -242,4 +243,6 @@ def test_an_infinite_weight_meets_no_padding(any_backend, kind, size):
 
     t = inference_trio(kind).each(change)
     x = images(kind, size).abs() + 0.1
-    torch.testing.assert_close(infer(t.fused, x), infer(t.eager, x), rtol=1e-4, atol=1e-4, equal_nan=True)
+    got, expected, nhwc = (infer(*call)["out"] for call in ((t.fused, x), (t.eager, x), (t.eager, channels_last(x))))
+    expected[got.isnan() & nhwc.isnan()] = torch.nan  # oneDNN's convolution of NHWC may multiply padding, with AVX-512
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
