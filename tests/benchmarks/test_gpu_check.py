@@ -11,6 +11,7 @@ import torch
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import environment, launches, parity, plots, publish, report, sanitizer, scale, times
 from benchmarks.gpu_check.__main__ import Check
+from tests.helpers.runs import as_typed
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
@@ -30,7 +31,7 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path, capsys):
         (["--minutes", "nan"], "--minutes: expected a positive number, got nan"),
         (["--minutes", "-1"], "--minutes: expected a positive number, got -1.0"),
     ],
-    ids=" ".join,
+    ids=as_typed,
 )
 def test_what_cannot_be_used_is_refused_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)

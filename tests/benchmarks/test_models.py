@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import main
 from resnet import BasicBlock, ResNet
+from tests.helpers.runs import as_typed
 
 SMALL = ["--batch-size", "4", "--size", "16", "--pairs", "2", "--device", "cpu"]
 
@@ -75,7 +76,7 @@ def test_a_row_and_a_report_say_what_was_fused_how_exact_it_is_and_what_it_keeps
         ([f"{__name__}:net", "--pairs", "0"], "--pairs: expected at least 1, got 0"),
         ([f"{__name__}:net", "--json", "no/such/folder/out.json"], "--json: expected a path in an existing folder"),
     ],
-    ids=" ".join,
+    ids=as_typed,
 )
 def test_what_cannot_be_used_is_an_error_of_one_line(arguments, words, capsys):
     with pytest.raises(SystemExit) as stopped:

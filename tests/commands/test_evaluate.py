@@ -13,7 +13,7 @@ from resnet import evaluate, training
 from resnet.data import CLASSES
 from resnet.evaluate import class_figures, class_table, confusion, confusion_table, main
 from tests.helpers.checkpoints import IMAGES, as_earlier, as_fused, as_small, bad_checkpoints, changed, train_tiny
-from tests.helpers.runs import load_once
+from tests.helpers.runs import as_typed, load_once
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -172,7 +172,7 @@ def test_what_is_no_checkpoint_is_one_line_that_says_why(trained, capsys):
         (["--plot", "out.txt"], "--plot: expected a name that ends in one of ."),
         (["--json", "nowhere/a"], "--json: expected a path in an existing folder"),
     ],
-    ids=" ".join,
+    ids=as_typed,
 )
 def test_an_argument_that_cannot_be_used_is_one_line(trained, capsys, arguments, message):
     Path("net.pt").symlink_to(trained.checkpoint)

@@ -26,7 +26,7 @@ from resnet.recipes import RECIPES
 from resnet.train import main
 from resnet.training import NonFiniteError, TrainConfig, train
 from tests.helpers.graphs import captures_on_the_cpu
-from tests.helpers.runs import begun, command, load_once, options, small_runs  # noqa: F401
+from tests.helpers.runs import as_typed, begun, command, load_once, options, small_runs  # noqa: F401
 
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
 # To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
@@ -813,7 +813,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--limit-train", "1", "--resize", "32"], "--resize 32 needs batches of 2 images or more"),
         (["--optimizer", "adam"], "unrecognized arguments: --optimizer adam"),
     ],
-    ids=" ".join,
+    ids=as_typed,
 )
 def test_what_cannot_be_used_is_one_line_and_exit_status_2_before_any_work(
     tmp_path, monkeypatch, capsys, arguments, message

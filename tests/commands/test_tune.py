@@ -14,6 +14,7 @@ from resnet import FusedResidual, Residual
 from resnet.kernels.tuning import memory, timing
 from resnet.tune import main
 from tests.conftest import DEVICE
+from tests.helpers.runs import as_typed
 
 NET = f"{__name__}:net"
 SMALL = ["--device", DEVICE.type, "--batch", "2", "--size", "4", "--channels", "32"]
@@ -108,7 +109,7 @@ def test_the_training_step_alone(own_choices, timed, capsys):
         ([NET, "--dtype", "int8"], "--dtype"),
         ([], "MODEL"),
     ],
-    ids=" ".join,
+    ids=as_typed,
 )
 def test_what_cannot_be_used_is_an_error_of_one_line(arguments, words, timed, capsys):
     check_error([*SMALL, *arguments], words, capsys)

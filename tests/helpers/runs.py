@@ -53,3 +53,8 @@ def command(
         text=True,
         **kwargs,
     )
+
+
+def as_typed(value: list[str] | str) -> str:
+    """A test's id for the arguments of a command, and for the words of its error."""
+    return " ".join(value) if isinstance(value, list) else value
