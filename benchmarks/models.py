@@ -77,23 +77,29 @@ def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implemen
     x = common.activations(eager, N, _in_channels(net), H, W)
     labels = torch.zeros(N, dtype=torch.int64, device=x.device)
     try:
-        exact = _step(copy.deepcopy(net).double(), x.double(), labels, Implementation("eager", eager.device))
+        with torch.no_grad():
+            logits_of(copy.deepcopy(net).train(), x)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"MODEL: expected one that trains on {N} images of {H}x{W}, got {model} ({error})") from error
-    sides = {"fused": (fused, copy.deepcopy(net)), "eager": (eager, net)}
+    fused_net = copy.deepcopy(net)
     with fused.scope():
-        report = fuse(sides["fused"][1])
-    errors, saved, training, inference = {}, {}, [], []
+        report = fuse(fused_net)
+    sides = {"fused": (fused, fused_net), "eager": (eager, net)}
+    calls = []
+    for implementation, module in sides.values():
+        run = partial(logits_of, copy.deepcopy(module).eval())
+        calls.append(turns.Side(common.inference(implementation, run, x), implementation.scope))
+    inference = _ratios(calls, pairs, fused.device)  # first, in a process that has not trained: its heap is small
+    exact = _step(copy.deepcopy(net).double(), x.double(), labels, Implementation("eager", eager.device))
+    errors, saved, steps = {}, {}, []
     for kind, (implementation, module) in sides.items():
-        evaluated = copy.deepcopy(module).eval()
         run = partial(logits_of, module)
         with implementation.scope():
             step = _step(copy.deepcopy(module), x, labels, implementation)
             errors[kind] = Errors(*map(_distance, step, exact))
             saved[kind] = common.module_saved_bytes(implementation, module, run, x)
-            training.append(common.training_step(implementation, module, run, [(x, labels)]))
-            inference.append(common.inference(implementation, partial(logits_of, evaluated), x))
-    scopes = fused.scope, eager.scope
+            step = common.training_step(implementation, module, run, [(x, labels)])
+            steps.append(turns.Side(step, implementation.scope))
     return Result(
         model,
         len(report.fused),
@@ -101,8 +107,8 @@ def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implemen
         sum(report.unknown.values()),
         errors,
         saved,
-        _ratios([turns.Side(*side) for side in zip(training, scopes)], pairs, fused.device),
-        _ratios([turns.Side(*side) for side in zip(inference, scopes)], pairs, fused.device),
+        _ratios(steps, pairs, fused.device),
+        inference,
     )
 
 
