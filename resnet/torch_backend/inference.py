@@ -6,8 +6,9 @@ folded weight that was kept would have to be checked against all that it was mad
 The residual add and the ReLU are passes of their own, in place. Fused to oneDNN's convolution the add takes longer (by
 2 to 9% of both, with AVX2), and oneDNN's ReLU drops NaN, which `torch.relu` keeps.
 
-The stem of one channel is a matrix product of windows, for which oneDNN's convolution takes longer where there are
-many: a few images at a time, pooled while their rows are in the cache.
+The stem's output is the largest map of all. Where it is large, a few images at a time are pooled while their pixels are
+in the cache. Of one channel it is a matrix product of windows, for which oneDNN's convolution takes longer where there
+are many, but not where products lag.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from torch import Tensor
 from resnet.norm import Norm
 from resnet.operands import Unit
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.convolution import convolve, is_single_on_cpu, out_map, out_size, windows
+from resnet.torch_backend.convolution import convolve, is_single_on_cpu, out_map, out_size, products_lag, windows
 
 _FOLDED = 1 << 16  # elements of the output; with fewer, a pass over it takes less time than the calls that fold
-_MANY_WINDOWS = 1 << 14  # of the stem; with fewer, oneDNN's convolution takes no longer
-_WINDOWS = 4608  # that are multiplied at a time; they and their products stay in the cache
+_MANY_WINDOWS = 1 << 14  # of a stem of one channel; with fewer, oneDNN's convolution takes no longer
+_LARGE = 1 << 23  # elements of a stem's output: from 32 MiB on glibc asks the system for fresh memory each time
+_WINDOWS = 4608  # at a time; they and their products stay in the cache
 
 
 def _folded(weight: Tensor, norm: Norm, more: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,23 +77,27 @@ def conv_batch_norm(x: Tensor, unit: Unit, more: Tensor | None = None) -> Tensor
 def stem_inference(x: Tensor, unit: Unit) -> Tensor:
     """The stem: relu(max_pool(batch_norm(conv(x)))), the pool 3x3 with stride 2, padding 1; channels_last as x is."""
     weight, stride, padding, norm, _ = unit
-    N, K, C = x.shape[0], *weight.shape[:2]
-    multiplied = C == 1 and is_single_on_cpu(x) and _outputs(x, weight, stride, padding) >= K * _MANY_WINDOWS
-    if multiplied:
+    K = weight.shape[0]
+    by_products = x.shape[1] == 1 and not products_lag()
+    many = K * _MANY_WINDOWS if by_products else _LARGE
+    in_parts = is_single_on_cpu(x) and _outputs(x, weight, stride, padding) >= many
+    if in_parts:
         folded, bias = _folded(weight, norm)
-        multiplied = _is_finite(folded)  # by the padding's zeros, too
-    if not multiplied:
+        in_parts = _is_finite(folded)  # as the padding's zeros need it, too
+    if not in_parts:
         return torch.max_pool2d(conv_batch_norm(x, unit), 3, 2, 1).relu_()
-    weight = folded
     P, Q = out_map(x.shape, weight.shape, stride, padding)
-    met = windows(x, weight, stride, padding).flatten(4)
+    pooled = x.new_empty(x.shape[0], out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1), K)
+    convolution = _product if by_products else convolve
     images = max(1, _WINDOWS // (P * Q))
-    gathered, z = x.new_empty(images * P * Q, weight[0].numel()), x.new_empty(images * P * Q, K)
-    pooled = x.new_empty(N, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1), K)
-    for some, out in zip(met.split(images), pooled.split(images)):
-        rows = len(some) * P * Q
-        gathered[:rows].view(some.shape).copy_(some)
-        torch.addmm(bias, gathered[:rows], weight.flatten(1).t(), out=z[:rows])
-        maps = z[:rows].view(-1, P, Q, K).permute(0, 3, 1, 2)
-        out.copy_(torch.max_pool2d(maps, 3, 2, 1).permute(0, 2, 3, 1))
+    for some, out in zip(x.split(images), pooled.split(images)):
+        y = convolution(some, folded, bias, stride, padding)
+        out.copy_(torch.max_pool2d(y, 3, 2, 1).permute(0, 2, 3, 1))
     return pooled.permute(0, 3, 1, 2).relu_()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+    """`convolve` of one channel as one product of all windows."""
+    met = windows(x, weight, stride, padding)
+    y = torch.addmm(bias, met.reshape(-1, weight[0].numel()), weight.flatten(1).t())
+    return y.view(*met.shape[:3], -1).permute(0, 3, 1, 2)

@@ -22,6 +22,7 @@ def folds_from_few_pixels_on(monkeypatch):
     """On the CPU BatchNorm is folded at these tests' sizes too, but for `FEW` pixels."""
     monkeypatch.setattr(inference, "_FOLDED", 2048)
     monkeypatch.setattr(inference, "_MANY_WINDOWS", 200)
+    monkeypatch.setattr(inference, "_LARGE", 200 * 16)
 
 
 @convolved
@@ -40,6 +41,30 @@ def test_on_a_cpu_batch_norm_is_folded_where_the_map_is_larger_than_the_weight(m
     with resnet.backend("torch"), torch.no_grad():
         fused(x)
     assert bool(normalized) == (size == FEW)
+
+
+@pytest.mark.parametrize("lag", [False, True], ids=["products keep up", "products lag"])
+@pytest.mark.parametrize("kind", ["stem", "grey stem"])
+def test_on_a_cpu_a_large_stem_is_pooled_some_images_after_others(monkeypatch, kind, lag):
+    monkeypatch.setattr(inference, "products_lag", lambda: lag)
+    monkeypatch.setattr(inference, "_WINDOWS", 2 * 11**2)  # of two images
+    pooled = []
+    max_pool = torch.max_pool2d
+
+    def watched(y, *rest):
+        pooled.append(len(y))
+        return max_pool(y, *rest)
+
+    trios = [inference_trio(kind, seed=seed) for seed in range(3)]
+    for t in trios:
+        t.each(nn.Module.cpu)
+    x = images(kind, (5, 21, 22)).cpu()
+    with monkeypatch.context() as watching, resnet.backend("torch"), torch.no_grad():
+        watching.setattr(torch, "max_pool2d", watched)
+        trios[0].fused(x)
+    assert pooled == [2, 2, 1]
+    with resnet.backend("torch"):
+        assert_trios_parity(trios, x.shape, infer)
 
 
 @kinds
