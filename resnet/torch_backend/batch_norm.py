@@ -16,17 +16,19 @@ aten = torch.ops.aten
 
 # On the CPU PyTorch adds up a channels_last map pixel by pixel in float32, and loses more digits the more there are. So
 # they are taken in groups, each a channel of its own, and the groups are merged.
-_FEW = 512  # pixels: up to them PyTorch's own sums are about as exact, and quicker
+# Pixels up to which PyTorch's own sums are about as exact, and quicker. Each thread has a sum of its own, and what one
+# loses is averaged over them; a call may get fewer threads than there are.
+_FEW_ALONE, _FEW = 72, 512
 _PIXELS = 128  # of a group, at most
 _SUMS = 1 << 14  # that PyTorch holds at a time: more of them leave the cache
 
-# Deviations by which a mean is too far from zero: for the statistics, whose sums it outgrows, and for dx.
-_FAR, _FAR_FOR_GRAD = 8, 32
+# Deviations by which a mean is too far from zero: for the sums of many groups, of one group alone, and for dx.
+_FAR, _FAR_ALONE, _FAR_FOR_GRAD = 8, 2, 32
 
 
 def are_few(x: Tensor) -> bool:
     """Whether PyTorch's own sums over the pixels of x (N, C, H, W) keep their digits."""
-    return x.numel() <= _FEW * x.shape[1] or not x.is_cpu
+    return not x.is_cpu or x.numel() <= min(_FEW, _FEW_ALONE * torch.get_num_threads() ** 2) * x.shape[1]
 
 
 @cache
@@ -64,7 +66,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _is_far(mean: Tensor, variance: Tensor, deviations: int) -> bool:
+def _is_far(mean: Tensor, variance: Tensor, deviations: float) -> bool:
     """Whether a mean is so many deviations from zero that its own digits crowd out those of the differences.
 
     What is far is moved to zero first, in a pass of its own.
@@ -80,7 +82,8 @@ def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if are_few(x):
         return _moments_of_few(x, dtype)
     mean, variance = _moments_of_many(x, dtype)
-    if _is_far(mean, variance, _FAR):
+    groups = x.numel() / (x.shape[1] * _PIXELS)
+    if _is_far(mean, variance, min(_FAR, _FAR_ALONE * groups**0.5)):
         shift = mean
         mean, variance = _moments_of_many(x, dtype, shift)
         mean += shift
