@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import sys
@@ -94,7 +95,12 @@ def made_by(spec: str, expected: str = "module:callable") -> nn.Module:
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(f"MODEL: expected {expected}, got {spec} ({error})") from error
     configuration = getattr(make, "config_class", None)
-    net = make() if configuration is None else make(configuration())
+    arguments = () if configuration is None else (configuration(),)
+    try:
+        inspect.signature(make).bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(f"MODEL: expected a callable that needs no arguments, got {spec} ({error})") from error
+    net = make(*arguments)
     require(isinstance(net, nn.Module), "MODEL", "a callable that gives an nn.Module", type(net).__name__)
     return net
 

@@ -16,11 +16,12 @@ aten = torch.ops.aten
 
 # On the CPU PyTorch adds up a channels_last map pixel by pixel in float32, and loses more digits the more there are. So
 # they are taken in groups, each a channel of its own, and the groups are merged.
-# Pixels up to which PyTorch's own sums are about as exact, and quicker. Each thread has a sum of its own, and what one
-# loses is averaged over them; a call may get fewer threads than there are.
-_FEW_ALONE, _FEW = 72, 512
 _PIXELS = 128  # of a group, at most
 _SUMS = 1 << 14  # that PyTorch holds at a time: more of them leave the cache
+
+# Pixels, with one thread and at most, up to which PyTorch's own sums are about as exact, and quicker. Each thread has a
+# sum of its own, and what one loses is averaged over them. A call may get fewer threads than there are.
+_FEW_ALONE, _FEW = 72, 512
 
 # Deviations by which a mean is too far from zero: for the sums of many groups, of one group alone, and for dx.
 _FAR, _FAR_ALONE, _FAR_FOR_GRAD = 8, 2, 32

@@ -69,6 +69,7 @@ def test_a_row_and_a_report_say_what_was_fused_how_exact_it_is_and_what_it_keeps
     [
         (["resnet18"], "MODEL: expected module:callable, got resnet18"),
         ([f"{__name__}:nothing"], "has no attribute 'nothing'"),
+        (["torch.nn:Conv2d"], "MODEL: expected a callable that needs no arguments, got torch.nn:Conv2d"),
         ([f"{__name__}:headless"], "MODEL: expected a net with a convolution, got Linear"),
         ([f"{__name__}:Pair"], "MODEL: expected a net that gives a tensor, got tuple"),
         ([f"{__name__}:net", "--batch-size", "1", "--size", "2"], "MODEL: expected one that trains on 1 images of 2x2"),
