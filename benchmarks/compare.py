@@ -32,7 +32,6 @@ CASES = ("resnet18-train", "resnet18-inference", *BLOCK_CASES)
 DEFAULT_CASES = ("resnet18-train", "resnet18-inference", "block1-train", "block1-inference")
 CHANNELS = (64, 128, 256, 512)  # of the stages' identity blocks
 IMAGE_BATCHES = 4
-TURN_SECONDS = 0.05  # a side of a pair is called as often as lasts about so long, both equally often
 
 
 @dataclass(frozen=True)
@@ -135,13 +134,11 @@ def _stage(case: str) -> int:
 
 def measure(case: str, rival: str, settings: Settings, data: ImageSet | None) -> Result:
     """Times `settings.pairs` pairs, after a warm-up that compiles, and chooses how often each side is called."""
-    now = turns.clock(settings.device)
     sides = []
     for implementation in (settings.implementation("fused"), settings.implementation(rival)):
         with implementation.scope():
             sides.append(turns.Side(workload(case, implementation, settings, data), implementation.scope))
-    calls = turns.calls_per_turn(TURN_SECONDS, [side.warm_seconds(now) for side in sides])
-    fused, other = turns.take_turns(sides, calls=calls, rounds=settings.pairs, now=now)
+    calls, (fused, other) = turns.paired(sides, settings.pairs, settings.device)
     waited = max(fused.waited_share, other.waited_share)
     return Result(case, rival, calls, tuple(fused.seconds), tuple(other.seconds), waited)
 

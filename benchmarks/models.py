@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from benchmarks import common, turns
 from benchmarks.common import Implementation
-from benchmarks.compare import TURN_SECONDS
 from benchmarks.verdict import Comparison
 from resnet import fuse
 from resnet.commands import (
@@ -144,9 +143,7 @@ def _distance(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def _ratios(sides: list[turns.Side], pairs: int, device: torch.device) -> tuple[float, ...]:
-    now = turns.clock(device)
-    calls = turns.calls_per_turn(TURN_SECONDS, [side.warm_seconds(now) for side in sides])
-    fused, eager = turns.take_turns(sides, calls=calls, rounds=pairs, now=now)
+    _, (fused, eager) = turns.paired(sides, pairs, device)
     return Comparison.of_rounds("eager", fused.seconds, eager.seconds).ratios
 
 

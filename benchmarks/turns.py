@@ -166,6 +166,20 @@ def take_turns(
     return turns
 
 
+PAIR_SECONDS = 0.05  # a side of a pair is called as often as lasts about so long, both equally often
+
+
+def paired(sides: Sequence[Side], pairs: int, device: torch.device) -> tuple[int, list[Turns]]:
+    """(calls per side of a pair, the sides' turns), after a warm-up that compiles and chooses how often each is called.
+
+    Raises:
+        SideFailed: a side raised an error.
+    """
+    now = clock(device)
+    calls = calls_per_turn(PAIR_SECONDS, [side.warm_seconds(now) for side in sides])
+    return calls, take_turns(sides, calls=calls, rounds=pairs, now=now)
+
+
 def _turn(sides: Sequence[Side], index: int, calls: int, now: Callable[[], float]) -> float:
     try:
         return sides[index].seconds(calls, now)
