@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from benchmarks import common, turns
 from benchmarks.common import Implementation
-from benchmarks.verdict import Comparison
+from benchmarks.verdict import Comparison, busy_note
 from resnet import fuse
 from resnet.commands import (
     DTYPES,
@@ -60,6 +60,7 @@ class Result:
     saved_bytes: dict[str, int]
     training: tuple[float, ...]  # fused over eager, pair by pair
     inference: tuple[float, ...]
+    waited_for_cpu: float  # the part of the time in which threads waited for a CPU, from 0 to 1; the worst side's
 
 
 def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implementation) -> Result:
@@ -88,7 +89,7 @@ def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implemen
     for implementation, module in sides.values():
         run = partial(logits_of, copy.deepcopy(module).eval())
         calls.append(turns.Side(common.inference(implementation, run, x), implementation.scope))
-    inference = _ratios(calls, pairs, fused.device)  # first, in a process that has not trained: its heap is small
+    inference = _compared(calls, pairs, fused.device)  # first, in a process that has not trained: its heap is small
     exact = _step(copy.deepcopy(net).double(), x.double(), labels, Implementation("eager", eager.device))
     errors, saved, steps = {}, {}, []
     for kind, (implementation, module) in sides.items():
@@ -99,6 +100,7 @@ def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implemen
             saved[kind] = common.module_saved_bytes(implementation, module, run, x)
             step = common.training_step(implementation, module, run, [(x, labels)])
             steps.append(turns.Side(step, implementation.scope))
+    training = _compared(steps, pairs, fused.device)
     return Result(
         model,
         len(report.fused),
@@ -106,8 +108,9 @@ def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implemen
         sum(report.unknown.values()),
         errors,
         saved,
-        _ratios(steps, pairs, fused.device),
-        inference,
+        training.ratios,
+        inference.ratios,
+        max(training.waited, inference.waited),
     )
 
 
@@ -142,9 +145,10 @@ def _distance(found: list[Tensor], exact: list[Tensor]) -> float:
     return (off / sum(e.square().sum() for e in exact)).sqrt().item()
 
 
-def _ratios(sides: list[turns.Side], pairs: int, device: torch.device) -> tuple[float, ...]:
+def _compared(sides: list[turns.Side], pairs: int, device: torch.device) -> Comparison:
     _, (fused, eager) = turns.paired(sides, pairs, device)
-    return Comparison.of_rounds("eager", fused.seconds, eager.seconds).ratios
+    waited = max(fused.waited_share, eager.waited_share)
+    return Comparison.of_rounds("eager", fused.seconds, eager.seconds, waited)
 
 
 HEAD = (
@@ -210,6 +214,8 @@ def _measure_all(args: argparse.Namespace) -> int:
     for model in args.models:
         results.append(measure(model, (args.batch_size, args.size, args.size), args.pairs, fused))
         print(row(results[-1]), flush=True)
+    if note := busy_note(max(result.waited_for_cpu for result in results)):
+        print(f"\n{note}")
     if args.json is not None:
         settings = {name: getattr(args, name) for name in ("batch_size", "size", "dtype", "pairs")}
         report = {"environment": environment, **settings, "results": [dataclasses.asdict(r) for r in results]}

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models import main
+from benchmarks.turns import Turns
+from benchmarks.verdict import busy_note
 from resnet import BasicBlock, ResNet
 from tests.helpers.runs import as_typed
 
@@ -62,6 +64,13 @@ def test_a_row_and_a_report_say_what_was_fused_how_exact_it_is_and_what_it_keeps
         assert 0 < error["logits"] < 1e-4 and 0 < error["gradients"] < 1e-2
     assert first["saved_bytes"]["fused"] < first["saved_bytes"]["eager"]
     assert len(first["training"]) == len(first["inference"]) == 2
+    assert 0 <= first["waited_for_cpu"] <= 1
+
+
+def test_a_busy_machine_is_said_as_benchmarks_compare_says_it(monkeypatch, capsys):
+    monkeypatch.setattr(Turns, "waited_share", 0.3)
+    assert main([f"{__name__}:net", *SMALL]) == 0
+    assert capsys.readouterr().out.endswith(f"\n{busy_note(0.3)}\n")
 
 
 @pytest.mark.parametrize(
