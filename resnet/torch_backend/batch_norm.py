@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -16,14 +16,14 @@ aten = torch.ops.aten
 
 # On the CPU PyTorch adds up a channels_last map pixel by pixel in float32, and loses more digits the more there are. So
 # they are taken in groups, each a channel of its own, and the groups are merged.
-_PIXELS = 128  # of a group, at most
+_PIXELS = 128, 64  # of a group, at most; and of 16-bit values: the sums of many equal ones are rounded alike
 _SUMS = 1 << 14  # that PyTorch holds at a time: more of them leave the cache
 
 # Pixels, with one thread and at most, up to which PyTorch's own sums are about as exact, and quicker. Each thread has a
 # sum of its own, and what one loses is averaged over them. A call may get fewer threads than there are.
 _FEW_ALONE, _FEW = 72, 512
 
-# Deviations by which a mean is too far from zero: for the sums of many groups, of one group alone, and for dx.
+# Deviations by which a mean is too far from zero: for the sums of many groups, of one group or few pixels, and for dx.
 _FAR, _FAR_ALONE, _FAR_FOR_GRAD = 8, 2, 32
 
 
@@ -32,10 +32,15 @@ def are_few(x: Tensor) -> bool:
     return not x.is_cpu or x.numel() <= min(_FEW, _FEW_ALONE * torch.get_num_threads() ** 2) * x.shape[1]
 
 
+def _most(dtype: torch.dtype) -> int:
+    """How many pixels of values of a type make a group, at most."""
+    return _PIXELS[dtype.itemsize == 2]
+
+
 @cache
-def _group(count: int) -> int:
-    """How many of `count` pixels make a group: as many as leave none over, if that is not many fewer than allowed."""
-    return next((size for size in range(_PIXELS, _PIXELS // 2, -1) if count % size == 0), _PIXELS)
+def _group(count: int, most: int) -> int:
+    """How many of `count` pixels make a group: as many as leave none over, if that is not far fewer than `most`."""
+    return next((size for size in range(most, most // 2, -1) if count % size == 0), most)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -43,19 +48,21 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def _maps(rows: Tensor) -> list[Tensor]:
+def _maps(rows: Tensor, most: int) -> list[Tensor]:
     """The pixels of `rows`, dense, some after some, as channels_last maps (1, groups * C, 1, pixels of a group).
+
+    A group has `most` pixels, or fewer.
 
     Of k groups in a map, group i has the pixels i, i + k, i + 2 k, ... What is left over makes the last map.
     """
     C = rows.shape[3]
     count = rows.numel() // C
-    size = _group(count)
-    left, most = count % size, max(1, _SUMS // C) * size
-    if not left and count <= most:
+    size = _group(count, most)
+    left, at_a_time = count % size, max(1, _SUMS // C) * size
+    if not left and count <= at_a_time:
         return [_as_map(rows, size)]
     pixels = rows.flatten(0, 2)
-    maps = [_as_map(some, size) for some in pixels[: count - left].split(most)]
+    maps = [_as_map(some, size) for some in pixels[: count - left].split(at_a_time)]
     return [*maps, _as_map(pixels[count - left :], left)] if left else maps
 
 
@@ -80,21 +87,23 @@ def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     x (N, C, H, W) is channels_last.
     """
+    most = _most(x.dtype)
     if are_few(x):
-        return _moments_of_few(x, dtype)
-    mean, variance = _moments_of_many(x, dtype)
-    groups = x.numel() / (x.shape[1] * _PIXELS)
-    if _is_far(mean, variance, min(_FAR, _FAR_ALONE * groups**0.5)):
+        moments, far = _moments_of_few, _FAR_ALONE
+    else:
+        moments = partial(_moments_of_many, most=most)
+        far = min(_FAR, _FAR_ALONE * (x.numel() / (x.shape[1] * most)) ** 0.5)
+    mean, variance = moments(x, dtype)
+    if x.is_cpu and _is_far(mean, variance, far):
         shift = mean
-        mean, variance = _moments_of_many(x, dtype, shift)
+        mean, variance = moments(x - shift[:, None, None], dtype)
         mean += shift
     return mean, variance
 
 
-def _moments_of_many(x: Tensor, dtype: torch.dtype, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`_moments` of x - shift."""
-    C, rows = x.shape[1], _rows(x)
-    maps = _maps(rows if shift is None else rows - shift)
+def _moments_of_many(x: Tensor, dtype: torch.dtype, most: int) -> tuple[Tensor, Tensor]:
+    """`_moments` from those of groups of `most` pixels."""
+    C, maps = x.shape[1], _maps(_rows(x), most)
     moments = [[m.view(-1, C) for m in _moments_of_few(some, dtype)] for some in maps]
     size, last = maps[0].shape[3], maps[-1].shape[3]
     left = moments.pop() if last < size else None
@@ -265,15 +274,23 @@ def is_eager_as_good(x: Tensor, norm: Norm) -> bool:
 def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
     """relu(batch_norm(x) [+ shortcut]) by operators that PyTorch records; the add and the ReLU are done in place.
 
-    It keeps x and out for backward. Without the ReLU, whose backward makes dense what it gives, BatchNorm's would
-    depend on the layout of the incoming gradient.
+    It keeps x and out for backward; x - mean in place of x, where a mean is far from zero. Without the ReLU, whose
+    backward makes dense what it gives, BatchNorm's would depend on the layout of the incoming gradient.
     """
     weight, bias, mean, var, _, training, momentum, eps, count, counted, _ = norm
     if counted is not None:
         counted.add_(1)
     elif count is not None:
         momentum = 1.0 / count.item()  # nobody waits for it: where a quick look found it, it is on the CPU
-    out = torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
+    if training and type(x) is Tensor and x.is_cpu:
+        out, batch_mean, invstd = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+        if (batch_mean * invstd).abs_().max().item() > _FAR_ALONE:
+            x = x - batch_mean[:, None, None]
+            out, rest, _ = torch.native_batch_norm(x, weight, bias, None, None, True, momentum, eps)
+            if mean is not None:
+                mean.add_(rest, alpha=momentum)
+    else:
+        out = torch.batch_norm(x, weight, bias, mean, var, training, momentum, eps, torch.backends.cudnn.enabled)
     return (out if shortcut is None else out.add_(shortcut)).relu_()
 
 
@@ -302,7 +319,10 @@ def backward(
         g = aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
     else:
         g = aten.threshold_backward(dout, out, 0)
-    dx, dweight, sum_g = (_backward_of_few if are_few(x) and not norm.group else _backward_of_many)(g, x, stats, norm)
+    if are_few(x) and not norm.group:
+        dx, dweight, sum_g = _backward_of_few(g, x, stats, norm)
+    else:
+        dx, dweight, sum_g = _backward_of_many(g, x, stats, norm, consume or (relu and not shortcut))
     return NormGrad(
         dx,
         None if norm.weight is None else dweight.to(norm.weight.dtype),
@@ -325,17 +345,22 @@ def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tup
     return aten.native_batch_norm_backward(g, x, weight, *running, mean, invstd, norm.training, eps, [True] * 3)
 
 
-def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """`_backward_of_few` with sums that keep their digits; dx takes those of all processes of a group."""
+def _backward_of_many(
+    g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm, consume: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_backward_of_few` with sums that keep their digits; dx takes those of all processes of a group.
+
+    With `consume` dx is written over g.
+    """
     mean, invstd, scale, _ = stats.unbind()
     C, rows_g, rows, sums = x.shape[1], _rows(g), _rows(x), []
-    for some_g, some_x in [(g, x)] if are_few(x) else zip(_maps(rows_g), _maps(rows)):
+    for some_g, some_x in [(g, x)] if are_few(x) else zip(*(_maps(r, _most(x.dtype)) for r in (rows_g, rows))):
         saved = (v.expand(some_x.shape[1] // C, C).reshape(-1) for v in (mean, invstd))
         operands = some_g, some_x, None, None, None, *saved
         _, *some = aten.native_batch_norm_backward(*operands, True, norm.eps, [False, True, True])
         sums.append([v.view(-1, C) for v in some])
     dweight, sum_g = (_joined(some).sum(0) for some in zip(*sums))
-    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dx = g if consume else torch.empty_like(x, memory_format=torch.channels_last)
     rows_dx = _rows(dx)
     if not norm.training:
         torch.mul(rows_g, scale, out=rows_dx)
@@ -351,8 +376,8 @@ def _backward_of_many(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tu
     else:
         level.addcmul_(mean, slope, value=-1)
     line = rows_dx if dx.dtype == stats.dtype else None  # else of a type of its own: dx is rounded once
-    line = torch.addcmul(level, rows, slope, out=line)
-    torch.addcmul(line, rows_g, scale, out=rows_dx)
+    line = torch.addcmul(level, rows_g, scale, out=line)
+    torch.addcmul(line, rows, slope, out=rows_dx)
     return dx, dweight, sum_g
 
 

@@ -41,35 +41,35 @@ MANY = {
     "large maps": (2, 16, 211, 201),
     "a few hundred pixels": (2, 64, 16, 16),
 }
-FEW = {"as many as PyTorch adds up with one thread": (1, 16, 8, 9)}
+FEW = {"as many as PyTorch adds up with one thread": (1, 16, 8, 9), "less than half a group": (3, 32, 3, 5)}
+SHAPES = MANY | FEW
+FAR = 1.0, 4.0, 10.0, 20.0  # means, of a deviation of 1.5
+SUMS_OF_FEW = [*product(FEW, [0.0, *FAR, 1000.0])]
+SUMS = [*product(MANY, FAR), *SUMS_OF_FEW]
+
+loses_digits = pytest.mark.skipif(
+    DEVICE.type != "cpu", reason="PyTorch's sums over pixels lose digits on the CPU alone"
+)
 
 
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="PyTorch's sums over pixels lose digits on the CPU alone")
-@pytest.mark.parametrize(("name", "mean"), [*product(MANY, [1.0, 4.0, 10.0, 20.0]), *product(FEW, [0.0, 1.0])])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_any_number_of_pixels_is_as_exact_as_eager_in_the_default_layout(name, dtype, mean, training):
-    """Eager in channels_last is not: it is no measure for itself."""
-    shape = (MANY | FEW)[name]
-    names = "out", "running_mean", "running_var", "dx", "dweight", "dbias"
+def assert_as_exact_as_eager_in_the_default_layout(name, mean, dtype, training, fused, relu=False):
+    """`fused` takes x, dout, weight, bias and the running statistics, which are made those of the batch, and gives
+    out, dx, dweight and dbias. Eager in channels_last is no measure for itself.
+    """
+    shape = SHAPES[name]
 
     def results(function, d: torch.dtype, layout: torch.memory_format) -> list[Tensor]:
         x, dout = (t.to(d).contiguous(memory_format=layout) for t in given)
         acc = statistics_dtype(d)
-        weight, bias, running_mean, running_var = (v.to(acc) for v in vectors)
-        out, grads = function(x, dout, weight, bias, running_mean, running_var)
+        weight, bias, running_mean, running_var = (v.to(acc, copy=True) for v in vectors)
+        out, *grads = function(x, dout, weight, bias, running_mean, running_var)
         return [out, running_mean, running_var, *grads]
 
     def eager(x, dout, weight, bias, *running):
         wanted = [t.requires_grad_() for t in (x, weight, bias)]
         out = F.batch_norm(x, *running, weight, bias, training, momentum=1.0)
-        return out.detach(), torch.autograd.grad(out, wanted, dout)
-
-    def fused(x, dout, weight, bias, *running):
-        norm = Norm(weight, bias, *running, None, training, 1.0, 1e-5)
-        out, stats = batch_norm.forward(x, norm, relu=False)
-        grad = batch_norm.backward(dout, x, out, stats, norm, relu=False)
-        return out, (grad.dx, grad.dweight, grad.dbias)
+        out = out.relu() if relu else out
+        return out.detach(), *torch.autograd.grad(out, wanted, dout)
 
     given = [t.to(dtype) for t in (1.5 * draw(*shape) + mean, draw(*shape, seed=1))]
     vectors = [1 + draw(shape[1], seed=2).abs(), draw(shape[1], seed=3), mean + draw(shape[1], seed=4) / 4]
@@ -77,5 +77,33 @@ def test_any_number_of_pixels_is_as_exact_as_eager_in_the_default_layout(name, d
     got = results(fused, dtype, torch.channels_last)
     expected = results(eager, dtype, torch.contiguous_format)
     exact = results(eager, torch.float64, torch.contiguous_format)
+    names = "out", "running_mean", "running_var", "dx", "dweight", "dbias"
     for name, *values in zip(names, got, expected, exact, strict=True):
         assert_as_exact_as_eager(name, *([v] for v in values))
+
+
+@loses_digits
+@pytest.mark.parametrize(("name", "mean"), SUMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_any_number_of_pixels_is_as_exact_as_eager_in_the_default_layout(name, dtype, mean, training):
+    def fused(x, dout, weight, bias, *running):
+        norm = Norm(weight, bias, *running, None, training, 1.0, 1e-5)
+        out, stats = batch_norm.forward(x, norm, relu=False)
+        grad = batch_norm.backward(dout, x, out, stats, norm, relu=False)
+        return out, grad.dx, grad.dweight, grad.dbias
+
+    assert_as_exact_as_eager_in_the_default_layout(name, mean, dtype, training, fused)
+
+
+@loses_digits
+@pytest.mark.parametrize(("name", "mean"), SUMS_OF_FEW)
+def test_operators_that_pytorch_records_are_as_exact_as_eager_in_the_default_layout(name, mean):
+    def fused(x, dout, weight, bias, *running):
+        wanted = [t.requires_grad_() for t in (x, weight, bias)]
+        norm = Norm(weight, bias, *running, None, True, 1.0, 1e-5)
+        assert batch_norm.is_eager_as_good(x, norm)
+        out = batch_norm.eager(x, norm, None)
+        return out.detach(), *torch.autograd.grad(out, wanted, dout)
+
+    assert_as_exact_as_eager_in_the_default_layout(name, mean, torch.float32, True, fused, relu=True)
