@@ -14,6 +14,7 @@ are many, but not where products lag.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,10 +49,15 @@ def fold_shortcut(x: Tensor, unit: Unit) -> tuple[Tensor, Tensor] | None:
     return (weight, bias) if _is_finite(weight) else None  # scaling it may overflow where scaling z does not
 
 
-def _outputs(x: Tensor, weight: Tensor, stride: int, padding: int) -> int:
+def _outputs(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> int:
     """Elements of conv(x, weight)."""
-    P, Q = out_map(x.shape, weight.shape, stride, padding)
-    return x.shape[0] * weight.shape[0] * P * Q
+    return x[0] * weight[0] * math.prod(out_map(x, weight, stride, padding))
+
+
+@lru_cache(1024)
+def _pays(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> bool:
+    """Whether folding moves less than a pass over the output of conv(x, weight)."""
+    return _outputs(x, weight, stride, padding) > max(weight.numel(), _FOLDED)
 
 
 def conv_batch_norm(x: Tensor, unit: Unit, more: Tensor | None = None) -> Tensor:
@@ -60,7 +66,7 @@ def conv_batch_norm(x: Tensor, unit: Unit, more: Tensor | None = None) -> Tensor
     x (N, C, H, W) is channels_last, more is (K,).
     """
     weight, stride, padding, norm, _ = unit
-    if is_single_on_cpu(x) and _outputs(x, weight, stride, padding) > max(weight.numel(), _FOLDED):
+    if is_single_on_cpu(x) and _pays(x.shape, weight.shape, stride, padding):
         folded, bias = _folded(weight, norm, more)
         out = convolve(x, folded, bias, stride, padding)
         # Where scaling the weight overflowed, scaling the convolution need not. An image meets all of the weight.
@@ -80,7 +86,7 @@ def stem_inference(x: Tensor, unit: Unit) -> Tensor:
     K = weight.shape[0]
     by_products = x.shape[1] == 1 and not products_lag()
     many = K * _MANY_WINDOWS if by_products else _LARGE
-    in_parts = is_single_on_cpu(x) and _outputs(x, weight, stride, padding) >= many
+    in_parts = is_single_on_cpu(x) and _outputs(x.shape, weight.shape, stride, padding) >= many
     if in_parts:
         folded, bias = _folded(weight, norm)
         in_parts = _is_finite(folded)  # as the padding's zeros need it, too
