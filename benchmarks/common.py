@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet import FusedResidual, Residual, backend, resnet18
+import resnet.published
+from resnet import FusedResidual, Residual, backend, fuse, resnet18
 from resnet.data import Batches, ImageSet
 
 QUICK = os.environ.get("BENCH_QUICK", "") not in ("", "0")  # smaller and fewer: to see that all of it runs
@@ -160,15 +161,31 @@ def net(implementation: Implementation) -> tuple[nn.Module, Callable[[Tensor], T
     return _module(implementation, lambda block: resnet18(block=block))
 
 
+def published(implementation: Implementation, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """(the net of `resnet.published`, the callable that runs it): all implementations have the same weights."""
+    module = _drawn(getattr(resnet.published, name))
+    if implementation.kind == "fused":
+        fuse(module)
+    return _placed(implementation, module)
+
+
 def _module(
     implementation: Implementation, build: Callable[[type[nn.Module]], nn.Module]
 ) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        module = build(Residual)
+    module = _drawn(lambda: build(Residual))
     if implementation.kind == "fused":
         eager, module = module, build(FusedResidual)
         module.load_state_dict(eager.state_dict())
+    return _placed(implementation, module)
+
+
+def _drawn(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return build()
+
+
+def _placed(implementation: Implementation, module: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     module = module.to(implementation.device, memory_format=implementation.memory_format)
     return module, compiled(module) if implementation.kind == "compile" else module
 

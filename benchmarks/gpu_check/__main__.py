@@ -15,6 +15,7 @@ The stages run in this order, each as far as the time goes; what fails is noted,
     kernels      a fused step kernel by kernel, beside the least that the ceilings allow
     textbook     10 epochs of ResNet-18 on Fashion-MNIST, fused and eager
     blocks       the residual blocks of the net, as `net`
+    model        the published ResNet-50, as `net`
     sanitizer    compute-sanitizer over a step of the net, where it is installed
     tests        as many of the tests as there is time for
     max-autotune torch.compile's, which compiles for minutes
@@ -184,6 +185,7 @@ def run(check: Check) -> bool:
         check.stage("kernels", reserve, kernels(check))
     check.stage("textbook", reserve, textbook(check))
     check.stage("blocks", reserve, times.block_rows(scale))
+    check.stage("model", reserve, times.net_rows(times.MODEL_ROWS, scale, scale.model))
     check.stage("sanitizer", reserve, sanitizer.checks(scale, check.folder, min(check.left, 0.2 * check.seconds)))
     check.stage("tests", 0, tests(check))
     check.stage("max-autotune", reserve, times.net_rows(times.SLOW_ROWS, scale))

@@ -19,6 +19,7 @@ from resnet.kernels.host.command import ConfigError, Parser, run
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 KEPT = ROOT / "results"
+NOT_YET = "No run has measured it yet."
 _BLOCK = re.compile(r"(<!-- gpu: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -50,6 +51,7 @@ def tables(kept: Sequence[Results]) -> dict[str, str]:
     """
     of = {stage: next(r for r in kept if r.get(stage)) for stage in ("net", "kernels", "textbook", "blocks", "parity")}
     net = of["net"]["net"]
+    model = next((r for r in kept if r.get("model")), None)
     return {
         "setting": setting(of["net"]),
         **{f"setting {stage}": setting(results) for stage, results in of.items()},
@@ -61,6 +63,7 @@ def tables(kept: Sequence[Results]) -> dict[str, str]:
         "gaps": gaps_table(of["kernels"]["kernels"]["training"]["gaps"]),
         "textbook": textbook_table(of["textbook"]),
         "blocks": times_table(of["blocks"]["blocks"], "block "),
+        "model": NOT_YET if model is None else f"{setting(model)}\n\n{times_table(model['model'], '')}",
         "parity": parity_table(of["parity"]["parity"]),
     }
 

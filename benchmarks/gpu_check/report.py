@@ -54,6 +54,7 @@ def markdown(results: Results) -> str:
             parts += ["All kernels:", totals_table(found["totals"])]
     parts += ["## The textbook's training", *_textbook(results.get("textbook", {}))]
     parts += ["## Blocks, forward and backward", times_table(results.get("blocks", {}), "block ")]
+    parts += ["## A published net", times_table(results.get("model", {}), "")]
     parts += ["## Parity", parity_table(results.get("parity", {}))]
     for stage, title in (("tests", "Tests"), ("sanitizer", "compute-sanitizer")):
         parts += [f"## {title}", *_ends(results.get(stage, {}))]

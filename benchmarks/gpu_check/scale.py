@@ -12,6 +12,7 @@ class Scale:
     device: torch.device
     batch: int  # images of the net
     resize: int  # their height and width
+    model: str  # a net of `resnet.published`, on as many images
     block_batch: int  # of a block alone
     blocks: tuple[tuple[int, int, int, int], ...]  # input channels, channels, stride, height and width of the input
     published: tuple[tuple[str, int, int, int, int], ...]  # the class before these; its width in place of the channels
@@ -39,10 +40,12 @@ _PUBLISHED = (
 
 def full() -> Scale:
     """The textbook's training: ResNet-18 on batches of 256 images of 96x96."""
-    return Scale(torch.device("cuda"), 256, 96, 256, _BLOCKS, _PUBLISHED, 20, 4, 2**31, 8192, ())
+    return Scale(torch.device("cuda"), 256, 96, "resnet50", 256, _BLOCKS, _PUBLISHED, 20, 4, 2**31, 8192, ())
 
 
 def rehearsal() -> Scale:
     small = ("--epochs", "1", "--limit-train", "16", "--limit-test", "8", "--batch-size", "8", "--resize", "32")
     published = (("Bottleneck", 8, 4, 2, 5),)
-    return Scale(torch.device("cpu"), 4, 32, 512, ((8, 8, 1, 5), (8, 16, 2, 5)), published, 3, 1, 2**20, 64, small)
+    return Scale(
+        torch.device("cpu"), 4, 32, "resnet18", 512, ((8, 8, 1, 5), (8, 16, 2, 5)), published, 3, 1, 2**20, 64, small
+    )

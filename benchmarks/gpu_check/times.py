@@ -1,6 +1,6 @@
-"""ResNet-18 and its blocks, each as eager PyTorch, torch.compile and fused run them: launched by Python, and replayed.
+"""ResNet-18, its blocks and a published net, as eager PyTorch, torch.compile and fused run them: launched and replayed.
 
-A replayed step is a CUDA graph: what the device needs, without the host that launches it.
+Python launches a step kernel by kernel. A replayed step is a CUDA graph: what the device needs, without the host.
 """
 
 from __future__ import annotations
@@ -60,17 +60,22 @@ ROWS = (  # the first ones first: time may end
 )
 SLOW_ROWS = (Row("compile", "max-autotune"),)  # a minute or more to compile
 BLOCK_ROWS = ROWS[:3]
+MODEL_ROWS = ROWS[:4]
 
 
 # ---- what is timed ---------------------------------------------------------------------------------------------
 
 
-def net_step(row: Row, scale: Scale, train: bool) -> Step:
-    """A training step (forward, loss, backward, SGD) of ResNet-18, or its inference, on one batch."""
+def net_step(row: Row, scale: Scale, train: bool, model: str | None = None) -> Step:
+    """A training step (forward, loss, backward, SGD) of a net, or its inference, on one batch.
+
+    The net is the textbook's ResNet-18, or the `model` of `resnet.published`.
+    """
     implementation = row.implementation(scale)
-    net, run = common.net(implementation)
+    net, run = common.net(implementation) if model is None else common.published(implementation, model)
     run = row.callable(net, run)
-    images = common.activations(implementation, scale.batch, 1, scale.resize, scale.resize)
+    channels = 1 if model is None else 3
+    images = common.activations(implementation, scale.batch, channels, scale.resize, scale.resize)
     if not train:
         net.eval()
         return common.inference(implementation, run, images)
@@ -138,12 +143,14 @@ def measured(row: Row, scale: Scale, make: Callable[[], Step]) -> dict[str, obje
     return result
 
 
-def net_rows(rows: Sequence[Row], scale: Scale) -> Iterator[tuple[str, Callable[[], dict[str, object]]]]:
+def net_rows(
+    rows: Sequence[Row], scale: Scale, model: str | None = None
+) -> Iterator[tuple[str, Callable[[], dict[str, object]]]]:
     """(name, what measures it), of both cases of each row."""
     for row in rows:
         for train in (True, False):
-            make = lambda row=row, train=train: net_step(row, scale, train)  # noqa: E731
-            name = f"ResNet-18 {'training' if train else 'inference'}, {row.name}"
+            make = lambda row=row, train=train: net_step(row, scale, train, model)  # noqa: E731
+            name = f"{model or 'ResNet-18'} {'training' if train else 'inference'}, {row.name}"
             yield name, lambda row=row, make=make: measured(row, scale, make)
 
 

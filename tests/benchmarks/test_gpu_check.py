@@ -61,6 +61,7 @@ def test_a_rehearsal_runs_every_stage_and_leaves_a_report(tmp_path, monkeypatch,
     """The rows and the tasks are fewer than a user's, for time's sake."""
     monkeypatch.setattr(times, "ROWS", times.ROWS[:2])
     monkeypatch.setattr(times, "BLOCK_ROWS", times.ROWS[:2])
+    monkeypatch.setattr(times, "MODEL_ROWS", times.ROWS[:2])
     monkeypatch.setattr(times, "SLOW_ROWS", ())
     tasks = parity.tasks(scale.rehearsal())[:2]
     monkeypatch.setattr(parity, "tasks", lambda scale: tasks)
@@ -72,11 +73,14 @@ def test_a_rehearsal_runs_every_stage_and_leaves_a_report(tmp_path, monkeypatch,
     assert status == 0, said
     results = json.loads((folder / "results.json").read_text())
     assert list(results["seconds"]) == [
-        *("environment", "parity", "net", "textbook", "blocks", "sanitizer", "tests", "max-autotune")
+        *("environment", "parity", "net", "textbook", "blocks", "model", "sanitizer", "tests", "max-autotune")
     ]
     assert set(results["parity"]) == {task.name for task in tasks}
     assert set(results["net"]) == {f"{case}, {kind}" for case in report.NET_CASES for kind in ("fused", "eager")}
-    assert all(len(row["launched_ms"]) == 3 for row in results["net"].values())
+    assert set(results["model"]) == {
+        f"resnet18 {case}, {kind}" for case in ("training", "inference") for kind in ("fused", "eager")
+    }
+    assert all(len(row["launched_ms"]) == 3 for row in (results["net"] | results["model"]).values())
     assert results["textbook"]["fused"]["said"][0].startswith("loss ")
     assert results["sanitizer"]["sample alone"]["status"] == 0
     assert results["tests"]["tests/resnet/test_schema.py"]["status"] == 0
