@@ -48,26 +48,25 @@ def _rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1)
 
 
-def _maps(rows: Tensor, most: int) -> list[Tensor]:
-    """The pixels of `rows`, dense, some after some, as channels_last maps (1, groups * C, 1, pixels of a group).
+def _maps(x: Tensor, most: int) -> list[Tensor]:
+    """The pixels of x, dense and channels_last, some after some, as maps (1, groups * C, 1, pixels of a group).
 
-    A group has `most` pixels, or fewer.
-
-    Of k groups in a map, group i has the pixels i, i + k, i + 2 k, ... What is left over makes the last map.
+    A group has `most` pixels, or fewer. Of k groups in a map, group i has the pixels i, i + k, i + 2 k, ... What is
+    left over makes the last map.
     """
-    C = rows.shape[3]
-    count = rows.numel() // C
+    C = x.shape[1]
+    count = x.numel() // C
     size = _group(count, most)
-    left, at_a_time = count % size, max(1, _SUMS // C) * size
-    if not left and count <= at_a_time:
-        return [_as_map(rows, size)]
-    pixels = rows.flatten(0, 2)
-    maps = [_as_map(some, size) for some in pixels[: count - left].split(at_a_time)]
-    return [*maps, _as_map(pixels[count - left :], left)] if left else maps
+    whole = count - count % size
+    at_a_time = max(1, _SUMS // C) * size
+    maps = [_as_map(x, first, min(at_a_time, whole - first), size) for first in range(0, whole, at_a_time)]
+    return maps if whole == count else [*maps, _as_map(x, whole, count - whole, count - whole)]
 
 
-def _as_map(pixels: Tensor, size: int) -> Tensor:
-    return pixels.reshape(1, 1, size, -1).permute(0, 3, 1, 2)
+def _as_map(x: Tensor, first: int, count: int, size: int) -> Tensor:
+    C = x.shape[1]
+    width = count // size * C
+    return x.as_strided((1, width, 1, size), (count * C, 1, count * C, width), x.storage_offset() + first * C)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -103,7 +102,7 @@ def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _moments_of_many(x: Tensor, dtype: torch.dtype, most: int) -> tuple[Tensor, Tensor]:
     """`_moments` from those of groups of `most` pixels."""
-    C, maps = x.shape[1], _maps(_rows(x), most)
+    C, maps = x.shape[1], _maps(x, most)
     moments = [[m.view(-1, C) for m in _moments_of_few(some, dtype)] for some in maps]
     size, last = maps[0].shape[3], maps[-1].shape[3]
     left = moments.pop() if last < size else None
@@ -122,7 +121,7 @@ def _moments_of_many(x: Tensor, dtype: torch.dtype, most: int) -> tuple[Tensor, 
 def _moments_of_few(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`_moments` by PyTorch's operator, which takes statistics in the type of the running ones."""
     running = (None, None) if dtype == x.dtype else (x.new_zeros(x.shape[1], dtype=dtype) for _ in range(2))
-    return aten.batch_norm_update_stats(x, *running, 0.0)
+    return torch.batch_norm_update_stats(x, *running, 0.0)
 
 
 def _statistics(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
@@ -318,7 +317,7 @@ def backward(
     elif consume:
         g = aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
     else:
-        g = aten.threshold_backward(dout, out, 0)
+        g = aten.threshold_backward.default(dout, out, 0)
     if are_few(x) and not norm.group:
         dx, dweight, sum_g = _backward_of_few(g, x, stats, norm)
     else:
@@ -342,7 +341,7 @@ def _backward_of_few(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm) -> tup
     else:
         running, eps = (mean, invstd**-2), 0.0
     # CUDA's operator reads what was saved in evaluation, too.
-    return aten.native_batch_norm_backward(g, x, weight, *running, mean, invstd, norm.training, eps, [True] * 3)
+    return aten.native_batch_norm_backward.default(g, x, weight, *running, mean, invstd, norm.training, eps, [True] * 3)
 
 
 def _backward_of_many(
@@ -354,10 +353,10 @@ def _backward_of_many(
     """
     mean, invstd, scale, _ = stats.unbind()
     C, rows_g, rows, sums = x.shape[1], _rows(g), _rows(x), []
-    for some_g, some_x in [(g, x)] if are_few(x) else zip(*(_maps(r, _most(x.dtype)) for r in (rows_g, rows))):
+    for some_g, some_x in [(g, x)] if are_few(x) else zip(*(_maps(t, _most(x.dtype)) for t in (g, x))):
         saved = (v.expand(some_x.shape[1] // C, C).reshape(-1) for v in (mean, invstd))
         operands = some_g, some_x, None, None, None, *saved
-        _, *some = aten.native_batch_norm_backward(*operands, True, norm.eps, [False, True, True])
+        _, *some = aten.native_batch_norm_backward.default(*operands, True, norm.eps, [False, True, True])
         sums.append([v.view(-1, C) for v in some])
     dweight, sum_g = (_joined(some).sum(0) for some in zip(*sums))
     dx = g if consume else torch.empty_like(x, memory_format=torch.channels_last)
@@ -409,6 +408,6 @@ def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tens
     place += place // 3 * (width - 3)  # a tap's index, from its window's first pixel on
     index = place.index_select(0, tap.permute(0, 2, 3, 1).reshape(-1).int()).view(N, P, Q, C).permute(0, 3, 1, 2)
     index += _window_origins((P, Q), width, x.device)
-    g = aten.threshold_backward(dout, out, 0)
+    g = aten.threshold_backward.default(dout, out, 0)
     g = aten.max_pool2d_with_indices_backward(g, x, [3, 3], [2, 2], [1, 1], [1, 1], False, index)
     return backward(g, x, out, stats, norm, relu=False)
