@@ -135,20 +135,21 @@ def _train(config: TrainConfig) -> int:
     try:
         result = train(config)
     except UnfinishedError as error:
-        _report(error.result)
+        _report(error.result, "not saved")
         raise
     _report(result)
     return ended_by(signal.Signals[result.signal]) if result.interrupted else 0
 
 
-def _report(result: TrainResult) -> None:
+def _report(result: TrainResult, unsaved: str = "before the first step, nothing to save") -> None:
+    """Prints and writes the figures; `unsaved` says why an interrupted run has left no checkpoint."""
     try:
         if result.epochs:
             with contextlib.suppress(OSError):  # of a terminal that was closed
                 print(result.table(), file=sys.stderr, flush=True)
         if result.interrupted:
             saved = result.checkpoint and f"checkpoint in {result.checkpoint}"
-            say(f"interrupted after {len(result.epochs)} epochs; {saved or 'before the first step, nothing to save'}")
+            say(f"interrupted after {len(result.epochs)} epochs; {saved or unsaved}")
         elif result.epochs:
             put(result.summary())
     finally:

@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -676,6 +675,10 @@ def _deferred_interrupt() -> Iterator[_Interrupt]:
 
 
 def _unused_paths(config: TrainConfig) -> list[str]:
-    """A checkpoint's paths that exist not yet, in the current folder and in the temporary one."""
+    """A checkpoint's paths that exist not yet, in the current folder and in the temporary one, where there are such."""
     name = f"{config.model}-{config.impl}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.pt"
-    return [str(folder / name) for folder in (Path.cwd(), Path(tempfile.gettempdir()))]
+    paths = []
+    for folder in (os.getcwd, tempfile.gettempdir):
+        with contextlib.suppress(OSError):  # it was removed while the run went
+            paths.append(os.path.join(folder(), name))
+    return paths

@@ -693,6 +693,28 @@ def test_ctrl_c_before_the_first_step_leaves_an_old_checkpoint(tmp_path, monkeyp
     assert "nothing to save" in capsys.readouterr().err
 
 
+def test_ctrl_c_leaves_a_checkpoint_though_the_current_folder_was_removed(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    interrupt_before(monkeypatch, "_step")
+    load_once(None)  # some of the set's places are relative to the folder
+    folder.rmdir()
+    path = tmp_path / "net.pt"
+    assert main(options(small(save=str(path)))) == 130
+    assert torch.load(path, weights_only=True)["step"] == 1
+
+
+def test_ctrl_c_where_no_checkpoint_can_be_written_says_so(tmp_path, monkeypatch, capsys):
+    interrupt_before(monkeypatch, "_step")
+    path = str(tmp_path / "gone" / "net.pt")
+    monkeypatch.setattr(training, "_unused_paths", lambda config: [path])
+    assert main(options(small())) == 1
+    *_, line, error = capsys.readouterr().err.splitlines()
+    assert line == "interrupted after 0 epochs; not saved"
+    assert error == f"python -m resnet.train: error: {path}: cannot be written (No such file or directory)"
+
+
 def test_ctrl_c_after_all_work_is_done_does_not_spoil_it(tmp_path, monkeypatch):
     interrupt_before(monkeypatch, "save")
     assert main(options(small(save=str(tmp_path / "net.pt")))) == 0
