@@ -181,6 +181,20 @@ class _Interrupt(threading.Event):
     number = 0
 
 
+class _Bar(tqdm):
+    """A progress bar that ends where stderr takes no more, as a pipe whose reader Ctrl-C ended: the run goes on."""
+
+    def display(self, *args, **kwargs):
+        try:
+            return super().display(*args, **kwargs)
+        except OSError:
+            self.disable = True
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @dataclasses.dataclass
 class _Tally:
     """What an epoch's steps have given so far; the tensors are on the device."""
@@ -305,7 +319,7 @@ class _Run:
         self.net.train()
         self.batches.epoch = self.epochs
         checked = self.step
-        with tqdm(
+        with _Bar(
             total=self.batches.examples,
             initial=tally.seen,
             desc=f"epoch {self.epochs + 1}/{self.config.epochs}",

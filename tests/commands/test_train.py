@@ -649,6 +649,28 @@ def test_a_signal_leaves_a_usable_checkpoint_and_says_where(tmp_path, name, stat
         resnet18(block=block).load_state_dict(checkpoint["model"], strict=True)
 
 
+def test_ctrl_c_leaves_a_checkpoint_though_it_ended_the_reader_of_standard_error_too(tmp_path):
+    """As in `python -m resnet.train 2>&1 | tee log`."""
+    path = tmp_path / "net.pt"
+    read, write = os.pipe()
+    restored = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = command(small(epochs=100_000, save=str(path)), stderr=write, preexec_fn=restored)
+    os.close(write)
+    try:
+        with open(read, "rb", buffering=0) as shown:
+            text = b""
+            while b"epoch 2/" not in text:
+                text += (part := shown.read(1 << 16))
+                assert part, text
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["epoch"] >= 1
+
+
 def interrupt_before(monkeypatch, method: str) -> None:
     """Ctrl-C at the moment that a run's method is called for the first time."""
     original = getattr(training._Run, method)
