@@ -24,6 +24,7 @@ KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "tally", "his
 _GO_ON = "--resume: cannot go on from"
 _USE = "CHECKPOINT: cannot use"
 _ANOTHER_NET = "it is of another net"
+_ANOTHER_VERSION = "its settings are none of this version"
 
 
 def read_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
@@ -31,6 +32,8 @@ def read_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
     found = _read(path, device, _GO_ON)
     if not found.keys() >= KEYS:
         raise _refusal(_GO_ON, path, "a version wrote it that kept too little to go on")
+    if not isinstance(found["args"], dict):
+        raise _refusal(_GO_ON, path, _ANOTHER_VERSION)
     return found
 
 
@@ -60,7 +63,7 @@ def read_net(path: str, device: torch.device) -> SavedNet:
     found = _read(path, device, _USE)
     settings = found["args"]
     if not _are_known(settings):
-        raise _refusal(_USE, path, "its settings are none of this version")
+        raise _refusal(_USE, path, _ANOTHER_VERSION)
     images, build = _images(found, path, _USE), BUILDERS[settings["model"], settings["impl"]]
     net = build(len(images.classes), images.channels, stem=settings["stem"])
     try:
@@ -152,6 +155,18 @@ def check_images(path: str, saved: Mapping[str, Any], given: ImageSpec) -> None:
     spec = _images(saved, path, _GO_ON)
     if spec != given:
         raise _refusal(_GO_ON, path, f"its run has {spec}, not {given}")
+
+
+def check_progress(path: str, saved: Mapping[str, Any], epochs: int, images: int, steps: int) -> None:
+    """ConfigError where an epoch has other images or steps, or the checkpoint's run has trained for longer already."""
+    found = saved.get("train_images")  # which earlier versions did not say
+    if found not in (None, images) or len(saved["tally"]["losses"]) != steps:
+        raise _refusal(_GO_ON, path, f"its run has {found or 'another number of'} training images, not {images}")
+    epoch, step = saved["epoch"], saved["step"]
+    if (epoch, step) > (epochs, 0):
+        raise _refusal(
+            _GO_ON, path, f"its run has {epoch} epochs and {step} steps, which --epochs {epochs} is short of"
+        )
 
 
 def another_net(path: str) -> ConfigError:

@@ -33,6 +33,7 @@ from resnet.checkpoints import (
     another_net,
     check_images,
     check_processes,
+    check_progress,
     check_settings,
     read_checkpoint,
 )
@@ -86,10 +87,10 @@ def train(config: TrainConfig) -> TrainResult:
     The same seed gives the same order of images everywhere, and a model the same first weights for every `impl`.
 
     The checkpoint is a dictionary for `torch.load`: `model` (a state_dict for that net of either block),
-    `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one), `images` (an ImageSpec) and
-    `args`. It is replaced after every epoch, never by one with non-finite weights. Ctrl-C ends the run after the step
-    at hand and writes it, under a name of its own in the current folder where `config.save` has none; a second Ctrl-C
-    raises KeyboardInterrupt at once.
+    `optimizer`, `epoch` (epochs trained in full), `step` (steps of the next one), `images` (an ImageSpec),
+    `train_images` (how many) and `args`. It is replaced after every epoch, never by one with non-finite weights.
+    Ctrl-C ends the run after the step at hand and writes it, under a name of its own in the current folder where
+    `config.save` has none; a second Ctrl-C raises KeyboardInterrupt at once.
     SIGTERM and SIGHUP do as Ctrl-C does; a second one does what it did before.
 
     In several processes, as torchrun starts them, each takes its share of every batch and of the test set; figures are
@@ -135,6 +136,8 @@ def _train(config: TrainConfig, device: torch.device, ranks: Ranks) -> TrainResu
         interrupted = run.failure is None and len(epochs) < config.epochs
         if (interrupted or run.failure is not None) and run.trained:
             checkpoint = run.save_somewhere()
+        elif checkpoint is None and config.save is not None and run.trained:  # resumed when all was trained
+            checkpoint = run.save_epoch()
     result = TrainResult(
         config=config,
         device=str(device),
@@ -169,6 +172,8 @@ def _prepared(
     if earlier is not None:
         check_images(config.resume, earlier, dataset.spec)
     batches, evaluation = _batches(config, dataset, device, ranks)
+    if earlier is not None:
+        check_progress(config.resume, earlier, config.epochs, len(batches.images), len(batches))
     _check_steps(config, batches)
     if device.type == "cpu" and config.dtype == "float16":
         print("float16 on a CPU is emulated and may be a hundred times slower; bfloat16 is not.", file=sys.stderr)
@@ -441,6 +446,7 @@ class _Run:
             **raw,
             "format": FORMAT,
             "images": dataclasses.asdict(self.images),
+            "train_images": len(self.batches.images),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch": self.epochs,
@@ -468,7 +474,7 @@ class _Run:
             self.net.load_state_dict(checkpoint["model" if self.average is None else "raw_model"])
             self.evaluated.load_state_dict(checkpoint["model"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (KeyError, ValueError, RuntimeError):
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError):  # or no state of a net at all
             raise another_net(self.config.resume) from None
         self.scaler.load_state_dict(checkpoint["scaler"])
         self.tally = _Tally(**checkpoint["tally"])

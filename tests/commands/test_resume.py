@@ -113,6 +113,15 @@ def test_a_finished_run_s_figures_come_out_again():
     assert again.summary() == first.summary() and not again.interrupted
 
 
+def test_a_finished_run_s_checkpoint_is_saved_where_that_is_asked_for():
+    settings = SETTINGS["all of a recipe"]
+    train(config(save="net.pt", **settings))
+    again = train(config(resume="net.pt", save="again.pt", **settings))
+    assert again.checkpoint == "again.pt"
+    expected, found = weights("net.pt"), weights("again.pt")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 # ---- what cannot be gone on from -------------------------------------------------------------------------------
 
 
@@ -152,14 +161,27 @@ def refusal(capsys, *arguments: str) -> str:
         (lambda saved: saved.update(format=2), "a newer version wrote it"),
         (lambda saved: saved.pop("format"), "a version wrote it that kept too little to go on"),
         (lambda saved: saved.pop("args"), "another program wrote it"),
+        (lambda saved: saved.update(args=[]), "its settings are none of this version"),
         (lambda saved: saved["model"].pop("7.bias"), "it is of another net"),
+        (lambda saved: saved.update(model=[1]), "it is of another net"),
+        (lambda saved: saved.update(optimizer=[1]), "it is of another net"),
         (lambda saved: saved["model"].update({"7.bias": torch.zeros(3)}), "it is of another net"),
         (
             lambda saved: saved.update(extra=RunsCode()),
             "it holds more than weights and settings, and what may run code is not read",
         ),
     ],
-    ids=["newer", "older", "another program", "a weight is missing", "another size", "runs code"],
+    ids=[
+        "newer",
+        "older",
+        "another program",
+        "no settings",
+        "a weight is missing",
+        "a list of weights",
+        "a list for an optimizer",
+        "another size",
+        "runs code",
+    ],
 )
 def test_a_checkpoint_that_does_not_fit_is_one_line_that_says_why(capsys, saved, change, reason):
     change(saved)
@@ -192,3 +214,34 @@ def test_a_file_that_is_no_checkpoint_is_one_line_that_says_so(capsys, saved):
 )
 def test_settings_that_change_what_is_trained_are_named(capsys, saved, arguments, reason):
     assert refusal(capsys, *arguments) == reason
+
+
+def test_a_run_that_was_trained_for_longer_is_refused(capsys, monkeypatch):
+    """Its figures would be of more epochs than are asked for."""
+    train(config(save="net.pt", **SETTINGS["textbook"]))
+    assert refusal(capsys, "--epochs", "1") == "its run has 2 epochs and 0 steps, which --epochs 1 is short of"
+    interrupt_at(monkeypatch, "_step", 5)
+    train(config(save="net.pt", **SETTINGS["textbook"]))
+    assert refusal(capsys, "--epochs", "1") == "its run has 1 epochs and 2 steps, which --epochs 1 is short of"
+
+
+@pytest.mark.parametrize("as_it_was", [True, False], ids=["this version", "an earlier one"])
+@pytest.mark.parametrize("images", [24, 8], ids=["more", "fewer"])
+def test_another_number_of_images_is_refused(monkeypatch, as_it_was, images):
+    """As where the sample now stands in for the whole set: the place in the order of images would mean nothing."""
+    rest = {**SETTINGS["textbook"], "limit_train": None}
+    whole = load_once(None)
+
+    def first(n):
+        of = {"train_images": whole.train_images[:n], "train_labels": whole.train_labels[:n]}
+        monkeypatch.setattr(training, "load", lambda folder: dataclasses.replace(whole, **of))
+
+    first(16)
+    interrupt_at(monkeypatch, "_step", 1)
+    train(config(save="net.pt", **rest))
+    if not as_it_was:
+        changed(Path("net.pt"), Path("net.pt"), lambda saved: saved.pop("train_images"))
+    first(images)
+    message = f"its run has {16 if as_it_was else 'another number of'} training images, not {images}"
+    with pytest.raises(training.ConfigError, match=message):
+        train(config(resume="net.pt", **rest))
