@@ -65,7 +65,8 @@ class TrainConfig:
                 object.__setattr__(self, name, self._of_recipe(name))
         require_count("--epochs", self.epochs)
         require_count("--batch-size", self.batch_size)
-        require(0 < self.lr <= torch.finfo(torch.float32).max, "--lr", "a positive number that float32 holds", self.lr)
+        held = torch.finfo(torch.float32)
+        require(held.tiny <= self.lr <= held.max, "--lr", "a positive number that float32 holds", self.lr)
         require(
             self.resize >= IMAGE_SIZE,
             "--resize",

@@ -599,8 +599,11 @@ def _batches(
     own = f"at least {size}, the size of the images of {dataset.source}: they are enlarged only"
     require(config.resize >= size, "--resize", own, config.resize)
     n = config.limit_train or len(dataset.train_images)
-    # A last stage of one pixel has one value per channel in a batch of one image, which BatchNorm cannot normalise.
     plan = config.plan
+    erased = plan.augmentation.erase if plan.augmentation else 0
+    larger = f"images larger than the {erased}x{erased} pixels that it erases of each"
+    require(size > erased, f"--recipe {config.recipe}", larger, f"{size}x{size}")
+    # A last stage of one pixel has one value per channel in a batch of one image, which BatchNorm cannot normalise.
     one_pixel = math.ceil(config.resize / (8 if plan.stem == "small" else 32)) == 1
     if one_pixel and min(n, config.batch_size) == 1:
         raise ConfigError(

@@ -30,14 +30,14 @@ def pixels(number: int, colour: bool) -> np.ndarray:
     return np.stack([image, image // 2, image // 4], axis=-1) if colour else image
 
 
-def make(folder: Path, colour: bool, test: str = "test", classes: tuple[str, ...] = CLASSES) -> Path:
+def make(folder: Path, colour: bool, test: str = "test", classes: tuple[str, ...] = CLASSES, size: int = SIZE) -> Path:
     """Of each class four images to train on, and two to test."""
     number = 0
     for part, count in (("train", 4), (test, 2)):
         for name in classes:
             (folder / part / name).mkdir(parents=True)
             for place in range(count):
-                Image.fromarray(pixels(number, colour)).save(folder / part / name / f"{place}.png")
+                Image.fromarray(pixels(number, colour)[:size, :size]).save(folder / part / name / f"{place}.png")
                 number += 1
     return folder
 
@@ -173,6 +173,13 @@ def test_other_images_than_the_net_s_are_one_line(folder, checkpoint, capsys):
     assert (
         message == f"--resize: expected at least 32, the size of the images of {folder}: they are enlarged only, got 28"
     )
+
+
+def test_images_of_which_a_recipe_would_leave_nothing_are_one_line(capsys):
+    """An image of 8x8 would be one grey level, whatever is in it."""
+    small = make(Path("small"), colour=False, size=8)
+    message = refusal(capsys, "train", *settings(small, recipe="best", epochs="4"))
+    assert message == "--recipe best: expected images larger than the 8x8 pixels that it erases of each, got 8x8"
 
 
 def test_the_benchmarks_are_of_fashion_mnist_alone(folder, capsys):

@@ -818,6 +818,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--batch-size", "-4"], "--batch-size: expected at least 1, got -4"),
         (["--batch-size", "9223372036854775808"], "--batch-size: expected at most 2**63 - 1, got 9223372036854775808"),
         (["--lr", "0"], "--lr: expected a positive number that float32 holds, got 0.0"),
+        (["--lr", "1e-46"], "--lr: expected a positive number that float32 holds, got 1e-46"),
         (["--lr", "nan"], "--lr: expected a positive number that float32 holds, got nan"),
         (["--lr", "1e39"], "--lr: expected a positive number that float32 holds, got 1e+39"),
         (
