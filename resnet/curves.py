@@ -43,11 +43,12 @@ def read(path: str) -> list[dict[str, float]]:
 
 def named(paths: Sequence[str]) -> dict[str, list[dict[str, float]]]:
     """Each run's epochs by the shortest names that tell the files apart: the last parts of their paths."""
+    runs = [read(path) for path in paths]
     parts = [Path(os.path.abspath(path)).with_suffix("").parts for path in paths]
     if len(set(parts)) < len(parts):
         raise ConfigError("RUN: expected files of different names")
     length = next(n for n in range(1, max(map(len, parts)) + 1) if len({p[-n:] for p in parts}) == len(parts))
-    return {"/".join(p[-length:]): read(path) for p, path in zip(parts, paths)}
+    return {"/".join(p[-length:]): run for p, run in zip(parts, runs)}
 
 
 def line(name: str, epochs: Sequence[dict[str, float]]) -> str:

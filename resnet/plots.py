@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from resnet.train_result import Epoch
 
 ROWS, COLUMNS = 5, 8  # of images
+AS_IT_IS = {"parse_math": False}  # of a user's names, in which two dollars are no formula
 RIGHT, WRONG = "0.35", "#c4161c"
 CENTRED = {"horizontalalignment": "center", "verticalalignment": "center"}
 
@@ -71,7 +72,10 @@ def runs(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
     for axes in (loss, accuracy):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
-        axes.legend()
+        labelled = [line for line in axes.lines if line.get_label() in curves]
+        legend = axes.legend(labelled, [f"run {number}" for number in range(len(labelled))])
+        for text, line in zip(legend.get_texts(), labelled):
+            text.set(text=line.get_label(), **AS_IT_IS)  # here: a label that starts with _ would be left out
     return figure
 
 
@@ -81,7 +85,11 @@ def _draw_guess(axes: Axes, image: Tensor, truth: str, guess: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(
-        f"{truth}\n{guess}", fontsize=9, color=RIGHT if is_right else WRONG, weight="normal" if is_right else "bold"
+        f"{truth}\n{guess}",
+        fontsize=9,
+        color=RIGHT if is_right else WRONG,
+        weight="normal" if is_right else "bold",
+        **AS_IT_IS,
     )
     axes.spines[:].set(visible=not is_right, color=WRONG, linewidth=3)
 
@@ -90,8 +98,10 @@ def _draw_confusion(axes: Axes, matrix: Tensor, names: Sequence[str]) -> None:
     """Counts; the shade is the part of the row, so that classes of any size compare."""
     shares = (matrix / matrix.sum(1, keepdim=True).clamp(min=1)).tolist()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=45, horizontalalignment="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_xticks(
+        range(len(names)), names, rotation=45, horizontalalignment="right", rotation_mode="anchor", **AS_IT_IS
+    )
+    axes.set_yticks(range(len(names)), names, **AS_IT_IS)
     axes.tick_params(length=0)
     axes.set(xlabel="guess", ylabel="class")
     axes.spines[:].set_visible(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -44,6 +45,15 @@ def test_each_run_has_its_colour_for_loss_and_for_both_accuracies():
     assert colours[0] == colours[1] == loss.lines[0].get_color() != colours[2] == colours[3]
 
 
+def test_the_legends_have_each_name_as_it_is():
+    """Matplotlib leaves out a label that starts with _, and takes what is between two dollars for a formula."""
+    names = ["_old", "$^$", "a"]
+    figure = plots.runs(dict.fromkeys(names, EPOCHS))
+    figure.savefig(io.BytesIO())
+    for axes in figure.axes:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+
+
 def test_names_are_as_long_as_tells_the_files_apart():
     assert list(named([write("a/run.json"), write("b/run.json")])) == ["a/run", "b/run"]
     assert list(named([write("a/one.json"), write("b/two.json")])) == ["one", "two"]
@@ -56,6 +66,7 @@ def test_names_are_as_long_as_tells_the_files_apart():
         (["text.json"], "text.json: expected what python -m resnet.train --json writes"),
         (["list.json"], "list.json: expected what python -m resnet.train --json writes"),
         (["other.json"], "other.json: expected what python -m resnet.train --json writes"),
+        (["/"], "/: cannot be read (Is a directory)"),
         (["none.json"], "none.json: its run has no whole epoch"),
         (["run.json", "./run.json"], "RUN: expected files of different names"),
         (["run.json", "--out", "curves.txt"], "--out: expected a name that ends in one of "),

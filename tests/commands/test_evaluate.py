@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -125,6 +126,16 @@ def test_the_plot_is_a_picture_of_its_name_s_kind(trained):
     pytest.importorskip("matplotlib")
     evaluated(trained.checkpoint, "--plot", "out.png", images=3)
     assert Path("out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_of_classes_are_drawn_as_they_are():
+    """Matplotlib takes what is between two dollars for a formula, which "^" is none."""
+    pytest.importorskip("matplotlib")
+    from resnet import plots
+
+    labels = torch.tensor([0, 1])
+    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    plots.evaluation(images, labels, labels, confusion(labels, labels, 2), ("$^$", "b")).savefig(io.BytesIO())
 
 
 def test_each_image_has_its_class_and_its_guess_and_wrong_ones_are_marked():
