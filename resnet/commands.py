@@ -223,8 +223,11 @@ def not_written(path: str | os.PathLike[str], error: OSError) -> OutputError:
     return OutputError(f"{path}: cannot be written ({error.strerror or error})")
 
 
-def check_tensorboard(folder: str | os.PathLike[str] | None) -> None:
-    """ConfigError where TensorBoard's package is missing, or the folder cannot have its files. None is no folder."""
+def check_tensorboard(folder: str | os.PathLike[str] | None, outputs: Paths) -> None:
+    """ConfigError where TensorBoard's package is missing, or the folder cannot have its files. None is no folder.
+
+    Nor may it be one of the outputs, which are files.
+    """
     if folder is None:
         return
     try:
@@ -234,6 +237,9 @@ def check_tensorboard(folder: str | os.PathLike[str] | None) -> None:
     place = Path(folder) if os.path.exists(folder) else Path(folder).absolute().parent
     usable = place.is_dir() and os.access(place, os.W_OK)
     require(usable, "--tensorboard", "a folder that may be written, or a new one's name", folder)
+    for name, path in outputs.items():
+        differs = path is None or os.path.realpath(path) != os.path.realpath(folder)
+        require(differs, "--tensorboard", f"another path than that of {name}", folder)
 
 
 # ---- plots -------------------------------------------------------------------------------------------------------

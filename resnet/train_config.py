@@ -85,9 +85,9 @@ class TrainConfig:
             where = self.log or self.tensorboard
             require(where is not None, "--log-every", "--log or --tensorboard, which say where", "none")
         check_plot(self.plot)
-        check_tensorboard(self.tensorboard)
         reports = {"--json": self.json, "--log": self.log, "--plot": self.plot, "--profile": self.profile}
         check_outputs({"--save": self.save, **reports})
+        check_tensorboard(self.tensorboard, {"--save": self.save, **reports})
         check_outputs(reports, {"--resume": self.resume})
 
     def _choose_impl(self) -> None:

@@ -64,6 +64,14 @@ def test_a_folder_that_cannot_be_is_one_line_before_any_work(capsys, folder):
     assert refusal(capsys, [*options(config()), "--tensorboard", folder]) == message
 
 
+@pytest.mark.parametrize("option", ["--save", "--log"])
+def test_a_file_of_the_same_name_is_one_line_before_any_work(capsys, option):
+    """Neither is there yet; after the first epoch the second of them could not be made."""
+    pytest.importorskip("tensorboard")
+    message = f"--tensorboard: expected another path than that of {option}, got board\n"
+    assert refusal(capsys, [*options(config()), "--tensorboard", "board", option, "./board"]) == message
+
+
 def test_a_folder_that_takes_no_more_is_one_line_and_the_weights_are_kept():
     pytest.importorskip("tensorboard")
     settings = config(epochs=1, tensorboard="board", save="net.pt")
