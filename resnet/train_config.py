@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from resnet.recipes import OVERRIDABLE, RECIPES, Recipe
 from resnet.reference import STEMS
 
 CUDA_GRAPHS = ("auto", "on", "off")
+PATHS = ("data", "save", "json", "log", "tensorboard", "profile", "plot", "resume")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class TrainConfig:
     """What to train, on what, and how; the command's options under the same names.
 
     What is None of OVERRIDABLE becomes the recipe's, at once: `dataclasses.replace` keeps what the first recipe gave.
+
+    A `pathlib.Path` becomes the text that names it.
 
     A `model` that was one of IMPLS, as in earlier versions, becomes `impl`, and a line on stderr says so.
 
@@ -55,6 +59,9 @@ class TrainConfig:
     resume: str | None = None  # checkpoint of a run with the same settings, which goes on from there
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            if getattr(self, name) is not None:  # as text, since JSON and checkpoints have no paths
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         if self.impl is None:
             self._choose_impl()
         require(self.model in MODELS, "--model", f"one of {', '.join(MODELS)}", self.model)

@@ -458,6 +458,14 @@ def test_a_checkpoint_loads_into_either_block_and_gives_the_same_accuracy(tmp_pa
         assert accuracy == pytest.approx(result.test_acc, abs=0.011), "but for one tie at most"
 
 
+def test_a_path_may_be_one_of_pathlib_s(tmp_path):
+    """Neither --json nor a checkpoint that is read without running code could hold it."""
+    path = tmp_path / "net.pt"
+    result = train(small(save=path, log=tmp_path / "log"))
+    assert torch.load(path, weights_only=True)["args"]["log"] == str(tmp_path / "log")
+    assert json.loads(json.dumps(result.to_json()))["checkpoint"] == str(path)
+
+
 def test_a_checkpoint_is_written_after_every_epoch(tmp_path, monkeypatch):
     written = []
     save = torch.save
