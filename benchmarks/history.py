@@ -72,7 +72,7 @@ def read(paths: Iterable[Path]) -> list[Point]:
             found += points(json.loads(path.read_bytes()))
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise ConfigError(f"{path}: expected results of benchmarks.gpu_check") from None
     return sorted(found, key=lambda point: point.time)
 

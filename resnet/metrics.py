@@ -63,7 +63,7 @@ def _is_later(line: bytes, place: tuple[int, int]) -> bool:
         figures = json.loads(line)
         epoch, step = figures["epoch"], figures.get("step")
         return ((epoch, 0) if step is None else (epoch - 1, step)) > place
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 
 

@@ -56,6 +56,7 @@ def test_without_rates_there_is_no_second_panel():
     ("content", "message"),
     [
         ("no json", "file: expected results of benchmarks.gpu_check"),
+        pytest.param("[" * 100_000, "file: expected results of benchmarks.gpu_check", id="too deep"),
         ("[]", "file: expected results of benchmarks.gpu_check"),
         ('{"environment": {}}', "file: expected results of benchmarks.gpu_check"),
         (json.dumps({"environment": CHECK["environment"]}), "no times of fused and of eager in file"),

@@ -553,7 +553,9 @@ def test_the_log_has_a_line_per_epoch_and_per_so_many_steps_and_a_resumed_run_ad
 
 
 def test_lines_that_come_again_are_left_out_and_others_are_kept():
-    kept = b'a note\n[1]\n{"epoch": 1, "step": 5}\n{"epoch": 1, "loss": 1.0}\n{"epoch": 2, "step": 3}\n'
+    kept = (
+        b"[" * 100_000 + b'\na note\n[1]\n{"epoch": 1, "step": 5}\n{"epoch": 1, "loss": 1.0}\n{"epoch": 2, "step": 3}\n'
+    )
     later = b'{"epoch": 2, "step": 4}\n{"epoch": 2, "loss": 1.0}\n{"epoch": 3, "step": 1}\n'
     assert metrics.lines_until(kept + later + b'{"epoch"', epochs=1, step=3) == kept
 
