@@ -99,7 +99,8 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, a batch of one image
-            cannot be normalised, or the steps are too few for the recipe's warm-up or a trace.
+            cannot be normalised, the recipe would erase whole images, or the steps are too few for its warm-up or a
+            trace. Or the checkpoint to go on from does not fit.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
         UnfinishedError: a checkpoint, the log, the plot, the trace or a scalar cannot be written. What was there before
