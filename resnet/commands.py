@@ -253,7 +253,7 @@ def check_plot(path: str | os.PathLike[str] | None, name: str = "--plot") -> Non
         from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
         raise ConfigError(f"{name} needs matplotlib: pip install matplotlib") from None
-    formats = sorted(FigureCanvasAgg.get_supported_filetypes())
+    formats = sorted({*FigureCanvasAgg.get_supported_filetypes()} - {"pgf"})  # which LaTeX draws
     require(_kind(path) in formats, name, f"a name that ends in one of .{', .'.join(formats)}", path)
 
 

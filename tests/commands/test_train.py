@@ -864,6 +864,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
         (["--log-every", "2"], "--log-every: expected --log or --tensorboard, which say where, got none"),
         (["--log-every", "0", "--log", "log"], "--log-every: expected at least 1, got 0"),
         (["--plot", "out.nothing"], "--plot"),
+        (["--plot", "out.pgf"], "--plot"),
         (["--batch-size", "1", "--resize", "28"], "--resize 28 needs batches of 2 images or more"),
         (["--limit-train", "1", "--resize", "32"], "--resize 32 needs batches of 2 images or more"),
         (["--optimizer", "adam"], "unrecognized arguments: --optimizer adam"),
