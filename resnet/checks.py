@@ -39,15 +39,21 @@ def check_stages(name: str, numbers: Sequence[int], stages: int | None = None) -
         check_whole(f"{name}[{i}]", number, 1)
 
 
+def check_strides(name: str, strides: int | tuple[int, ...]) -> None:
+    """ValueError unless the strides are a whole number of at least 1, or a pair of them, as a convolution's."""
+    steps = strides if isinstance(strides, (tuple, list)) else (strides,)
+    if len(steps) not in (1, 2) or not all(_is_whole(step, 1) for step in steps):
+        raise ValueError(f"{name}: expected a whole number of at least 1, or a pair of them, got {strides!r}")
+
+
 def check_block(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int | tuple[int, ...]) -> None:
     """ValueError for a number that is none of channels or strides, and for a shortcut that is the identity where the
     block's output has another shape than its input. Strides may be a pair, as a convolution's.
     """
     check_whole("input_channels", input_channels, 0)
     check_whole("num_channels", num_channels, 0)
+    check_strides("strides", strides)
     steps = strides if isinstance(strides, (tuple, list)) else (strides,)
-    if len(steps) not in (1, 2) or not all(_is_whole(step, 1) for step in steps):
-        raise ValueError(f"strides: expected a whole number of at least 1, or a pair of them, got {strides!r}")
     if not use_1x1conv and (input_channels != num_channels or any(step != 1 for step in steps)):
         raise ValueError(
             "an identity shortcut needs num_channels == input_channels and strides == 1, got "

@@ -20,6 +20,7 @@ from resnet.checks import (
     check_conv_weight,
     check_input_type,
     check_norm,
+    check_strides,
     check_values_per_channel,
     check_vector,
     check_whole,
@@ -461,7 +462,9 @@ class _FusedTextbook(FusedBlock):
     stem = FusedStem
     small_stem = FusedSmallStem
 
-    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
+    def __init__(
+        self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int | tuple[int, int] = 1
+    ):
         check_block(input_channels, num_channels, use_1x1conv, strides)
         super().__init__(input_channels, num_channels, use_1x1conv, strides)
 
@@ -541,7 +544,16 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
 
     Same constructor, parameters, buffers and `state_dict`. Where the shortcut has a BatchNorm, backward needs its
     convolution's output as well.
+
+    Raises, in the constructor:
+        ValueError: channels or strides that are no whole numbers, or negative, or a stride of 0.
     """
+
+    def __init__(self, in_channels: int, channels: int, stride: int | tuple[int, int] = 1):
+        check_whole("in_channels", in_channels, 0)
+        check_whole("channels", channels, 0)
+        check_strides("stride", stride)
+        super().__init__(in_channels, channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x)
@@ -554,6 +566,16 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
 
 class FusedBottleneck(FusedBlock, Bottleneck):
     """`Bottleneck`, the published block of ResNet-50 and deeper, on fused operators: see `FusedBasicBlock`."""
+
+    def __init__(
+        self, in_channels: int, width: int, stride: int | tuple[int, int] = 1, *, mid_width: int | None = None
+    ):
+        check_whole("in_channels", in_channels, 0)
+        check_whole("width", width, 0)
+        check_strides("stride", stride)
+        if mid_width is not None:
+            check_whole("mid_width", mid_width, 0)
+        super().__init__(in_channels, width, stride, mid_width=mid_width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x)

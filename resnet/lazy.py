@@ -96,7 +96,8 @@ class LazyFusedResidual(FusedResidual, _UntilDryRun):
 
     Raises, in the constructor:
         TypeError: `use_1x1conv` is not a bool, as in a call of `FusedResidual`'s signature.
-        ValueError: `strides` other than 1 without `use_1x1conv`.
+        ValueError: channels or strides that are no whole numbers, or negative, or strides of 0; `strides` other than 1
+            without `use_1x1conv`.
     Raises, in the first forward, before anything is initialised:
         ValueError: an input of other than `num_channels` channels without `use_1x1conv`.
         ValueError, TypeError: rank or type of the input.
@@ -104,12 +105,13 @@ class LazyFusedResidual(FusedResidual, _UntilDryRun):
 
     cls_to_become = FusedResidual
 
-    def __init__(self, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
+    def __init__(self, num_channels: int, use_1x1conv: bool = False, strides: int | tuple[int, int] = 1):
         if not isinstance(use_1x1conv, bool):
             raise TypeError(
                 f"use_1x1conv: expected a bool, got {use_1x1conv!r}; the arguments are (num_channels, use_1x1conv, "
                 "strides), and the input's channels are inferred"
             )
+        check_whole("num_channels", num_channels, 0)  # which check_block would call input_channels
         check_block(num_channels, num_channels, use_1x1conv, strides)
         nn.Module.__init__(self)  # not FusedResidual's, which makes children of known channels
         self.conv1 = nn.LazyConv2d(num_channels, kernel_size=3, padding=1, stride=strides)
@@ -143,9 +145,13 @@ class LazyResNet18(nn.Module):
 
     Args:
         num_classes: length of the output's last axis.
+
+    Raises:
+        ValueError: `num_classes` is no whole number of at least 1.
     """
 
     def __init__(self, num_classes: int = 10):
+        check_whole("num_classes", num_classes, 1)
         super().__init__()
         self.net = nn.Sequential(LazyFusedStem())
         for i, num_channels in enumerate((64, 128, 256, 512)):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resnet.checks import check_stages
+from resnet.checks import check_stages, check_whole
 
 # ---- blocks ---------------------------------------------------------------------------------------------------
 
@@ -29,7 +29,9 @@ class Residual(nn.Module):
         strides: stride of conv1 and of the shortcut's convolution.
     """
 
-    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
+    def __init__(
+        self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int | tuple[int, int] = 1
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(input_channels, num_channels, kernel_size=3, padding=1, stride=strides)
         self.conv2 = nn.Conv2d(num_channels, num_channels, kernel_size=3, padding=1)
@@ -59,7 +61,9 @@ class ResidualBottleneck(nn.Module):
         strides: stride of the 3x3 convolution and of the shortcut's.
     """
 
-    def __init__(self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int = 1):
+    def __init__(
+        self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int | tuple[int, int] = 1
+    ):
         super().__init__()
         if num_channels % 4:
             raise ValueError(f"num_channels: expected a multiple of 4, got {num_channels}")
@@ -105,7 +109,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1  # channels of the output over the width
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+    def __init__(self, in_channels: int, channels: int, stride: int | tuple[int, int] = 1):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, stride=stride, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -137,7 +141,9 @@ class Bottleneck(nn.Module):
 
     expansion = 4  # channels of the output over the width
 
-    def __init__(self, in_channels: int, width: int, stride: int = 1, *, mid_width: int | None = None):
+    def __init__(
+        self, in_channels: int, width: int, stride: int | tuple[int, int] = 1, *, mid_width: int | None = None
+    ):
         super().__init__()
         mid, channels = width if mid_width is None else mid_width, self.expansion * width
         self.conv1 = nn.Conv2d(in_channels, mid, kernel_size=1, bias=False)
@@ -233,11 +239,16 @@ def resnet(
         block: `Residual`, `FusedResidual`, or any class with their constructor. Its attributes `stem` and
             `small_stem`, where it has them, build the first stage; the `state_dict` does not depend on the choice.
         stem: "textbook", or "small" for `SmallStem`, with which the blocks see images at their full size.
+
+    Raises:
+        ValueError: a number or the stem is out of its range, or the lists do not fit together.
     """
     if stem not in STEMS:
         raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
     check_stages("depths", depths)
     check_stages("channels", channels, len(depths) + 1)
+    check_whole("num_classes", num_classes, 1)
+    check_whole("in_channels", in_channels, 1)
     first = getattr(block, "small_stem", SmallStem) if stem == "small" else getattr(block, "stem", Stem)
     return nn.Sequential(
         first(in_channels, channels[0]),

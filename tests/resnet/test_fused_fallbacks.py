@@ -17,7 +17,17 @@ from torch.nn.modules.module import (
 )
 from torch.nn.utils import prune
 
-from resnet import FusedResidual, FusedStem, LazyFusedResidual, LazyFusedStem, Residual, SmallStem, Stem
+from resnet import (
+    FusedBasicBlock,
+    FusedBottleneck,
+    FusedResidual,
+    FusedStem,
+    LazyFusedResidual,
+    LazyFusedStem,
+    Residual,
+    SmallStem,
+    Stem,
+)
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, step, trio
 from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused, train_and_eval
@@ -439,6 +449,13 @@ def test_strides_that_are_none_are_refused_by_the_constructor(make, strides):
         make(strides)
 
 
+@pytest.mark.parametrize("stride", [-2, 0, "2", (2, 0)], ids=repr)
+@pytest.mark.parametrize("block", [FusedBasicBlock, FusedBottleneck])
+def test_a_published_block_names_its_stride_where_it_refuses_it(block, stride):
+    with pytest.raises(ValueError, match=r"^stride: expected a whole number of at least 1, or a pair of them, got "):
+        block(4, 4, stride)
+
+
 @pytest.mark.parametrize("channels", [-1, 4.0, "4", None], ids=repr)
 @pytest.mark.parametrize(
     ("make", "name"),
@@ -448,6 +465,11 @@ def test_strides_that_are_none_are_refused_by_the_constructor(make, strides):
         (lambda c: FusedStem(c), "in_channels"),
         (lambda c: FusedStem(3, c), "channels"),
         (lambda c: LazyFusedStem(c), "channels"),
+        (lambda c: LazyFusedResidual(c), "num_channels"),
+        (lambda c: FusedBasicBlock(c, 4), "in_channels"),
+        (lambda c: FusedBasicBlock(4, c), "channels"),
+        (lambda c: FusedBottleneck(c, 4), "in_channels"),
+        (lambda c: FusedBottleneck(4, c), "width"),
     ],
 )
 def test_channels_that_are_none_are_refused_by_the_constructor(make, name, channels):

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from resnet import (
     BasicBlock,
     Bottleneck,
+    LazyResNet18,
     Residual,
     ResidualBottleneck,
     ResNet,
@@ -206,6 +207,20 @@ def test_a_first_stage_of_other_channels_than_the_stems_gives_its_first_block_a_
 def test_what_no_textbook_net_can_be_made_of_is_an_error_that_names_it(args, message):
     with pytest.raises(ValueError, match=message):
         reference.resnet(*args)
+
+
+@pytest.mark.parametrize("number", [0, -1, "10", 1.0], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda n: resnet18(num_classes=n), "num_classes"),
+        (lambda n: resnet18(in_channels=n), "in_channels"),
+        (lambda n: LazyResNet18(n), "num_classes"),
+    ],
+)
+def test_a_textbook_net_names_the_number_that_it_refuses(make, name, number):
+    with pytest.raises(ValueError, match=f"^{name}: expected a whole number of at least 1, got {number!r}$"):
+        make(number)
 
 
 # ---- the blocks, spelt out -------------------------------------------------------------------------------------
