@@ -24,8 +24,14 @@ _BLOCK = re.compile(r"(<!-- gpu: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def keep(folder: Path) -> Path:
-    """Copies a check's results; where they are kept. Not each kernel's every launch, nor the folder of the data set."""
-    results = json.loads((folder / "results.json").read_text())
+    """Copies a check's results; where they are kept. Not each kernel's every launch, nor the folder of the data set.
+
+    ConfigError where the folder has no results.
+    """
+    try:
+        results = json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"folder: expected one that benchmarks.gpu_check wrote, got {folder} ({error})") from None
     for found in results.get("kernels", {}).values():
         found.pop("rows", None)
     for found in results.get("textbook", {}).values():

@@ -249,6 +249,16 @@ def test_tables_replace_what_stands_between_their_marks_and_nothing_else():
     assert publish.rewritten(once, {"summary": "| new |"}) == once
 
 
+@pytest.mark.parametrize("content", [None, "no JSON"])
+def test_a_folder_without_results_is_an_error_of_one_line(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    with pytest.raises(SystemExit) as stopped:
+        publish.main([str(tmp_path)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and f"folder: expected one that benchmarks.gpu_check wrote, got {tmp_path} (" in line
+
+
 def test_a_block_that_no_table_is_for_is_an_error():
     with pytest.raises(KeyError, match="sumary"):
         publish.rewritten("<!-- gpu: sumary -->\n<!-- end -->", {"summary": ""})

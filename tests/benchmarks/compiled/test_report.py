@@ -234,6 +234,7 @@ def test_the_command_s_help_is_no_error(capsys):
     "arguments, says",
     [
         (["--cases", "none"], "--cases: expected a pattern that fits one of resnet18 float16, .*, got 'none'"),
+        (["--kernels", "none"], "--kernels: expected a pattern that fits a kernel, such as conv_.*, got 'none'"),
         (["--processes", "0"], "--processes: expected at least 1, got 0"),
         (["--json", "nowhere/new.json"], "--json: expected a path in an existing folder, got nowhere/new.json"),
         (
@@ -242,7 +243,7 @@ def test_the_command_s_help_is_no_error(capsys):
         ),
         (["--devices", "sm_1"], "argument --devices: invalid choice: 'sm_1'"),
     ],
-    ids=["cases", "processes", "json", "compare", "devices"],
+    ids=["cases", "kernels", "processes", "json", "compare", "devices"],
 )
 def test_a_bad_argument_is_an_error_of_one_line(arguments, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
