@@ -30,6 +30,7 @@ from resnet.commands import (
     find_device,
     logits_of,
     made_by,
+    maker,
     require,
     require_count,
     write_output,
@@ -207,6 +208,8 @@ def _measure_all(args: argparse.Namespace) -> int:
     fused = Implementation("fused", device, DTYPES[args.dtype])
     if reason := common.unavailable(fused):
         raise ConfigError(reason)
+    for model in args.models:
+        maker(model)  # an error in the last name is not to come after the minutes of the first
     environment = common.environment(device)
     print(f"{environment['device']}, torch {environment['torch']}, {fused.backend} backend")
     print(f"batch {args.batch_size}, {args.size}x{args.size}, {args.dtype}, {args.pairs} pairs\n\n{HEAD}", flush=True)

@@ -8,7 +8,8 @@ import inspect
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from resnet.backends import implementation
 from resnet.kernels.host.command import ConfigError, RunError
 from resnet.kernels.host.files import irregular, write_atomically
 from resnet.ranks import ALONE, Ranks
@@ -65,6 +67,16 @@ def find_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     return torch.device("cuda", index)
 
 
+def check_backend(impl: str, device: torch.device) -> None:
+    """ConfigError where a fused net cannot run on the device, with the backend in force; others need none."""
+    if impl != "fused":
+        return
+    try:
+        implementation(torch.empty(0, device=device))
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from error
+
+
 def require_count(name: str, value: int) -> None:
     """ConfigError unless the value is a size from 1 on."""
     require(1 <= value <= LARGEST, name, "at least 1" if value < 1 else "at most 2**63 - 1", value)
@@ -84,8 +96,8 @@ def logits_of(net: nn.Module, x: Tensor) -> Tensor:
     return out
 
 
-def made_by(spec: str, expected: str = "module:callable") -> nn.Module:
-    """The net that the callable gives, whose module and name MODEL is; ConfigError where there is none.
+def maker(spec: str, expected: str = "module:callable") -> Callable[[], object]:
+    """The callable whose module and name MODEL is; ConfigError where there is none, or it needs arguments.
 
     A class of transformers is called with its default configuration.
     """
@@ -100,7 +112,12 @@ def made_by(spec: str, expected: str = "module:callable") -> nn.Module:
         inspect.signature(make).bind(*arguments)
     except TypeError as error:
         raise ConfigError(f"MODEL: expected a callable that needs no arguments, got {spec} ({error})") from error
-    net = make(*arguments)
+    return partial(make, *arguments)
+
+
+def made_by(spec: str, expected: str = "module:callable") -> nn.Module:
+    """The net that the callable gives, whose module and name MODEL is; ConfigError where there is none."""
+    net = maker(spec, expected)()
     require(isinstance(net, nn.Module), "MODEL", "a callable that gives an nn.Module", type(net).__name__)
     return net
 
@@ -235,7 +252,7 @@ def check_tensorboard(folder: str | os.PathLike[str] | None, outputs: Paths) -> 
     except ImportError:
         raise ConfigError("--tensorboard needs tensorboard: pip install tensorboard") from None
     place = Path(folder) if os.path.exists(folder) else Path(folder).absolute().parent
-    usable = place.is_dir() and os.access(place, os.W_OK)
+    usable = str(folder) != "" and place.is_dir() and os.access(place, os.W_OK)  # "" is TensorBoard's own choice
     require(usable, "--tensorboard", "a folder that may be written, or a new one's name", folder)
     for name, path in outputs.items():
         differs = path is None or os.path.realpath(path) != os.path.realpath(folder)

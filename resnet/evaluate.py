@@ -16,6 +16,7 @@ from tqdm import tqdm
 from resnet.checkpoints import SavedNet, read_net
 from resnet.commands import (
     DTYPES,
+    check_backend,
     check_outputs,
     check_plot,
     find_device,
@@ -121,6 +122,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     outputs = {"--json": arguments.json, "--plot": arguments.plot}
     check_outputs(outputs, {"CHECKPOINT": arguments.checkpoint})
     saved = read_net(arguments.checkpoint, device)
+    check_backend(saved.impl, device)
     saved = dataclasses.replace(saved, dtype=arguments.dtype or saved.dtype)
     data = load(arguments.data)
     require(data.spec == saved.images, "--data", f"{saved.images}, as the net was trained on", data.spec)

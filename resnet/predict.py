@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resnet.checkpoints import read_net
-from resnet.commands import ConfigError, find_device
+from resnet.commands import ConfigError, check_backend, find_device
 from resnet.data import CLASSES, Batches, ImageSpec
 from resnet.data.images import ImageError, read_image, require_pillow
 from resnet.kernels.host.command import Parser, one_line, put, run
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     device = find_device(arguments.device)
     saved = read_net(arguments.checkpoint, device)
+    check_backend(saved.impl, device)
     images = torch.stack([image_for(saved.images, path, arguments.invert) for path in arguments.images])
     unknown = torch.zeros(len(images), dtype=torch.int64)
     batches = Batches(images, unknown, EVALUATION_BATCH, device=device, resize=saved.resize)

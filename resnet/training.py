@@ -41,6 +41,7 @@ from resnet.commands import (
     DTYPES,
     ConfigError,
     OutputError,
+    check_backend,
     find_device,
     require,
     require_limit,
@@ -98,9 +99,9 @@ def train(config: TrainConfig) -> TrainResult:
     fails, is raised in each of them.
 
     Raises:
-        ConfigError: the device is absent, a CUDA graph cannot be had, a limit exceeds the set, a batch of one image
-            cannot be normalised, the recipe would erase whole images, or the steps are too few for its warm-up or a
-            trace. Or the checkpoint to go on from does not fit.
+        ConfigError: the device is absent, the backend cannot run on it, a CUDA graph cannot be had, a limit exceeds the
+            set, a batch of one image cannot be normalised, the recipe would erase whole images, or the steps are too
+            few for its warm-up or a trace. Or the checkpoint to go on from does not fit.
         DatasetError: see `resnet.data.load`.
         NonFiniteError: the loss or the weights are no longer finite. The last checkpoint is left as it was.
         UnfinishedError: a checkpoint, the log, the plot, the trace or a scalar cannot be written. What was there before
@@ -162,6 +163,7 @@ def _prepared(
     config: TrainConfig, device: torch.device, ranks: Ranks
 ) -> tuple[bool, dict[str, Any] | None, ImageSet, Batches, Batches]:
     """(whether there is a CUDA graph, the checkpoint to go on from, the images, the training and the test set)."""
+    check_backend(config.impl, device)
     cuda_graph = _wants_graph(config, device, ranks)
     if config.sync_batch_norm and config.impl != "fused":
         require(device.type == "cuda", "--sync-batch-norm", "--impl fused, or CUDA devices as PyTorch's has it", device)

@@ -94,3 +94,9 @@ def test_what_cannot_be_used_is_an_error_of_one_line(arguments, words, capsys):
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m benchmarks.models: error: ") and words in line
+
+
+def test_a_wrong_name_is_refused_before_another_model_is_measured(capsys):
+    with pytest.raises(SystemExit):
+        main([*SMALL, f"{__name__}:net", f"{__name__}:nothing"])
+    assert capsys.readouterr().out == ""

@@ -16,6 +16,7 @@ import torch
 from resnet.commands import ConfigError, OutputError, check_outputs, write_output
 from resnet.kernels.host.command import Parser, RunError, one_line, run
 from tests.conftest import ROOT
+from tests.helpers.checkpoints import as_fused, changed, save_untrained
 from tests.helpers.places import PLACES
 
 
@@ -222,6 +223,21 @@ def test_so_does_each_setting(variable, command):
     done = python("-m", command, "path", **{variable: "no"})
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"python -m {command}: error: {variable}: expected ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["resnet.train", "--log", "log"], ["resnet.evaluate", "net.pt"], ["resnet.predict", "net.pt", "a.png"]],
+    ids=["train", "evaluate", "predict"],
+)
+def test_a_backend_that_cannot_run_is_one_line_before_any_work(arguments):
+    changed(save_untrained(Path("net.pt")), Path("net.pt"), as_fused)
+    Path("log").write_text("of an earlier run")
+    environment = {"FUSED_RESIDUAL_BACKEND": "triton", "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = python("-m", *arguments, "--device", "cpu", **environment)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"python -m {arguments[0]}: error: backend 'triton' needs a GPU that Triton supports")
+    assert Path("log").read_text() == "of an earlier run"
 
 
 def test_another_program_gets_it_as_an_exception():

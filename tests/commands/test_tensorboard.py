@@ -56,7 +56,7 @@ def test_without_the_package_a_line_says_what_to_install(capsys, monkeypatch):
     assert not Path("board").exists()
 
 
-@pytest.mark.parametrize("folder", ["file", "nowhere/board", "file/board"])
+@pytest.mark.parametrize("folder", ["", "file", "nowhere/board", "file/board"])
 def test_a_folder_that_cannot_be_is_one_line_before_any_work(capsys, folder):
     pytest.importorskip("tensorboard")
     Path("file").touch()
