@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from resnet.kernels.host.command import ConfigError, Parser, run
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
 KEPT = ROOT / "results"
 NOT_YET = "No run has measured it yet."
+_WIDTH = 120  # of the documents' lines
 _BLOCK = re.compile(r"(<!-- gpu: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -78,11 +80,12 @@ def setting(results: Results) -> str:
     known, ceilings = results["environment"]["environment"], results["environment"]["ceilings"]
     packages = known["packages"]
     copy, product = ceilings["bytes_per_second"] / 1e9, ceilings["operations_per_second"] / 1e12
-    return (
+    text = (
         f"{known['devices'][0]['name']}, torch {packages['torch']}, triton {packages['triton']}, "
         f"{known['time'][:10]}, commit {known['commit']}; a large copy moves {copy:.0f} GB/s there, a large product "
         f"does {product:.0f} TFLOP/s."
     )
+    return textwrap.fill(text, _WIDTH, break_on_hyphens=False)
 
 
 def summary_table(net: Results) -> str:
