@@ -388,8 +388,8 @@ def _prepare(options: argparse.Namespace) -> tuple[list[str], list[dict] | None]
     require(options.processes >= 1, "--processes", "at least 1", options.processes)
     cases = [case for case in CASES if fnmatch(case, options.cases)]
     require(bool(cases), "--cases", f"a pattern that fits one of {', '.join(CASES)}", repr(options.cases))
-    kernel_names = [function.fn.__name__ for function in jit_functions(kernels).values()]
-    fits = any(fnmatch(name, options.kernels) for name in kernel_names)
+    names = (function.fn.__name__ for function in jit_functions(kernels).values())
+    fits = options.kernels == "*" or any(fnmatch(name, options.kernels) for name in names)
     require(fits, "--kernels", "a pattern that fits a kernel, such as conv_*", repr(options.kernels))
     check_outputs({"--json": options.json})
     if options.compare is None:
