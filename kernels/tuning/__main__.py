@@ -36,14 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _do(command: str) -> int:
-    path = memory.process_choices.path or "no file: FUSED_RESIDUAL_CACHE is off"
+    path = memory.process_choices.path
     if command == "list":
         entries = memory.process_choices.entries()
-        print(*_listing(entries) if entries else [f"nothing is remembered in {path}"], sep="\n")
+        nothing = f"nothing is remembered in {path}" if path else "nothing is remembered: FUSED_RESIDUAL_CACHE is off"
+        print(*_listing(entries) if entries else [nothing], sep="\n")
     elif command == "clear":
         memory.process_choices.clear()
     else:
-        print(path)
+        print(path or "no file: FUSED_RESIDUAL_CACHE is off")
     return 0
 
 

@@ -573,6 +573,13 @@ def test_the_command_clears_and_says_where(path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == [str(path), f"nothing is remembered in {path}"]
 
 
+def test_without_a_file_the_command_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(process_memory, "process_choices", Choices(None))
+    assert [tuning_command.main([command]) for command in ("path", "list")] == [0, 0]
+    off = "FUSED_RESIDUAL_CACHE is off"
+    assert capsys.readouterr().out.splitlines() == [f"no file: {off}", f"nothing is remembered: {off}"]
+
+
 def test_a_command_that_the_file_system_refuses_fails(path, monkeypatch, capsys):
     monkeypatch.setattr(process_memory, "process_choices", Choices(path))
     path.mkdir(parents=True)  # where a file should be
