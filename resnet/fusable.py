@@ -79,15 +79,24 @@ def unfusable_norm(name: str, bn: nn.Module) -> str | None:
     return unfusable(name, bn, nn.SyncBatchNorm if type(bn) is nn.SyncBatchNorm else nn.BatchNorm2d)
 
 
-def unfusable_conv(name: str, conv: nn.Module, kernel: int, padding: int, stride: int | None) -> str | None:
-    """Why a convolution cannot be fused; `stride` None accepts any that is the same along H and W."""
+def _both(value: object, expected: int | None) -> tuple:
+    """What a setting along H and W should be. The constructor makes a pair of a number; a user may set one later."""
+    if expected is not None:
+        return expected, expected
+    return tuple(value[:1]) * 2 if isinstance(value, (tuple, list)) else (value, value)
+
+
+def unfusable_conv(
+    name: str, conv: nn.Module, kernel: int | None, padding: int | None, stride: int | None
+) -> str | None:
+    """Why a convolution cannot be fused; None accepts any setting that is the same along H and W."""
     reason = unfusable(name, conv, nn.Conv2d)
     if reason is not None:
         return reason
     expected = {
-        "kernel_size": (kernel, kernel),
-        "padding": (padding, padding),
-        "stride": (conv.stride[0] if stride is None else stride,) * 2,
+        "kernel_size": _both(conv.kernel_size, kernel),
+        "padding": _both(conv.padding, padding),
+        "stride": _both(conv.stride, stride),
         "dilation": (1, 1),
         "groups": 1,
         "padding_mode": "zeros",

@@ -253,7 +253,7 @@ class FusedStemBase(_Fused):
         return (
             unfusable_other(others)
             or unfusable(conv_name, conv, nn.Conv2d)
-            or (pool and unfusable_conv(conv_name, conv, conv.kernel_size[0], conv.padding[0], None))
+            or (pool and unfusable_conv(conv_name, conv, None, None, None))
             or unfusable_norm(bn_name, bn)
             or unfusable(*relu)
             or (pool and unfusable_pool(pool.name, pool.module))

@@ -185,6 +185,11 @@ def _uneven(block: nn.Module) -> None:
     nn.init.ones_(block.conv3.weight), nn.init.zeros_(block.conv3.bias)
 
 
+def _unpaired(block: nn.Module) -> None:
+    """With numbers where the constructor makes pairs: `conv2d` takes both."""
+    block.conv1.stride, block.conv1.padding, block.conv2.padding = 1, 1, [1, 1]
+
+
 def _kernels(block: nn.Module) -> None:
     """Of other sizes than the convolutions say, which together leave height and width."""
     torch.manual_seed(5)
@@ -200,6 +205,7 @@ SURGERY = {
     ),
     "a broadcast pixel": (_strided, (2, 4, 1, 1), "its shortcut is the identity, .* 4 -> 4 channels with stride 2"),
     "other kernels": (_kernels, (2, 4, 7, 6), "conv1.weight is 1x1, not 3x3"),
+    "a stride that is a number": (_unpaired, (2, 4, 6, 5), r"conv1.padding is 1, not \(1, 1\)"),
     "strides of a pair": (_uneven, (2, 4, 6, 5), r"conv1.stride is \(1, 2\), not \(1, 1\)"),
 }
 
@@ -227,6 +233,8 @@ STEM_CHANGES = {
     "another pool": (replaced("3", lambda old: nn.AvgPool2d(3, 2, 1)), "3 is a AvgPool2d, not a MaxPool2d"),
     "another window": (replaced("3", lambda old: nn.MaxPool2d(2)), "3.kernel_size is 2, not 3"),
     "ceil mode": (lambda m: setattr(m[3], "ceil_mode", True), "3.ceil_mode is True"),
+    "a stride that is a number": (lambda m: setattr(m[0], "stride", 1), r"0.stride is 1, not \(1, 1\)"),
+    "a padding that is a word": (lambda m: setattr(m[0], "padding", "valid"), "0.padding is valid, not"),
     "groups": (replaced("0", lambda old: nn.Conv2d(2, 4, 7, 2, 3, groups=2)), "0.groups is 2, not 1"),
     "no convolution": (replaced("0", lambda old: nn.Sequential(old)), "0 is a Sequential, not a Conv2d"),
 }
