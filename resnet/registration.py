@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from operator import itemgetter
 
@@ -246,7 +246,10 @@ class Differentiable:
             needs = wanted
             if passed_on:
                 needs = tuple(need and name not in passed_on for name, need in zip(names, wanted))
-            flat = (dense(dout), *kept, needs)
+            try:
+                flat = (dense(dout), *kept, needs)
+            except RuntimeError:  # a batch of gradients has no layout
+                return _of_each(dout, partial(gradients, ctx))
             known = ctx.recent.known(flat) if ctx.recent and not torch.is_grad_enabled() and is_direct() else None
             grads = ops[1](*flat) if known is None else self._run_backward(flat, known)
             computed = _in_places(needs)((None, *grads))
@@ -285,6 +288,24 @@ def _in_places(needs: tuple[bool, ...]) -> Callable[[Sequence], tuple]:
     """A function of None and values: the values in the places that `needs` marks, None in the others."""
     counts = accumulate(needs)
     return itemgetter(*[count if need else 0 for need, count in zip(needs, counts)])
+
+
+def _of_each(batched: Tensor, function: Callable[[Tensor], Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
+    """What a function gives for each tensor of a batch that `vmap` has made: that of `torch.func`, and the one behind
+    `is_grads_batched` and `jacobian(vectorize=True)`, which is older. It is for what was recorded outside of them.
+    """
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(batched):
+        add, level = functorch._add_batch_dim, functorch.maybe_get_level(batched)
+        tensors = functorch.get_unwrapped(batched).movedim(functorch.maybe_get_bdim(batched), 0)
+    elif functorch.is_legacy_batchedtensor(batched):
+        add, level = torch._add_batch_dim, torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        tensors = torch._remove_batch_dim(batched, level, 1, 0)
+    else:
+        raise
+    results = zip(*map(function, tensors))
+    return tuple(None if each[0] is None else add(torch.stack(each), 0, level) for each in results)
 
 
 def _split(first: Sequence[bool]) -> tuple[Callable, Callable, Callable]:

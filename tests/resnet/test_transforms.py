@@ -73,6 +73,28 @@ def test_dual_tensors_have_eagers_tangent(any_backend, train, kind):
     torch.testing.assert_close(*tangents, atol=1e-9, rtol=1e-7)
 
 
+GRADIENTS = {
+    "is_grads_batched": lambda out, x, v: torch.autograd.grad(out, x, v, is_grads_batched=True),
+    "vmap": lambda out, x, v: vmap(lambda v: torch.autograd.grad(out, x, v))(v),
+    "vmap of vmap": lambda out, x, v: vmap(vmap(lambda v: torch.autograd.grad(out, x, v)), 1)(v[:, None]),
+}
+
+
+@kinds
+@train_and_eval
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_a_batch_of_gradients_goes_backward_as_in_eager(any_backend, name, train, kind):
+    """What is recorded outside of `vmap` may have its backward in it."""
+    t = inference_trio(kind, dtype=torch.float64)
+    x = images(kind, SIZE, dtype=torch.float64).requires_grad_()
+    found = []
+    for module in (t.fused.train(train), t.exact.train(train)):
+        out = module(x)
+        v = draw(2, *out.shape, dtype=torch.float64)
+        found.append(GRADIENTS[name](out, [x, *module.parameters()], v))
+    torch.testing.assert_close(*found, atol=1e-9, rtol=1e-7)
+
+
 @train_and_eval
 def test_the_operation_has_eagers_tangent_and_per_sample_gradients(any_backend, train):
     x, shortcut = (draw(3, 4, 5, 4, seed=seed, dtype=torch.float64) for seed in range(2))
