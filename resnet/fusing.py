@@ -165,6 +165,7 @@ class _Kept(NamedTuple):
         return own.get(layout.shortcut) is None and all(own.get(name) is None for name in layout.optional)
 
 
+# A child that knows its block, as by a hook, would keep it alive from here: `fuse` and `unfuse` begin anew.
 _kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
@@ -177,8 +178,14 @@ class _Changed:
     _places: frozenset[str]  # of the layout
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        """The class has no name that pickle could import; it is made anew where the module is read."""
-        _, _, *state = super().__reduce_ex__(max(protocol, 2))
+        """The class has no name that pickle could import; it is made anew where the module is read.
+
+        One that is derived from it is its maker's to find.
+        """
+        reduced = super().__reduce_ex__(max(protocol, 2))
+        if "_eager_class" not in vars(type(self)):
+            return reduced
+        _, _, *state = reduced
         return _rebuild, (self._eager_class,), *state
 
     def _parts(self) -> BlockParts | StemParts | str:
@@ -567,6 +574,7 @@ def fuse(model: nn.Module) -> FuseReport:
         TypeError: `model` is no module.
     """
     _check_module("fuse", model)
+    _kept.clear()
     fused, left, unknown = [], [], Counter()
     inside = None  # the block whose submodules come now
     for name, module in model.named_modules():
@@ -595,6 +603,7 @@ def unfuse(model: nn.Module) -> None:
         TypeError: `model` is no module.
     """
     _check_module("unfuse", model)
+    _kept.clear()
     for module in model.modules():
         eager = _eager_class(type(module))
         if eager is not type(module):

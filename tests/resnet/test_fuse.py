@@ -6,7 +6,9 @@ tests/resnet/test_fuse_zoo.py has the models of other libraries, where these are
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -423,6 +425,26 @@ def test_a_class_that_a_tool_derives_from_a_fused_one_stays_and_is_reported_as_f
     assert names(report.fused) == [""] and not report.left
     unfuse(block)
     assert type(block) is derived
+
+
+def test_a_copy_of_a_class_that_is_derived_from_a_fused_one_is_of_that_class():
+    block = Block(4, 4)
+    fuse(block)
+    block.__class__ = derived = type("Derived", (type(block),), {})
+    assert type(copy.deepcopy(block)) is derived
+
+
+def test_a_model_whose_children_know_it_is_freed():
+    """As by a hook that holds the model. It is once another one is fused."""
+    block = Block(4, 4)
+    fuse(block)
+    block.conv2.owner = [block]
+    block(draw(2, 4, 5, 6))
+    alive = weakref.ref(block)
+    del block
+    fuse(Block(4, 4))
+    gc.collect()
+    assert alive() is None
 
 
 def test_own_blocks_are_left_alone_with_a_reason():
