@@ -73,7 +73,7 @@ class FusedBatchNorm2d(BatchNormAddRelu2d):
         for proxy in (input, shortcut):
             if isinstance(proxy, Proxy):
                 return self._recorded(proxy.tracer, input, shortcut)
-        if ops.is_transformed_or_recorded():
+        if ops.is_transformed_or_recorded() or ops.wrapper((input, shortcut)):
             return super().forward(input, shortcut)
         check_activation(input, _channels(norm))
         if shortcut is None or not _is_promoted(input, shortcut):

@@ -68,7 +68,7 @@ def batch_norm_add_relu(
     if out is not None:
         return out
     tensors = x, running_mean, running_var, weight, bias, shortcut
-    if ops.is_transformed_or_recorded() or any(isinstance(t, Proxy) for t in tensors):
+    if ops.is_transformed_or_recorded() or any(isinstance(t, Proxy) for t in tensors) or ops.wrapper(tensors):
         return reference.batch_norm_add_relu(*tensors, training, momentum, eps, relu)
     return checked(x, shortcut, norm, relu)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -96,6 +96,11 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def _reason_not_to_take(tensors: Sequence) -> str | None:
+    kind = ops.wrapper(tensors)
+    return kind and f"one of its tensors is a {kind}, which may know PyTorch's own operators alone"
+
+
 def _records_gradient(arguments: list) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
@@ -156,7 +161,8 @@ class _Fused:
         known = recent.known(flat) if direct else None
         check = (recent, X.dtype, dtype)
         if known is None or check not in known.facts.passed:
-            reason = self._check(parts, X, x, norms, dtype is not None)
+            reason = None if known else _reason_not_to_take((X, *flat))
+            reason = reason or self._check(parts, X, x, norms, dtype is not None)
             if reason is not None:
                 _warn_once(type(self).__name__, reason)
                 return self._eager(X)
@@ -202,7 +208,7 @@ def _weights(convs: list[nn.Conv2d], x: Tensor, cast: bool) -> tuple[list[Tensor
     weights, masters, sources, copies = [], [], [], []
     for conv in convs:
         weight, master = held(conv, "_parameters", "weight"), None
-        if cast and weight.dtype != x.dtype:
+        if cast and weight.dtype != x.dtype and (type(weight) is nn.Parameter or not ops.wrapper((weight,))):
             master, source = weight, weight.detach()
             # A 1x1 weight keeps its strides: where they are others, PyTorch copies one weight after the other.
             alike = source.is_contiguous(memory_format=torch.channels_last)
@@ -233,6 +239,8 @@ class FusedStemBase(_Fused):
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
             return self._eager(X)
         reason = _GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
+        if type(X) is not Tensor:
+            reason = reason or _reason_not_to_take((X,))
         if reason is not None:
             _warn_once(type(self).__name__, reason)
             return self._eager(X)

@@ -35,10 +35,19 @@ from resnet.operands import (
     shortcut_reached,
     wanted,
 )
-from resnet.registration import Differentiable, Inference, call, dense, is_direct, is_transformed_or_recorded, like_of
+from resnet.registration import (
+    Differentiable,
+    Inference,
+    call,
+    dense,
+    is_direct,
+    is_transformed_or_recorded,
+    like_of,
+    wrapper,
+)
 from resnet.torch_backend.convolution import out_map, out_size
 
-__all__ = ["call", "is_direct", "is_transformed_or_recorded"]
+__all__ = ["call", "is_direct", "is_transformed_or_recorded", "wrapper"]
 
 # ---- what the operators share ------------------------------------------------------------------------------------
 

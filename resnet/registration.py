@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import Library, register_fake
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from resnet import backends, settings
 from resnet.collectives import merge_sums
@@ -85,6 +86,16 @@ def is_transformed_or_recorded() -> bool:
         or get_proxy_mode() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None  # precedes the proxies
     )
+
+
+def wrapper(values: Sequence) -> str | None:
+    """The class of the first tensor that wraps others: it may know PyTorch's own operators alone, as a `DTensor` does,
+    or run another one once for each that it wraps.
+    """
+    for value in values:
+        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
+            return type(value).__name__
+    return None
 
 
 def call(name: str, flat: Sequence, known: Known | None) -> Tensor:

@@ -16,9 +16,11 @@ from torch.nn.modules.module import (
     register_module_full_backward_pre_hook,
 )
 from torch.nn.utils import prune
+from torch.utils._pytree import tree_map_only
 
 from resnet import (
     FusedBasicBlock,
+    FusedBatchNorm2d,
     FusedBottleneck,
     FusedResidual,
     FusedStem,
@@ -28,9 +30,20 @@ from resnet import (
     SmallStem,
     Stem,
 )
+from resnet.functional import batch_norm_add_relu
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, step, trio
-from tests.helpers.fused_cases import IDENTITY, STRIDED, assert_exact, assert_refused, train_and_eval
+from tests.helpers.fused_cases import (
+    FEW,
+    IDENTITY,
+    KINDS,
+    STRIDED,
+    assert_exact,
+    assert_refused,
+    images,
+    kinds,
+    train_and_eval,
+)
 
 # ---- changed modules --------------------------------------------------------------------------------------------
 
@@ -415,6 +428,62 @@ def test_a_compiled_block_that_cannot_be_fused_warns_once_in_one_graph(change):
         torch.testing.assert_close(compiled(x), t.exact(x))
         torch.testing.assert_close(compiled(x), t.exact(x))
     assert sum("one by one" in str(warning.message) for warning in caught) == 1
+
+
+class Wrapped(torch.Tensor):
+    """A tensor in another one, for which PyTorch's own operators alone are known, as a quantized weight is."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapped:
+        options = {"strides": inner.stride(), "dtype": inner.dtype, "device": inner.device}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **options)
+
+    def __init__(self, inner: torch.Tensor):
+        self.inner = inner
+
+    def __tensor_flatten__(self) -> tuple:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict, *_) -> Wrapped:
+        return Wrapped(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace != "aten":
+            return NotImplemented
+        args, kwargs = tree_map_only(cls, lambda t: t.inner, (args, kwargs or {}))
+        results = function(*args, **kwargs)
+        return cls(results) if function is torch.ops.aten.detach.default else results
+
+
+@kinds
+@pytest.mark.parametrize("wrapped", ["weight", "weight under autocast", "input"])
+@pytest.mark.filterwarnings("ignore:Fused.* runs PyTorch's operators one by one. one of its tensors is a Wrapped")
+def test_a_tensor_that_wraps_another_meets_pytorchs_operators(any_backend, wrapped, kind):
+    t = trio(*KINDS[kind])
+    x = images(kind, FEW)
+    results = []
+    for module in (t.fused, t.eager):
+        if wrapped != "input":
+            conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
+            conv.weight = nn.Parameter(Wrapped(conv.weight.detach()), requires_grad=False)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled="autocast" in wrapped):
+            out = module(Wrapped(x) if wrapped == "input" else x)
+        out.sum().backward()
+        grads = [p.grad for m in module.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters()]
+        results.append((out, grads, [*module.buffers()]))
+    loose = {"atol": 0.1, "rtol": 0.1} if "autocast" in wrapped else {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(*results, **loose)
+
+
+def test_the_operation_on_a_tensor_that_wraps_another_is_pytorchs(any_backend):
+    x = draw(2, 4, 3, 5)
+    mean, var = torch.zeros(4, device=DEVICE), torch.ones(4, device=DEVICE)
+    norm = FusedBatchNorm2d(4).to(DEVICE).eval()
+    expected = x.div((1 + norm.eps) ** 0.5).relu()
+    torch.testing.assert_close(batch_norm_add_relu(Wrapped(x), mean, var), expected)
+    torch.testing.assert_close(norm(Wrapped(x)), expected)
 
 
 def test_a_removed_hook_lets_a_block_fuse_again():
