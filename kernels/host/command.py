@@ -86,20 +86,24 @@ def run(parser: Parser, work: Callable[[], int], refused: tuple[type[Exception],
     except KeyboardInterrupt as error:
         say("interrupted; what was written before is as it was")
         return ended_by(error)
+    finally:
+        _drop_output()
 
 
 def _failed(parser: Parser, reason: str) -> int:
     say(f"{parser.prog}: error: {reason}")
-    _drop_output()
     return 1
 
 
 def _drop_output() -> None:
-    """Where stdout takes no more (a closed pipe, a full disk), Python would complain once more at its exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Drops what stdout and stderr take no more (a closed pipe, a full disk): at its exit Python would try once more,
+    and make the status 120.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed at the start
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager

@@ -257,3 +257,18 @@ def test_an_output_that_takes_no_more_is_a_line():
     )
     os.close(write)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Broken pipe" in done.stderr
+
+
+@pytest.mark.parametrize("work", ["'0'", "signal.raise_signal(signal.SIGINT)"], ids=["done", "interrupted"])
+def test_a_standard_error_that_takes_no_more_leaves_the_status_as_it_is(work):
+    """What is left in it, as half a line of a progress bar, would make Python's own status 120."""
+    code = (
+        "import signal, sys; from resnet.kernels.host.command import Parser, run; "
+        f"sys.exit(run(Parser(), lambda: sys.stderr.write('half a line') and int({work})))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    kept = {**os.environ, "PYTHONUNBUFFERED": ""}  # what is not written at once
+    status = subprocess.run([sys.executable, "-c", code], stderr=write, cwd=ROOT, env=kept, timeout=60).returncode
+    os.close(write)
+    assert status == (0 if work == "'0'" else 130)
