@@ -50,7 +50,7 @@ from resnet.commands import (
 )
 from resnet.data import FASHION_MNIST, Batches, DatasetError, ImageSet, ImageSpec, load
 from resnet.graphs import Graphed
-from resnet.kernels.host.command import ENDING, RunError
+from resnet.kernels.host.command import ENDING, RunError, say_amid
 from resnet.metrics import Board, Log
 from resnet.models import BUILDERS
 from resnet.profiling import RECORDED, SKIPPED, Trace
@@ -689,8 +689,7 @@ def _deferred_interrupt() -> Iterator[_Interrupt]:
         interrupt.set()
         restore()
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        with contextlib.suppress(OSError):  # of a terminal that was closed
-            tqdm.write(f"stopping after this step; {name} again to stop at once, without a checkpoint", file=sys.stderr)
+        say_amid(f"stopping after this step; {name} again to stop at once, without a checkpoint")
 
     for number in usual:
         signal.signal(number, note)

@@ -46,6 +46,12 @@ def say(text: str) -> None:
         print(one_line(text), file=sys.stderr, flush=True)
 
 
+def say_amid(text: str) -> None:
+    """`say` for a signal's handler, which may come amid a write to stderr: Python refuses another one then."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stderr.fileno(), f"\n{one_line(text)}\n".encode())
+
+
 def put(text: str) -> None:
     """The text on stdout, now; RunError where that takes no more."""
     try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import os
 import re
 import resource
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -679,6 +681,24 @@ def test_ctrl_c_leaves_a_checkpoint_though_it_ended_the_reader_of_standard_error
     assert process.returncode == 130
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["epoch"] >= 1
+
+
+def test_ctrl_c_amid_a_write_to_standard_error_ends_the_run_after_the_step(monkeypatch):
+    class Interrupting(io.RawIOBase):
+        writes = 0
+
+        def writable(self) -> bool:
+            return True
+
+        def write(self, data: bytes) -> int:
+            self.writes += b"epoch 1/" in bytes(data)
+            if self.writes == 1:
+                signal.raise_signal(signal.SIGINT)
+            return len(data)
+
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BufferedWriter(Interrupting()), line_buffering=True))
+    result = train(small(epochs=3, save="net.pt"))
+    assert result.interrupted and result.checkpoint == "net.pt"
 
 
 def interrupt_before(monkeypatch, method: str) -> None:
