@@ -90,11 +90,14 @@ def is_transformed_or_recorded() -> bool:
 
 def wrapper(values: Sequence) -> str | None:
     """The class of the first tensor that wraps others: it may know PyTorch's own operators alone, as a `DTensor` does,
-    or run another one once for each that it wraps.
+    or run another one once for each that it wraps. Or the layout of the first one without strides.
     """
     for value in values:
-        if isinstance(value, Tensor) and is_traceable_wrapper_subclass(value):
-            return type(value).__name__
+        if isinstance(value, Tensor):
+            if is_traceable_wrapper_subclass(value):
+                return type(value).__name__
+            if value.layout is not torch.strided:
+                return f"tensor of layout {value.layout}"
     return None
 
 

@@ -486,6 +486,17 @@ def test_the_operation_on_a_tensor_that_wraps_another_is_pytorchs(any_backend):
     torch.testing.assert_close(norm(Wrapped(x)), expected)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+@pytest.mark.filterwarnings(
+    "ignore:Fused.* runs PyTorch's operators one by one. one of its tensors is a tensor of layout"
+)
+def test_an_input_in_onednns_layout_meets_pytorchs_operators():
+    t = trio(Residual, 4, 4, train=False).each(lambda module: module.cpu())
+    x = draw(2, 4, 5, 6).cpu()
+    with torch.no_grad():
+        torch.testing.assert_close(*(module(x.to_mkldnn()).to_dense() for module in (t.fused, t.eager)))
+
+
 def test_a_removed_hook_lets_a_block_fuse_again():
     block = unwarned(FusedResidual(3, 3))
     handle = block.bn1.register_forward_hook(lambda *_: None)
