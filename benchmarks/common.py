@@ -163,7 +163,7 @@ def net(implementation: Implementation) -> tuple[nn.Module, Callable[[Tensor], T
 
 def published(implementation: Implementation, name: str) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
     """(the net of `resnet.published`, the callable that runs it): all implementations have the same weights."""
-    module = _drawn(getattr(resnet.published, name))
+    module = seeded(getattr(resnet.published, name))
     if implementation.kind == "fused":
         fuse(module)
     return _placed(implementation, module)
@@ -172,14 +172,15 @@ def published(implementation: Implementation, name: str) -> tuple[nn.Module, Cal
 def _module(
     implementation: Implementation, build: Callable[[type[nn.Module]], nn.Module]
 ) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    module = _drawn(lambda: build(Residual))
+    module = seeded(lambda: build(Residual))
     if implementation.kind == "fused":
         eager, module = module, build(FusedResidual)
         module.load_state_dict(eager.state_dict())
     return _placed(implementation, module)
 
 
-def _drawn(build: Callable[[], nn.Module]) -> nn.Module:
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    """What `build` gives, its weights drawn as in every run; the process's random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return build()

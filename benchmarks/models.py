@@ -71,9 +71,7 @@ def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implemen
         ConfigError: there is no such model, or it cannot be trained on such images.
     """
     eager = dataclasses.replace(fused, kind="eager")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(common.SEED)
-        net = _drawn(made_by(model)).to(eager.device, memory_format=eager.memory_format)
+    net = common.seeded(lambda: _drawn(made_by(model))).to(eager.device, memory_format=eager.memory_format)
     N, H, W = shape
     x = common.activations(eager, N, _in_channels(net), H, W)
     labels = torch.zeros(N, dtype=torch.int64, device=x.device)

@@ -39,11 +39,12 @@ def check_stages(name: str, numbers: Sequence[int], stages: int | None = None) -
         check_whole(f"{name}[{i}]", number, 1)
 
 
-def check_strides(name: str, strides: int | tuple[int, ...]) -> None:
-    """ValueError unless the strides are a whole number of at least 1, or a pair of them, as a convolution's."""
+def check_strides(name: str, strides: int | tuple[int, ...]) -> tuple[int, ...]:
+    """The strides as one number or two; ValueError unless they are whole ones of at least 1, as a convolution's."""
     steps = strides if isinstance(strides, (tuple, list)) else (strides,)
     if len(steps) not in (1, 2) or not all(_is_whole(step, 1) for step in steps):
         raise ValueError(f"{name}: expected a whole number of at least 1, or a pair of them, got {strides!r}")
+    return tuple(steps)
 
 
 def check_block(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int | tuple[int, ...]) -> None:
@@ -52,8 +53,7 @@ def check_block(input_channels: int, num_channels: int, use_1x1conv: bool, strid
     """
     check_whole("input_channels", input_channels, 0)
     check_whole("num_channels", num_channels, 0)
-    check_strides("strides", strides)
-    steps = strides if isinstance(strides, (tuple, list)) else (strides,)
+    steps = check_strides("strides", strides)
     if not use_1x1conv and (input_channels != num_channels or any(step != 1 for step in steps)):
         raise ValueError(
             "an identity shortcut needs num_channels == input_channels and strides == 1, got "

@@ -81,6 +81,11 @@ def _is_far(mean: Tensor, variance: Tensor, deviations: float) -> bool:
     return torch.addcmul(variance, mean, mean, value=-(deviations**-2)).min().item() < 0
 
 
+def _is_far_by(mean: Tensor, invstd: Tensor, deviations: float) -> bool:
+    """`_is_far` where invstd, which eps keeps finite, is there already."""
+    return (mean * invstd).abs_().max().item() > deviations
+
+
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(mean, variance) of the batch, (C,) each in `dtype`; the variance is M2 over the number of pixels.
 
@@ -283,7 +288,7 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
         momentum = 1.0 / count.item()  # nobody waits for it: where a quick look found it, it is on the CPU
     if training and type(x) is Tensor and x.is_cpu:
         out, batch_mean, invstd = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
-        if (batch_mean * invstd).abs_().max().item() > _FAR_ALONE:
+        if _is_far_by(batch_mean, invstd, _FAR_ALONE):
             x = x - batch_mean[:, None, None]
             out, rest, _ = torch.native_batch_norm(x, weight, bias, None, None, True, momentum, eps)
             if mean is not None:
@@ -370,7 +375,7 @@ def _backward_of_many(
         summed_g, summed_weight = merge_sums(torch.stack((sum_g, dweight)), x.numel() // C, norm.group).unbind()
     share = scale * (-C / x.numel())
     slope, level = invstd * summed_weight * share, summed_g * share
-    if _is_far(mean, invstd**-2, _FAR_FOR_GRAD):
+    if _is_far_by(mean, invstd, _FAR_FOR_GRAD):
         rows = rows - mean
     else:
         level.addcmul_(mean, slope, value=-1)
