@@ -76,6 +76,21 @@ def _products_skipped() -> Iterator[None]:
         library._destroy()
 
 
+@contextmanager
+def _tf32_allowed() -> Iterator[None]:
+    """Inside, float32 is multiplied as TensorFloat-32 where the device is NVIDIA's. Tensors are on the CPU here."""
+    from triton.runtime import driver
+
+    from resnet.triton_backend import convolution
+
+    has_tf32 = driver.active.get_current_target().backend == "cuda"
+    original, convolution.tf32 = convolution.tf32, lambda x: has_tf32 and x.dtype == torch.float32
+    try:
+        yield
+    finally:
+        convolution.tf32 = original
+
+
 def _step(module: torch.nn.Module, *shape: int, dtype: torch.dtype, needs_x: bool = True) -> None:
     """Forward and backward in training and with frozen statistics, then inference."""
     x = torch.empty(shape, dtype=dtype, requires_grad=needs_x)
@@ -130,11 +145,18 @@ def _odd_shapes(dtype: torch.dtype) -> None:
                 _step(block.to(dtype), 8, 64, 24, 24, dtype=dtype)
 
 
+def _in_tf32(calls: Callable[[], None]) -> None:
+    with _tf32_allowed():
+        calls()
+
+
 CASES: dict[str, Callable[[], None]] = {
     **{f"resnet18 {str(d)[6:]}": lambda d=d: _resnet18(d, False) for d in DTYPES},
+    "resnet18 tf32": lambda: _in_tf32(lambda: _resnet18(torch.float32, False)),
     **{f"resnet18 autocast {str(d)[6:]}": lambda d=d: _resnet18(d, True) for d in SIXTEEN_BIT},
     **{f"resnet50 {str(d)[6:]}": lambda d=d: _resnet50(d) for d in SIXTEEN_BIT},
     **{f"odd shapes {str(d)[6:]}": lambda d=d: _odd_shapes(d) for d in DTYPES},
+    "odd shapes tf32": lambda: _in_tf32(lambda: _odd_shapes(torch.float32)),
 }
 
 

@@ -46,8 +46,24 @@ def valid_taps(h0, w0, live, H, W, R: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def round_to_tf32(x):
+    """A float32 whose first 19 bits are x rounded to TensorFloat-32. Ties go away from zero, NaN and Inf stay.
+
+    Tensor cores ignore the last 13 bits. Without rounding every product would be too small; cuDNN and cuBLAS round.
+    """
+    power = (x.to(tl.int32, bitcast=True) & -(1 << 23)).to(tl.float32, bitcast=True)  # of two, with the sign of x
+    x = tl.fma(power, tl.full(power.shape, 2**-11, tl.float32), x)  # half of the last bit that is kept
+    if INTERPRETED:  # its product reads all bits
+        x = (x.to(tl.int32, bitcast=True) & -(1 << 13)).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b. Triton's interpreter would multiply bfloat16's bit patterns, so there the operands are widened."""
+    if PRECISION == "tf32":
+        a = round_to_tf32(a)
+        b = round_to_tf32(b)
     if INTERPRETED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)

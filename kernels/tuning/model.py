@@ -4,7 +4,7 @@
     wave  = the longer of one program's time alone and what its programs keep the processor busy for together
     busy  = steps * step + epilogue
     alone = steps * hypot(step, latency / (stages - 1)) + epilogue
-    step  = max(products / tensor rate, instructions / 4, shared memory's bytes / 128) + prologue
+    step  = max(products / tensor rate, instructions / 4, shared memory's bytes / 128) + prologue + rounding
 
 A processor that holds one large program stands still while that waits for its loads and while it runs its epilogue.
 With several small ones the others go on. So a tile is good not for its products per byte alone, but also for the number
@@ -135,6 +135,7 @@ L2 = 40  # bytes per clock that a processor gets of the L2 cache
 _LATENCY = 2000  # clocks from a load to its data while all processors load
 _EPILOGUE = 50  # instructions for each accumulator, of all that a program does before and after its steps
 _PROLOGUE = 7  # instructions for each element, counted in compiled code
+_ROUNDING = 2  # the same, to TensorFloat-32
 _OVERLAP = 4  # 1: a wave takes the sum of what bounds it; infinity: the largest; in between where two are close
 _GATHER = 16  # instructions for each element that has an address of its own
 _MERGE = 5e-6  # seconds of the kernel that adds the splits of a reduction
@@ -223,13 +224,19 @@ def _step(config: Config, gemm: Gemm, device: Device) -> float:
     asynchronous = device.asynchronous and M >= _ROWS_AT_ONCE and warps % 4 == 0 and gemm.kind in ("16-bit", "tf32")
     products, loaded = _area(config, gemm) * K, _loaded(config, gemm)
     instructions = 16 * loaded / 512 + 20 * warps  # cp.async with its address, the loop
+    rounded = 0  # elements, to TensorFloat-32
     if asynchronous:  # every 64 rows read all columns again; a prologue of the forward leaves its rows in registers
         rows = 0 if prologue and not gemm.reduces_pixels else M * at_once
         read = (rows + N * at_once * (M // _ROWS_AT_ONCE)) * K * size
+        if gemm.kind == "tf32":
+            rounded = (M + N * at_once) * K
+            read += 2 * N * at_once * K * size  # the columns, to registers and back; the rows stay there
     else:  # ldmatrix
         across = min(warps, max(1, N // 32))  # warps along N; the others lie along M
         read = (M * across + N * at_once * (warps // across or 1)) * K * size
         instructions += read / 512
+        if gemm.kind == "tf32":
+            rounded = read // size
     tensor = 0
     if gemm.kind == "float32":
         instructions += products / 32
@@ -242,8 +249,8 @@ def _step(config: Config, gemm: Gemm, device: Device) -> float:
         instructions += _GATHER * (M + N) * K / 32
     recomputed = M * K * size * (3 if gemm.reduces_pixels else 2) if prologue else 0  # to registers, and back
     step = max(tensor, instructions / 4, (loaded + read + recomputed) / 128)
-    # The product reads the registers that the prologue writes, so neither overlaps the other.
-    return step + (_PROLOGUE * M * K / 32 / 4 if prologue else 0)
+    # The product reads the registers that the prologue and the rounding write, so neither overlaps it.
+    return step + ((_PROLOGUE * M * K if prologue else 0) + _ROUNDING * rounded) / 32 / 4
 
 
 def _launch_time(config: Config, gemm: Gemm, device: Device, share: float) -> tuple[float, float]:

@@ -8,6 +8,7 @@ whole ways are timed, and the fastest is remembered.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -32,7 +33,14 @@ T = TypeVar("T")
 
 def tf32(x: Tensor) -> bool:
     """Whether PyTorch's convolution would multiply x as TensorFloat-32, which concerns float32 alone."""
-    return x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    allowed = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return allowed and x.device.type == "cuda" and _has_tf32(x.device)
+
+
+@cache
+def _has_tf32(device: torch.device) -> bool:
+    """Whether cuDNN has products in TensorFloat-32 there. MIOpen's of float32 are exact, whatever the switch says."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], device: torch.device) -> Callable[[], T]:

@@ -21,6 +21,8 @@ from tests.helpers.emulated_limits import (
     wavefronts_over_ideal,
 )
 from tests.helpers.grad_input_cases import EPILOGUES, Case, grad_input
+from tests.helpers.parity import assert_as_exact_as_eager
+from tests.helpers.tf32 import as_tf32
 
 per_epilogue = pytest.mark.parametrize("epilogue", EPILOGUES)
 
@@ -94,16 +96,15 @@ def test_results_are_as_exact_as_eager_and_the_same_bits_twice(emulate, monkeypa
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_tf32_is_used_where_it_is_allowed(emulate, monkeypatch):
-    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: cases.SMALL_TILES)
+@pytest.mark.parametrize("tile", [(32, 16, 32, 4, 2), (64, 64, 32, 4, 3)], ids=["mma", "wgmma on sm_90"])
+def test_products_in_tf32_are_as_exact_as_cudnns(emulate, monkeypatch, tile):
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (tuning.Config(*tile),))
     case = Case.of(ConvShape(1, 5, 4, 20, 40, 3, 3, 1, 1), "none", torch.float32)
     with emulate() as launches:
         (dx,) = case.fused(tf32=True)
     assert ".tf32" in launches[0].ptx
-    size = grad_input(case.shape, case.weight.double().abs(), case.dy.double().abs(), case.shape.padding)
-    error = (dx.double() - case.plain(torch.float64)[0]).abs()
-    assert (error <= 2 * 2**-10 * size).all()  # either operand keeps 11 bits
-    assert (error > 2**-20 * size).any()
+    eager = grad_input(case.shape, as_tf32(case.weight).double(), as_tf32(case.dy).double(), case.shape.padding)
+    assert_as_exact_as_eager("dx", [dx], [eager.float()], case.plain(torch.float64))
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)

@@ -18,6 +18,7 @@ from tests.helpers.emulated_limits import (
     wavefronts_over_ideal,
 )
 from tests.helpers.parity import assert_as_exact_as_eager
+from tests.helpers.tf32 import as_tf32
 from tests.kernels.test_conv_grad_weight import PROLOGUES, SHAPES, grad_weight, operands, reference
 
 KERNEL = "conv_grad_weight_kernel"
@@ -63,6 +64,19 @@ def test_grad_weight_is_as_exact_as_eager(emulate, name, dtype, prologue):
     case, dw, _ = launch(emulate, shape, dtype, prologue)
     exact = reference(shape, *case, torch.float64)
     assert_as_exact_as_eager("dw", [dw], [reference(shape, *case, dtype)], [exact])
+
+
+@pytest.mark.parametrize("name", ("3x3, whole tiles", "3x3, stride 2", "stem"))
+@pytest.mark.parametrize("prologue", ("plain", "activated"))
+def test_products_in_tf32_are_as_exact_as_cudnns(emulate, name, prologue):
+    shape = SHAPES[name]
+    dy, x, stats, _ = operands(shape, torch.float32, prologue)
+    with emulate() as launches:
+        dw = grad_weight(shape, dy, x, stats, None, tf32=True)
+    assert ".tf32" in launches[0].ptx
+    used = x if stats is None else torch.relu(x.double() * stats[2].view(1, -1, 1, 1) + stats[3].view(1, -1, 1, 1))
+    eager = reference(shape, as_tf32(dy), as_tf32(used.float()), None, None, torch.float64).float()
+    assert_as_exact_as_eager("dw", [dw], [eager], [reference(shape, dy, x, stats, None, torch.float64)])
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from resnet.kernels.batch_norm_max_pool_backward import batch_norm_max_pool_backward_apply
+from resnet.kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
 from resnet.kernels.host import tiling
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning.model import candidates
@@ -17,6 +20,7 @@ from tests.helpers.emulated_limits import (
     wavefronts_over_ideal,
 )
 from tests.helpers.parity import assert_as_exact_as_eager
+from tests.helpers.tf32 import as_tf32
 from tests.kernels.test_conv_grad_weight_max_pool import SHAPES, Case
 
 KERNEL = "conv_grad_weight_max_pool_kernel"
@@ -45,6 +49,16 @@ def launch(emulate, shape: ConvShape, dtype: torch.dtype, training: bool):
 def test_grad_weight_through_the_pool_is_as_exact_as_eager(emulate, name, dtype, training):
     case, dy, dw, _ = launch(emulate, SHAPES[name], dtype, training)
     assert_as_exact_as_eager("dw", [dw], [case.reference(dy, dtype)], [case.reference(dy, torch.float64)])
+
+
+def test_products_in_tf32_are_as_exact_as_cudnns(emulate):
+    with emulate() as launches:
+        case = Case.of(SHAPES["stem"], torch.float32, training=True)
+        dy = batch_norm_max_pool_backward_apply(case.dout, case.y, case.out, case.tap, case.stats, case.sums)
+        dw = conv_grad_weight_max_pool(**case.arguments(), tf32=True)
+    assert any(r.name == KERNEL and ".tf32" in r.ptx for r in launches)
+    eager = replace(case, x=as_tf32(case.x)).reference(as_tf32(dy), torch.float64).float()
+    assert_as_exact_as_eager("dw", [dw], [eager], [case.reference(dy, torch.float64)])
 
 
 @pytest.mark.parametrize("C", (1, 3), ids="{} channels".format)

@@ -169,6 +169,14 @@ FAULTS = {
         FORWARD + "test_a_long_reduction_is_accumulated_in_float32",
         "assert",
     ),
+    "operands left to tensor cores that cut their last bits": Fault(
+        "kernels/device/implicit_gemm.py",
+        'if PRECISION == "tf32":',
+        'if PRECISION == "none":',
+        EMULATED + "test_conv_forward.py::test_ragged_tiles_are_as_exact_as_eager",
+        "AssertionError: .*against float64, eager's",
+        "TensorFloat and sm_90",
+    ),
     "a branch's gradient added without its mask": Fault(
         "kernels/conv_grad_input.py",
         "return acc + tl.where(relu_passes(z), g, tl.zeros_like(g)).to(acc.dtype)",

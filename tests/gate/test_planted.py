@@ -39,8 +39,10 @@ def test_tensor_cores_are_seen_and_missed(device, matrix):
     figures, kinds = judged(device, dot_kernel, matrix, matrix, matrix, BLOCK=64)
     assert figures.products == ["f16"] and figures.tensor and "tensor" not in kinds
     figures.tensor = {}
-    launch = launches.RecordedLaunch("", "", {}, {}, {}, {}, {})
-    assert "tensor" in {kind for kind, _ in limits.problems(DEVICES[device], launch, figures)}
+    for products, precision in (("f16", "ieee"), ("f32", "tf32")):
+        figures.products = [products]
+        launch = launches.RecordedLaunch("", "", {"PRECISION": "constexpr"}, {(0,): precision}, {}, {}, {})
+        assert "tensor" in {kind for kind, _ in limits.problems(DEVICES[device], launch, figures)}
 
 
 def test_shared_memory_beyond_the_device_is_caught():

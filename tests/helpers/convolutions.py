@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from resnet.kernels import conv_forward as kernels
 from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut
 from tests.helpers.blocks import draw
+from tests.helpers.tf32 import as_tf32
 
 EPS = 1e-5
 # What may follow the convolution in its launch, as options of `Case.of`.
@@ -89,10 +90,8 @@ class Case:
         d = torch.float64 if exact or dtype == torch.float64 else torch.float32
 
         def operand(t: Tensor) -> Tensor:
-            """t as a product reads it. TensorFloat-32 drops the last 13 bits."""
-            if o.get("tf32") and not exact:
-                t = (t.float().view(torch.int32) & -(1 << 13)).view(torch.float32)
-            return t.to(d)
+            """t as a product reads it."""
+            return (as_tf32(t) if o.get("tf32") and not exact else t).to(d)
 
         def column(v: Tensor) -> Tensor:
             return v.to(d).view(1, -1, 1, 1)

@@ -51,8 +51,10 @@ def operands(shape: ConvShape, dtype: torch.dtype, prologue: str, seed: int = 0)
     return dy, x, stats if activated else None, out.clamp_min(0) if masked else None
 
 
-def grad_weight(shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out: Tensor | None) -> Tensor:
-    return kernels.conv_grad_weight(dy, x, (shape.R, shape.S), shape.stride, shape.padding, stats, out)
+def grad_weight(
+    shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out: Tensor | None, tf32: bool = False
+) -> Tensor:
+    return kernels.conv_grad_weight(dy, x, (shape.R, shape.S), shape.stride, shape.padding, stats, out, tf32)
 
 
 def reference(shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out: Tensor | None, dtype: torch.dtype):

@@ -6,6 +6,8 @@ interpreter's time there.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,6 +112,29 @@ def test_batches_of_the_same_power_of_two_share_their_choices(fused_backend, mon
         block(draw(N, 4, 4, 4)).sum().backward()
     assert keys[0] == keys[1] and len(keys[0]) >= 5
     assert not set(keys[0]) & set(keys[2]) and not set(keys[0]) & set(keys[3])
+
+
+@pytest.mark.parametrize(
+    "capability, hip, precision, dtype, expected",
+    [
+        ((8, 0), None, "tf32", torch.float32, True),
+        ((9, 0), None, "tf32", torch.float32, True),
+        ((7, 5), None, "tf32", torch.float32, False),
+        ((9, 4), "6.4", "tf32", torch.float32, False),
+        ((9, 0), None, "ieee", torch.float32, False),
+        ((9, 0), None, "tf32", torch.bfloat16, False),
+    ],
+    ids=["A100", "H100", "T4", "MI300X", "switched off", "bfloat16"],
+)
+def test_tf32_is_used_where_pytorchs_convolution_would_use_it(monkeypatch, capability, hip, precision, dtype, expected):
+    """On a T4 cuDNN has no such product, and MIOpen's of float32 are exact, though the switch is on by default."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(convolution, "_has_tf32", convolution._has_tf32.__wrapped__)  # it remembers no device of a test
+    monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=precision))
+    x = SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0))
+    assert convolution.tf32(x) is expected
+    assert not convolution.tf32(torch.empty(1, dtype=dtype))
 
 
 def test_the_stem_stores_no_gradient_of_its_convolution(fused_backend, launches):
