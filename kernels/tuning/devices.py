@@ -66,9 +66,14 @@ class Device:
         return min(by_registers, by_shared, self.blocks, self.warps // warps) * warps / self.warps
 
 
+# Triton has no tensor-core products for it: see `resnet.triton_backend.convolution`.
+SM_75 = Device("sm_75", "cuda", 75, 40, 64 * KIB, 512, 1.59, 320, warps=32, blocks=16)  # T4
 SM_80 = Device("sm_80", "cuda", 80, 108, 163 * KIB, 1024, 1.41, 2039)
+SM_86 = Device("sm_86", "cuda", 86, 82, 99 * KIB, 512, 1.695, 936, warps=48, blocks=16)  # RTX 3090
+SM_89 = Device("sm_89", "cuda", 89, 128, 99 * KIB, 512, 2.52, 1008, warps=48, blocks=24)  # RTX 4090
 SM_90 = Device("sm_90", "cuda", 90, 132, 227 * KIB, 2048, 1.755, 3350, asynchronous=True)
 SM_100 = Device("sm_100", "cuda", 100, 148, 227 * KIB, 4096, 1.85, 8000, asynchronous=True, tensor_memory=True)
+SM_120 = Device("sm_120", "cuda", 120, 170, 99 * KIB, 512, 2.41, 1792, warps=48, blocks=24)  # RTX 5090
 GFX942 = Device(  # MI300X: four SIMDs a CU, each with eight waves and 512 registers a lane, the accumulators' included
     *("gfx942", "hip", "gfx942", 304, 64 * KIB, 1024, 2.1, 5300),
     warp=64,
@@ -78,7 +83,7 @@ GFX942 = Device(  # MI300X: four SIMDs a CU, each with eight waves and 512 regis
     max_registers=512,
     shared_reserved=0,
 )
-DEVICES = {device.name: device for device in (SM_80, SM_90, SM_100, GFX942)}
+DEVICES = {d.name: d for d in (SM_75, SM_80, SM_86, SM_89, SM_90, SM_100, SM_120, GFX942)}
 
 # In the interpreter and the emulator: the shared memory of the smallest supported NVIDIA GPU, else as SM_90.
 ANY = replace(SM_90, name="any", shared_memory=99 * KIB)
@@ -102,6 +107,7 @@ def device_facts(device: torch.device) -> Device:
     if torch.version.hip:
         return replace(GFX942, **said)
     major, minor = torch.cuda.get_device_capability(device)
-    generation = {9: SM_90, 10: SM_100}.get(major, SM_80)
+    generation = {7: SM_75, 9: SM_90, 10: SM_100, 12: SM_120}.get(major, SM_80)
+    generation = DEVICES.get(f"sm_{major}{minor}", generation)
     large = (major, minor) in ((8, 0), (9, 0), (10, 0), (10, 3))  # the others' tensor cores are slower
     return replace(generation, products=generation.products if large else 512, **said)

@@ -151,7 +151,8 @@ def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
         if gemm.switch("out"):  # the mask lies beside dy
             rows += moving if gemm.dy_moves else config.BLOCK_M
     stages = config.num_stages if device.asynchronous else max(config.num_stages - 1, 1)
-    recomputed = config.BLOCK_M if gemm.reduces_pixels and gemm.switch("prologue") else 0
+    stored = gemm.reduces_pixels or (device.backend == "cuda" and not device.asynchronous)  # else it is in registers
+    recomputed = config.BLOCK_M if stored and gemm.switch("prologue") else 0
     return max((stages * rows + recomputed) * config.BLOCK_K * size, config.BLOCK_M * config.BLOCK_N * size)
 
 

@@ -33,14 +33,15 @@ T = TypeVar("T")
 
 def tf32(x: Tensor) -> bool:
     """Whether PyTorch's convolution would multiply x as TensorFloat-32, which concerns float32 alone."""
-    allowed = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
-    return allowed and x.device.type == "cuda" and _has_tf32(x.device)
+    if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:  # MIOpen's are exact
+        return False
+    return torch.backends.cudnn.conv.fp32_precision == "tf32" and _has_tensor_cores(x.device)
 
 
 @cache
-def _has_tf32(device: torch.device) -> bool:
-    """Whether cuDNN has products in TensorFloat-32 there. MIOpen's of float32 are exact, whatever the switch says."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton's products run on tensor cores there, and float32 can be TensorFloat-32: not before sm_80."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], device: torch.device) -> Callable[[], T]:
@@ -51,7 +52,7 @@ def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], de
         key: everything else that the times depend on (shape, type, what is fused), the device aside.
         variants: by name, whole paths to the same result, in the order "triton", "epilogue", "pytorch", the first two
             only where they exist. With "auto" they are timed, so a call must change nothing that another one reads:
-            running statistics are updated outside.
+            running statistics are updated outside. A GPU without tensor cores for them takes "pytorch" untimed.
     """
     chosen = settings.current_convolution()
     if chosen != "auto":
@@ -59,6 +60,8 @@ def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], de
         return next(variants[name] for name in settings.VARIANTS[asked:] if name in variants)
     if len(variants) == 1 or device.type == "cpu":
         return next(iter(variants.values()))
+    if not _has_tensor_cores(device):
+        return variants["pytorch"]
     return variants[memory.choose((direction, *key), variants, device)]
 
 

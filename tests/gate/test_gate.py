@@ -2,7 +2,7 @@
 
 import pytest
 
-from resnet.kernels.tuning import DEVICES
+from benchmarks.compiled.report import JUDGED
 
 PROMISES = {
     "error": "it compiles",
@@ -15,7 +15,7 @@ PROMISES = {
 
 
 @pytest.mark.parametrize("kind", PROMISES, ids=PROMISES.values())
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", JUDGED)
 def test_every_compiled_kernel_keeps_to_the_limit(reported, device, kind):
     rows = [row for row in reported[0] if row.device == device]
     broken = [f"{row.name}: {text}" for row in rows for found, text in row.problems if found == kind]

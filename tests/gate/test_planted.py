@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.compiled import binaries, launches, limits
+from benchmarks.compiled.report import JUDGED
 from resnet.kernels.tuning import DEVICES
 from tests import gate
 from tests.gate.planted_kernels import copy_kernel, dot_kernel
@@ -21,7 +22,7 @@ def matrix():
     return torch.empty(512, 512, dtype=torch.float16)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", JUDGED)
 def test_a_narrow_bulk_access_is_caught(device, matrix):
     assert "width" in judged(device, copy_kernel, matrix, matrix, ORDER="strided", BLOCK=2048)[1]
     assert not judged(device, copy_kernel, matrix, matrix, ORDER="plain", BLOCK=2048)[1]
@@ -34,7 +35,7 @@ def test_spilled_registers_are_caught(device):
     assert "spill" in kinds, figures
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", JUDGED)
 def test_tensor_cores_are_seen_and_missed(device, matrix):
     figures, kinds = judged(device, dot_kernel, matrix, matrix, matrix, BLOCK=64)
     assert figures.products == ["f16"] and figures.tensor and "tensor" not in kinds

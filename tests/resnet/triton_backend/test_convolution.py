@@ -114,6 +114,24 @@ def test_batches_of_the_same_power_of_two_share_their_choices(fused_backend, mon
     assert not set(keys[0]) & set(keys[2]) and not set(keys[0]) & set(keys[3])
 
 
+def forget_devices(monkeypatch) -> None:
+    """What is known of a device for good is asked each time."""
+    monkeypatch.setattr(convolution, "_has_tensor_cores", convolution._has_tensor_cores.__wrapped__)
+
+
+def test_a_gpu_before_sm_80_takes_pytorchs_convolutions_without_timing_others(monkeypatch):
+    """On a T4 Triton has no tensor-core product, and a kernel without one spills thousands of registers."""
+    forget_devices(monkeypatch)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    ways = {name: lambda name=name: name for name in ("triton", "epilogue", "pytorch")}
+    device = torch.device("cuda", 0)
+    with resnet.convolution("auto"):
+        assert convolution.pick("forward", (), ways, device)() == "pytorch"
+    with resnet.convolution("triton"):
+        assert convolution.pick("forward", (), ways, device)() == "triton"
+
+
 @pytest.mark.parametrize(
     "capability, hip, precision, dtype, expected",
     [
@@ -130,7 +148,7 @@ def test_tf32_is_used_where_pytorchs_convolution_would_use_it(monkeypatch, capab
     """On a T4 cuDNN has no such product, and MIOpen's of float32 are exact, though the switch is on by default."""
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(convolution, "_has_tf32", convolution._has_tf32.__wrapped__)  # it remembers no device of a test
+    forget_devices(monkeypatch)
     monkeypatch.setattr(torch.backends.cudnn, "conv", SimpleNamespace(fp32_precision=precision))
     x = SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0))
     assert convolution.tf32(x) is expected
