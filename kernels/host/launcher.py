@@ -19,7 +19,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-_KNOWN = ("3.6.", "3.7.", "3.9.")  # versions whose sources were read for this module
+_KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")  # versions whose sources were read for this module
 _OWN_RUN = JITFunction.run
 
 _thread = threading.local()  # by: the watcher; compiles: whether launches are compiled and not made

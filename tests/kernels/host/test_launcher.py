@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
+from pathlib import Path
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from resnet.kernels.host import plan
+from resnet.kernels.host import launcher, plan
 from resnet.kernels.host.launcher import compile_ahead, compiles_only, launch
 from tests.conftest import DEVICE
 
@@ -78,3 +80,10 @@ def test_it_may_be_asked_for_where_triton_compiles_asynchronously_already(x):
     with ThreadPoolExecutor(1) as threads, triton.AsyncCompileMode(threads):
         compile_ahead([lambda: launch(add_kernel, (1,), x, AMOUNT=4)])
     assert x.item() == 0
+
+
+def test_launches_are_repeated_with_each_triton_of_the_matrix():
+    """With one that the launcher does not know, a plan launches as anew: right, and twice as slow for the host."""
+    stacks = re.search(r"^STACKS := (.*)$", (Path(__file__).parents[3] / "Makefile").read_text(), re.MULTILINE)
+    versions = re.findall(r"\+([\d.]+)", stacks[1])
+    assert versions and all(version.startswith(launcher._KNOWN) for version in versions)
