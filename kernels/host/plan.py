@@ -132,6 +132,7 @@ class _Recorder(TorchDispatchMode):
             "as_strided": torch.as_strided,
         }
         self._hooks: list[list] = []
+        self._compiled: list[object] = []
         self._device: torch.device | None = None
         for name, argument in zip(self._names, arguments):
             if isinstance(argument, Tensor):
@@ -202,6 +203,7 @@ class _Recorder(TorchDispatchMode):
             raise _Spoilt
         self._device = device
         call = launcher.repetition(launch)
+        self._compiled.append(launch.compiled)
         hooks = getattr(launch.kernel, "pre_run_hooks", None)
         if hooks is not None and not any(hooks is known for known in self._hooks):
             self._hooks.append(hooks)
@@ -315,7 +317,7 @@ class _Recorder(TorchDispatchMode):
         source = "def replay(arguments, addresses, stream):\n" + "".join(f"    {line}\n" for line in body)
         names = dict(self._constants)
         exec(compile(source, "<plan>", "exec"), names)
-        return Plan(names["replay"], self._device, self._hooks)
+        return Plan(names["replay"], self._device, self._hooks, self._compiled)
 
     def _returned(self, outputs: list[Tensor | None]) -> tuple[list[str], set[str]]:
         """The outputs as they are written, and their variables. Memory of which one is all of is allocated as that."""
@@ -355,10 +357,13 @@ def _storage(tensor: Tensor) -> int:
 class Plan:
     """What is replayed, on the device on which it was recorded and on the stream of the moment."""
 
-    def __init__(self, replay: Callable[..., list], device: torch.device | None, hooks: list[list]):
+    def __init__(
+        self, replay: Callable[..., list], device: torch.device | None, hooks: list[list], compiled: list[object]
+    ):
         self._replay = replay
         self._index = None if device is None else device.index
         self.hooks = hooks  # lists, one for each kernel, of what Triton would call before a launch
+        self._compiled = compiled  # the replay has their code's address, and from Triton 3.8 on it goes with them
         self._driver = launcher.active_driver()
 
     def __call__(self, arguments: Sequence, addresses: list[int]) -> list[Tensor | None]:

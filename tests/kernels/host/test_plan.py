@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resnet.kernels.host import plan
+from resnet.kernels.host import launcher, plan
 from resnet.kernels.host.launcher import launch
 from tests.conftest import DEVICE
 from tests.helpers.replays import replays
@@ -151,3 +152,20 @@ def test_an_operator_that_is_watched_is_run_each_time():
     with Watching():
         assert run(views, draw(3, 5), draw(3, 5), 0.5)[1] == 0
     assert run(views, draw(3, 5), draw(3, 5), 0.5)[1] == 1
+
+
+def test_a_plan_keeps_the_kernels_whose_code_it_calls(monkeypatch):
+    """Triton 3.8 and later unload a kernel's code where nothing has the kernel any more."""
+    made = []
+
+    class Compiled:
+        def __init__(self, launched):
+            made.append(weakref.ref(self))
+
+    launch_once = launcher._launch
+    monkeypatch.setattr(launcher, "_launch", lambda *arguments: Compiled(launch_once(*arguments)))
+    for _ in range(2):
+        run(views, draw(3, 5), draw(3, 5), 0.5)
+    recorded = made[len(made) // 2 :]
+    assert run(views, draw(3, 5), draw(3, 5), 0.5)[1] == 1
+    assert recorded and all(kernel() is not None for kernel in recorded)
