@@ -46,8 +46,9 @@ def capture(
     with torch.cuda.stream(stream):
         for _ in range(_WARM_UP):
             function()
-    current.wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        outputs = function()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # Within: it waits for the current device, and leaves its stream current where a capture fails.
+        with torch.cuda.graph(graph, stream=stream):
+            outputs = function()
     return graph.replay, outputs

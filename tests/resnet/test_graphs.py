@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from resnet import FusedResidual, FusedStem, Residual, Stem, resnet18
-from resnet.graphs import Graphed
+from resnet.graphs import Graphed, capture
 from tests.conftest import DEVICE
 from tests.helpers.blocks import Trio, averaged, draw, named, snapshot, trio
 from tests.helpers.fused_cases import IDENTITY, STRIDED
@@ -123,3 +126,47 @@ def test_a_captured_step_trains_as_a_launched_one(any_backend):
         x = draw(4, 1, 12, 12, seed=seed)
         torch.testing.assert_close(graphed(x)[0], step(x)[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(snapshot(replayed), snapshot(launched), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def streams(monkeypatch) -> SimpleNamespace:
+    """CUDA's streams and graphs as far as which device and stream are current; capturing fails."""
+
+    def stream_of(device: str) -> SimpleNamespace:
+        return SimpleNamespace(device=device, wait_stream=lambda other: None)
+
+    state = SimpleNamespace(current=stream_of("cuda:0"), waited_for=[])
+
+    @contextmanager
+    def stream(chosen):
+        before, state.current = state.current, chosen
+        try:
+            yield
+        finally:
+            state.current = before
+
+    class Graph:
+        def __init__(self, graph, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            state.waited_for.append(state.current.device)
+            state.current = self.stream
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_of)
+    monkeypatch.setattr(torch.cuda, "Stream", stream_of)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    return state
+
+
+def test_a_capture_that_fails_leaves_the_stream_that_was_current_and_other_devices_alone(streams):
+    before = streams.current
+    with pytest.raises(RuntimeError, match="during capture"):
+        capture(lambda: (), "cuda:1")
+    assert streams.current is before
+    assert streams.waited_for == ["cuda:1"]
