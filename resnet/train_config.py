@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from resnet.commands import DTYPES, check_outputs, check_plot, check_tensorboard, require, require_count
+from resnet.commands import (
+    DTYPES,
+    ConfigError,
+    check_outputs,
+    check_plot,
+    check_tensorboard,
+    find_device,
+    require,
+    require_count,
+)
 from resnet.data import IMAGE_SIZE
 from resnet.kernels.host.command import say
 from resnet.models import IMPLS, MODELS, OLD_MODEL
@@ -108,11 +117,7 @@ class TrainConfig:
 
     def _of_recipe(self, name: str) -> Any:
         value = getattr(RECIPES[self.recipe], name)
-        if value == "bfloat16" and (
-            self.device == "cpu" or not torch.cuda.is_bf16_supported(including_emulation=False)
-        ):
-            return "float32"
-        return value
+        return "float32" if value == "bfloat16" and not _computes_bfloat16(self.device) else value
 
     @property
     def decisive(self) -> dict[str, Any]:
@@ -125,3 +130,15 @@ class TrainConfig:
     def plan(self) -> Recipe:
         """The recipe, with what overrides it."""
         return dataclasses.replace(RECIPES[self.recipe], **{name: getattr(self, name) for name in OVERRIDABLE})
+
+
+def _computes_bfloat16(name: str) -> bool:
+    """Whether the device that --device names does, without emulation; a device that is absent does not."""
+    try:
+        device = find_device(name)
+    except ConfigError:  # which `train` will say
+        return False
+    if device.type == "cpu":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -6,6 +6,8 @@ import dataclasses
 import functools
 import json
 import math
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -516,6 +518,27 @@ def test_the_textbook_is_the_default():
 @pytest.mark.parametrize(("device", "dtype"), [("auto", "bfloat16"), ("cuda", "bfloat16"), ("cpu", "float32")])
 def test_a_recipe_s_bfloat16_is_for_a_gpu_that_computes_in_it(device, dtype):
     assert TrainConfig(recipe="best", device=device).dtype == dtype
+
+
+def test_that_gpu_is_the_one_that_is_named(monkeypatch):
+    """An A100 is the current device, beside it is a T4, whose bfloat16 is emulated."""
+    current = [0]
+
+    @contextmanager
+    def device(chosen):
+        current.append(chosen.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(major=(8, 7)[index]))
+    names = ("auto", "cuda", "cuda:0", "cuda:1", "cuda:2")
+    found = [TrainConfig(recipe="best", device=name).dtype for name in names]
+    assert found == ["bfloat16", "bfloat16", "bfloat16", "float32", "float32"]
 
 
 def test_an_option_overrides_the_recipe_s_value_and_json_holds_what_was_used(tmp_path):
