@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import resnet.published
 from resnet import FusedResidual, Residual, backend, fuse, resnet18
+from resnet.commands import find_device
 from resnet.data import Batches, ImageSet
 
 QUICK = os.environ.get("BENCH_QUICK", "") not in ("", "0")  # smaller and fewer: to see that all of it runs
@@ -322,6 +323,14 @@ def block_saved_bytes(
 
 
 # ---- where it was measured ------------------------------------------------------------------------------------
+
+
+def current_device(name: str) -> torch.device:
+    """The device that --device names, from now on the current one: there a clock's events are recorded."""
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def device_name(device: torch.device) -> str:

@@ -22,7 +22,7 @@ import torch
 from benchmarks import common, turns
 from benchmarks.common import Implementation
 from benchmarks.verdict import CONFIDENCE, Comparison, busy_note
-from resnet.commands import DTYPES, check_outputs, check_plot, find_device, require, write_output, write_plot
+from resnet.commands import DTYPES, check_outputs, check_plot, require, write_output, write_plot
 from resnet.data import FASHION_MNIST, IMAGE_SIZE, DatasetError, ImageSet, load
 from resnet.kernels.host.command import ConfigError, Parser, ended_by, run, say
 
@@ -233,9 +233,7 @@ def _usable_rivals(asked: list[str] | None, device: torch.device) -> tuple[str, 
 
 
 def _prepare(args: argparse.Namespace) -> tuple[Settings, ImageSet]:
-    device = find_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # the clock's events are recorded on the current one
+    device = common.current_device(args.device)
     check_plot(args.plot)
     check_outputs({"--json": args.json, "--plot": args.plot})
     settings = Settings(

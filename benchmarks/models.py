@@ -27,7 +27,6 @@ from resnet import fuse
 from resnet.commands import (
     DTYPES,
     check_outputs,
-    find_device,
     logits_of,
     made_by,
     maker,
@@ -202,7 +201,7 @@ def _measure_all(args: argparse.Namespace) -> int:
     for name in ("pairs", "batch_size", "size"):
         require_count(f"--{name.replace('_', '-')}", getattr(args, name))
     check_outputs({"--json": args.json})
-    device = find_device(args.device)
+    device = common.current_device(args.device)
     fused = Implementation("fused", device, DTYPES[args.dtype])
     if reason := common.unavailable(fused):
         raise ConfigError(reason)

@@ -145,6 +145,24 @@ def test_the_hosts_clock_leaves_out_the_wait_for_what_it_queued(monkeypatch):
     assert hour[0] == 3 + 2 + 5
 
 
+@pytest.mark.parametrize(
+    ("command", "needs"), [(compare, []), (models, ["torchvision.models:resnet18"])], ids=["compare", "models"]
+)
+def test_the_device_that_is_timed_is_the_current_one(monkeypatch, command, needs):
+    """A CUDA event is recorded on the current device: on another one it would time nothing."""
+
+    class Chosen(Exception):
+        pass
+
+    def set_device(device):
+        raise Chosen(device)
+
+    monkeypatch.setattr(common, "find_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    with pytest.raises(Chosen, match="cuda:1"):
+        command.main([*needs, "--device", "cuda:1"])
+
+
 def test_a_side_is_in_its_own_scope_when_it_runs():
     seen = []
     fused = turns.Side(lambda: seen.append(current_backend()), Implementation("fused", CPU).scope)
