@@ -53,8 +53,17 @@ class Ranks:
 
     @contextlib.contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Inside, there is a process group: the caller's, or one that lasts as long."""
-        if self.size == 1 or dist.is_initialized():
+        """Inside, there is a process group: the caller's, or one that lasts as long.
+
+        ConfigError where the caller's has no tensors of the CPU, on which processes agree.
+        """
+        if self.size == 1:
+            yield
+            return
+        if dist.is_initialized():
+            backends = dist.get_backend_config()
+            if "cpu:" not in backends:
+                raise ConfigError(f"process group: expected a backend for the CPU too, as cpu:gloo is, got {backends}")
             yield
             return
         if device.type == "cuda":

@@ -9,10 +9,12 @@ import re
 import signal
 import subprocess
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from resnet import training
 from resnet.commands import find_device
@@ -200,6 +202,18 @@ def test_each_process_has_a_gpu_of_its_own_or_is_told_that_there_are_too_few(mon
         find_device("auto", Ranks(0, 3, 0, 3))
     with pytest.raises(ConfigError, match=r"--device: expected auto, cpu or cuda: each process .* got cuda:1"):
         find_device("cuda:1", Ranks(0, 2, 0, 2))
+
+
+def test_a_group_of_the_caller_that_has_a_gpu_s_backend_alone_is_refused(tmp_path):
+    """As `init_process_group("nccl")` makes it. What they agree on lies on the CPU: no GPU is waited for."""
+    for backend, fits in (("gloo", True), ("cuda:gloo", False)):
+        dist.init_process_group(backend, init_method=f"file://{tmp_path}/{fits}", rank=0, world_size=1)
+        refused = nullcontext() if fits else pytest.raises(ConfigError, match=r"process group: .* got cuda:gloo")
+        try:
+            with refused, Ranks(0, 2).joined(torch.device("cpu")):
+                pass
+        finally:
+            dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("images", "size"), [(8, 2), (7, 2), (5, 4), (3, 4)])
