@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm_backward_reduce import merge_sums
-from .batch_norm_max_pool import out_size, window_tiling
+from .batch_norm_max_pool import check_pooled, out_size, window_tiling
 from .device.batch_norm import center_grad, load_center
 from .device.max_pool import gather_grad, load_windows, locate
 from .device.reductions import column_sums
@@ -121,7 +121,8 @@ def pool_backward_apply_kernel(
 # ---- the launchers ---------------------------------------------------------------------------------------------
 
 
-def _check_pooled(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Tensor) -> None:
+def _check(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Tensor) -> None:
+    check_pooled(y)
     N, C, H, W = y.shape
     shape = N, C, out_size(H), out_size(W)
     check_nhwc("dout", dout, y, shape)
@@ -141,8 +142,7 @@ def batch_norm_max_pool_backward_reduce(
     dconv_bias: Tensor | None = None,
 ) -> Tensor:
     """sums (2, C) = sum g, sum g * xhat; also written as `batch_norm_backward_reduce` says."""
-    nhwc_shape(y)
-    _check_pooled(dout, y, out, tap, stats)
+    _check(dout, y, out, tap, stats)
     N, C, H, W = y.shape
     P, Q = out.shape[2:]
     t = window_tiling(P * Q, y)
@@ -177,8 +177,8 @@ def batch_norm_max_pool_backward_apply(
     dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Tensor, sums: Tensor | None
 ) -> Tensor:
     """dy (N, C, H, W) channels_last; `sums` None means frozen statistics."""
+    _check(dout, y, out, tap, stats)
     M, C = nhwc_shape(y)
-    _check_pooled(dout, y, out, tap, stats)
     if sums is not None:
         check_vectors("sums", sums, (2, y.shape[1]), y)
     (N, _, H, W), (P, Q) = y.shape, out.shape[2:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
+from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool, check_pooled
 from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_apply,
     batch_norm_max_pool_backward_reduce,
@@ -24,6 +24,7 @@ from resnet.triton_backend.batch_norm import applied_sums, frozen_stats, norm_st
 def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
     """See `torch_backend.stem_forward`."""
     y, moments, _, _ = convolution.forward(x, *convolution.as_read(unit)[:3], unit.norm.training)
+    check_pooled(y)  # before the running statistics change
     stats = norm_stats(y, moments, unit.norm)
     out, tap = batch_norm_max_pool(y, stats)
     return StemOutput(out, y, tap, stats)

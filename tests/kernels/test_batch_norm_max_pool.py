@@ -154,3 +154,21 @@ def test_other_layout_is_refused_by_name():
     y = draw(2, 3, 4, 4, seed=0, dtype=torch.float32).contiguous()
     with pytest.raises(ValueError, match="channels_last"):
         batch_norm_max_pool(y, stats_of(3, torch.float32, seed=0))
+
+
+def test_an_image_of_2_to_the_31_elements_is_refused():
+    """Offsets within an image are 32 bits wide; the tensors are never made."""
+
+    def activation(channels: int, size: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        sizes = 1, channels, size, size
+        return torch.empty(sizes, dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+    y, out, tap = activation(64, 5794), activation(64, 2897), activation(64, 2897, torch.uint8)
+    stats = torch.empty(4, 64, device="meta")
+    for launch in (
+        lambda: batch_norm_max_pool(y, stats),
+        lambda: batch_norm_max_pool_backward_reduce(out, y, out, tap, stats),
+        lambda: batch_norm_max_pool_backward_apply(out, y, out, tap, stats, stats[:2]),
+    ):
+        with pytest.raises(ValueError, match="span less than 2\\^31 elements, got 2148507904 elements an image"):
+            launch()
