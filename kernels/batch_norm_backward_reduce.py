@@ -22,7 +22,7 @@ from .device.batch_norm import load_masked_grad
 from .device.reductions import column_sums
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape
 from .host.launcher import launch
-from .host.tiling import GROUP, MAX_PARTIALS, elements_of, merge_blocks, tiling
+from .host.tiling import MAX_PARTIALS, elements_of, merge_blocks, merge_group, tiling
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -215,7 +215,7 @@ def merge_sums(partial: Tensor, *vectors: Tensor | None) -> Tensor:
     `vectors` are written as `batch_norm_backward_reduce` says: dweight, dbias and dconv_bias; then those of a shortcut.
     """
     if partial.shape[1] > MAX_PARTIALS:
-        partial = _sum_groups(partial, GROUP, ())
+        partial = _sum_groups(partial, merge_group(partial.shape[1]), ())
     return _sum_groups(partial, partial.shape[1], vectors)[:, 0]
 
 

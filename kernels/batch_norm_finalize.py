@@ -20,7 +20,7 @@ from .device.moments import merge_partials
 from .device.pointwise import inverse_std
 from .host.launch import FLAGS, SIZES, accumulator
 from .host.launcher import launch
-from .host.tiling import GROUP, MAX_PARTIALS, merge_blocks
+from .host.tiling import MAX_PARTIALS, merge_blocks, merge_group
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -140,7 +140,7 @@ def batch_norm_finalize(
     left of the mean. Without that plane running_var is wrong by some eps * |mean| / sqrt(M) standard deviations.
     """
     if partial.shape[1] > MAX_PARTIALS:
-        partial, rows = _merge(partial, rows, M), rows * GROUP
+        partial, rows = _merge(partial, rows, M)
     planes, T, C = partial.shape
     stats = torch.empty((4, C), dtype=partial.dtype, device=partial.device)
     merge = merge_blocks(T, C, partial.element_size())
@@ -173,16 +173,17 @@ def batch_norm_finalize(
 def batch_norm_merge(partial: Tensor, rows: int, M: int) -> Tensor:
     """(2 or 3, C): one partial of M rows, from several as `batch_norm_finalize` takes them."""
     while partial.shape[1] > 1:
-        partial, rows = _merge(partial, rows, M), rows * GROUP
+        partial, rows = _merge(partial, rows, M)
     return partial[:, 0]
 
 
-def _merge(partial: Tensor, rows: int, M: int) -> Tensor:
-    """Each GROUP partials in turn merged into one: (3, G, C)."""
+def _merge(partial: Tensor, rows: int, M: int) -> tuple[Tensor, int]:
+    """Each `merge_group` partials in turn merged into one: (3, G, C), and the rows of each."""
     planes, T, C = partial.shape
-    G = triton.cdiv(T, GROUP)
+    group = merge_group(T)
+    G = triton.cdiv(T, group)
     merged = torch.empty((3, G, C), dtype=partial.dtype, device=partial.device)
-    merge = merge_blocks(GROUP, C, partial.element_size())
+    merge = merge_blocks(group, C, partial.element_size())
     launch(
         merge_kernel,
         (triton.cdiv(C, merge["BLOCK_C"]), G),
@@ -193,13 +194,13 @@ def _merge(partial: Tensor, rows: int, M: int) -> Tensor:
         G,
         rows,
         PLANES=planes,
-        GROUP=GROUP,
+        GROUP=group,
         C=C,
         ACC=accumulator(partial)[1],
         **merge,
         **FLAGS,
     )
-    return merged
+    return merged, rows * group
 
 
 def batch_norm_freeze(

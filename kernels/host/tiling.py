@@ -13,7 +13,8 @@ from .launch import FLAGS, accumulator
 ELEMENTS = 2048  # elements of a tile with 4 warps: 16 for each thread, two 16-byte loads where the type has 16 bits
 _PROGRAMS = 1024  # programs that a reduction should have: several for each SM of the largest GPU
 MAX_PARTIALS = 512  # partials that one program of a merge reads in a few steps; more of them take two merges
-GROUP = 256  # partials that the first of these two merges into one
+_GROUP = 256  # partials that the first of these two merges into one
+_MOST_GROUPS = 65535  # programs along a grid's second axis, at most
 SPLIT_PROGRAMS = 256  # programs that a product over pixels should have: two for each SM of a large GPU
 POOLED_PROGRAMS = 512  # the same where each step first computes what it multiplies, and nothing is pipelined
 MIN_STEPS = 4  # steps of a split of its reduction, at least
@@ -98,6 +99,11 @@ def reduction_splits(tiles: int, steps: int, activations: int, partial: int) -> 
 def pooled_steps(tiles: int, steps: int) -> int:
     """Steps of a program of the stem's grad-weight, whose splits share the `steps` steps of each of `tiles` tiles."""
     return triton.cdiv(steps * tiles, POOLED_PROGRAMS)
+
+
+def merge_group(partials: int) -> int:
+    """Partials that the first of two merges makes one of; a function of their number alone."""
+    return max(_GROUP, triton.next_power_of_2(triton.cdiv(partials, _MOST_GROUPS)))
 
 
 def merge_blocks(partials: int, C: int, itemsize: int) -> dict[str, int]:

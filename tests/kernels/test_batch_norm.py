@@ -131,6 +131,17 @@ def test_tiling_covers_the_rows_once_with_partials_that_one_program_can_merge(M,
         assert size & (size - 1) == 0
 
 
+def test_a_merge_of_many_partials_has_no_more_groups_than_a_grid_takes(monkeypatch):
+    """65,535 programs along the second axis. A convolution of 2^31 pixels in tiles of 64 rows leaves 2^25 partials."""
+    grids = []
+    for module in (batch_norm_finalize, merge_sums):
+        monkeypatch.setitem(module.__globals__, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
+    T, rows, vector = 2**25, 64, torch.empty(1, device="meta")
+    batch_norm_finalize(torch.empty((3, T, 1), device="meta"), rows, T * rows, None, None, vector, vector, 0.1, EPS)
+    merge_sums(torch.empty((2, T, 1), device="meta"), None, None, None)
+    assert len(grids) == 4 and all(grid[1:] <= (65535,) for grid in grids)
+
+
 # ---- statistics --------------------------------------------------------------------------------------------------
 
 
