@@ -16,7 +16,7 @@ def implementation(x: Tensor) -> ModuleType:
     """`triton_backend` or `torch_backend`, for tensors on x's device."""
     global _triton
     chosen, on_cpu = current_backend(), x.device.type == "cpu"
-    if chosen == "torch" or (chosen == "auto" and on_cpu):
+    if chosen == "torch" or (chosen == "auto" and (on_cpu or x.is_meta)):  # of "meta" nothing runs
         return torch_backend
     if _triton is not None and (not on_cpu or _triton.active_driver() is not None):
         return _triton

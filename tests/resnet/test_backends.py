@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from resnet import FusedResidual, backend, convolution
+from resnet import FusedResidual, backend, backends, convolution
 from resnet.kernels.tuning import memory
 from resnet.triton_backend import batch_norm as triton_batch_norm
 from resnet.triton_backend.convolution import pick
@@ -45,6 +45,15 @@ def test_backend_auto_takes_pytorch_for_tensors_on_the_cpu(launches):
     with backend("auto"):
         FusedResidual(3, 3)(torch.rand(2, 3, 4, 4))
     assert not launches
+
+
+def test_backend_auto_needs_no_triton_for_a_dry_run_on_meta(monkeypatch):
+    monkeypatch.setattr(backends, "_triton", None)
+    monkeypatch.setitem(sys.modules, "triton", None)  # as where it is not installed
+    with backend("auto"), torch.device("meta"):
+        out = FusedResidual(3, 6, True, 2)(torch.rand(2, 3, 4, 4))
+        out.sum().backward()
+    assert out.shape == (2, 6, 2, 2)
 
 
 # ---- the convolutions ------------------------------------------------------------------------------------------
