@@ -375,7 +375,7 @@ def _backward_of_many(
         summed_g, summed_weight = merge_sums(torch.stack((sum_g, dweight)), x.numel() // C, norm.group).unbind()
     share = scale * (-C / x.numel())
     slope, level = invstd * summed_weight * share, summed_g * share
-    if _is_far_by(mean, invstd, _FAR_FOR_GRAD):
+    if not x.is_cpu or _is_far_by(mean, invstd, _FAR_FOR_GRAD):  # a GPU is not waited for
         rows = rows - mean
     else:
         level.addcmul_(mean, slope, value=-1)

@@ -107,3 +107,12 @@ def test_operators_that_pytorch_records_are_as_exact_as_eager_in_the_default_lay
         return out.detach(), *torch.autograd.grad(out, wanted, dout)
 
     assert_as_exact_as_eager_in_the_default_layout(name, mean, torch.float32, True, fused, relu=True)
+
+
+def test_backward_asks_no_device_for_a_value_where_processes_share_their_statistics(monkeypatch):
+    """A GPU would be waited for, and no CUDA graph could be captured. On meta it is an error."""
+    monkeypatch.setattr(batch_norm, "merge_sums", lambda sums, rows, group: sums)
+    x = torch.empty((2, 4, 3, 3), device="meta", memory_format=torch.channels_last)
+    stats = torch.empty(4, 4, device="meta")
+    norm = Norm(*stats, None, True, 0.1, 1e-5, group="all")
+    assert batch_norm.backward(x, x, x, stats, norm.kept()).dx.shape == x.shape
