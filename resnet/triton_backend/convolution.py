@@ -35,7 +35,8 @@ def tf32(x: Tensor) -> bool:
     """Whether PyTorch's convolution would multiply x as TensorFloat-32, which concerns float32 alone."""
     if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip:  # MIOpen's are exact
         return False
-    return torch.backends.cudnn.conv.fp32_precision == "tf32" and _has_tensor_cores(x.device)
+    cudnn = torch.backends.cudnn
+    return cudnn.enabled and cudnn.conv.fp32_precision == "tf32" and _has_tensor_cores(x.device)
 
 
 @cache

@@ -145,7 +145,9 @@ def test_a_gpu_before_sm_80_takes_pytorchs_convolutions_without_timing_others(mo
     ids=["A100", "H100", "T4", "MI300X", "switched off", "bfloat16"],
 )
 def test_tf32_is_used_where_pytorchs_convolution_would_use_it(monkeypatch, capability, hip, precision, dtype, expected):
-    """On a T4 cuDNN has no such product, and MIOpen's of float32 are exact, though the switch is on by default."""
+    """The switch is on by default. On a T4 cuDNN has no such product, MIOpen's of float32 are exact, and so are
+    those that PyTorch takes where cuDNN is off.
+    """
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     forget_devices(monkeypatch)
@@ -153,6 +155,8 @@ def test_tf32_is_used_where_pytorchs_convolution_would_use_it(monkeypatch, capab
     x = SimpleNamespace(dtype=dtype, device=torch.device("cuda", 0))
     assert convolution.tf32(x) is expected
     assert not convolution.tf32(torch.empty(1, dtype=dtype))
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
+    assert not convolution.tf32(x)
 
 
 def test_the_stem_stores_no_gradient_of_its_convolution(fused_backend, launches):
