@@ -147,6 +147,16 @@ def test_a_tile_of_grad_weight_that_spills_on_an_a100_only_is_tried_elsewhere():
     assert tile in candidates(key(False), SM_80)
 
 
+def test_a_tile_beside_which_its_recomputed_operand_does_not_fit_is_not_tried():
+    """Compiled for an RTX it takes 114,688 bytes with a prologue, 81,920 without, and a block may have 101,376."""
+    tile = Config(256, 64, 64, 8, 3)
+    key = lambda prologue: gemm("forward", STAGES[0], HALF, prologue=prologue)  # noqa: E731
+    for name in ("sm_86", "sm_120"):
+        assert tile not in candidates(key(True), DEVICES[name])
+        assert tile in candidates(key(False), DEVICES[name])
+    assert tile in candidates(key(True), SM_80)
+
+
 # ---- the devices ---------------------------------------------------------------------------------------------------
 
 H100 = {
@@ -174,6 +184,16 @@ def test_a_device_is_what_its_driver_says(monkeypatch):
     assert described(monkeypatch, H100, (9, 0)).bandwidth == pytest.approx(SM_90.bandwidth, rel=0.01)
     assert described(monkeypatch, H100, (10, 0)).tensor_memory
     assert not described(monkeypatch, H100, (12, 0)).asynchronous
+
+
+@pytest.mark.parametrize(
+    "capability, name",
+    [((7, 5), "sm_75"), ((8, 6), "sm_86"), ((8, 9), "sm_89"), ((12, 0), "sm_120"), ((12, 1), "sm_120")],
+)
+def test_a_consumer_gpu_holds_as_many_warps_as_its_own_generation(monkeypatch, capability, name):
+    device = described(monkeypatch, H100, capability)
+    assert (device.name, device.warps, device.blocks) == (name, DEVICES[name].warps, DEVICES[name].blocks)
+    assert device.warps < SM_80.warps
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9), (10, 1), (12, 0)])
