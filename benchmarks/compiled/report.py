@@ -78,21 +78,6 @@ def _products_skipped() -> Iterator[None]:
         library._destroy()
 
 
-@contextmanager
-def _tf32_allowed() -> Iterator[None]:
-    """Inside, float32 is multiplied as TensorFloat-32 where the device is NVIDIA's. Tensors are on the CPU here."""
-    from triton.runtime import driver
-
-    from resnet.triton_backend import convolution
-
-    has_tf32 = driver.active.get_current_target().backend == "cuda"
-    original, convolution.tf32 = convolution.tf32, lambda x: has_tf32 and x.dtype == torch.float32
-    try:
-        yield
-    finally:
-        convolution.tf32 = original
-
-
 def _step(module: torch.nn.Module, *shape: int, dtype: torch.dtype, needs_x: bool = True) -> None:
     """Forward and backward in training and with frozen statistics, then inference."""
     x = torch.empty(shape, dtype=dtype, requires_grad=needs_x)
@@ -148,8 +133,17 @@ def _odd_shapes(dtype: torch.dtype) -> None:
 
 
 def _in_tf32(calls: Callable[[], None]) -> None:
-    with _tf32_allowed():
+    """The calls, with float32 as TensorFloat-32 where the device is NVIDIA's, as on a GPU with PyTorch's switch on."""
+    from triton.runtime import driver
+
+    from resnet.triton_backend import convolution
+
+    has_tf32 = driver.active.get_current_target().backend == "cuda"
+    original, convolution.tf32 = convolution.tf32, lambda x: has_tf32 and x.dtype == torch.float32
+    try:
         calls()
+    finally:
+        convolution.tf32 = original
 
 
 CASES: dict[str, Callable[[], None]] = {
