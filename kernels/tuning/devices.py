@@ -66,9 +66,7 @@ class Device:
         return min(by_registers, by_shared, self.blocks, self.warps // warps) * warps / self.warps
 
 
-SM_75 = Device(
-    "sm_75", "cuda", 75, 40, 64 * KIB, 512, 1.59, 320, warps=32, blocks=16
-)  # T4; Triton has no tensor-core product for it
+SM_75 = Device("sm_75", "cuda", 75, 40, 64 * KIB, 512, 1.59, 320, warps=32, blocks=16)  # T4: FMA products alone
 SM_80 = Device("sm_80", "cuda", 80, 108, 163 * KIB, 1024, 1.41, 2039)
 SM_86 = Device("sm_86", "cuda", 86, 82, 99 * KIB, 512, 1.695, 936, warps=48, blocks=16)  # RTX 3090
 SM_89 = Device("sm_89", "cuda", 89, 128, 99 * KIB, 512, 2.52, 1008, warps=48, blocks=24)  # RTX 4090
