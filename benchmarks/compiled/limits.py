@@ -22,7 +22,7 @@ OCCUPANCY = {"memory": 0.25, "tensor cores": 4 / 64, "float64": 4 / 64}
 
 # Bytes of each thread that ptxas may choose to spill. It spills a few values, with registers left, where the next step
 # of registers would cost a resident block. It does not know of the shared memory, which may allow fewer blocks anyway.
-TRADED = 64
+TRADED = 32
 
 # A tensor takes bandwidth that counts if it has so many bytes or more, and so large a part of the launch's largest one.
 # Vectors per channel and most partials of a reduction have less.
@@ -83,6 +83,5 @@ def problems(device: Device, launch: RecordedLaunch, figures: Figures) -> Iterat
         for what, widths in (("loads", figures.loads.get(name)), ("stores", figures.stores.get(name))):
             if widths and min(widths) < least:
                 yield "width", f"{what} of {name} are {min(widths)} bytes wide, expected {least}"
-    narrow = "16-bit values" if figures.sixteen_bit_products else "TF32" if "PRECISION=tf32" in launch.features else ""
-    if narrow and not figures.tensor:
-        yield "tensor", f"a product of {narrow} without a tensor-core instruction"
+    if not figures.tensor and (figures.sixteen_bit_products or "PRECISION=tf32" in launch.features):
+        yield "tensor", "a product of 16-bit values, or in TF32, without a tensor-core instruction"

@@ -108,7 +108,7 @@ TILE = {"BLOCK_M": 32, "BLOCK_C": 64}
     "change, kind",
     [
         ({"spills": 1, "stack": 8, "registers": 255}, "spill"),
-        ({"spills": 1, "stack": 72}, "spill"),
+        ({"spills": 1, "stack": 40}, "spill"),
         ({"spills": 1, "stack": 8, "registers": 104, "occupancy": 0.25}, "spill"),  # as many blocks with 112
         ({"error": "OutOfResources"}, "error"),
         ({"shared": 200 * 1024}, "shared"),
