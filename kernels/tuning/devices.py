@@ -106,7 +106,7 @@ def device_facts(device: torch.device) -> Device:
     if torch.version.hip:
         return replace(GFX942, **said)
     major, minor = torch.cuda.get_device_capability(device)
-    generation = {7: SM_75, 9: SM_90, 10: SM_100, 12: SM_120}.get(major, SM_80)
-    generation = DEVICES.get(f"sm_{major}{minor}", generation)
+    by_major = {7: SM_75, 9: SM_90, 10: SM_100, 12: SM_120}
+    generation = DEVICES.get(f"sm_{major}{minor}") or by_major.get(major, SM_80)
     large = (major, minor) in ((8, 0), (9, 0), (10, 0), (10, 3))  # the others' tensor cores are slower
     return replace(generation, products=generation.products if large else 512, **said)

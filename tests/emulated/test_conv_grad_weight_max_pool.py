@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from resnet.kernels.batch_norm_max_pool_backward import batch_norm_max_pool_backward_apply
-from resnet.kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
 from resnet.kernels.host import tiling
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning.model import candidates
@@ -26,12 +25,12 @@ from tests.kernels.test_conv_grad_weight_max_pool import SHAPES, Case
 KERNEL = "conv_grad_weight_max_pool_kernel"
 
 
-def launch(emulate, shape: ConvShape, dtype: torch.dtype, training: bool):
+def launch(emulate, shape: ConvShape, dtype: torch.dtype, training: bool, tf32: bool = False):
     """(case, dy as it would have been stored, dW, report of the GEMM)."""
     with emulate() as launches:
         case = Case.of(shape, dtype, training)
         dy = batch_norm_max_pool_backward_apply(case.dout, case.y, case.out, case.tap, case.stats, case.sums)
-        dw = case.dw()
+        dw = case.dw(tf32)
     (report,) = (r for r in launches if r.name == KERNEL)
     return case, dy, dw, report
 
@@ -52,11 +51,8 @@ def test_grad_weight_through_the_pool_is_as_exact_as_eager(emulate, name, dtype,
 
 
 def test_products_in_tf32_are_as_exact_as_cudnns(emulate):
-    with emulate() as launches:
-        case = Case.of(SHAPES["stem"], torch.float32, training=True)
-        dy = batch_norm_max_pool_backward_apply(case.dout, case.y, case.out, case.tap, case.stats, case.sums)
-        dw = conv_grad_weight_max_pool(**case.arguments(), tf32=True)
-    assert any(r.name == KERNEL and ".tf32" in r.ptx for r in launches)
+    case, dy, dw, report = launch(emulate, SHAPES["stem"], torch.float32, training=True, tf32=True)
+    assert ".tf32" in report.ptx
     eager = replace(case, x=as_tf32(case.x)).reference(as_tf32(dy), torch.float64).float()
     assert_as_exact_as_eager("dw", [dw], [eager], [case.reference(dy, torch.float64)])
 

@@ -64,8 +64,8 @@ class Case:
         tensors = {name: getattr(self, name) for name in ("dout", "out", "tap", "y", "stats", "sums", "x")}
         return {**tensors, "kernel_size": (s.R, s.S), "stride": s.stride, "padding": s.padding}
 
-    def dw(self) -> Tensor:
-        return kernels.conv_grad_weight_max_pool(**self.arguments())
+    def dw(self, tf32: bool = False) -> Tensor:
+        return kernels.conv_grad_weight_max_pool(**self.arguments(), tf32=tf32)
 
     def reference(self, dy: Tensor, dtype: torch.dtype) -> Tensor:
         s = self.shape
