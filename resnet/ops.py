@@ -53,11 +53,18 @@ __all__ = ["call", "is_direct", "is_transformed_or_recorded", "wrapper"]
 
 
 def _laid_out(grad: Tensor | None, weight: Tensor) -> Tensor | None:
-    """A convolution's grad-weight in the type and layout of the weight. Strides of single values do not count."""
+    """A convolution's grad-weight in the type and strides of the weight.
+
+    Strides of single values address the same memory. They are set all the same: `DistributedDataParallel` compares them
+    with its bucket's, and warns.
+    """
     if grad is None:
         return None
-    alike = all(n == 1 or s == t for n, s, t in zip(grad.shape, grad.stride(), weight.stride()))
-    return grad if alike and grad.dtype == weight.dtype else like_of(weight).copy_(grad)
+    strides = weight.stride()
+    alike = all(n == 1 or s == t for n, s, t in zip(grad.shape, grad.stride(), strides))
+    if not alike or grad.dtype != weight.dtype:
+        return like_of(weight).copy_(grad)
+    return grad if grad.stride() == strides else grad.as_strided(grad.shape, strides)
 
 
 def _places(grad: Tensor | None, weight: Tensor | None, master: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

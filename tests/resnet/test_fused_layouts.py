@@ -113,6 +113,15 @@ def test_weights_may_be_assigned_in_another_layout(any_backend, kind):
     torch.testing.assert_close(step(fused, x), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+def test_a_weights_gradient_has_the_weights_strides_of_single_values_too(any_backend, layout):
+    """`DistributedDataParallel` compares all strides with its bucket's, and warns where one differs."""
+    fused = inference_trio("strided").fused.train().to(memory_format=layout)
+    fused(images("strided", (2, 7, 6))).sum().backward()
+    assert fused.conv3.weight.shape[2:] == (1, 1)
+    assert all(p.grad.stride() == p.stride() for p in fused.parameters())
+
+
 def every_other(v: Tensor) -> Tensor:
     """v as every other value of a larger tensor, whose other values are NaN."""
     return torch.stack((v, torch.full_like(v, torch.nan)), dim=1)[:, 0]
