@@ -344,7 +344,8 @@ def _once(name: str) -> type[torch.autograd.Function]:
         def backward(ctx, *grads):
             raise RuntimeError(
                 f"{_NAMESPACE}::{name} has no derivative: double backward through the fused operators is not "
-                "supported. Use resnet.Residual, the eager block with the same state_dict, where it is needed."
+                "supported. Where it is needed call resnet.unfuse(model), or use resnet.Residual, the eager block with "
+                "the same state_dict."
             )
 
     return NoDoubleBackward
