@@ -97,6 +97,9 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _reason_not_to_take(tensors: Sequence) -> str | None:
+    mode = ops.function_mode()
+    if mode is not None:
+        return f"a {mode} is in force, which may know PyTorch's own functions alone"
     kind = ops.wrapper(tensors)
     return kind and f"one of its tensors is a {kind}, which may know PyTorch's own operators alone"
 
@@ -239,8 +242,7 @@ class FusedStemBase(_Fused):
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
             return self._eager(X)
         reason = _GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
-        if type(X) is not Tensor:
-            reason = reason or _reason_not_to_take((X,))
+        reason = reason or _reason_not_to_take((X, parts.unit.conv.weight))
         if reason is not None:
             _warn_once(type(self).__name__, reason)
             return self._eager(X)

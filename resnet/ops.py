@@ -40,6 +40,7 @@ from resnet.registration import (
     Inference,
     call,
     dense,
+    function_mode,
     is_direct,
     is_transformed_or_recorded,
     like_of,
@@ -47,7 +48,7 @@ from resnet.registration import (
 )
 from resnet.torch_backend.convolution import out_map, out_size
 
-__all__ = ["call", "is_direct", "is_transformed_or_recorded", "wrapper"]
+__all__ = ["call", "function_mode", "is_direct", "is_transformed_or_recorded", "wrapper"]
 
 # ---- what the operators share ------------------------------------------------------------------------------------
 

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import Library, register_fake
+from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from resnet import backends, settings
@@ -90,15 +92,36 @@ def is_transformed_or_recorded() -> bool:
 
 def wrapper(values: Sequence) -> str | None:
     """The class of the first tensor that wraps others: it may know PyTorch's own operators alone, as a `DTensor` does,
-    or run another one once for each that it wraps. Or the layout of the first one without strides.
+    or run another one once for each that it wraps. So may one with a `__torch_function__` of its own. Or the layout of
+    the first one without strides.
     """
     for value in values:
         if isinstance(value, Tensor):
-            if is_traceable_wrapper_subclass(value):
+            if is_traceable_wrapper_subclass(value) or _has_functions_of_its_own(type(value)):
                 return type(value).__name__
             if value.layout is not torch.strided:
                 return f"tensor of layout {value.layout}"
     return None
+
+
+def _has_functions_of_its_own(kind: type[Tensor]) -> bool:
+    """Whether a class of tensors may replace what PyTorch's functions do with them."""
+    if kind is Tensor or kind is torch.nn.Parameter:  # of which torch.compile need not trace the question
+        return False
+    found = kind.__torch_function__  # a class method, of which each class makes another object
+    usual = Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl
+    return getattr(found, "__func__", found) not in usual
+
+
+def function_mode() -> str | None:
+    """The class of a mode that may replace PyTorch's functions.
+
+    One that sets the device of new tensors replaces none of those that a fused operator stands for.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return None
+    kinds = map(type, _get_current_function_mode_stack())
+    return next((kind.__name__ for kind in kinds if kind not in (DeviceContext, BaseTorchFunctionMode)), None)
 
 
 def call(name: str, flat: Sequence, known: Known | None) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch.nn.modules.module import (
     register_module_full_backward_pre_hook,
 )
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from resnet import (
@@ -475,6 +478,59 @@ def test_a_tensor_that_wraps_another_meets_pytorchs_operators(any_backend, wrapp
         results.append((out, grads, [*module.buffers()]))
     loose = {"atol": 0.1, "rtol": 0.1} if "autocast" in wrapped else {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(*results, **loose)
+
+
+def doubled_convolution(function: Callable, args: tuple, kwargs: dict | None) -> object:
+    out = function(*args, **(kwargs or {}))
+    return out * 2 if function is torch.conv2d else out
+
+
+class Doubling(torch.Tensor):
+    """A tensor whose convolutions give twice as much."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            out = doubled_convolution(function, args, kwargs)
+        return out.as_subclass(cls) if type(out) is torch.Tensor else out
+
+
+class DoublingMode(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return doubled_convolution(function, args, kwargs)
+
+
+@kinds
+@pytest.mark.parametrize("by", ["input", "weight", "mode"])
+def test_who_replaces_pytorchs_functions_meets_them(monkeypatch, by, kind):
+    monkeypatch.setattr("resnet.fused._warned", set())
+    t = trio(*KINDS[kind], train=False)
+    x = images(kind, FEW)
+    if by == "weight":
+        for module in t.all:
+            conv = next(m for m in module.modules() if isinstance(m, nn.Conv2d))
+            conv.weight = nn.Parameter(conv.weight.detach().as_subclass(Doubling), requires_grad=False)
+    given = x.as_subclass(Doubling) if by == "input" else x
+    reason = "a DoublingMode is in force" if by == "mode" else "one of its tensors is a Doubling"
+    with torch.no_grad(), DoublingMode() if by == "mode" else nullcontext():
+        expected = t.eager(given)
+        with pytest.warns(UserWarning, match=reason):
+            out = t.fused(given)
+    assert type(out) is type(expected)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
+
+
+def test_a_mode_that_sets_the_device_and_a_class_without_functions_of_its_own_are_fused():
+    class Named(torch.Tensor):
+        pass
+
+    t, x = trio(*KINDS["strided"], train=False), images("strided", FEW)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        expected = t.fused(x)
+        with torch.device(DEVICE):
+            assert torch.equal(t.fused(x), expected)
+        assert torch.equal(t.fused(x.as_subclass(Named)), expected)
 
 
 def test_the_operation_on_a_tensor_that_wraps_another_is_pytorchs(any_backend):
