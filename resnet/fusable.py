@@ -46,6 +46,7 @@ class StemParts(NamedTuple):
 # ---- why not -----------------------------------------------------------------------------------------------------
 
 _FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d)}
+_CONV_FORWARD = nn.Conv2d._conv_forward
 
 
 def passed_over(module: nn.Module) -> str | None:
@@ -58,6 +59,7 @@ def passed_over(module: nn.Module) -> str | None:
         or "_conv_forward" in own
         or ("_compiled_call_impl" in own and own["_compiled_call_impl"] is not None)
         or (kind in _FORWARD and kind.forward is not _FORWARD[kind])
+        or (kind is nn.Conv2d and kind._conv_forward is not _CONV_FORWARD)
     ):
         return "a forward of its own"
     return None

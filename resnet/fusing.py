@@ -32,6 +32,7 @@ from resnet.fused import (
     FusedSmallStem,
     FusedStem,
     FusedStemBase,
+    _warn_once,
 )
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
 
@@ -174,6 +175,7 @@ class _Changed:
 
     _eager_class: type[nn.Module]
     _eager_method: Callable[[nn.Module, Tensor], Tensor]  # in whose place `_call` is
+    _method: str  # its name
     _layout: BlockLayout | StemLayout  # its containers' classes are looked up
     _places: frozenset[str]  # of the layout
 
@@ -187,6 +189,14 @@ class _Changed:
             return reduced
         _, _, *state = reduced
         return _rebuild, (self._eager_class,), *state
+
+    def _call_unless_replaced(self, x: Tensor) -> Tensor:
+        """`_call`, or what somebody has put into the eager class since it was fused."""
+        eager = getattr(self._eager_class, self._method)
+        if eager is type(self)._eager_method:
+            return self._call(x)
+        _warn_once(type(self).__name__, f"{_kind(self._eager_class)}.{self._method} was replaced")
+        return eager(self, x)
 
     def _parts(self) -> BlockParts | StemParts | str:
         """What `_find_parts` gives. To find them takes longer than to see that no module has been replaced since."""
@@ -368,13 +378,14 @@ def _looked_up(cls: type, layout: BlockLayout | StemLayout) -> BlockLayout | Ste
 
 
 def _calling(eager: FunctionType) -> FunctionType:
-    """`_call` in the place of an eager method, with its arguments' names and its text, which TorchScript compiles.
+    """`_call_unless_replaced` in the place of an eager method, with its arguments' names and its text.
 
-    What that text names is then taken from the function's globals, which are therefore the eager method's.
+    TorchScript compiles the text. What it names is then taken from the function's globals, which are therefore the
+    eager method's.
     """
 
     def method(self, x):
-        return self._call(x)
+        return self._call_unless_replaced(x)
 
     code = method.__code__.replace(co_varnames=eager.__code__.co_varnames[:2])
     return functools.update_wrapper(FunctionType(code, eager.__globals__), eager)
@@ -390,6 +401,7 @@ def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
         "__doc__": f"A `{_kind(eager)}` that `resnet.fuse` has changed the class of.",
         "_eager_class": eager,
         "_eager_method": getattr(eager, method),
+        "_method": method,
         "_layout": _looked_up(eager, layout),
         "_places": _places(layout),
         method: _calling(getattr(eager, method)),

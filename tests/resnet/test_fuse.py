@@ -396,6 +396,22 @@ def test_a_class_whose_forward_was_replaced_is_left_alone(monkeypatch):
     assert type(block) is Block
 
 
+@pytest.mark.filterwarnings("ignore:Fused.* runs PyTorch's operators one by one")
+@pytest.mark.parametrize("cls, method", [(Block, "forward"), (Net, "forward"), (nn.Conv2d, "_conv_forward")])
+def test_what_is_put_into_a_class_after_fuse_is_run(monkeypatch, cls, method):
+    eager = net().eval()
+    fused = copy.deepcopy(eager)
+    assert fuse(fused).fused
+    before = getattr(cls, method)
+    x = draw(2, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        plain = fused(x)
+        with monkeypatch.context() as changes:
+            changes.setattr(cls, method, lambda self, *args: before(self, *args) + 1)
+            torch.testing.assert_close(fused(x), eager(x))
+        assert torch.equal(fused(x), plain)
+
+
 class Derived(Block):
     pass
 
