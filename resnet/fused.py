@@ -50,7 +50,7 @@ from resnet.torch_backend.convolution import out_size
 _warned: set[str] = set()
 
 
-def _warn_once(name: str, reason: str) -> None:
+def warn_once(name: str, reason: str) -> None:
     # Hooks beside a mode are those of a tool, such as a counter of FLOPs: it is to see all, and they go with it.
     if reason == _GLOBAL_HOOKS and torch._C._len_torch_dispatch_stack():
         return
@@ -61,7 +61,7 @@ def _warn_once(name: str, reason: str) -> None:
 
 
 # What torch.compiler.assume_constant_result sets, which imports the compiler: the graph does not break at a warning.
-_warn_once._dynamo_marked_constant = True
+warn_once._dynamo_marked_constant = True
 
 _GLOBAL_HOOKS = "global module hooks are registered, which a fused operator would not call for the submodules"
 
@@ -149,7 +149,7 @@ class _Fused:
         if recent is None:
             reason = _GLOBAL_HOOKS if watched else parts if isinstance(parts, str) else self._reason_not_to_fuse(parts)
             if reason is not None:
-                _warn_once(type(self).__name__, reason)
+                warn_once(type(self).__name__, reason)
                 return self._eager(X)
             recent = Recent()
             if state is not None:
@@ -167,7 +167,7 @@ class _Fused:
             reason = None if known else _reason_not_to_take((X, *flat))
             reason = reason or self._check(parts, X, x, norms, dtype is not None)
             if reason is not None:
-                _warn_once(type(self).__name__, reason)
+                warn_once(type(self).__name__, reason)
                 return self._eager(X)
             x = channels_last(x)
             if x is not flat[0]:
@@ -244,7 +244,7 @@ class FusedStemBase(_Fused):
         reason = _GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
         reason = reason or _reason_not_to_take((X, parts.unit.conv.weight))
         if reason is not None:
-            _warn_once(type(self).__name__, reason)
+            warn_once(type(self).__name__, reason)
             return self._eager(X)
         return _without_pool(parts.unit, X)
 

@@ -32,7 +32,7 @@ from resnet.fused import (
     FusedSmallStem,
     FusedStem,
     FusedStemBase,
-    _warn_once,
+    warn_once,
 )
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
 
@@ -195,7 +195,7 @@ class _Changed:
         eager = getattr(self._eager_class, self._method)
         if eager is type(self)._eager_method:
             return self._call(x)
-        _warn_once(type(self).__name__, f"{_kind(self._eager_class)}.{self._method} was replaced")
+        warn_once(type(self).__name__, f"{_kind(self._eager_class)}.{self._method} was replaced")
         return eager(self, x)
 
     def _parts(self) -> BlockParts | StemParts | str:
