@@ -264,6 +264,7 @@ def test_a_standard_error_that_takes_no_more_leaves_the_status_as_it_is(work):
     """What is left in it, as half a line of a progress bar, would make Python's own status 120."""
     code = (
         "import signal, sys; from resnet.kernels.host.command import Parser, run; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "  # ignored in a shell's background job
         f"sys.exit(run(Parser(), lambda: sys.stderr.write('half a line') and int({work})))"
     )
     read, write = os.pipe()

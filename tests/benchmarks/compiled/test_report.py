@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import pytest
 import torch
@@ -230,26 +229,9 @@ def test_the_command_s_help_is_no_error(capsys):
     assert stopped.value.code == 0 and "--compare" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        (["--cases", "none"], "--cases: expected a pattern that fits one of resnet18 float16, .*, got 'none'"),
-        (["--kernels", "none"], "--kernels: expected a pattern that fits a kernel, such as conv_.*, got 'none'"),
-        (["--processes", "0"], "--processes: expected at least 1, got 0"),
-        (["--json", "nowhere/new.json"], "--json: expected a path in an existing folder, got nowhere/new.json"),
-        (
-            ["--compare", "old.json"],
-            "--compare: expected a file that --json wrote, got old.json: not a list",
-        ),
-        (["--devices", "sm_1"], "argument --devices: invalid choice: 'sm_1'"),
-    ],
-    ids=["cases", "kernels", "processes", "json", "compare", "devices"],
-)
-def test_a_bad_argument_is_an_error_of_one_line(arguments, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    (tmp_path / "old.json").write_text("{}")
+def test_in_the_interpreter_it_says_that_kernels_are_compiled(monkeypatch, capsys):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
     with pytest.raises(SystemExit) as stopped:
-        report.main(arguments)
+        report.main([])
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and re.search(says, error) and error.count("\n") == 1
+    assert stopped.value.code == 2 and "TRITON_INTERPRET: expected it unset" in error and error.count("\n") == 1
