@@ -4,7 +4,8 @@
 
     None          dx = acc
     ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
-    IdentityGrad  dx = acc + dout * (out > 0)
+    KeptMask      g = acc * (a > 0), stored in place of dx
+    IdentityGrad  dx = acc + dout * (out > 0), or acc + dout where `out` is None
     ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
     AddTo         dx += acc, in place
 
@@ -16,9 +17,9 @@ With a stride only every stride-th tap meets an output pixel, and which ones dep
 each parity class (h % stride, w % stride) is a sub-grid of its own that runs over its own taps. A class without taps
 (1x1, stride 2) still runs its epilogue. All classes are one launch.
 
-Grid (column tiles * classes * row tiles,). Passes over activations: it reads dy and writes dx. ReluMask also reads y1;
-IdentityGrad reads dout and out; ShortcutGrad reads dout and out, or dout alone, which have dy's pixels. AddTo reads and
-writes those pixels of dx alone that the convolution meets.
+Grid (column tiles * classes * row tiles,). Passes over activations: it reads dy and writes dx. ReluMask also reads y1,
+KeptMask a; IdentityGrad reads dout and out, or dout alone; ShortcutGrad reads the same, which have dy's pixels. AddTo
+reads and writes those pixels of dx alone that the convolution meets.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def grad_input_kernel(
     dx,  # (N, H, W, C) or None: the result goes to `added`
     added,  # (N, H, W, C) or None: what the result is added to, in place
     y1,  # (N, H, W, C) or None: no ReLU to mask by
-    stats,  # (4, C) of y1
+    stats,  # (4, C) of y1, or None: y1 is what the ReLU gave
     partial,  # (2, T, C): sum g and sum g * xhat of each row tile
     dout,  # (N, H, W, C) for the identity, (N, P, Q, SHORTCUT_K) for the 1x1 shortcut, or None: no second branch
     out,  # like dout, or None: dout is not masked
@@ -167,9 +168,12 @@ def grad_input_kernel(
         mask &= (cols < C)[None, :]
     image = image0.to(tl.int64) * (H * W * C)
     offsets = pixels[:, None] * C + cols[None, :]
-    if y1 is not None:
+    if stats is not None:
         store_masked_by_relu(acc, dx, y1, stats, partial, image, offsets, mask, inside, cols, tile, T, C, ACC)
     else:
+        if y1 is not None:
+            passes = relu_passes(tl.load(y1 + image + offsets, mask=mask, other=0.0))
+            acc = tl.where(passes, acc, tl.zeros_like(acc))
         if shortcut_weight is None and dout is not None:
             acc = add_identity(acc, dout, out, image, offsets, mask)
         if added is not None:
@@ -338,10 +342,12 @@ def add_shortcut(
 
 @triton.jit
 def add_identity(acc, dout, out, image, offsets, mask):
-    """acc + dout * (out > 0), the identity shortcut's gradient."""
+    """acc + dout, the identity shortcut's gradient, masked by `out` where it is given."""
     g = tl.load(dout + image + offsets, mask=mask, other=0.0)
-    z = tl.load(out + image + offsets, mask=mask, other=0.0)
-    return acc + tl.where(relu_passes(z), g, tl.zeros_like(g)).to(acc.dtype)
+    if out is not None:
+        z = tl.load(out + image + offsets, mask=mask, other=0.0)
+        g = tl.where(relu_passes(z), g, tl.zeros_like(g))
+    return acc + g.to(acc.dtype)
 
 
 @triton.jit
@@ -373,11 +379,17 @@ class ReluMask(NamedTuple):
     stats: Tensor  # (4, C) = mean, invstd, scale, shift
 
 
+class KeptMask(NamedTuple):
+    """The convolution's input was a = relu(...), and was kept."""
+
+    a: Tensor  # (N, C, H, W)
+
+
 class IdentityGrad(NamedTuple):
     """The convolution's input is also the identity shortcut of out = relu(... + input)."""
 
     dout: Tensor  # (N, C, H, W)
-    out: Tensor  # (N, C, H, W)
+    out: Tensor | None  # (N, C, H, W); None: dout is taken as it is
 
 
 class ShortcutGrad(NamedTuple):
@@ -397,6 +409,7 @@ class AddTo(NamedTuple):
 _EPILOGUES = {
     type(None): Epilogue.NONE,
     ReluMask: Epilogue.RELU_MASK,
+    KeptMask: Epilogue.KEPT_MASK,
     IdentityGrad: Epilogue.IDENTITY_GRAD,
     ShortcutGrad: Epilogue.SHORTCUT_GRAD,
     AddTo: Epilogue.ADD_TO,
@@ -408,7 +421,7 @@ def conv_grad_input(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | IdentityGrad | ShortcutGrad | AddTo | None = None,
+    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | AddTo | None = None,
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -435,6 +448,7 @@ def conv_grad_input(
         size = shape.N, shape.C, shape.H, shape.W
         dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
     mask = epilogue if isinstance(epilogue, ReluMask) else None
+    kept = epilogue.a if isinstance(epilogue, KeptMask) else None
     branch = epilogue if isinstance(epilogue, (IdentityGrad, ShortcutGrad)) else None
     shortcut_weight = epilogue.weight if isinstance(epilogue, ShortcutGrad) else None
     shortcut_K = shape.K if shortcut_weight is None else shortcut_weight.shape[0]
@@ -453,7 +467,7 @@ def conv_grad_input(
             dy,
             weight,
             *((None, dx) if isinstance(epilogue, AddTo) else (dx, None)),
-            mask.y1 if mask else None,
+            mask.y1 if mask else kept,
             mask.stats if mask else None,
             partial,
             branch.dout if branch else None,
@@ -501,7 +515,7 @@ def _check(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | IdentityGrad | ShortcutGrad | AddTo | None,
+    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | AddTo | None,
     vectors: dict[str, Tensor | None],
 ) -> None:
     nhwc_shape(dy)
@@ -515,9 +529,12 @@ def _check(
             check_vector(name, vector, shape.C, dy)
     elif any(vector is not None for vector in vectors.values()):
         raise ValueError(f"{', '.join(vectors)}: only ReluMask has sums to write there")
+    elif isinstance(epilogue, KeptMask):
+        check_nhwc("a", epilogue.a, dy, x)
     elif isinstance(epilogue, IdentityGrad):
         check_nhwc("dout", epilogue.dout, dy, x)
-        check_nhwc("out", epilogue.out, dy, x)
+        if epilogue.out is not None:
+            check_nhwc("out", epilogue.out, dy, x)
     elif isinstance(epilogue, ShortcutGrad):
         reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
         if reached != y[2:]:

@@ -79,10 +79,13 @@ def _products_skipped() -> Iterator[None]:
 
 
 def _step(module: torch.nn.Module, *shape: int, dtype: torch.dtype, needs_x: bool = True) -> None:
-    """Forward and backward in training and with frozen statistics, then inference."""
+    """Forward and backward in training, with frozen statistics and with norms of constants, then inference."""
     x = torch.empty(shape, dtype=dtype, requires_grad=needs_x)
     for training in (True, False):
         module.train(training)(x).sum().backward()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.dim() > 1)
+    module(x).sum().backward()
     with torch.no_grad():
         module(x)
 
@@ -183,7 +186,7 @@ def _held(launch: RecordedLaunch) -> int:
 def share(launches: Mapping[str, Sequence[RecordedLaunch]]) -> list[tuple[RecordedLaunch, str]]:
     """Some of each device's launches, (launch, device), chosen so that for each kernel they have
 
-    - every feature, and every tile for each element size, on one of the devices at least;
+    - every feature, every set of tensors, and every tile for each element size, on one of the devices at least;
     - every element size on each device;
     - every tile of a GEMM on each device, since it is more than its parts: rows times columns are its accumulators.
 
@@ -195,7 +198,7 @@ def share(launches: Mapping[str, Sequence[RecordedLaunch]]) -> list[tuple[Record
         for launch in mine:
             size = f"{launch.itemsize} bytes"
             tile = f"{launch.tile} of {size}"
-            covers = {*launch.features, tile, f"{size} on {device}"}
+            covers = {*launch.features, " ".join(launch.tensors), tile, f"{size} on {device}"}
             if "BLOCK_K" in launch.signature:
                 covers.add(f"{tile} on {device}")
             by_kernel[launch.module, launch.kernel].append((launch, device, covers))

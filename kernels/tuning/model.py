@@ -42,6 +42,7 @@ class Epilogue(Enum):
 
     NONE = auto()
     RELU_MASK = auto()
+    KEPT_MASK = auto()
     IDENTITY_GRAD = auto()
     SHORTCUT_GRAD = auto()
     ADD_TO = auto()

@@ -31,7 +31,9 @@ STAGE = ConvShape(N=1, H=24, W=24, C=64, K=64, R=3, S=3, stride=1, padding=1)
 PASSES = {  # activations read and written
     "none": (1, 1),
     "mask": (2, 1),
+    "kept mask": (2, 1),
     "identity": (3, 1),
+    "identity, gradient masked before": (2, 1),
     "shortcut": (3, 1),
     "shortcut, gradient masked before": (2, 1),
 }
@@ -77,6 +79,12 @@ def test_pixels_and_weights_are_moved_16_bytes_at_a_time(emulate):
 
 PARITY = {
     "strided, two classes of rows": (ConvShape(2, 5, 4, 20, 17, 3, 3, 2, 1), "mask", torch.float16),
+    "strided, kept mask": (ConvShape(2, 5, 4, 20, 17, 3, 3, 2, 1), "kept mask", torch.bfloat16),
+    "few channels, masked before": (
+        ConvShape(2, 5, 7, 3, 6, 3, 3, 1, 1),
+        "identity, gradient masked before",
+        torch.float16,
+    ),
     "few channels, strided shortcut": (ConvShape(2, 5, 7, 3, 6, 3, 3, 2, 1), "shortcut", torch.bfloat16),
     "without taps": (ConvShape(1, 5, 4, 24, 40, 1, 1, 2, 0), "identity", torch.float32),
     "7x7": (ConvShape(2, 7, 5, 24, 17, 7, 7, 3, 2), "none", torch.float16),

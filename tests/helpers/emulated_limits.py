@@ -41,7 +41,9 @@ INSTRUCTIONS_PER_PRODUCT = {
     "grad-input": {
         "none": {80: 4.6, 90: 3.8},
         "mask": {80: 6.2, 90: 5.3},
+        "kept mask": {80: 5.5, 90: 4.65},
         "identity": {80: 5.4, 90: 4.6},
+        "identity, gradient masked before": {80: 5.0, 90: 4.15},
         "shortcut": {80: 5.8, 90: 4.8},
         "shortcut, gradient masked before": {80: 4.6, 90: 4.0},
     },

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_input import IdentityGrad, KeptMask, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.host.launch import accumulator
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.helpers.blocks import DTYPES, draw
 from tests.helpers.parity import assert_as_exact_as_eager
 
-EPILOGUES = ("none", "mask", "identity", "shortcut", "shortcut, gradient masked before")
+MASKED = ", gradient masked before"
+EPILOGUES = ("none", "mask", "kept mask", "identity", f"identity{MASKED}", "shortcut", f"shortcut{MASKED}")
 
 # So small that shapes of a few pixels and channels have several tiles in every dimension, the last ones ragged.
 SMALL_TILES = (Config(32, 16, 32, 4, 2),)
@@ -30,7 +31,7 @@ class Case:
     shape: ConvShape
     dy: Tensor
     weight: Tensor
-    epilogue: ReluMask | IdentityGrad | ShortcutGrad | None
+    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | None
 
     @staticmethod
     def of(shape: ConvShape, epilogue: str, dtype: torch.dtype, seed: int = 0) -> Case:
@@ -44,13 +45,15 @@ class Case:
         if epilogue == "mask":
             stats = draw(4, shape.C, seed=next(seeds), dtype=accumulator(dy)[0])
             options = ReluMask(tensor(*x), stats)
-        elif epilogue == "identity":
-            options = IdentityGrad(tensor(*x), tensor(*x))
+        elif epilogue == "kept mask":
+            options = KeptMask(tensor(*x))
+        elif epilogue.startswith("identity"):
+            options = IdentityGrad(tensor(*x), None if epilogue.endswith(MASKED) else tensor(*x))
         elif epilogue == "none":
             options = None
         else:
             dout, out, shortcut_weight = tensor(*y), tensor(*y), tensor(shape.K, shape.C, 1, 1) / 4
-            options = ShortcutGrad(dout, out if epilogue == "shortcut" else None, shortcut_weight)
+            options = ShortcutGrad(dout, None if epilogue.endswith(MASKED) else out, shortcut_weight)
         return Case(shape, dy, weight, options)
 
     def fused(self, tf32: bool = False) -> list[Tensor]:
@@ -70,6 +73,8 @@ class Case:
             g = masked(dx, z).to(acc)
             xhat = (y1.to(acc) - mean.to(acc)) * invstd.to(acc)
             return [g.to(dtype), g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))]
+        if isinstance(self.epilogue, KeptMask):
+            dx = masked(dx, self.epilogue.a)
         if isinstance(self.epilogue, IdentityGrad):
             dx = dx + masked(self.epilogue.dout.to(dtype), self.epilogue.out)
         if isinstance(self.epilogue, ShortcutGrad):

@@ -19,7 +19,7 @@ from torch import Tensor
 from resnet.kernels import conv_grad_input, tuning
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
-from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, ReluMask, ShortcutGrad
+from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, KeptMask, ReluMask, ShortcutGrad
 from resnet.kernels.host.shapes import ConvShape
 from tests.conftest import DEVICE
 from tests.helpers import grad_input_cases as cases
@@ -90,7 +90,7 @@ def test_a_parity_class_without_taps_still_gets_its_epilogue(small_tiles, epilog
     dx = case.fused()[0]
     for h, w in ((0, 1), (1, 0), (1, 1)):
         expected = torch.zeros_like(dx)
-        if epilogue == "identity":
+        if epilogue.startswith("identity"):
             expected = cases.masked(case.epilogue.dout, case.epilogue.out)
         same_bits(dx[:, :, h::2, w::2], expected[:, :, h::2, w::2])
 
@@ -168,6 +168,8 @@ def test_nan_passes_a_relu_and_a_masked_nan_does_not(small_tiles, dtype):
     plain = replace(case, epilogue=None).fused()[0]
     case.epilogue.y1[at] = values
     case.epilogue = ReluMask(case.epilogue.y1, ones)
+    same_bits(case.fused()[0][at], torch.where(values == -inf, 0, plain[at]))
+    case.epilogue = KeptMask(case.epilogue.y1)
     same_bits(case.fused()[0][at], torch.where(values == -inf, 0, plain[at]))
 
     case = Case.of(shape, "identity", dtype)
@@ -271,6 +273,12 @@ BAD: dict[str, tuple[str, Callable[[Case], dict], type[Exception], str]] = {
         lambda c: {"dbias": torch.empty(20, device=DEVICE)},
         ValueError,
         "dbias, dconv_bias: only ReluMask",
+    ),
+    "a kept mask of another shape": (
+        "kept mask",
+        lambda c: {"epilogue": KeptMask(c.dy)},
+        ValueError,
+        "a: expected .*shape",
     ),
     "dout of another shape": (
         "identity",
