@@ -130,11 +130,11 @@ def _in_channels(net: nn.Module) -> int:
 def _step(
     net: nn.Module, x: Tensor, labels: Tensor, implementation: Implementation
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A training step's logits, as a list of one, and its weights' gradients."""
+    """A training step's logits, as a list of one, and the gradients of the parameters that are trained."""
     with implementation.autocast():
         out = logits_of(net.train(), x)
         loss = F.cross_entropy(out, labels)
-    return [out.detach()], list(torch.autograd.grad(loss, list(net.parameters())))
+    return [out.detach()], list(torch.autograd.grad(loss, [p for p in net.parameters() if p.requires_grad]))
 
 
 def _distance(found: list[Tensor], exact: list[Tensor]) -> float:

@@ -35,6 +35,12 @@ class Configured(nn.Module):
         return SimpleNamespace(logits=self.net(x))
 
 
+def trained_in_part() -> nn.Module:
+    model = net()
+    next(model.parameters()).requires_grad_(False)
+    return model
+
+
 def headless() -> nn.Module:
     return nn.Linear(4, 4)
 
@@ -65,6 +71,11 @@ def test_a_row_and_a_report_say_what_was_fused_how_exact_it_is_and_what_it_keeps
     assert first["saved_bytes"]["fused"] < first["saved_bytes"]["eager"]
     assert len(first["training"]) == len(first["inference"]) == 2
     assert 0 <= first["waited_for_cpu"] <= 1
+
+
+def test_a_net_may_be_trained_in_part(capsys):
+    assert main([f"{__name__}:trained_in_part", *SMALL]) == 0
+    assert "trained_in_part | 3 | 0, 0 |" in capsys.readouterr().out
 
 
 def test_a_busy_machine_is_said_as_benchmarks_compare_says_it(monkeypatch, capsys):
