@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import NamedTuple
 
+import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resnet.norm import VECTORS
 
 # ---- the modules -------------------------------------------------------------------------------------------------
 
@@ -49,6 +54,51 @@ _FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBa
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
 
+# Norms of constants, which are buffers. None of these libraries is imported.
+_FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d"} | {
+    f"transformers.models.{model}.modeling_{model}.{name}FrozenBatchNorm2d"
+    for model, name in (
+        ("conditional_detr", "ConditionalDetr"),
+        ("dab_detr", "DabDetr"),
+        ("deformable_detr", "DeformableDetr"),
+        ("detr", "Detr"),
+        ("grounding_dino", "GroundingDino"),
+        ("mm_grounding_dino", "MMGroundingDino"),
+        ("table_transformer", "TableTransformer"),
+    )
+}
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def was_replaced(cls: type, method: str) -> bool:
+    """Whether a class has another method than the one in its definition; what is wrapped does more than its text."""
+    definer = next(base for base in cls.__mro__ if method in vars(base))
+    found = vars(definer)[method]
+    return (
+        not isinstance(found, FunctionType)
+        or (found.__module__, found.__qualname__) != (definer.__module__, f"{definer.__qualname__}.{method}")
+        or hasattr(found, "__wrapped__")
+        or found.__code__.co_argcount != 2
+    )
+
+
+def is_frozen(norm: nn.Module | None) -> bool:
+    """Whether a norm is exactly of a class whose statistics are constants, as torchvision's `FrozenBatchNorm2d`."""
+    kind = type(norm)
+    if full_name(kind) not in _FROZEN:
+        return False
+    if kind not in _FORWARD and not was_replaced(kind, "forward"):
+        _FORWARD[kind] = kind.forward
+    return kind in _FORWARD
+
+
+def is_norm(module: nn.Module | None) -> bool:
+    return isinstance(module, _BatchNorm) or is_frozen(module)
+
+
 def passed_over(module: nn.Module) -> str | None:
     """What calling a submodule would run, and a fused operator would not; in as few calls as can be."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -77,8 +127,19 @@ def unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None
 
 
 def unfusable_norm(name: str, bn: nn.Module) -> str | None:
-    """Why a norm cannot be fused: it is neither exactly an `nn.BatchNorm2d` nor an `nn.SyncBatchNorm`, or watched."""
-    return unfusable(name, bn, nn.SyncBatchNorm if type(bn) is nn.SyncBatchNorm else nn.BatchNorm2d)
+    """Why a norm cannot be fused: it is of no class whose semantics are known, or watched."""
+    known = type(bn) is nn.SyncBatchNorm or is_frozen(bn)
+    return unfusable(name, bn, type(bn) if known else nn.BatchNorm2d)
+
+
+def unlike_input(name: str, bn: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why a norm of constants would not keep its input's type: its product and sum promote it to its buffers'."""
+    if is_frozen(bn):
+        for field in VECTORS[:4]:
+            vector = getattr(bn, field)
+            if vector.dtype != dtype:
+                return f"{name}.{field} is {vector.dtype}, to which {type(bn).__name__} promotes an input of {dtype}"
+    return None
 
 
 def _both(value: object, expected: int | None) -> tuple:

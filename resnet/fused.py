@@ -40,6 +40,7 @@ from resnet.fusable import (
     unfusable_norm,
     unfusable_other,
     unfusable_pool,
+    unlike_input,
 )
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
@@ -242,7 +243,10 @@ class FusedStemBase(_Fused):
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
             return self._eager(X)
         reason = _GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
-        reason = reason or _reason_not_to_take((X, parts.unit.conv.weight))
+        conv, bn, _, bn_name = parts.unit
+        reason = reason or _reason_not_to_take((X, conv.weight))
+        if isinstance(X, Tensor):
+            reason = reason or unlike_input(bn_name, bn, _autocast_dtype(X) or X.dtype)
         if reason is not None:
             warn_once(type(self).__name__, reason)
             return self._eager(X)
@@ -285,7 +289,7 @@ class FusedStemBase(_Fused):
         check_norm(norm, x, K, bn_name)
         size = [out_size(s, R, conv.stride[0], conv.padding[0]) for s in x.shape[2:]]
         check_values_per_channel(norm, (x.shape[0], K, *size), bn_name)
-        return None
+        return unlike_input(bn_name, parts.unit.bn, x.dtype)
 
     def _arguments(self, parts: StemParts, x: Tensor, norms: list[Norm], cast: bool) -> list:
         conv = parts.unit.conv
@@ -386,6 +390,9 @@ class FusedBlock(_Fused):
             check_vector(f"{shortcut.conv_name}.bias", shortcut.conv.bias, x, K)
         for part, norm, (width, _) in zip(every, norms, widths):
             check_norm(norm, x, width, part.bn_name)
+            reason = unlike_input(part.bn_name, part.bn, x.dtype)
+            if reason is not None:
+                return reason
         for part, shape in zip(every, shapes, strict=True):
             size = 2 * part.conv.padding[0] + 1
             if shape[2:] != (size, size):

@@ -19,10 +19,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import BlockParts, StemParts, UnitParts, Watched
+from resnet.fusable import BlockParts, StemParts, UnitParts, Watched, full_name, is_norm, was_replaced
 from resnet.fused import (
     FusedBasicBlock,
     FusedBlock,
@@ -135,7 +134,7 @@ def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, 
         place = f"{name}.{key}"
         if conv is None and isinstance(child, _ConvNd):
             conv = place, child
-        elif conv is not None and bn is None and isinstance(child, _BatchNorm):
+        elif conv is not None and bn is None and is_norm(child):
             bn = place, child
         else:
             others.append(Watched(place, child, nn.Identity))
@@ -195,7 +194,7 @@ class _Changed:
         eager = getattr(self._eager_class, self._method)
         if eager is type(self)._eager_method:
             return self._call(x)
-        warn_once(type(self).__name__, f"{_kind(self._eager_class)}.{self._method} was replaced")
+        warn_once(type(self).__name__, f"{full_name(self._eager_class)}.{self._method} was replaced")
         return eager(self, x)
 
     def _parts(self) -> BlockParts | StemParts | str:
@@ -352,12 +351,8 @@ _OWN: dict[type[nn.Module], type[nn.Module]] = {  # which have names already
 _EAGER = {fused: eager for eager, fused in _OWN.items()}
 
 
-def _kind(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _known(cls: type) -> _Known | None:
-    return _KNOWN.get(_kind(cls))
+    return _KNOWN.get(full_name(cls))
 
 
 def _eager_class(cls: type[nn.Module]) -> type[nn.Module]:
@@ -398,7 +393,7 @@ def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
     mixin, layout, method = _known(eager)
     own = {
         "__module__": __name__,
-        "__doc__": f"A `{_kind(eager)}` that `resnet.fuse` has changed the class of.",
+        "__doc__": f"A `{full_name(eager)}` that `resnet.fuse` has changed the class of.",
         "_eager_class": eager,
         "_eager_method": getattr(eager, method),
         "_method": method,
@@ -416,18 +411,6 @@ def _rebuild(eager: type[nn.Module]) -> nn.Module:
 
 
 # ---- whether a module does what its class is known for ---------------------------------------------------------------
-
-
-def _replaced(cls: type, method: str) -> bool:
-    """Whether a class has another method than the one in its definition; what is wrapped does more than its text."""
-    definer = next(base for base in cls.__mro__ if method in vars(base))
-    found = vars(definer)[method]
-    return (
-        not isinstance(found, FunctionType)
-        or (found.__module__, found.__qualname__) != (definer.__module__, f"{definer.__qualname__}.{method}")
-        or hasattr(found, "__wrapped__")
-        or found.__code__.co_argcount != 2
-    )
 
 
 @functools.cache
@@ -458,14 +441,16 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
         containers.append(looked_up.shortcut_class)
     classes = [kind for kind in containers if kind.__module__ == eager.__module__ and "forward" in vars(kind)]
     for cls, name in ((eager, method), *((cls, "forward") for cls in classes)):
-        if _replaced(cls, name):
-            return f"{_kind(cls)}.{name} was replaced"
+        if was_replaced(cls, name):
+            return f"{full_name(cls)}.{name} was replaced"
     if issubclass(mixin, _Sequence):
         names = _first(module, layout)
         return None if _starts_with(module, names) else f"it does not begin with {', '.join(names)}"
     if issubclass(mixin, _Network):
         if not _begins_with(getattr(eager, method), layout.names):
-            return f"{_kind(eager)}.{method} does not begin with {', '.join(layout.names)}, and have them nowhere else"
+            return (
+                f"{full_name(eager)}.{method} does not begin with {', '.join(layout.names)}, and have them nowhere else"
+            )
         return None
     held = (*module._modules, *module._parameters, *module._buffers)
     other = next((name for name in held if name not in _places(layout)), None)
@@ -558,7 +543,8 @@ def _fuse(module: nn.Module, eager: type[nn.Module]) -> str | None:
 
 
 def _normalizes(module: nn.Module) -> bool:
-    return all(any(isinstance(child, kind) for child in module._modules.values()) for kind in (_ConvNd, _BatchNorm))
+    children = module._modules.values()
+    return any(isinstance(child, _ConvNd) for child in children) and any(map(is_norm, children))
 
 
 def fuse(model: nn.Module) -> FuseReport:
@@ -594,15 +580,15 @@ def fuse(model: nn.Module) -> FuseReport:
         base = next(filter(_is_known, eager.__mro__), None)
         if base is None:
             if _normalizes(module) and not (inside is not None and name.startswith(inside)):
-                unknown[_kind(eager)] += 1
+                unknown[full_name(eager)] += 1
             continue
         if base is eager:
             reason = _fuse(module, eager)
         elif isinstance(module, (_Changed, *_EAGER)):  # derived from a fused one, as by a tool that changes classes
             reason = _reason_not_to_fuse(module)
         else:
-            reason = f"it is derived from {_kind(base)} and may compute something else"
-        (fused if reason is None else left).append(FuseItem(name, _kind(eager), reason))
+            reason = f"it is derived from {full_name(base)} and may compute something else"
+        (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason))
         if base in _OWN or not issubclass(_known(base).mixin, _Network):
             inside = f"{name}." if name else ""
     return FuseReport(tuple(fused), tuple(left), dict(unknown))

@@ -69,14 +69,19 @@ def held(module: nn.Module, kind: str, name: str) -> Tensor | None:
     return found[name] if name in found else getattr(module, name)
 
 
-def norm_of(bn: nn.BatchNorm2d | nn.SyncBatchNorm, conv_bias: Tensor | None = None) -> Norm:
+def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
     """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing.
 
-    Those of an `nn.SyncBatchNorm` are the same, and the group of processes with which it would share its statistics.
+    Those of an `nn.SyncBatchNorm` are the same, and the group of processes with which it would share its statistics. A
+    `FrozenBatchNorm2d` is a norm in evaluation, whatever its mode; those of transformers have the usual eps and do not
+    say it.
 
     This batch is not counted yet, in `num_batches_tracked` either.
     """
     own = bn.__dict__
+    if "momentum" not in own:
+        vectors = [held(bn, "_buffers", name) for name in VECTORS[:4]]
+        return Norm(*vectors, conv_bias, False, 0.0, own.get("eps", 1e-5))
     training, momentum, count, counted = own["training"], own["momentum"], None, None
     mean, var = held(bn, "_buffers", "running_mean"), held(bn, "_buffers", "running_var")
     tracked = not training or own["track_running_stats"]

@@ -36,6 +36,10 @@ def transformers(layer_type: str, **options) -> nn.Module:
     return library.ResNetForImageClassification(config)
 
 
+def of_frozen_norms(name: str) -> nn.Module:
+    return torchvision(name, norm_layer=pytest.importorskip("torchvision").ops.FrozenBatchNorm2d)
+
+
 class Entry(NamedTuple):
     make: Callable[[], nn.Module]
     fused: int
@@ -45,6 +49,7 @@ class Entry(NamedTuple):
 ZOO = {
     "torchvision resnet18": Entry(lambda: torchvision("resnet18"), 9, 0),
     "torchvision resnet50": Entry(lambda: torchvision("resnet50"), 17, 0),
+    "torchvision resnet18, FrozenBatchNorm2d": Entry(lambda: of_frozen_norms("resnet18"), 9, 0),
     "torchvision resnext50": Entry(lambda: torchvision("resnext50_32x4d"), 1, 16),
     "timm resnet18": Entry(lambda: timm("resnet18"), 9, 0),
     "timm resnet50": Entry(lambda: timm("resnet50"), 17, 0),
@@ -230,10 +235,6 @@ def test_scripted_and_symbolically_traced_models_compute_the_same(name, monkeypa
 # ---- what is left alone, and what else the libraries do with their models --------------------------------------------
 
 
-def frozen_batch_norm() -> type[nn.Module]:
-    return pytest.importorskip("torchvision").ops.FrozenBatchNorm2d
-
-
 @pytest.mark.parametrize(
     ("make", "reasons"),
     [
@@ -246,7 +247,6 @@ def frozen_batch_norm() -> type[nn.Module]:
         (lambda: timm("resnetblur50"), ["aa is a BlurPool2d", "maxpool is a Sequential"]),
         (lambda: timm("seresnet18"), ["se is a SEModule"]),
         (lambda: timm("resnet18d"), ["downsample.0 is a AvgPool2d", "conv1 is a Sequential"]),
-        (lambda: torchvision("resnet18", norm_layer=frozen_batch_norm()), ["bn1 is a FrozenBatchNorm2d"]),
         (
             lambda: transformers("basic", hidden_act="gelu"),
             ["embedder.activation is a GELU", "activation is a GELU"],
@@ -314,6 +314,39 @@ def test_a_backbone_of_torchvisions_detectors_has_fused_blocks():
     # The others are dilated.
     assert [item.kind for item in report.fused] == ["torchvision.models.resnet.Bottleneck"] * 8
     assert report.unknown["torchvision.models._utils.IntermediateLayerGetter"] == 1
+
+
+def test_the_frozen_norms_of_transformers_detectors_are_fused():
+    library = pytest.importorskip("transformers")
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
+    backbone = library.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 24], depths=[1, 2], layer_type="bottleneck", out_features=["stage2"]
+    )
+    config = library.DetrConfig(
+        backbone_config=backbone, use_timm_backbone=False, d_model=16, num_queries=4, num_labels=3, **heads
+    )
+    model = library.DetrForObjectDetection(config).to(DEVICE, torch.float64).eval()
+    for module in model.modules():
+        if type(module).__name__ == "DetrFrozenBatchNorm2d":
+            nn.init.uniform_(module.running_var, 0.3, 2)
+    eager, x = copy.deepcopy(model), draw(*IMAGES, dtype=torch.float64).requires_grad_()
+    report = fuse(model)
+    assert len(report.fused) == 4 and not report.left
+    results = []
+    for m in (model, eager):
+        out = run(m, x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    torch.testing.assert_close(*results, atol=1e-8, rtol=1e-6)
+
+
+def test_a_stage_that_timm_has_frozen_is_fused():
+    eager = timm("resnet18").to(DEVICE, torch.float64).train()
+    randomize(eager)
+    pytest.importorskip("timm").utils.freeze(eager, ["layer1"])
+    fused, x = copy.deepcopy(eager), draw(*IMAGES, dtype=torch.float64)
+    assert len(fuse(fused).fused) == 9
+    assert "FrozenBatchNorm2d" in {type(module).__name__ for module in fused.layer1.modules()}
+    torch.testing.assert_close(one_step(fused, x), one_step(eager, x), atol=1e-8, rtol=1e-6)
 
 
 def test_wrong_channels_are_refused_in_the_words_of_transformers():
