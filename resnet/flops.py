@@ -13,7 +13,7 @@ from types import ModuleType
 
 import torch
 
-from resnet.operands import BLOCK_KINDS, BlockKind, Stem, StemKept, Unit, all_wanted, grad_inputs, wanted
+from resnet.operands import BLOCK_KINDS, FROZEN_KINDS, BlockKind, Stem, StemKept, Unit, all_wanted, grad_inputs, wanted
 from resnet.schema import unpack
 from resnet.torch_backend.convolution import out_map, out_size
 
@@ -62,14 +62,15 @@ def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
         total = sum(n * (asked + unit.weight) for n, asked, unit in zip(units, grad_inputs(needs), needs.units))
         return total + shortcut * (needs.x + needs.shortcut.weight)
 
-    return {kind.name: forward, f"{kind.name}_inference": forward, f"{kind.name}_backward": backward}
+    return {kind.name: forward, f"{kind.name}_backward": backward}
 
 
 _FORMULAS = {
     "stem": _stem_flops,
     "stem_inference": _stem_flops,
     "stem_backward": _stem_backward_flops,
-    **{name: formula for kind in BLOCK_KINDS for name, formula in _block_formulas(kind).items()},
+    **{name: formula for kind in BLOCK_KINDS + FROZEN_KINDS for name, formula in _block_formulas(kind).items()},
+    **{f"{kind.name}_inference": _block_formulas(kind)[kind.name] for kind in BLOCK_KINDS},
 }
 
 

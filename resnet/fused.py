@@ -190,12 +190,16 @@ class _Fused:
                 flat = self._arguments(parts, x, norms, dtype is not None)
                 known = known and recent.known(flat)
         name = self._operator(parts)
-        if not (batch_statistics or _records_gradient(flat)):
-            name += "_inference"
+        if not batch_statistics:
+            name += self._without_statistics(flat)
         if known is not None and dtype is None and x.dtype != torch.float64:
             return ops.call(name, flat, known)
         with _without_autocast(x):
             return ops.call(name, flat, known)
+
+    def _without_statistics(self, flat: list) -> str:
+        """The end of the operator's name where the norms take no batch statistics."""
+        return "" if _records_gradient(flat) else "_inference"
 
 
 def _remember(state: tuple, recent: Recent) -> None:
@@ -334,6 +338,13 @@ class FusedBlock(_Fused):
         for other in others:
             state.append((other.kind, module_state(other.module)))
         return tuple(state)
+
+    def _without_statistics(self, flat: list) -> str:
+        form = super()._without_statistics(flat)
+        if form or flat[0].dtype == torch.float16:  # its range is too small for weights that are scaled
+            return form
+        trained = any(isinstance(t, Tensor) and t.requires_grad and t.dim() == 1 for t in flat)
+        return "" if trained else "_frozen"
 
     def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
         reason = unfusable_other(parts.others)

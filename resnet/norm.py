@@ -58,7 +58,7 @@ class NormGrad(NamedTuple):
     dx: Tensor  # (N, C, H, W)
     dweight: Tensor | None  # (C,)
     dbias: Tensor | None  # (C,)
-    sum_g: Tensor  # (C,), in the type of the statistics: the gradient of whatever was added per channel
+    sum_g: Tensor | None  # (C,), in the type of the statistics: the gradient of whatever was added per channel
     g: Tensor | None  # (N, C, H, W): dout where the ReLU passes it, for the shortcut; None where that is dout itself
     conv_bias: Tensor | None = None  # (C,) zeros, or None: see `UnitGrad`
 

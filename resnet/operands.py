@@ -69,6 +69,15 @@ class KeptUnit(NamedTuple):
     master: Alike = None
 
 
+class KeptConv(NamedTuple):
+    """A `Unit` as backward needs it where its norm is of constants."""
+
+    weight: Tensor
+    stride: int
+    padding: int
+    master: Alike = None
+
+
 class Projection(NamedTuple):
     """A shortcut without a BatchNorm: a 1x1 convolution, or the identity."""
 
@@ -136,6 +145,11 @@ class StemGrad(NamedTuple):
     unit: UnitGrad
 
 
+def are_summed(norm: KeptNorm, needs: Norm) -> bool:
+    """Whether anything asks for the sums of a norm's backward: batch statistics, or a vector that is trained."""
+    return norm.training or any(needs)
+
+
 # ---- the residual block ------------------------------------------------------------------------------------------
 
 
@@ -177,7 +191,24 @@ def block_kind(units: int, normed: bool) -> BlockKind:
     )
 
 
-BLOCK_KINDS = tuple(block_kind(units, normed) for units in (2, 3) for normed in (False, True))
+@cache
+def frozen_kind(units: int, normed: bool) -> BlockKind:
+    """The kind of such a block whose norms are constants: of running statistics, and no vector of theirs is trained.
+
+    output     out; inner: relu(norm(conv)) of each unit but the last; stats: (4, K) of each norm, the shortcut's last
+    kept       x, output, the units' convolutions, and the shortcut's, of which the bias is left out
+    """
+    kind = block_kind(units, normed)
+    outputs = [("inner", tuple[(Tensor,) * (units - 1)]), ("stats", tuple[(Tensor,) * (units + normed)])]
+    output = NamedTuple("FrozenBlockOutput", [("out", Tensor), *outputs])
+    convs = [("units", tuple[(KeptConv,) * units]), ("shortcut", Projection)]
+    kept = NamedTuple("FrozenBlockKept", [("x", Tensor), ("output", output), *convs])
+    return BlockKind(f"{kind.name}_frozen", kind.arguments, output, kept)
+
+
+_KINDS = [(units, normed) for units in (2, 3) for normed in (False, True)]
+BLOCK_KINDS = tuple(block_kind(*kind) for kind in _KINDS)
+FROZEN_KINDS = tuple(frozen_kind(*kind) for kind in _KINDS)
 
 
 class BlockGrad(NamedTuple):

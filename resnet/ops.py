@@ -4,6 +4,7 @@
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
     fused_residual::residual_block_2           a block of two units in training, or in evaluation where gradients are
                                                wanted; _3: of three; _2_normed, _3_normed: its shortcut has a norm
+    fused_residual::<block>_frozen             the block with norms of constants: frozen statistics, no vector trained
     fused_residual::<block>_inference          the block with frozen statistics and without gradients
     fused_residual::stem_inference             the stem with frozen statistics and without gradients
 
@@ -19,10 +20,12 @@ from resnet import backends, flops
 from resnet.norm import KeptNorm, Norm, statistics_dtype
 from resnet.operands import (
     BLOCK_KINDS,
+    FROZEN_KINDS,
     BatchNormAddRelu,
     BatchNormAddReluKept,
     BatchNormAddReluOutput,
     BlockKind,
+    KeptConv,
     KeptUnit,
     Projection,
     Stem,
@@ -205,18 +208,23 @@ Differentiable(
 # ---- the residual block ------------------------------------------------------------------------------------------
 
 
+def _empty_maps(x: Tensor, units: tuple[Unit, ...]) -> tuple[Tensor, ...]:
+    """The outputs of a chain of convolutions."""
+    maps, size = [], x.shape
+    for weight, stride, padding, *_ in units:
+        size = (x.shape[0], weight.shape[0], *out_map(size, weight.shape, stride, padding))
+        maps.append(_empty_map(x, *size[1:]))
+    return tuple(maps)
+
+
 def _block_operator(kind: BlockKind) -> Differentiable:
     """The operator of a kind of block: what differs between kinds is their description alone."""
 
     def fake(arguments: tuple) -> tuple:
         x, units, shortcut = arguments
-        maps, size = [], x.shape
-        for weight, stride, padding, *_ in units:
-            size = (x.shape[0], weight.shape[0], *out_map(size, weight.shape, stride, padding))
-            maps.append(size)
-        ys, stats = (_empty_map(x, *size[1:]) for size in maps), (_empty_stats(x, size[1]) for size in maps)
-        projected = (_empty_map(x, *size[1:]), _empty_stats(x, size[1])) if isinstance(shortcut, Unit) else ()
-        return kind.output(_empty_map(x, *size[1:]), tuple(ys), tuple(stats), projected)
+        ys, stats = _empty_maps(x, units), tuple(_empty_stats(x, unit.weight.shape[0]) for unit in units)
+        projected = (torch.empty_like(ys[-1]), torch.empty_like(stats[-1])) if isinstance(shortcut, Unit) else ()
+        return kind.output(torch.empty_like(ys[-1]), ys, stats, projected)
 
     def forward(arguments: tuple) -> tuple:
         return kind.output(*backends.implementation(arguments.x).block_forward(*arguments))
@@ -272,6 +280,62 @@ def _projection_grads(projection: Projection, grad: UnitGrad, needs: Projection)
 _BLOCKS = tuple(map(_block_operator, BLOCK_KINDS))
 for _block in _BLOCKS:
     _block.register()
+
+# ---- the residual block with norms of constants -------------------------------------------------------------------
+
+_UNTRAINED = Norm(None, None, None, None, None, None, None, None, group=None)
+
+
+def _frozen_operator(kind: BlockKind) -> Differentiable:
+    """The operator of a kind of block whose norms are constants: only x and the weights have gradients."""
+
+    def fake(arguments: tuple) -> tuple:
+        x, units, shortcut = arguments
+        *inner, out = _empty_maps(x, units)
+        norms = (*units, shortcut) if isinstance(shortcut, Unit) else units
+        return kind.output(out, tuple(inner), tuple(_empty_stats(x, unit.weight.shape[0]) for unit in norms))
+
+    def forward(arguments: tuple) -> tuple:
+        return kind.output(*backends.implementation(arguments.x).frozen_block_forward(*arguments))
+
+    def keep(arguments: tuple, output: tuple) -> tuple:
+        x, units, shortcut = arguments
+        convs = tuple(KeptConv(unit.weight, unit.stride, unit.padding, unit.master) for unit in units)
+        return kind.kept(x, output, convs, Projection(shortcut.weight, None, shortcut.stride, shortcut.master))
+
+    def in_places(kept: tuple, x: Tensor | None, weights: list[tuple]) -> tuple:
+        """x, and for each convolution a weight and a master, the shortcut's last."""
+        *units, shortcut = (Unit(weight, None, None, _UNTRAINED, master) for weight, master in weights)
+        if len(kept.output.stats) == len(units):  # its shortcut has no norm
+            shortcut = Projection(shortcut.weight, None, None, shortcut.master)
+        return kind.arguments(x, tuple(units), shortcut)
+
+    def like(kept: tuple) -> tuple:
+        return in_places(kept, kept.x, [(conv.weight, conv.master) for conv in (*kept.units, kept.shortcut)])
+
+    def backward(dout: Tensor, kept: tuple, needs: tuple) -> tuple:
+        grad = backends.implementation(kept.x).frozen_block_backward(dout, kept, all_wanted(needs))
+        convs = zip((*kept.units, kept.shortcut), (*grad.units, grad.shortcut), strict=True)
+        return in_places(kept, grad.x, [_places(found.conv, conv.weight, conv.master) for conv, found in convs])
+
+    return Differentiable(
+        kind.name,
+        kind.arguments,
+        kind.output,
+        kind.kept,
+        fake=fake,
+        forward=forward,
+        keep=keep,
+        keep_moves=True,
+        like=like,
+        backward=backward,
+        norms=lambda a, o: [],
+        summed=lambda kept, needs: [],
+    )
+
+
+for _kind in FROZEN_KINDS:
+    _frozen_operator(_kind).register()
 
 # ---- frozen, without gradients: inference -------------------------------------------------------------------------
 

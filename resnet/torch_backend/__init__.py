@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from resnet.torch_backend.batch_norm import backward as batch_norm_add_relu_backward
 from resnet.torch_backend.batch_norm import forward as batch_norm_add_relu
 from resnet.torch_backend.block import block_backward, block_forward, block_inference
+from resnet.torch_backend.frozen import frozen_block_backward, frozen_block_forward
 from resnet.torch_backend.inference import stem_inference
 from resnet.torch_backend.stem import stem_backward, stem_forward
 
@@ -21,6 +22,8 @@ __all__ = [
     "block_forward",
     "block_backward",
     "block_inference",
+    "frozen_block_forward",
+    "frozen_block_backward",
     "stem_forward",
     "stem_backward",
     "stem_inference",

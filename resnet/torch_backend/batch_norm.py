@@ -185,6 +185,12 @@ def freeze(norm: Norm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return mean, (norm.running_var.to(dtype) + norm.eps).rsqrt_()
 
 
+def frozen_stats(norm: Norm, dtype: torch.dtype) -> Tensor:
+    """stats (4, C) from the running statistics, for activations of `dtype`."""
+    mean, invstd = freeze(norm, statistics_dtype(dtype))
+    return torch.stack((mean, invstd, *scale_shift(mean, invstd, norm)))
+
+
 def scale_shift(mean: Tensor, invstd: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     """(scale, shift), (C,) each: batch_norm(x) = x * scale + shift."""
     scale = invstd if norm.weight is None else invstd * norm.weight
@@ -312,10 +318,11 @@ def backward(
     relu: bool = True,
     shortcut: bool = False,
     consume: bool = False,
+    summed: bool = True,
 ) -> NormGrad:
     """Gradients of `forward` from dout, x, out (N, C, H, W) channels_last; `g` with a ReLU and a shortcut.
 
-    `consume` allows to overwrite dout.
+    `consume` allows to overwrite dout. Without `summed`, for frozen statistics, dx is the only gradient.
     """
     if not relu:
         g = dout
@@ -323,6 +330,10 @@ def backward(
         g = aten.threshold_backward.grad_input(dout, out, 0, grad_input=dout)
     else:
         g = aten.threshold_backward.default(dout, out, 0)
+    if not summed:
+        dx = torch.empty_like(x, memory_format=torch.channels_last)
+        torch.mul(_rows(g), stats[2], out=_rows(dx))
+        return NormGrad(dx, None, None, None, g if shortcut and relu else None)
     if are_few(x) and not norm.group:
         dx, dweight, sum_g = _backward_of_few(g, x, stats, norm)
     else:
@@ -406,8 +417,10 @@ def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     return out.relu_(), tap, stats
 
 
-def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tensor, norm: KeptNorm) -> NormGrad:
-    """Gradients of `forward_pool`."""
+def backward_pool(
+    dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tensor, norm: KeptNorm, summed: bool
+) -> NormGrad:
+    """Gradients of `forward_pool`; `summed` as in `backward`."""
     (N, C, P, Q), width = out.shape, x.shape[3]
     place = torch.arange(9, device=x.device)
     place += place // 3 * (width - 3)  # a tap's index, from its window's first pixel on
@@ -415,4 +428,4 @@ def backward_pool(dout: Tensor, x: Tensor, out: Tensor, tap: Tensor, stats: Tens
     index += _window_origins((P, Q), width, x.device)
     g = aten.threshold_backward.default(dout, out, 0)
     g = aten.max_pool2d_with_indices_backward(g, x, [3, 3], [2, 2], [1, 1], [1, 1], False, index)
-    return backward(g, x, out, stats, norm, relu=False)
+    return backward(g, x, out, stats, norm, relu=False, summed=summed)

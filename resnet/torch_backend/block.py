@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs, shortcut_reached
@@ -71,17 +73,26 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     return BlockGrad(dx.add_(added) if needs.x else None, tuple(grads), shortcut_grad)
 
 
-def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
-    """The block with frozen statistics and without gradients: out (N, K, P, Q)."""
+def activations(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Iterator[Tensor]:
+    """What each unit gives with frozen statistics, its ReLU included: the last one out (N, K, P, Q)."""
     a = x
     for unit in units[:-1]:
         a = conv_batch_norm(a, unit).relu_()
+        yield a
     weight, bias = shortcut.weight, None
     if isinstance(shortcut, Projection):
         bias = shortcut.bias
     elif (folded := fold_shortcut(x, shortcut)) is not None:
         weight, bias = folded
     else:
-        return conv_batch_norm(a, units[-1]).add_(conv_batch_norm(x, shortcut)).relu_()
+        yield conv_batch_norm(a, units[-1]).add_(conv_batch_norm(x, shortcut)).relu_()
+        return
     out = conv_batch_norm(a, units[-1], bias)
-    return (out.add_(x) if weight is None else add_projected(out, x, weight, shortcut.stride)).relu_()
+    yield (out.add_(x) if weight is None else add_projected(out, x, weight, shortcut.stride)).relu_()
+
+
+def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
+    """The block with frozen statistics and without gradients: out (N, K, P, Q)."""
+    for a in activations(x, units, shortcut):  # one of them is held at a time
+        out = a
+    return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad
+from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad, are_summed
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import convolve, convolve_backward
 
@@ -19,6 +19,6 @@ def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
 def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """Gradients of `stem_forward`."""
     x, (out, y, tap, stats), (weight, stride, padding, norm, _) = kept
-    grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm)
+    grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm, are_summed(norm, needs.unit.norm))
     dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.unit.weight)
     return StemGrad(dx, UnitGrad(dconv, grad.dweight, grad.dbias, grad.sum_g))

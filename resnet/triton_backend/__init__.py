@@ -4,6 +4,7 @@ from resnet.kernels.host.launcher import active_driver
 from resnet.triton_backend.batch_norm import backward as batch_norm_add_relu_backward
 from resnet.triton_backend.batch_norm import forward as batch_norm_add_relu
 from resnet.triton_backend.block import block_backward, block_forward, block_inference
+from resnet.triton_backend.frozen import frozen_block_backward, frozen_block_forward
 from resnet.triton_backend.plans import run
 from resnet.triton_backend.stem import stem_backward, stem_forward, stem_inference
 
@@ -15,6 +16,8 @@ __all__ = [
     "block_forward",
     "block_backward",
     "block_inference",
+    "frozen_block_forward",
+    "frozen_block_backward",
     "stem_forward",
     "stem_backward",
     "stem_inference",

@@ -13,6 +13,8 @@ partials. Each convolution is one of up to three ways: see `convolution`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -122,8 +124,8 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     return BlockGrad(dx, tuple(grads), shortcut_grad)
 
 
-def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
-    """See `torch_backend.block_inference`. A launch for each convolution, in which the shortcut's rides if it can."""
+def activations(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Iterator[Tensor]:
+    """See `torch_backend.block.activations`. A launch for each convolution, in which the shortcut's rides if it can."""
     (first, *rest), shortcut = map(convolution.as_read, units), convolution.as_read(shortcut)
     skip, riding = x, None
     if isinstance(shortcut, Unit):
@@ -133,9 +135,18 @@ def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Project
     elif shortcut.weight is not None:
         skip = convolution.projection(x, shortcut)
     a, z = convolution.inference(x, first, shortcut=riding, relu=True)
+    yield a
     if z is not None:
         skip = z
     *middle, last = rest
     for unit in middle:
         a, _ = convolution.inference(a, unit, relu=True)
-    return convolution.inference(a, last, skip=skip, relu=True)[0]
+        yield a
+    yield convolution.inference(a, last, skip=skip, relu=True)[0]
+
+
+def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
+    """See `torch_backend.block_inference`."""
+    for a in activations(x, units, shortcut):  # one of them is held at a time
+        out = a
+    return out

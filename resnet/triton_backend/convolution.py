@@ -20,7 +20,7 @@ from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
-from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, KeptMask, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.host.shapes import conv_shape
 from resnet.kernels.tuning import bucket, memory
@@ -157,6 +157,19 @@ def grad_input_mask(
     return run_picked("grad_input", dy, weight, (stride, "mask"), epilogue=fused, pytorch=pytorch)
 
 
+def grad_input_relu(dy: Tensor, weight: Tensor, stride: int, padding: int, a: Tensor) -> Tensor:
+    """The gradient of what a ReLU made a of, for a convolution of a."""
+
+    def fused() -> Tensor:
+        return conv_grad_input(dy, weight, conv_shape(a, weight, stride, padding), KeptMask(a), tf32(dy))
+
+    def pytorch() -> Tensor:
+        da, _ = convolve_backward(dy, a, weight, stride, padding, True, False)
+        return torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
+
+    return run_picked("grad_input", dy, weight, (stride, "relu"), epilogue=fused, pytorch=pytorch)
+
+
 def grad_input_add(
     dy: Tensor,
     weight: Tensor,
@@ -184,12 +197,13 @@ def grad_input_add(
     def pytorch() -> Tensor:
         dx, _ = convolve_backward(dy, x, weight, stride, padding, True, False)
         if shortcut.weight is None:
-            return add_masked_grad(dx, g, out)
+            return dx.add_(g) if out is None else add_masked_grad(dx, g, out)
         passed = g if out is None else torch.ops.aten.threshold_backward(g, out, 0)
         return dx.add_(convolve_backward(passed, x, *shortcut_of(shortcut), True, False)[0])
 
-    projected = None if shortcut.weight is None else (shortcut.stride, shortcut.weight.shape[0], out is not None)
-    return run_picked("grad_input", dy, weight, (stride, "add", projected), epilogue=fused, pytorch=pytorch)
+    projected = None if shortcut.weight is None else (shortcut.stride, shortcut.weight.shape[0])
+    key = (stride, "add", projected, out is not None)
+    return run_picked("grad_input", dy, weight, key, epilogue=fused, pytorch=pytorch)
 
 
 def shortcut_of(part: Unit | Projection) -> tuple[Tensor, int, int]:

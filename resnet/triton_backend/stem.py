@@ -15,7 +15,7 @@ from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
 from resnet.kernels.host.shapes import conv_shape
 from resnet.norm import empty_grads
-from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad, trained_dtype
+from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad, are_summed, trained_dtype
 from resnet.torch_backend.convolution import convolve_backward
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import applied_sums, frozen_stats, norm_stats
@@ -35,9 +35,11 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     x, (out, y, tap, stats), unit = kept
     dtype = trained_dtype(unit)
     weight, stride, padding, norm, _ = unit = convolution.as_read(unit)
-    dweight, dbias, zeros = empty_grads(norm)
-    sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias, zeros)
-    used = applied_sums(sums, y, norm)
+    grad, used = UnitGrad(), None
+    if are_summed(norm, needs.unit.norm):
+        dweight, dbias, zeros = empty_grads(norm)
+        sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias, zeros)
+        grad, used = UnitGrad(None, dweight, dbias, sums[0], zeros), applied_sums(sums, y, norm)
     tf32 = convolution.tf32(x)
     dx = dconv = None
 
@@ -74,7 +76,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     elif needs.unit.weight:
         key = (stride, "max_pool", dtype)
         dconv = convolution.run_picked("grad_weight", y, weight, key, triton=fused, epilogue=epilogue, pytorch=pytorch)
-    return StemGrad(dx, UnitGrad(dconv, dweight, dbias, sums[0], zeros))
+    return StemGrad(dx, grad._replace(conv=dconv))
 
 
 def stem_inference(x: Tensor, unit: Unit) -> Tensor:

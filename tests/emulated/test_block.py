@@ -55,6 +55,55 @@ def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dt
     assert_parity(draws)
 
 
+def with_norms_of_constants(module: nn.Module) -> nn.Module:
+    """Frozen statistics, and no vector per channel is trained."""
+    for parameter in module.eval().parameters():
+        parameter.requires_grad_(parameter.dim() == 4)
+    return module
+
+
+# The launches of a block of two units with norms of constants and an identity: the activations read and written.
+OF_CONSTANTS = [
+    ("conv_forward_kernel", 1, 1),
+    ("conv_forward_kernel", 2, 1),
+    ("conv_grad_weight_kernel", 2, 0),
+    ("grad_input_kernel", 2, 1),
+    ("conv_grad_weight_kernel", 2, 0),
+    ("grad_input_kernel", 2, 1),
+]
+PER_CHANNEL = ("freeze_kernel", "merge_splits_kernel")
+
+
+@pytest.mark.core
+@each_pair_compiled(dtype=(torch.bfloat16, torch.float32, torch.float64), block=BLOCKS)
+def test_a_block_with_norms_of_constants_is_as_exact_as_eager_in_its_convolutions_alone(emulate, dtype, block):
+    kind, arguments, shape = block
+    draws = []
+    for seed in range(3):
+        blocks = trio(kind, *arguments, seed=seed, dtype=dtype).each(with_norms_of_constants)
+        x, options = draw(*shape, seed=seed, dtype=dtype), emulator_options(kind, arguments)
+        results, launches = compare(emulate, blocks, x, **options)
+        assert {*launches} - {*PER_CHANNEL} == {kernel for kernel, *_ in OF_CONSTANTS}
+        draws.append(results)
+    assert_parity(draws)
+
+
+def test_the_launches_of_a_block_with_norms_of_constants_move_each_activation_once(emulate):
+    dtype, shape = torch.bfloat16, (8, 64, 14, 14)
+    block = with_norms_of_constants(trio(Residual, 64, 64, dtype=dtype).fused)
+    with emulate() as reports, resnet.backend("triton"):
+        block(draw(*shape, dtype=dtype).requires_grad_()).sum().backward()
+    moving = [report for report in reports if report.name not in PER_CHANNEL]
+    activation, weight = (dtype.itemsize * t.numel() for t in (torch.empty(shape), block.conv1.weight))
+    for report, (kernel, read, written) in zip(moving, OF_CONSTANTS, strict=True):
+        assert report.name == kernel
+        of_weight = 0 if kernel == "conv_grad_weight_kernel" else weight
+        floor = read * activation + of_weight
+        assert floor <= 32 * report.unique_read_sectors <= TRAFFIC_OVER_FLOOR * floor, report
+        if written:
+            assert written * activation == 32 * report.unique_write_sectors, report
+
+
 @each_pair_compiled(dtype=DTYPES, block=BLOCKS)
 def test_a_block_in_inference_is_as_exact_as_eager_in_a_launch_per_convolution(emulate, dtype, block):
     kind, arguments, shape = block

@@ -40,6 +40,7 @@ FROZEN = {
     "all before conv2": ("conv1", "bn1"),
     "conv2": ("conv2",),
     "the shortcut": ("conv3",),
+    "every vector": ("bn", "conv1.bias", "conv2.bias", "conv3.bias", "1.", "0.bias"),
 }
 
 
@@ -88,7 +89,7 @@ def test_the_formulas_are_registered_whichever_is_imported_first(first):
         "print(sum('fused_residual' in str(name) for name in registry))"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["15"]
+    assert run.stdout.split() == ["23"]
 
 
 def test_importing_the_library_imports_neither_the_counter_nor_triton():

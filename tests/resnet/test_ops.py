@@ -12,12 +12,14 @@ from resnet import FusedBottleneck, FusedResidual, FusedStem, resnet_block
 from resnet.norm import Norm
 from resnet.operands import (
     BatchNormAddReluKept,
+    KeptConv,
     Projection,
     Stem,
     StemKept,
     StemOutput,
     Unit,
     block_kind,
+    frozen_kind,
 )
 from resnet.schema import pack, unpack
 from resnet.torch_backend import inference
@@ -199,6 +201,33 @@ def test_the_backward_of_a_block_passes_opcheck(any_backend, options):
     opcheck(op, backward_arguments(dout, kept, flat, options["all_needed"]))
 
 
+def frozen_arguments(options: dict) -> tuple:
+    """Those of a block with norms of constants: gradients of x and the weights alone, if of these."""
+    arguments = block_arguments({**options, "first_training": False, "last_training": False})
+    flat = [a.detach() if isinstance(a, Tensor) and a.dim() == 1 else a for a in pack(arguments)]
+    return unpack(type(arguments), flat)
+
+
+@each(pairwise(units=(2, 3), block=BLOCKS, affine=BOTH, conv_bias=BOTH, cast=BOTH))
+def test_a_block_with_norms_of_constants_passes_opcheck(any_backend, options):
+    arguments = frozen_arguments(options)
+    opcheck(getattr(ops, f"{kind_of(arguments).name}_frozen"), pack(arguments))
+
+
+@each(pairwise(units=(2, 3), block=BLOCKS, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
+def test_the_backward_of_a_block_with_norms_of_constants_passes_opcheck(any_backend, options):
+    arguments = frozen_arguments(options)
+    kind, flat = frozen_kind(len(arguments.units), isinstance(arguments.shortcut, Unit)), pack(arguments)
+    with torch.no_grad():
+        output = unpack(kind.output, getattr(ops, kind.name)(*flat))
+    convs = tuple(KeptConv(unit.weight, unit.stride, unit.padding, unit.master) for unit in arguments.units)
+    shortcut = arguments.shortcut
+    kept = kind.kept(arguments.x, output, convs, Projection(shortcut.weight, None, shortcut.stride, shortcut.master))
+    dout = draw(*output.out.shape, seed=5)
+    op = getattr(ops, f"{kind.name}_backward")
+    opcheck(op, backward_arguments(dout, kept, flat, options["all_needed"]))
+
+
 @each(pairwise(units=(2, 3), block=BLOCKS, affine=BOTH, conv_bias=BOTH))
 def test_inference_of_a_block_passes_opcheck(any_backend, options):
     frozen = {"first_training": False, "last_training": False}
@@ -227,7 +256,8 @@ def test_every_registered_operator_has_an_opcheck_here():
     tests = [name.removeprefix("test_") for name in globals() if name.endswith("_passes_opcheck")]
     named = {name.removesuffix("_passes_opcheck") for name in tests if "a_block" not in name}
     blocks = {block_kind(units, normed).name for units in (2, 3) for normed in BOTH}
-    assert registered == named | {f"{block}{end}" for block in blocks for end in ("", "_backward", "_inference")}
+    ends = ("", "_backward", "_inference", "_frozen", "_frozen_backward")
+    assert registered == named | {f"{block}{end}" for block in blocks for end in ends}
 
 
 # ---- versions --------------------------------------------------------------------------------------------------

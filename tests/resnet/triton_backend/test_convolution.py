@@ -51,6 +51,20 @@ def test_inference_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kin
     assert_trios_parity([trio(kind, *arguments, train=False)], shape, infer)
 
 
+def of_constants(module: nn.Module) -> None:
+    """Frozen statistics, and no vector is trained."""
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.dim() == 4)
+
+
+@pytest.mark.parametrize("kind, arguments, shape", [MODULES["identity"], MODULES["1x1, stride 2"]])
+def test_a_step_with_norms_of_constants_on_fused_convolutions_is_as_exact_as_eager(
+    fused_backend, kind, arguments, shape
+):
+    assert_trios_parity([trio(kind, *arguments).each(of_constants)], shape)
+
+
 @pytest.fixture
 def launches(monkeypatch) -> list[str]:
     """The names of the launches in order, without the merges of partials, which are of per-channel size."""
@@ -86,6 +100,18 @@ def test_a_training_step_launches_each_fused_pass_once_in_order(fused_backend, l
         *("conv_grad_input", "conv_grad_weight"),
         *(("conv_grad_weight",) if len(arguments) > 2 else ()),
     ]
+
+
+@pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
+def test_a_step_with_norms_of_constants_launches_convolutions_alone(fused_backend, launches, arguments):
+    block = FusedResidual(*arguments).to(DEVICE)
+    of_constants(block)
+    out = block(draw(2, 4, 4, 4).requires_grad_())
+    assert launches == ["conv_forward"] * 2
+    launches.clear()
+    out.backward(draw(*out.shape, seed=1))
+    shortcut = ["conv_grad_weight"] if len(arguments) > 2 else []
+    assert launches == ["conv_grad_weight", "conv_grad_input"] * 2 + shortcut
 
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))

@@ -54,11 +54,21 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 SHAPES = {"identity": (Residual, 4, 4), "1x1, stride 2": (Residual, 4, 6, True, 2), "stem": (Stem, 4, 5)}
 
 
+def constants(module: nn.Module) -> None:
+    """Frozen statistics, and no vector is trained."""
+    module.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.dim() == 4)
+
+
+MODES = {"train": nn.Module.train, "eval": nn.Module.eval, "norms of constants": constants}
+
+
 @pytest.mark.parametrize("args", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-def test_replayed_steps_and_inference_do_what_eager_does(args, train):
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_replayed_steps_and_inference_do_what_eager_does(args, mode):
     pair = Pair(*args)
-    pair.each(lambda m: m.train(train))
+    pair.each(mode)
     for run in (step, infer):
         for seed in range(4):
             pair.assert_same(images(seed=seed), run)

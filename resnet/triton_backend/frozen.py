@@ -1,0 +1,58 @@
+"""The residual block on the Triton kernels where its norms are constants: see `torch_backend.frozen`.
+
+A block of two units launches, in this order (identity shortcut; the passes over an activation of each):
+
+    forward   conv1 + bn1 + ReLU 2, conv2 + bn2 + add + ReLU 3
+    backward  ReLU' 3, conv2 grad-weight 2, conv2 grad-input + ReLU' 3, conv1 grad-weight 2,
+              conv1 grad-input + shortcut's gradient 3
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs
+from resnet.torch_backend.frozen import folded, unfolded
+from resnet.triton_backend import convolution
+from resnet.triton_backend.batch_norm import frozen_stats
+from resnet.triton_backend.block import activations
+
+
+def frozen_block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> tuple:
+    """See `torch_backend.frozen_block_forward`."""
+    *inner, out = activations(x, units, shortcut)
+    norms = [part.norm for part in (*units, shortcut) if isinstance(part, Unit)]
+    return out, tuple(inner), tuple(frozen_stats(norm, x.dtype) for norm in norms)
+
+
+def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
+    """See `torch_backend.frozen_block_backward`."""
+    x, (out, inner, stats), units, shortcut = kept
+    units, shortcut = list(map(convolution.as_read, units)), convolution.as_read(shortcut)
+    scales = [each[2] for each in stats]
+    asked, grads, dx = grad_inputs(needs), [UnitGrad()] * len(units), None
+    g = dz = torch.ops.aten.threshold_backward(dout, out, 0)
+    shortcut_grad, shortcut_scale = UnitGrad(), scales[-1] if len(scales) > len(units) else None
+    for i in reversed(range(len(units))):
+        unit, scale = units[i], scales[i]
+        if needs.units[i].weight:
+            grads[i] = UnitGrad(_grad_weight(g, inner[i - 1] if i else x, unit[:3], scale))
+        if not asked[i]:
+            break
+        scaled = unit._replace(weight=folded(unit.weight, scale))
+        if i:
+            g = convolution.grad_input_relu(g, *scaled[:3], inner[i - 1])
+        else:
+            weight = shortcut.weight if shortcut_scale is None else folded(shortcut.weight, shortcut_scale)
+            dx = convolution.grad_input_add(g, *scaled[:3], x, shortcut._replace(weight=weight), dz, None)
+    if needs.shortcut.weight:
+        shortcut_grad = UnitGrad(_grad_weight(dz, x, convolution.shortcut_of(shortcut), shortcut_scale))
+    return BlockGrad(dx, tuple(grads), shortcut_grad)
+
+
+def _grad_weight(g: Tensor, a: Tensor, conv: tuple[Tensor, int, int], scale: Tensor | None) -> Tensor:
+    """dW of norm(conv(a)), or of conv(a) without a scale."""
+    if scale is None:
+        return convolution.grad_weight(g, a, *conv)
+    return unfolded(convolution.grad_weight(g, a, *conv, dtype=scale.dtype), scale)
