@@ -281,6 +281,21 @@ class _Sequence(_Network):
         return x
 
 
+class _Getter(_Sequence):
+    """A sequence, a mapping of its modules, that gives what some of them give: of the stem's the last at most."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        names = self._called()
+        if not _starts_with(self, names) or _given(self, names) is not None:  # any more
+            return super().forward(x)
+        return self._eager_method.__func__(_ItemsWithStem(self), x)
+
+
+def _given(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """What lies inside a stem and is asked for."""
+    return next((name for name in names[:-1] if name in module.return_layers), None)
+
+
 def _first(module: nn.Module, layout: StemLayout) -> tuple[str, ...]:
     """The names that a sequence has to begin with: one for small images has no pool."""
     return layout.names if layout.pool in module._modules else layout.names[:-1]
@@ -307,6 +322,13 @@ class _WithStem:
         return getattr(self._network, name)
 
 
+class _ItemsWithStem(_WithStem):
+    """The same for a network whose forward goes through its `items`."""
+
+    def items(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        return [(name, getattr(self, name)) for name in self._network._modules]
+
+
 def _as_it_is(x: Tensor) -> Tensor:
     return x
 
@@ -324,6 +346,7 @@ _KNOWN = {
     "torchvision.models.resnet.ResNet": _Known(
         _Network, StemLayout("conv1", "bn1", "relu", "maxpool"), "_forward_impl"
     ),
+    "torchvision.models._utils.IntermediateLayerGetter": _Known(_Getter, StemLayout("conv1", "bn1", "relu", "maxpool")),
     "timm.models.resnet.BasicBlock": _Known(_Block, _timm(2)),
     "timm.models.resnet.Bottleneck": _Known(_Block, _timm(3)),
     "timm.models.resnet.ResNet": _Known(_Network, StemLayout("conv1", "bn1", "act1", "maxpool"), "forward_features"),
@@ -445,7 +468,10 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
             return f"{full_name(cls)}.{name} was replaced"
     if issubclass(mixin, _Sequence):
         names = _first(module, layout)
-        return None if _starts_with(module, names) else f"it does not begin with {', '.join(names)}"
+        if not _starts_with(module, names):
+            return f"it does not begin with {', '.join(names)}"
+        given = _given(module, names) if issubclass(mixin, _Getter) else None
+        return None if given is None else f"it gives what {given} gives"
     if issubclass(mixin, _Network):
         if not _begins_with(getattr(eager, method), layout.names):
             return (

@@ -311,9 +311,47 @@ def test_a_backbone_of_torchvisions_detectors_has_fused_blocks():
     models = pytest.importorskip("torchvision").models
     model = models.segmentation.fcn_resnet50(weights=None, weights_backbone=None)
     report = fuse(model)
-    # The others are dilated.
-    assert [item.kind for item in report.fused] == ["torchvision.models.resnet.Bottleneck"] * 8
-    assert report.unknown["torchvision.models._utils.IntermediateLayerGetter"] == 1
+    # The other blocks are dilated.
+    stem, *blocks = [item.kind for item in report.fused]
+    assert stem == "torchvision.models._utils.IntermediateLayerGetter"
+    assert blocks == ["torchvision.models.resnet.Bottleneck"] * 8
+
+
+def getter(*layers: str) -> nn.Module:
+    """Of a ResNet-18 the part that gives what these of its children give."""
+    net = torchvision("resnet18")
+    randomize(net)
+    utilities = pytest.importorskip("torchvision.models._utils")
+    return utilities.IntermediateLayerGetter(net, {name: name for name in layers}).to(DEVICE, torch.float64)
+
+
+@pytest.mark.parametrize("layers", [("layer1", "layer4"), ("maxpool", "layer2"), ("relu",)], ids=", ".join)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_the_stem_of_a_part_of_torchvisions_net_is_fused(layers, train):
+    eager = getter(*layers).train(train)
+    fused = copy.deepcopy(eager)
+    assert fuse(fused).fused[0].name == ""
+    x = draw(*IMAGES, dtype=torch.float64)
+    results = []
+    for model in (fused, eager):
+        found = model(x)
+        loss = sum(out.square().mean() for out in found.values())
+        results.append((found, torch.autograd.grad(loss, list(model.parameters())), snapshot(model)))
+    torch.testing.assert_close(*results, atol=1e-8, rtol=1e-6)
+    assert list(fused(x)) == list(layers)
+    torch.testing.assert_close(saved(fused)(x), fused(x))
+
+
+def test_a_part_that_gives_what_is_inside_the_stem_keeps_its_class():
+    model = getter("relu", "layer1")
+    report = fuse(model)
+    assert [item.reason for item in report.left] == ["it gives what relu gives"] and len(report.fused) == 2
+    model = getter("layer1")
+    x = draw(*IMAGES, dtype=torch.float64)
+    fuse(model)
+    model.return_layers = {"relu": "relu"}  # a user may ask for it later
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x)["relu"], model.relu(model.bn1(model.conv1(x))))
 
 
 def test_the_frozen_norms_of_transformers_detectors_are_fused():
