@@ -333,7 +333,7 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
         values = taps * (accumulators + config.BLOCK_N * config.BLOCK_K // threads)
         values += operand if gemm.switch("prologue") else 0
         if gemm.switch("prologue") and not gemm.dy_moves and gemm.kind != "16-bit":  # it is computed for each tap
-            most = 96 * 4 // _SIZES[gemm.kind] - 1
+            most = {"tf32": 95, "float32": 95, "float64": 47 if whole else 39}[gemm.kind]
         return values <= most
     if gemm.operation == "grad_weight_max_pool":
         return gemm.kind != "float32" or accumulators < 16 or rows % config.BLOCK_M == 0
