@@ -60,10 +60,17 @@ _FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d"} | {
     for model, name in (
         ("conditional_detr", "ConditionalDetr"),
         ("dab_detr", "DabDetr"),
+        ("d_fine", "DFine"),
         ("deformable_detr", "DeformableDetr"),
+        ("deimv2", "Deimv2"),
         ("detr", "Detr"),
         ("grounding_dino", "GroundingDino"),
         ("mm_grounding_dino", "MMGroundingDino"),
+        ("pp_doclayout_v2", "PPDocLayoutV2"),
+        ("pp_doclayout_v3", "PPDocLayoutV3"),
+        ("pp_doclayout_v4", "PPDocLayoutV4"),
+        ("rt_detr", "RTDetr"),
+        ("rt_detr_v2", "RTDetrV2"),
         ("table_transformer", "TableTransformer"),
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import io
 import pickle
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import fuse, unfuse
+from resnet import fusable, fuse, unfuse
 from tests.conftest import DEVICE, ROOT
 from tests.helpers.blocks import assert_parity, draw, randomize, snapshot, step, weights_dtype
 
@@ -375,6 +376,33 @@ def test_the_frozen_norms_of_transformers_detectors_are_fused():
         out = run(m, x)
         results.append((out, *torch.autograd.grad(out.square().sum(), x)))
     torch.testing.assert_close(*results, atol=1e-8, rtol=1e-6)
+
+
+def test_each_frozen_norm_of_transformers_is_known_and_computes_what_that_of_detr_does():
+    folder = Path(pytest.importorskip("transformers").__file__).parent / "models"
+    forwards = {}
+    for path in folder.glob("*/modeling_*.py"):
+        text = path.read_text(encoding="utf-8")
+        if "FrozenBatchNorm2d(nn.Module)" in text:
+            for cls in filter(lambda node: isinstance(node, ast.ClassDef), ast.parse(text).body):
+                if cls.name.endswith("FrozenBatchNorm2d"):
+                    (forward,) = (ast.unparse(f) for f in cls.body if getattr(f, "name", "") == "forward")
+                    forwards[f"transformers.models.{path.parent.name}.{path.stem}.{cls.name}"] = forward
+    assert "transformers.models.rt_detr.modeling_rt_detr.RTDetrFrozenBatchNorm2d" in forwards
+    assert set(forwards) <= fusable._FROZEN and len(set(forwards.values())) == 1
+
+
+def test_the_backbone_of_transformers_rt_detr_is_fused():
+    modeling = pytest.importorskip("transformers.models.rt_detr.modeling_rt_detr")
+    eager = transformers("bottleneck")
+    randomize(eager)
+    with torch.no_grad():
+        modeling.replace_batch_norm(eager)
+    eager = eager.to(DEVICE, torch.float64).train()
+    fused, x = copy.deepcopy(eager), draw(*IMAGES, dtype=torch.float64)
+    report = fuse(fused)
+    assert len(report.fused) == 5 and not report.left
+    torch.testing.assert_close(one_step(fused, x), one_step(eager, x), atol=1e-8, rtol=1e-6)
 
 
 def test_a_stage_that_timm_has_frozen_is_fused():
