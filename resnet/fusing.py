@@ -122,7 +122,10 @@ def _watched(module: _Changed) -> list[Watched]:
 
 
 def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, list[Watched]]:
-    """The shortcut's convolution and BatchNorm, None for the identity; and all else, which has to be identities."""
+    """The shortcut's convolution and BatchNorm, None for the identity; and all else, which has to be identities.
+
+    What follows the convolution is taken for the BatchNorm, so that another norm is refused as one.
+    """
     if module is None:
         return None, []
     if isinstance(module, _ConvNd):
@@ -134,7 +137,7 @@ def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, 
         place = f"{name}.{key}"
         if conv is None and isinstance(child, _ConvNd):
             conv = place, child
-        elif conv is not None and bn is None and is_norm(child):
+        elif conv is not None and bn is None and type(child) not in (nn.Identity, type(None)):
             bn = place, child
         else:
             others.append(Watched(place, child, nn.Identity))

@@ -315,6 +315,8 @@ def test_a_blocks_part_that_is_shared_is_fused_in_each():
         (lambda b: b.shortcut.__setitem__(0, nn.AvgPool2d(2)), "shortcut.0 is a AvgPool2d"),
         (lambda b: setattr(b, "shortcut", nn.Sequential(*b.shortcut)), "shortcut is a Sequential, not a Shortcut"),
         (lambda b: setattr(b, "bn2", nn.GroupNorm(2, 6)), "bn2 is a GroupNorm"),
+        (lambda b: b.shortcut.__setitem__(2, nn.GroupNorm(2, 6)), "shortcut.2 is a GroupNorm, not a BatchNorm2d"),
+        (lambda b: b.shortcut.append(nn.Dropout()), "shortcut.3 is a Dropout, not a Identity"),
         (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, 1, groups=2)), "conv2.groups is 2"),
         (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, 1, dilation=2)), "conv2.dilation is"),
         (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 5, 2, 2)), "conv2.kernel_size is"),
