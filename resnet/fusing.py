@@ -290,8 +290,15 @@ class _Getter(_Sequence):
     def _call(self, x: Tensor) -> Tensor:
         names = self._called()
         if not _starts_with(self, names) or _given(self, names) is not None:  # any more
-            return super().forward(x)
+            return self._eager_method(x)
         return self._eager_method.__func__(_ItemsWithStem(self), x)
+
+
+class _Features(_Getter):
+    """One that may run each of its modules under a checkpoint, which counts a batch twice in the stem's BatchNorm."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._eager_method(x) if self.grad_checkpointing else super()._call(x)
 
 
 def _given(module: nn.Module, names: tuple[str, ...]) -> str | None:
@@ -352,6 +359,10 @@ _KNOWN = {
     "torchvision.models._utils.IntermediateLayerGetter": _Known(_Getter, StemLayout("conv1", "bn1", "relu", "maxpool")),
     "timm.models.resnet.BasicBlock": _Known(_Block, _timm(2)),
     "timm.models.resnet.Bottleneck": _Known(_Block, _timm(3)),
+    **{
+        f"timm.models._features.{name}": _Known(_Features, StemLayout("conv1", "bn1", "act1", "maxpool"), "_collect")
+        for name in ("FeatureDictNet", "FeatureListNet")
+    },
     "timm.models.resnet.ResNet": _Known(_Network, StemLayout("conv1", "bn1", "act1", "maxpool"), "forward_features"),
     "transformers.models.resnet.modeling_resnet.ResNetBasicLayer": _Known(_Block, _transformers(2)),
     "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": _Known(_Block, _transformers(3)),

@@ -26,7 +26,8 @@ def torchvision(name: str, **options) -> nn.Module:
 
 
 def timm(name: str, **options) -> nn.Module:
-    return pytest.importorskip("timm").create_model(name, num_classes=5, **options)
+    classes = {} if "features_only" in options else {"num_classes": 5}
+    return pytest.importorskip("timm").create_model(name, **classes, **options)
 
 
 def transformers(layer_type: str, **options) -> nn.Module:
@@ -305,7 +306,25 @@ def test_blocks_in_timms_feature_extractor_are_fused():
         expected = model(x)
         report = fuse(model)
         torch.testing.assert_close(model(x), expected, atol=1e-9, rtol=1e-7)
-    assert len(report.fused) == 8 and report.unknown == {"timm.models._features.FeatureListNet": 1}
+    assert len(report.fused) == 8 and [item.reason for item in report.left] == ["it gives what act1 gives"]
+
+
+@pytest.mark.parametrize("feature_cls", ["list", "dict"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_the_stem_of_timms_feature_extractor_is_fused_where_only_stages_are_asked_for(feature_cls, checkpointed):
+    eager = timm("resnet18", features_only=True, out_indices=(1, 4), feature_cls=feature_cls)
+    randomize(eager)
+    eager.to(DEVICE, torch.float64).train().set_grad_checkpointing(checkpointed)
+    fused = copy.deepcopy(eager)
+    report = fuse(fused)
+    assert len(report.fused) == 9 and not report.left and not report.unknown
+    x = draw(*IMAGES, dtype=torch.float64)
+    results = []
+    for model in (fused, eager):
+        found = model(x)
+        loss = sum(out.square().mean() for out in (found.values() if feature_cls == "dict" else found))
+        results.append((found, torch.autograd.grad(loss, list(model.parameters())), snapshot(model)))
+    torch.testing.assert_close(*results, atol=1e-8, rtol=1e-6)
 
 
 def test_a_backbone_of_torchvisions_detectors_has_fused_blocks():
