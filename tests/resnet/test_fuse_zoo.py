@@ -374,6 +374,21 @@ def test_a_part_that_gives_what_is_inside_the_stem_keeps_its_class():
         torch.testing.assert_close(model.eval()(x)["relu"], model.relu(model.bn1(model.conv1(x))))
 
 
+@pytest.mark.parametrize("order", ["fused first", "extracted first"])
+def test_blocks_that_are_leaves_of_torchvisions_feature_extractor_are_fused(order):
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    net, x = made("torchvision resnet18"), draw(*IMAGES, dtype=torch.float64)
+    block = type(net.layer1[0])
+    with torch.no_grad():
+        expected = extraction.create_feature_extractor(net, ["layer2"])(x)["layer2"]
+        if order == "fused first":
+            fuse(net)
+        model = extraction.create_feature_extractor(net, ["layer2"], tracer_kwargs={"leaf_modules": [block]})
+        report = fuse(model)
+        torch.testing.assert_close(model(x)["layer2"], expected, atol=1e-9, rtol=1e-7)
+    assert [item.name for item in report.fused] == ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]
+
+
 def test_the_frozen_norms_of_transformers_detectors_are_fused():
     library = pytest.importorskip("transformers")
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_layers": 1, "decoder_layers": 1}
