@@ -370,7 +370,7 @@ def _backward_of_many(
     mean, invstd, scale, _ = stats.unbind()
     C, rows_g, rows, sums = x.shape[1], _rows(g), _rows(x), []
     for some_g, some_x in [(g, x)] if are_few(x) else zip(*(_maps(t, _most(x.dtype)) for t in (g, x))):
-        saved = (v.expand(some_x.shape[1] // C, C).reshape(-1) for v in (mean, invstd))
+        saved = (v.repeat(some_x.shape[1] // C) for v in (mean, invstd))
         operands = some_g, some_x, None, None, None, *saved
         _, *some = aten.native_batch_norm_backward.default(*operands, True, norm.eps, [False, True, True])
         sums.append([v.view(-1, C) for v in some])

@@ -109,6 +109,19 @@ def test_operators_that_pytorch_records_are_as_exact_as_eager_in_the_default_lay
     assert_as_exact_as_eager_in_the_default_layout(name, mean, torch.float32, True, fused, relu=True)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_norm_of_one_channel_has_eagers_gradients(training):
+    """What is expanded over one channel has a stride of 0."""
+    x, dout = (draw(2, 1, 16, 15, seed=seed, dtype=torch.float64) for seed in (0, 1))
+    weight, bias, mean, var = (1 + draw(1, seed=seed, dtype=torch.float64).abs() for seed in (2, 3, 4, 5))
+    norm = Norm(weight, bias, mean.clone(), var.clone(), None, training, 0.1, 1e-5)
+    out, stats = batch_norm.forward(x, norm, relu=False)
+    grad = batch_norm.backward(dout, x, out, stats, norm, relu=False)
+    wanted = [t.requires_grad_() for t in (x, weight, bias)]
+    expected = torch.autograd.grad(F.batch_norm(x, mean, var, weight, bias, training), wanted, dout)
+    torch.testing.assert_close((grad.dx, grad.dweight, grad.dbias), expected)
+
+
 def test_backward_asks_no_device_for_a_value_where_processes_share_their_statistics(monkeypatch):
     """A GPU would be waited for, and no CUDA graph could be captured. On meta it is an error."""
     monkeypatch.setattr(batch_norm, "merge_sums", lambda sums, rows, group: sums)
