@@ -65,6 +65,7 @@ def warn_once(name: str, reason: str) -> None:
 warn_once._dynamo_marked_constant = True
 
 _GLOBAL_HOOKS = "global module hooks are registered, which a fused operator would not call for the submodules"
+_TRAINED_STATISTICS = "a norm's running statistics require grad, of which a fused operator has no gradient"
 
 
 def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
@@ -176,6 +177,10 @@ class _Fused:
                 known = known and recent.known(flat)
             elif known is not None:
                 known.facts.passed.add(check)
+        for norm in norms:
+            if not norm.training and (norm.running_mean.requires_grad or norm.running_var.requires_grad):
+                warn_once(type(self).__name__, _TRAINED_STATISTICS)
+                return self._eager(X)
         if not compiling:
             implementation(x)  # raises what the operator would, before anything changes
         batch_statistics = False
@@ -251,6 +256,8 @@ class FusedStemBase(_Fused):
         reason = reason or _reason_not_to_take((X, conv.weight))
         if isinstance(X, Tensor):
             reason = reason or unlike_input(bn_name, bn, _autocast_dtype(X) or X.dtype)
+        if reason is None and any(t is not None and t.requires_grad for t in norm_of(bn)[2:4]):
+            reason = _TRAINED_STATISTICS
         if reason is not None:
             warn_once(type(self).__name__, reason)
             return self._eager(X)
@@ -290,10 +297,13 @@ class FusedStemBase(_Fused):
         check_conv_weight(f"{name}.weight", conv.weight, x, shape, cast)
         if R != S:
             return f"{name}.weight is {R}x{S}, not square"
+        reason = unlike_input(bn_name, parts.unit.bn, x.dtype)
+        if reason is not None:
+            return reason
         check_norm(norm, x, K, bn_name)
         size = [out_size(s, R, conv.stride[0], conv.padding[0]) for s in x.shape[2:]]
         check_values_per_channel(norm, (x.shape[0], K, *size), bn_name)
-        return unlike_input(bn_name, parts.unit.bn, x.dtype)
+        return None
 
     def _arguments(self, parts: StemParts, x: Tensor, norms: list[Norm], cast: bool) -> list:
         conv = parts.unit.conv
@@ -400,10 +410,10 @@ class FusedBlock(_Fused):
         if shortcut is not None and shortcut.bn is None and shortcut.conv.bias is not None:
             check_vector(f"{shortcut.conv_name}.bias", shortcut.conv.bias, x, K)
         for part, norm, (width, _) in zip(every, norms, widths):
-            check_norm(norm, x, width, part.bn_name)
             reason = unlike_input(part.bn_name, part.bn, x.dtype)
             if reason is not None:
                 return reason
+            check_norm(norm, x, width, part.bn_name)
         for part, shape in zip(every, shapes, strict=True):
             size = 2 * part.conv.padding[0] + 1
             if shape[2:] != (size, size):

@@ -229,6 +229,35 @@ def test_under_autocast_it_gives_float32_by_pytorchs_operators(kind):
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Fused.* runs PyTorch's operators one by one")
+@pytest.mark.parametrize("kind", [Stem, SmallStem, BasicBlock])
+@pytest.mark.parametrize("types", [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_its_constants_may_be_of_a_narrower_type(kind, types):
+    t = trio_of((kind, (8, 8)), dtype=types[0])
+    x = draw(2, 8, 12, 11, dtype=types[0])
+    for module in t.all:
+        for buffer in module.buffers():
+            buffer.data = buffer.to(types[1])
+    expected, out = t.eager(x), t.fused(x)
+    assert out.dtype == expected.dtype == types[0]
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.filterwarnings("ignore:Fused.* runs PyTorch's operators one by one")
+@pytest.mark.parametrize("kind", [Stem, SmallStem, BasicBlock])
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_its_statistics_may_be_trained(any_backend, kind, name):
+    t, grads = trio_of((kind, (8, 8)), dtype=torch.float64), []
+    x = draw(2, 8, 12, 11, dtype=torch.float64)
+    for module in (t.fused, t.exact):
+        norm = next(m for m in module.modules() if isinstance(m, FrozenBatchNorm2d))
+        module(x)  # what is remembered of it has no such gradient
+        statistic = getattr(norm, name).requires_grad_()
+        out = module(x)
+        grads += torch.autograd.grad(out, statistic, incoming_gradient(out))
+    torch.testing.assert_close(*grads)
+
+
 def test_a_class_derived_from_it_is_left_alone():
     class Derived(FrozenBatchNorm2d):
         pass
