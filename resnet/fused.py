@@ -65,7 +65,6 @@ def warn_once(name: str, reason: str) -> None:
 warn_once._dynamo_marked_constant = True
 
 _GLOBAL_HOOKS = "global module hooks are registered, which a fused operator would not call for the submodules"
-_TRAINED_STATISTICS = "a norm's running statistics require grad, of which a fused operator has no gradient"
 
 
 def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]], bool]) -> list[tuple[int, ...]]:
@@ -104,6 +103,14 @@ def _reason_not_to_take(tensors: Sequence) -> str | None:
         return f"a {mode} is in force, which may know PyTorch's own functions alone"
     kind = ops.wrapper(tensors)
     return kind and f"one of its tensors is a {kind}, which may know PyTorch's own operators alone"
+
+
+def _trained_statistics(norms: list[Norm]) -> str | None:
+    for norm in norms:
+        for statistic in () if norm.training else (norm.running_mean, norm.running_var):
+            if statistic is not None and statistic.requires_grad:
+                return "a norm's running statistics require grad, of which a fused operator has no gradient"
+    return None
 
 
 def _records_gradient(arguments: list) -> bool:
@@ -177,10 +184,10 @@ class _Fused:
                 known = known and recent.known(flat)
             elif known is not None:
                 known.facts.passed.add(check)
-        for norm in norms:
-            if not norm.training and (norm.running_mean.requires_grad or norm.running_var.requires_grad):
-                warn_once(type(self).__name__, _TRAINED_STATISTICS)
-                return self._eager(X)
+        reason = _trained_statistics(norms)
+        if reason is not None:
+            warn_once(type(self).__name__, reason)
+            return self._eager(X)
         if not compiling:
             implementation(x)  # raises what the operator would, before anything changes
         batch_statistics = False
@@ -256,12 +263,13 @@ class FusedStemBase(_Fused):
         reason = reason or _reason_not_to_take((X, conv.weight))
         if isinstance(X, Tensor):
             reason = reason or unlike_input(bn_name, bn, _autocast_dtype(X) or X.dtype)
-        if reason is None and any(t is not None and t.requires_grad for t in norm_of(bn)[2:4]):
-            reason = _TRAINED_STATISTICS
+        if reason is None:
+            norm = norm_of(bn, conv.bias)
+            reason = _trained_statistics([norm])
         if reason is not None:
             warn_once(type(self).__name__, reason)
             return self._eager(X)
-        return _without_pool(parts.unit, X)
+        return _without_pool(parts.unit, norm, X)
 
     def _operator(self, parts: StemParts) -> str:
         return "stem"
@@ -311,8 +319,8 @@ class FusedStemBase(_Fused):
         return [x, weights[0], conv.stride[0], conv.padding[0], *norms[0], masters[0]]
 
 
-def _without_pool(unit: UnitParts, X: Tensor) -> Tensor:
-    """relu(batch_norm(conv(X))): the convolution is PyTorch's, of any kind.
+def _without_pool(unit: UnitParts, norm: Norm, X: Tensor) -> Tensor:
+    """relu(batch_norm(conv(X))), `norm` with the convolution's bias: the convolution is PyTorch's, of any kind.
 
     Its bias is left to the norm, where it costs no pass over the activation. With batch statistics it only shifts the
     running mean.
@@ -320,7 +328,6 @@ def _without_pool(unit: UnitParts, X: Tensor) -> Tensor:
     check_activation(X, None)
     conv = unit.conv
     y = conv._conv_forward(channels_last(X), conv.weight, None)
-    norm = norm_of(unit.bn, conv.bias)
     out = unchecked(y, None, norm, True)
     return checked(y, None, norm, True, unit.bn_name) if out is None else out
 
