@@ -197,13 +197,11 @@ def scale_shift(mean: Tensor, invstd: Tensor, norm: Norm) -> tuple[Tensor, Tenso
     return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
 
 
-def stats(x: Tensor, norm: Norm) -> Tensor:
-    """Stats (4, C) = mean, invstd, scale, shift of x's norm; updates the running statistics when `norm.training`."""
-    return _stats(x, norm)[0]
-
-
 def _stats(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
-    """Stats, and scale and shift by themselves."""
+    """Stats (4, C) = mean, invstd, scale, shift of x's norm, and scale and shift by themselves.
+
+    Updates the running statistics when `norm.training`.
+    """
     mean, invstd = _statistics(x, norm) if norm.training else freeze(norm, statistics_dtype(x.dtype))
     scale, shift = scale_shift(mean, invstd, norm)
     return torch.stack((mean, invstd, scale, shift)), scale, shift

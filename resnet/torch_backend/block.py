@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -93,6 +94,4 @@ def activations(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection)
 
 def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
     """The block with frozen statistics and without gradients: out (N, K, P, Q)."""
-    for a in activations(x, units, shortcut):  # one of them is held at a time
-        out = a
-    return out
+    return deque(activations(x, units, shortcut), maxlen=1).pop()  # one of them is held at a time

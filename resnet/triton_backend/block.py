@@ -13,6 +13,7 @@ partials. Each convolution is one of up to three ways: see `convolution`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -147,6 +148,4 @@ def activations(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection)
 
 def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
     """See `torch_backend.block_inference`."""
-    for a in activations(x, units, shortcut):  # one of them is held at a time
-        out = a
-    return out
+    return deque(activations(x, units, shortcut), maxlen=1).pop()  # one of them is held at a time
