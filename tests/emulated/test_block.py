@@ -11,7 +11,7 @@ from torch import nn
 import resnet
 from benchmarks import passes, roofline
 from resnet import BasicBlock, Bottleneck, Residual, ResidualBottleneck, resnet18
-from tests.helpers.blocks import DTYPES, assert_parity, draw, infer, same, snapshot, step, trio
+from tests.helpers.blocks import DTYPES, assert_parity, draw, infer, keep_norms_constant, same, snapshot, step, trio
 from tests.helpers.emulated_limits import (
     PARTIALS_OVER_SUMMED,
     TRAFFIC_OVER_FLOOR,
@@ -55,13 +55,6 @@ def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dt
     assert_parity(draws)
 
 
-def with_norms_of_constants(module: nn.Module) -> nn.Module:
-    """Frozen statistics, and no vector per channel is trained."""
-    for parameter in module.eval().parameters():
-        parameter.requires_grad_(parameter.dim() == 4)
-    return module
-
-
 # The launches of a block of two units with norms of constants and an identity: the activations read and written.
 OF_CONSTANTS = [
     ("conv_forward_kernel", 1, 1),
@@ -80,7 +73,7 @@ def test_a_block_with_norms_of_constants_is_as_exact_as_eager_in_its_convolution
     kind, arguments, shape = block
     draws = []
     for seed in range(3):
-        blocks = trio(kind, *arguments, seed=seed, dtype=dtype).each(with_norms_of_constants)
+        blocks = trio(kind, *arguments, seed=seed, dtype=dtype).each(keep_norms_constant)
         x, options = draw(*shape, seed=seed, dtype=dtype), emulator_options(kind, arguments)
         results, launches = compare(emulate, blocks, x, **options)
         assert {*launches} - {*PER_CHANNEL} == {kernel for kernel, *_ in OF_CONSTANTS}
@@ -90,7 +83,7 @@ def test_a_block_with_norms_of_constants_is_as_exact_as_eager_in_its_convolution
 
 def test_the_launches_of_a_block_with_norms_of_constants_move_each_activation_once(emulate):
     dtype, shape = torch.bfloat16, (8, 64, 14, 14)
-    block = with_norms_of_constants(trio(Residual, 64, 64, dtype=dtype).fused)
+    block = keep_norms_constant(trio(Residual, 64, 64, dtype=dtype).fused)
     with emulate() as reports, resnet.backend("triton"):
         block(draw(*shape, dtype=dtype).requires_grad_()).sum().backward()
     moving = [report for report in reports if report.name not in PER_CHANNEL]

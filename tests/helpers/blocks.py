@@ -79,6 +79,16 @@ def randomize(module: nn.Module) -> None:
                 bn.running_var.uniform_(0.3, 2.0)
 
 
+def keep_norms_constant(module: nn.Module) -> nn.Module:
+    """BatchNorms in evaluation; no vector per channel is trained. Gives the module."""
+    for bn in module.modules():
+        if isinstance(bn, nn.BatchNorm2d):
+            bn.eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.dim() == 4)
+    return module
+
+
 def averaged(module: nn.Module) -> None:
     """The running statistics become averages over all batches."""
     for bn in module.modules():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import resnet
 from resnet import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem, fusable, fuse
 from tests.conftest import DEVICE
-from tests.helpers.blocks import Trio, draw, incoming_gradient, infer, step, trio
+from tests.helpers.blocks import Trio, draw, incoming_gradient, infer, keep_norms_constant, step, trio
 from tests.helpers.fused_cases import assert_exact, assert_trios_parity
 
 # (class, constructor's arguments)
@@ -48,25 +48,16 @@ def known(monkeypatch):
     monkeypatch.setattr(fusable, "_FROZEN", {fusable.full_name(FrozenBatchNorm2d)})
 
 
-def untrained(module: nn.Module) -> None:
-    """BatchNorms in evaluation; no vector per channel is trained."""
-    for bn in module.modules():
-        if isinstance(bn, nn.BatchNorm2d):
-            bn.eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.dim() == 4)
-
-
 def frozen(module: nn.Module, **options) -> None:
     """Each BatchNorm a `FrozenBatchNorm2d` with its values; no bias is trained."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, nn.BatchNorm2d):
                 setattr(parent, name, FrozenBatchNorm2d(child, **options))
-    untrained(module)
+    keep_norms_constant(module)
 
 
-NORMS = {"FrozenBatchNorm2d": frozen, "BatchNorm2d in evaluation": untrained}
+NORMS = {"FrozenBatchNorm2d": frozen, "BatchNorm2d in evaluation": keep_norms_constant}
 norms = pytest.mark.parametrize("freeze", NORMS.values(), ids=NORMS)
 
 
@@ -108,7 +99,7 @@ def test_a_block_is_as_exact_as_eager(any_backend, case, freeze):
 @cases
 def test_a_block_of_bfloat16_on_pytorchs_operators_is_as_exact_as_eager(case):
     """The compiled kernels have the same test in tests/emulated."""
-    trios = [trio_of(case, untrained, seed=seed, dtype=torch.bfloat16) for seed in range(6)]
+    trios = [trio_of(case, keep_norms_constant, seed=seed, dtype=torch.bfloat16) for seed in range(6)]
     assert_trios_parity(trios, (8, case[1][0], 24, 24))
 
 
@@ -118,7 +109,7 @@ def test_a_block_under_autocast_is_as_exact_as_eager(any_backend, case):
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=x.dtype == torch.float32):
             return step(module, x)
 
-    trios = [trio_of(case, untrained, seed=seed) for seed in range(6)]
+    trios = [trio_of(case, keep_norms_constant, seed=seed) for seed in range(6)]
     assert_trios_parity(trios, (8, case[1][0], 9, 10), run)
 
 
@@ -150,7 +141,7 @@ def test_each_gradient_may_be_wanted_alone(any_backend, case):
     ids=["weight", "bias", "convolution's bias", "shortcut's bias", "batch statistics"],
 )
 def test_a_vector_that_is_trained_or_changes_is_no_constant(any_backend, change):
-    t = trio_of(CASES["textbook, 1x1 of stride 2"], untrained, dtype=torch.float64).each(change)
+    t = trio_of(CASES["textbook, 1x1 of stride 2"], keep_norms_constant, dtype=torch.float64).each(change)
     x = draw(3, 8, 7, 6, dtype=torch.float64)
     assert_exact(t, x)
     assert operator(t.fused(x)) == "ResidualBlock2Backward"
@@ -158,7 +149,7 @@ def test_a_vector_that_is_trained_or_changes_is_no_constant(any_backend, change)
 
 def test_weights_of_float16_are_not_scaled():
     """Its range is too small for that."""
-    t = trio_of(CASES["textbook, identity"], untrained, dtype=torch.float16)
+    t = trio_of(CASES["textbook, identity"], keep_norms_constant, dtype=torch.float16)
     assert operator(t.fused(draw(2, 8, 5, 5, dtype=torch.float16))) == "ResidualBlock2Backward"
 
 

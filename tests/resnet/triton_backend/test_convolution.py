@@ -19,7 +19,16 @@ from resnet.triton_backend import block as triton_block
 from resnet.triton_backend import convolution
 from resnet.triton_backend import stem as triton_stem
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, draw, incoming_gradient, infer, name_of, trio, weights_dtype
+from tests.helpers.blocks import (
+    DTYPES,
+    draw,
+    incoming_gradient,
+    infer,
+    keep_norms_constant,
+    name_of,
+    trio,
+    weights_dtype,
+)
 from tests.helpers.fused_cases import assert_trios_parity
 from tests.helpers.kept import kept
 
@@ -51,18 +60,11 @@ def test_inference_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kin
     assert_trios_parity([trio(kind, *arguments, train=False)], shape, infer)
 
 
-def of_constants(module: nn.Module) -> None:
-    """Frozen statistics, and no vector is trained."""
-    module.eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.dim() == 4)
-
-
 @pytest.mark.parametrize("kind, arguments, shape", [MODULES["identity"], MODULES["1x1, stride 2"]])
 def test_a_step_with_norms_of_constants_on_fused_convolutions_is_as_exact_as_eager(
     fused_backend, kind, arguments, shape
 ):
-    assert_trios_parity([trio(kind, *arguments).each(of_constants)], shape)
+    assert_trios_parity([trio(kind, *arguments).each(keep_norms_constant)], shape)
 
 
 @pytest.fixture
@@ -104,8 +106,7 @@ def test_a_training_step_launches_each_fused_pass_once_in_order(fused_backend, l
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
 def test_a_step_with_norms_of_constants_launches_convolutions_alone(fused_backend, launches, arguments):
-    block = FusedResidual(*arguments).to(DEVICE)
-    of_constants(block)
+    block = keep_norms_constant(FusedResidual(*arguments).to(DEVICE))
     out = block(draw(2, 4, 4, 4).requires_grad_())
     assert launches == ["conv_forward"] * 2
     launches.clear()

@@ -13,7 +13,7 @@ from resnet import Residual, Stem
 from resnet.kernels.host import plan
 from resnet.kernels.tuning import memory
 from tests.conftest import DEVICE
-from tests.helpers.blocks import averaged, draw, infer, snapshot, step, trio
+from tests.helpers.blocks import averaged, draw, infer, keep_norms_constant, snapshot, step, trio
 from tests.helpers.fused_cases import assert_refused
 from tests.helpers.replays import replays
 
@@ -54,14 +54,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 SHAPES = {"identity": (Residual, 4, 4), "1x1, stride 2": (Residual, 4, 6, True, 2), "stem": (Stem, 4, 5)}
 
 
-def constants(module: nn.Module) -> None:
-    """Frozen statistics, and no vector is trained."""
-    module.eval()
-    for parameter in module.parameters():
-        parameter.requires_grad_(parameter.dim() == 4)
-
-
-MODES = {"train": nn.Module.train, "eval": nn.Module.eval, "norms of constants": constants}
+MODES = {"train": nn.Module.train, "eval": nn.Module.eval, "norms of constants": keep_norms_constant}
 
 
 @pytest.mark.parametrize("args", SHAPES.values(), ids=SHAPES)
