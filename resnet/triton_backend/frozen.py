@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs
+from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs, trained_dtype
 from resnet.torch_backend.frozen import folded, unfolded
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import frozen_stats
@@ -47,12 +47,15 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
             weight = shortcut.weight if shortcut_scale is None else folded(shortcut.weight, shortcut_scale)
             dx = convolution.grad_input_add(g, *scaled[:3], x, shortcut._replace(weight=weight), dz, None)
     if needs.shortcut.weight:
-        shortcut_grad = UnitGrad(_grad_weight(dz, x, convolution.shortcut_of(shortcut), shortcut_scale))
+        conv = convolution.shortcut_of(shortcut)
+        if shortcut_scale is None:
+            dconv = convolution.grad_weight(dz, x, *conv, dtype=trained_dtype(shortcut))
+        else:
+            dconv = _grad_weight(dz, x, conv, shortcut_scale)
+        shortcut_grad = UnitGrad(dconv)
     return BlockGrad(dx, tuple(grads), shortcut_grad)
 
 
-def _grad_weight(g: Tensor, a: Tensor, conv: tuple[Tensor, int, int], scale: Tensor | None) -> Tensor:
-    """dW of norm(conv(a)), or of conv(a) without a scale."""
-    if scale is None:
-        return convolution.grad_weight(g, a, *conv)
+def _grad_weight(g: Tensor, a: Tensor, conv: tuple[Tensor, int, int], scale: Tensor) -> Tensor:
+    """dW of norm(conv(a)), in the type of the scale."""
     return unfolded(convolution.grad_weight(g, a, *conv, dtype=scale.dtype), scale)

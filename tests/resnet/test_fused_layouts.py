@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resnet
 from resnet import FusedBottleneck, FusedResidual, FusedStem, Residual
 from tests.conftest import DEVICE
-from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, infer, name_of, same, step, trio
+from tests.helpers.blocks import SIXTEEN_BIT, assert_parity, draw, infer, keep_norms_constant, name_of, same, step, trio
 from tests.helpers.fused_cases import (
     KINDS,
     STRIDED,
@@ -252,9 +252,10 @@ def test_under_autocast_a_block_s_weights_are_cast_at_once(made, weights, train)
 
 
 @convolved
-def test_weight_gradients_under_autocast_are_float32_and_never_rounded(kind):
+@pytest.mark.parametrize("change", [lambda m: m, keep_norms_constant], ids=["trained norms", "norms of constants"])
+def test_weight_gradients_under_autocast_are_float32_and_never_rounded(kind, change):
     """The product's accumulators are float32. Eager rounds them to the type of the product first."""
-    fused = trio(*KINDS[kind]).fused
+    fused = change(trio(*KINDS[kind]).fused)
     with resnet.backend("triton"), resnet.convolution("triton"), torch.autocast(DEVICE.type, torch.bfloat16):
         out = fused(images(kind, (2, 6, 7)))
     out.backward(torch.ones_like(out))
