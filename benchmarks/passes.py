@@ -2,20 +2,21 @@
 
 A pass is one tensor of the size of the block's output, read or written once; a tensor of another size is a part of a
 pass, or several. Eager PyTorch takes a step for each operator. The fused block takes a launch where a step's tensors
-have to be read or written after all. Weights, their gradients and vectors per channel do not count. A strided 1x1
-convolution meets every stride-th pixel alone, along H and W, and only these are read.
+have to be read or written after all, and PyTorch's operators for a pool. Weights, their gradients and vectors per
+channel do not count. A strided 1x1 convolution meets every stride-th pixel alone, along H and W, and only these are
+read.
 
 The names are those of docs/how-it-works.md: y1, y2, ... are what the convolutions write and ys what the shortcut's
-does; z is BatchNorm's output, a = ReLU(z), g the gradient behind a ReLU; d stands before a gradient.
+does; p is a pooled x; z is BatchNorm's output, a = ReLU(z), g the gradient behind a ReLU; d stands before a gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,8 +42,8 @@ if TYPE_CHECKING:  # it takes seconds to import
 class Block:
     """A kind of block, for any number of channels: those of its narrowest map, on which the others depend."""
 
-    fused: type[nn.Module]
-    eager: type[nn.Module]
+    fused: Callable[..., nn.Module]
+    eager: Callable[..., nn.Module]
     widths: tuple[int, int]  # the constructor's first arguments, in channels
     stride: int = 1
 
@@ -61,6 +62,7 @@ BLOCKS = {
     "bottleneck": Block(FusedBottleneck, Bottleneck, (4, 1)),
     "bottleneck-widening": Block(FusedBottleneck, Bottleneck, (1, 1)),
     "bottleneck-strided": Block(FusedBottleneck, Bottleneck, (4, 2), 2),
+    "bottleneck-pooled": Block(*(partial(kind, avg_down=True) for kind in (FusedBottleneck, Bottleneck)), (4, 2), 2),
 }
 
 
@@ -85,6 +87,7 @@ class Chain:
 
     units: tuple[ConvShape, ...]
     shortcut: ConvShape | None  # None: the identity
+    pooled: bool = False  # whether the shortcut's reads a pooled x
 
     @staticmethod
     def of(block: nn.Module, shape: Sequence[int]) -> Chain:
@@ -97,11 +100,15 @@ class Chain:
         shortcut = parts.shortcut
         if shortcut is not None and shortcut.bn is None:
             raise ValueError("the passes of a shortcut without a BatchNorm are not counted")
-        return Chain(tuple(units), None if shortcut is None else _shape(shortcut.conv, N, H, W))
+        if parts.pool is not None:
+            H, W = height, width
+        return Chain(tuple(units), None if shortcut is None else _shape(shortcut.conv, N, H, W), parts.pool is not None)
 
     @property
     def met(self) -> str:
-        """The pixels of x that the shortcut's convolution meets: all of them without a stride."""
+        """The pixels of x that the shortcut's convolution meets: all of them without a stride; or p."""
+        if self.pooled:
+            return "p"
         return "x" if self.shortcut.stride == 1 else f"x[::{self.shortcut.stride}]"
 
     @cached_property
@@ -112,7 +119,7 @@ class Chain:
         maps |= {f"y{i}": _output(unit) for i, unit in enumerate(self.units, 1)}
         if self.shortcut is not None:
             maps["ys"] = _output(self.shortcut)
-            maps[self.met] = self.shortcut.M * self.shortcut.C
+            maps[self.met] = self.shortcut.M * self.shortcut.C  # its window is 1x1
         return maps
 
     def elements(self, *names: str) -> int:
@@ -142,6 +149,8 @@ def _weight(conv: ConvShape) -> int:
 
 # ---- what eager PyTorch does -------------------------------------------------------------------------------------
 
+POOL, POOL_BACKWARD = Step("average pool", ("x",), ("p",)), Step("average pool'", ("dp",), ("dx",))
+
 
 def eager_forward(chain: Chain) -> Iterator[Step]:
     last = len(chain.units)
@@ -149,6 +158,8 @@ def eager_forward(chain: Chain) -> Iterator[Step]:
         yield from _eager_unit(f"conv{i}", f"bn{i}", f"a{i - 1}" if i > 1 else "x", str(i))
         if i < last:
             yield Step("ReLU", (f"z{i}",), (f"a{i}",))
+    if chain.pooled:
+        yield POOL
     if chain.shortcut is not None:
         yield from _eager_unit("shortcut's convolution", "its norm", chain.met, "s")
     yield Step("add", (f"z{last}", "x" if chain.shortcut is None else "zs"), ("s",))
@@ -172,7 +183,10 @@ def eager_backward(chain: Chain) -> Iterator[Step]:
             yield Step("ReLU'", (f"d{a}", a), (f"dz{i - 1}",))
     shortcut = "g"
     if chain.shortcut is not None:
-        yield from _eager_unit_backward("shortcut's convolution", "its norm", "g", "s", chain.met, "dx")
+        shortcut = "dp" if chain.pooled else "dx"
+        yield from _eager_unit_backward("shortcut's convolution", "its norm", "g", "s", chain.met, shortcut)
+    if chain.pooled:
+        yield POOL_BACKWARD
         shortcut = "dx"
     yield Step("add of the shortcut's gradient", ("dx", shortcut), ("dx",))
 
@@ -192,10 +206,13 @@ APPLY, BACKWARD_REDUCE, BACKWARD_APPLY = "apply_kernel", "backward_reduce_kernel
 
 
 def fused_forward(chain: Chain) -> Iterator[Step]:
-    """The launches of `triton_backend.block_forward`, without merges."""
+    """The launches of `triton_backend.block_forward`, without merges; the pool before them has no kernel's name."""
     (first, *rest), shortcut, last = chain.units, chain.shortcut, len(chain.units)
+    if chain.pooled:
+        yield POOL
     # The shortcut's convolution reads what conv1 has read, in its launch, where both have the same rows and columns.
-    if shortcut is not None and (shortcut.stride, shortcut.K) == (first.stride, first.K):
+    rides = shortcut is not None and (shortcut.stride, shortcut.K) == (first.stride, first.K)
+    if rides and not chain.pooled:
         weights = _weight(first) + _weight(shortcut)
         yield Step("conv1, shortcut's convolution + statistics", ("x",), ("y1", "ys"), CONV, weights, ("y1", "ys"))
     else:
@@ -211,7 +228,7 @@ def fused_forward(chain: Chain) -> Iterator[Step]:
 
 
 def fused_backward(chain: Chain) -> Iterator[Step]:
-    """The launches of `triton_backend.block_backward`, without merges."""
+    """The launches of `triton_backend.block_backward`, without merges; the pool's has no kernel's name."""
     shortcut, last = chain.shortcut, len(chain.units)
     y, also = f"y{last}", "" if shortcut is None else ", shortcut's too"
     z, dz = ((), ()) if shortcut is None else (("ys",), ("dys",))
@@ -234,6 +251,10 @@ def _fused_input_gradient(chain: Chain) -> Iterator[Step]:
     name, weight = "conv1 grad-input + shortcut's gradient", _weight(first)
     if shortcut is None:
         yield Step(name, ("dy1", "dout", "out"), ("dx",), GRAD_INPUT, weight)
+    elif chain.pooled:
+        yield Step("shortcut's grad-input", ("dys",), ("dp",), GRAD_INPUT, _weight(shortcut))
+        yield POOL_BACKWARD
+        yield Step(name, ("dy1", "dx"), ("dx",), GRAD_INPUT, weight)
     elif shortcut.stride == first.stride:
         yield Step(name, ("dy1", "dys"), ("dx",), GRAD_INPUT, weight + _weight(shortcut))
     else:  # another grid of pixels, so a launch of its own, which adds to those that it meets
@@ -244,6 +265,11 @@ def _fused_input_gradient(chain: Chain) -> Iterator[Step]:
 
 def fused(chain: Chain) -> tuple[Step, ...]:
     return *fused_forward(chain), *fused_backward(chain)
+
+
+def launches(chain: Chain) -> list[Step]:
+    """The steps of `fused` that are launches of this library's kernels."""
+    return [step for step in fused(chain) if step.kernel]
 
 
 def eager(chain: Chain) -> tuple[Step, ...]:
@@ -359,7 +385,8 @@ def described(chain: Chain) -> str:
     """Such as "64 → 64 → 64, identity"."""
     widths = " → ".join(str(width) for width in (chain.units[0].C, *(unit.K for unit in chain.units)))
     stride = math.prod(unit.stride for unit in chain.units)
-    return widths + f", stride {stride}" * (stride > 1) + (", identity" if chain.shortcut is None else ", normed 1x1")
+    shortcut = "identity" if chain.shortcut is None else "normed 1x1, pooled" if chain.pooled else "normed 1x1"
+    return widths + f", stride {stride}" * (stride > 1) + f", {shortcut}"
 
 
 def number(passes: float) -> str:

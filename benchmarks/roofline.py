@@ -23,7 +23,7 @@ import torch
 import triton
 
 import resnet
-from benchmarks.passes import BLOCKS, GRAD_WEIGHT, Block, Chain, fused, number
+from benchmarks.passes import BLOCKS, GRAD_WEIGHT, Block, Chain, launches, number
 from resnet.kernels import tuning
 from resnet.kernels.host.command import Parser
 
@@ -86,10 +86,10 @@ def drawn(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
 
 
 def counted(reports: Sequence[Any], chain: Chain, dtype: torch.dtype) -> list[Counted]:
-    """What the launches that `passes.fused` names did, from the emulator's reports of a `step`."""
+    """What the launches that `passes.launches` names did, from the emulator's reports of a `step`."""
     moving = [report for report in reports if report.name not in MERGES]
     return [
-        Counted.of(report, dtype.itemsize * step.weights) for report, step in zip(moving, fused(chain), strict=True)
+        Counted.of(report, dtype.itemsize * step.weights) for report, step in zip(moving, launches(chain), strict=True)
     ]
 
 
@@ -107,11 +107,11 @@ def emulated(
 
 def table(chain: Chain, by_arch: dict[int, list[Counted]], itemsize: int) -> Iterator[str]:
     """Markdown, a line a launch: the larger of the architectures' bytes, and what bounds it, over its memory's time."""
-    launches, activation = fused(chain), itemsize * chain.maps["out"]
+    steps, activation = launches(chain), itemsize * chain.maps["out"]
     devices = [f"sm_{arch}" for arch in by_arch]
     yield f"| launch | unique | requested | instructions per product, {' / '.join(devices)} | {' | '.join(devices)} |"
     yield "| --- " * (4 + len(devices)) + "|"
-    for launch, *counts in zip(launches, *by_arch.values(), strict=True):
+    for launch, *counts in zip(steps, *by_arch.values(), strict=True):
         unique, requested = (max(getattr(c, f) for c in counts) / activation for f in ("unique", "requested"))
         per = " / ".join(f"{c.instructions / c.products:.1f}" if c.products else "-" for c in counts)
         bounds = " | ".join(bound(c.clocks(DEVICES[arch])) for arch, c in zip(by_arch, counts))
@@ -122,7 +122,7 @@ def table(chain: Chain, by_arch: dict[int, list[Counted]], itemsize: int) -> Ite
         clocks = [c.clocks(DEVICES[arch]) for c in counts]
         sums.append(f"{sum(max(c.values()) for c in clocks) / sum(c['memory'] for c in clocks):.2f}")
     unique = max(sum(c.unique for c in counts) for counts in by_arch.values()) / activation
-    yield f"| **sum** | {unique:.2f} of {number(chain.passes(*launches))} | | | {' | '.join(sums)} |"
+    yield f"| **sum** | {unique:.2f} of {number(chain.passes(*steps))} | | | {' | '.join(sums)} |"
 
 
 def bound(clocks: dict[str, float]) -> str:

@@ -13,7 +13,18 @@ from types import ModuleType
 
 import torch
 
-from resnet.operands import BLOCK_KINDS, FROZEN_KINDS, BlockKind, Stem, StemKept, Unit, all_wanted, grad_inputs, wanted
+from resnet.operands import (
+    BLOCK_KINDS,
+    FROZEN_KINDS,
+    BlockKind,
+    Stem,
+    StemKept,
+    Unit,
+    all_wanted,
+    grad_inputs,
+    shortcut_input,
+    wanted,
+)
 from resnet.schema import unpack
 from resnet.torch_backend.convolution import out_map, out_size
 
@@ -33,11 +44,11 @@ def _unit(x: Sequence[int], unit: Unit) -> int:
 
 def _block(a: tuple) -> tuple[list[int], int]:
     """Operations of a block's units, and of its shortcut; `a` has the fields of a `BlockKind`'s arguments."""
-    x, units = a.x, []
+    x, units, shortcut = a.x, [], a.shortcut
     for unit in a.units:
         units.append(_unit(x, unit))
         x = (x[0], unit.weight[0], *out_map(x, unit.weight, unit.stride, unit.padding))
-    return units, 0 if a.shortcut.weight is None else _convolution(a.x, a.shortcut.weight, a.shortcut.stride, 0)
+    return units, 0 if shortcut.weight is None else _convolution(shortcut_input(a), shortcut.weight, shortcut.stride, 0)
 
 
 def _stem_flops(*flat, out_shape: object = None) -> int:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.utils import _pair
 
 from resnet.norm import VECTORS
 
@@ -37,6 +38,7 @@ class BlockParts(NamedTuple):
     units: tuple[UnitParts, ...]  # 2 or 3
     shortcut: UnitParts | None  # None: the identity
     others: tuple[Watched, ...] = ()
+    pool: Watched | None = None  # which the shortcut's convolution follows
 
 
 class StemParts(NamedTuple):
@@ -48,9 +50,17 @@ class StemParts(NamedTuple):
     others: tuple[Watched, ...] = ()
 
 
+class DeepStemParts(NamedTuple):
+    """The modules of a stem of several convolutions in a container, all but the last one with a norm and a ReLU."""
+
+    container: Watched
+    pieces: tuple[StemParts, ...]  # those in the container, and the last convolution with what follows the container
+
+
 # ---- why not -----------------------------------------------------------------------------------------------------
 
-_FORWARD = {kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d)}
+_KINDS = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
+_FORWARD = {kind: kind.forward for kind in _KINDS}
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
 
@@ -177,6 +187,20 @@ def unfusable_conv(
     return None
 
 
+def unfusable_average(name: str, pool: nn.Module) -> str | None:
+    """Why an average pool cannot be fused."""
+    reason = unfusable(name, pool, nn.AvgPool2d)
+    if reason is not None:
+        return reason
+    for field in _AVERAGE:
+        value = getattr(pool, field)
+        fits = value in (0, (0, 0), None) if field in ("padding", "divisor_override") else len({*_pair(value)}) == 1
+        if not fits:
+            return f"{name}.{field} is {value}"
+    return None
+
+
+_AVERAGE = ("kernel_size", "stride", "padding", "divisor_override")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 
 
@@ -223,6 +247,16 @@ def conv_state(conv: nn.Module | None) -> tuple:
 def pool_state(pool: nn.Module | None) -> tuple:
     """All that fusing asks of a pool."""
     return (*module_state(pool), *[getattr(pool, field, None) for field in _POOL])
+
+
+def average_of(pool: nn.AvgPool2d) -> tuple:
+    """The size and the stride of an average pool."""
+    return _pair(pool.kernel_size)[0], _pair(pool.stride)[0]
+
+
+def average_state(pool: nn.Module | None) -> tuple:
+    """All that fusing asks of an average pool."""
+    return (*module_state(pool), *[getattr(pool, field, None) for field in _AVERAGE])
 
 
 def hashable(state: object) -> object:

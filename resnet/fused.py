@@ -28,14 +28,18 @@ from resnet.checks import (
 from resnet.functional import channels_last, checked, unchecked
 from resnet.fusable import (
     BlockParts,
+    DeepStemParts,
     StemParts,
     UnitParts,
     Watched,
+    average_of,
+    average_state,
     conv_state,
     hashable,
     module_state,
     pool_state,
     unfusable,
+    unfusable_average,
     unfusable_conv,
     unfusable_norm,
     unfusable_other,
@@ -44,7 +48,7 @@ from resnet.fusable import (
 )
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
-from resnet.operands import block_operator
+from resnet.operands import SHORTCUTS, Pooled, block_operator
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
 from resnet.torch_backend.convolution import out_size
 
@@ -169,12 +173,12 @@ class _Fused:
         norms = [norm_of(bn, held(conv, "_parameters", "bias")) for bn, conv in pairs]
         dtype = _autocast_dtype(X)
         x = X if dtype is None else X.to(dtype)
-        flat = self._arguments(parts, x, norms, dtype is not None)
+        flat = self._arguments(parts, X, x, norms, dtype is not None)
         known = recent.known(flat) if direct else None
         check = (recent, X.dtype, dtype)
         if known is None or check not in known.facts.passed:
             reason = None if known else _reason_not_to_take((X, *flat))
-            reason = reason or self._check(parts, X, x, norms, dtype is not None)
+            reason = reason or self._check(parts, X, flat, norms, dtype is not None)
             if reason is not None:
                 warn_once(type(self).__name__, reason)
                 return self._eager(X)
@@ -199,7 +203,7 @@ class _Fused:
             if any(held(other, "_buffers", "num_batches_tracked") is count for other, _ in pairs[i + 1 :]):
                 # The other will count the batch once more, and this average is over as many as there are now.
                 norms[i] = norms[i]._replace(num_batches_tracked=count.clone())
-                flat = self._arguments(parts, x, norms, dtype is not None)
+                flat = self._arguments(parts, X, x, norms, dtype is not None)
                 known = known and recent.known(flat)
         name = self._operator(parts)
         if not batch_statistics:
@@ -252,8 +256,9 @@ class FusedStemBase(_Fused):
     def _parts(self) -> StemParts | str:
         raise NotImplementedError
 
-    def _run(self, X: Tensor) -> Tensor:
-        parts = self._parts()
+    def _run(self, X: Tensor, parts: StemParts | str | None = None) -> Tensor:
+        if parts is None:
+            parts = self._parts()
         if type(parts) is str or parts.pool is not None:
             return super()._run(X, parts)
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
@@ -295,8 +300,8 @@ class FusedStemBase(_Fused):
     def _norm_pairs(self, parts: StemParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
         return [(parts.unit.bn, parts.unit.conv)]
 
-    def _check(self, parts: StemParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> str | None:
-        (conv, _, name, bn_name), (norm,) = parts.unit, norms
+    def _check(self, parts: StemParts, X: Tensor, flat: list, norms: list[Norm], cast: bool) -> str | None:
+        (conv, _, name, bn_name), (norm,), x = parts.unit, norms, flat[0]
         (shape,) = _weight_shapes([conv], lambda shapes: _is_of(norm, shapes[0][0]))
         K, C, R, S = shape
         check_activation(X, C)
@@ -313,10 +318,47 @@ class FusedStemBase(_Fused):
         check_values_per_channel(norm, (x.shape[0], K, *size), bn_name)
         return None
 
-    def _arguments(self, parts: StemParts, x: Tensor, norms: list[Norm], cast: bool) -> list:
+    def _arguments(self, parts: StemParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> list:
         conv = parts.unit.conv
         weights, masters = _weights([conv], x, cast)
         return [x, weights[0], conv.stride[0], conv.padding[0], *norms[0], masters[0]]
+
+
+class FusedStemPiece(FusedStemBase):
+    """One convolution of a deep stem, with what follows it. It is no module: its parts are the stem's."""
+
+    def __init__(self, parts: StemParts):
+        self._held = parts
+
+    def _parts(self) -> StemParts:
+        return self._held
+
+    def _eager(self, X: Tensor) -> Tensor:
+        (conv, bn, *_), relu, pool, _ = self._held
+        out = relu.module(bn(conv(X)))
+        return out if pool is None else pool.module(out)
+
+
+class FusedDeepStemBase(FusedStemBase):
+    """A stem that may be a deep one: `_parts` may give a `DeepStemParts`, too."""
+
+    def _run(self, X: Tensor) -> Tensor:
+        parts = self._parts()
+        if type(parts) is not DeepStemParts:
+            return super()._run(X, parts)
+        reason = _GLOBAL_HOOKS if _has_any_global_hook() else unfusable(*parts.container)
+        if reason is not None:
+            warn_once(type(self).__name__, reason)
+            return self._eager(X)
+        for piece in parts.pieces:
+            X = FusedStemPiece(piece)._run(X)
+        return X
+
+    def _reason_not_to_fuse(self, parts: StemParts | DeepStemParts) -> str | None:
+        if type(parts) is not DeepStemParts:
+            return super()._reason_not_to_fuse(parts)
+        found = (unfusable(*parts.container), *map(super()._reason_not_to_fuse, parts.pieces))
+        return next(filter(None, found), None)
 
 
 def _without_pool(unit: UnitParts, norm: Norm, X: Tensor) -> Tensor:
@@ -332,7 +374,8 @@ def _without_pool(unit: UnitParts, norm: Norm, X: Tensor) -> Tensor:
     return checked(y, None, norm, True, unit.bn_name) if out is None else out
 
 
-_OPERATORS = {(units == 3, normed): block_operator(units, normed) for units in (2, 3) for normed in (False, True)}
+_MAP = -len(Pooled._fields)  # the place of a pooled x among a block's arguments
+_OPERATORS = {(units == 3, *shortcut): block_operator(units, *shortcut) for units in (2, 3) for shortcut in SHORTCUTS}
 
 
 class FusedBlock(_Fused):
@@ -342,18 +385,20 @@ class FusedBlock(_Fused):
         raise NotImplementedError
 
     def _operator(self, parts: BlockParts) -> str:
-        units, shortcut, _ = parts
-        return _OPERATORS[units[2:] != (), shortcut is not None and shortcut.bn is not None]
+        units, shortcut, _, pool = parts
+        return _OPERATORS[units[2:] != (), shortcut is not None and shortcut.bn is not None, pool is not None]
 
     def _state(self, parts: BlockParts | str) -> tuple:
         if type(parts) is str:
             return "block", parts
-        units, shortcut, others = parts
+        units, shortcut, others, pool = parts
         state = ["block", len(units)]
         for conv, bn, *_ in units if shortcut is None else (*units, shortcut):
             state += (conv_state(conv), module_state(bn))
         for other in others:
             state.append((other.kind, module_state(other.module)))
+        if pool is not None:
+            state.append(average_state(pool.module))
         return tuple(state)
 
     def _without_statistics(self, flat: list) -> str:
@@ -364,7 +409,11 @@ class FusedBlock(_Fused):
         return "" if trained else "_frozen"
 
     def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
-        reason = unfusable_other(parts.others)
+        reason, shortcut, pool = unfusable_other(parts.others), parts.shortcut, parts.pool
+        if reason is None and pool is not None:
+            reason = unfusable_average(pool.name, pool.module)
+            if shortcut is None or shortcut.bn is None:
+                reason = reason or f"{pool.name} is a pool, and there is no convolution with a norm after it"
         if reason is not None:
             return reason
         strides = 1
@@ -375,9 +424,8 @@ class FusedBlock(_Fused):
             if reason is not None:
                 return reason
             strides *= unit.conv.stride[0]
-        shortcut = parts.shortcut
         if shortcut is not None:
-            reason = unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides)
+            reason = unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides if pool is None else 1)
             if reason is None and shortcut.bn is not None:
                 reason = unfusable_norm(shortcut.bn_name, shortcut.bn)
             if reason is not None:
@@ -390,8 +438,8 @@ class FusedBlock(_Fused):
             pairs.append((parts.shortcut.bn, parts.shortcut.conv))
         return pairs
 
-    def _check(self, parts: BlockParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> str | None:
-        units, shortcut, _ = parts
+    def _check(self, parts: BlockParts, X: Tensor, flat: list, norms: list[Norm], cast: bool) -> str | None:
+        (units, shortcut, _, pool), x = parts, flat[0]
         count, every = len(units), units if shortcut is None else (*units, shortcut)
 
         def channels(shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
@@ -433,12 +481,14 @@ class FusedBlock(_Fused):
             strides *= stride
         if shortcut is None and (C != K or strides != 1):
             return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {strides}"
+        if pool is not None and (pooled := flat[_MAP].shape) != (N, C, P, Q):
+            return f"{pool.name} gives {tuple(pooled)}, and the convolutions give maps of {P}x{Q}"
         for part, norm, shape in zip(every, norms, (*maps, maps[-1])):
             check_values_per_channel(norm, shape, part.bn_name)
         return None
 
-    def _arguments(self, parts: BlockParts, x: Tensor, norms: list[Norm], cast: bool) -> list:
-        units, shortcut, _ = parts
+    def _arguments(self, parts: BlockParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> list:
+        units, shortcut, _, pool = parts
         convs = [unit.conv for unit in (units if shortcut is None else (*units, shortcut))]
         weights, masters = _weights(convs, x, cast)
         flat = [x]
@@ -449,6 +499,11 @@ class FusedBlock(_Fused):
         elif shortcut.bn is None:
             conv = shortcut.conv
             flat += (weights[-1], held(conv, "_parameters", "bias"), conv.stride[0], masters[-1])
+        elif pool is not None:
+            check_activation(X, None)
+            with torch.no_grad():
+                map_ = channels_last(pool.module(X).to(x.dtype))
+            flat += (map_, *average_of(pool.module))
         return flat
 
 
@@ -566,10 +621,15 @@ def _parts_of_published(block: nn.Module, units: int) -> BlockParts | str:
     if downsample is None:
         return BlockParts(_units(block, units), None, (relu,))
     children = tuple(downsample._modules.values())
-    if len(children) != 2:
-        return f"downsample has {len(children)} children, not 2"
-    shortcut = UnitParts(*children, "downsample.0", "downsample.1")
-    return BlockParts(_units(block, units), shortcut, (relu, Watched("downsample", downsample, nn.Sequential)))
+    others, pool, place = (relu, Watched("downsample", downsample, nn.Sequential)), None, len(children) - 2
+    if place == 1 and isinstance(children[0], nn.AvgPool2d):
+        pool = Watched("downsample.0", children[0], nn.AvgPool2d)
+    elif place == 1:
+        others += (Watched("downsample.0", children[0], nn.Identity),)
+    elif place != 0:
+        return f"downsample has {len(children)} children, not 2 or 3"
+    shortcut = UnitParts(*children[place:], f"downsample.{place}", f"downsample.{place + 1}")
+    return BlockParts(_units(block, units), shortcut, others, pool)
 
 
 class FusedResidualBottleneck(_FusedTextbook, ResidualBottleneck):
@@ -594,11 +654,11 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
         ValueError: channels or strides that are no whole numbers, or negative, or a stride of 0.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int | tuple[int, int] = 1):
+    def __init__(self, in_channels: int, channels: int, stride: int | tuple[int, int] = 1, *, avg_down: bool = False):
         check_whole("in_channels", in_channels, 0)
         check_whole("channels", channels, 0)
         check_strides("stride", stride)
-        super().__init__(in_channels, channels, stride)
+        super().__init__(in_channels, channels, stride, avg_down=avg_down)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x)
@@ -613,14 +673,20 @@ class FusedBottleneck(FusedBlock, Bottleneck):
     """`Bottleneck`, the published block of ResNet-50 and deeper, on fused operators: see `FusedBasicBlock`."""
 
     def __init__(
-        self, in_channels: int, width: int, stride: int | tuple[int, int] = 1, *, mid_width: int | None = None
+        self,
+        in_channels: int,
+        width: int,
+        stride: int | tuple[int, int] = 1,
+        *,
+        mid_width: int | None = None,
+        avg_down: bool = False,
     ):
         check_whole("in_channels", in_channels, 0)
         check_whole("width", width, 0)
         check_strides("stride", stride)
         if mid_width is not None:
             check_whole("mid_width", mid_width, 0)
-        super().__init__(in_channels, width, stride, mid_width=mid_width)
+        super().__init__(in_channels, width, stride, mid_width=mid_width, avg_down=avg_down)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x)

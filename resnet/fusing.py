@@ -21,16 +21,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import BlockParts, StemParts, UnitParts, Watched, full_name, is_norm, was_replaced
+from resnet.fusable import (
+    BlockParts,
+    DeepStemParts,
+    StemParts,
+    UnitParts,
+    Watched,
+    full_name,
+    is_norm,
+    was_replaced,
+)
 from resnet.fused import (
     FusedBasicBlock,
     FusedBlock,
     FusedBottleneck,
+    FusedDeepStemBase,
     FusedResidual,
     FusedResidualBottleneck,
     FusedSmallStem,
     FusedStem,
-    FusedStemBase,
     warn_once,
 )
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
@@ -52,11 +61,15 @@ class BlockLayout(NamedTuple):
     def names(self) -> tuple[str, ...]:
         return (*sum(self.units, ()), *self.relus, self.shortcut, *self.optional)
 
+    @property
+    def perhaps_container(self) -> str:
+        return self.shortcut
+
 
 class StemLayout(NamedTuple):
     """The dotted names of the modules that a stem's forward calls."""
 
-    conv: str
+    conv: str  # a convolution, or a container of several: a deep stem
     bn: str
     relu: str
     pool: str  # of a net for small images it may be an identity
@@ -67,6 +80,10 @@ class StemLayout(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         return self.conv, self.bn, self.relu, self.pool
+
+    @property
+    def perhaps_container(self) -> str:
+        return self.conv
 
 
 def _numbered(count: int) -> tuple[tuple[str, str], ...]:
@@ -121,30 +138,32 @@ def _watched(module: _Changed) -> list[Watched]:
     return found
 
 
-def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, list[Watched]]:
-    """The shortcut's convolution and BatchNorm, None for the identity; and all else, which has to be identities.
+def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, list[Watched], Watched | None]:
+    """The shortcut's convolution and BatchNorm, None for the identity; all else, which has to be identities; a pool.
 
     What follows the convolution is taken for the BatchNorm, so that another norm is refused as one.
     """
     if module is None:
-        return None, []
+        return None, [], None
     if isinstance(module, _ConvNd):
-        return UnitParts(module, None, name), []
+        return UnitParts(module, None, name), [], None
     if type(module) is nn.Identity or not isinstance(module, nn.Module):
-        return None, [Watched(name, module, nn.Identity)]
-    others, conv, bn = [Watched(name, module, kind)], None, None
+        return None, [Watched(name, module, nn.Identity)], None
+    others, conv, bn, pool = [Watched(name, module, kind)], None, None, None
     for key, child in module._modules.items():
         place = f"{name}.{key}"
         if conv is None and isinstance(child, _ConvNd):
             conv = place, child
         elif conv is not None and bn is None and type(child) not in (nn.Identity, type(None)):
             bn = place, child
+        elif conv is None and pool is None and isinstance(child, nn.AvgPool2d):
+            pool = Watched(place, child, nn.AvgPool2d)
         else:
             others.append(Watched(place, child, nn.Identity))
     if conv is None:
-        return None, others
+        return None, others, pool
     bn_name, norm = bn or ("", None)
-    return UnitParts(conv[1], norm, conv[0], bn_name), others
+    return UnitParts(conv[1], norm, conv[0], bn_name), others, pool
 
 
 # ---- the classes that the known ones are changed for -----------------------------------------------------------------
@@ -206,8 +225,8 @@ class _Changed:
             return self._find_parts()
         kept = _kept.get(self)
         if kept is None or not kept.hold(self):
-            places = [name for name, _ in self._layout.containers]
-            containers = [self, *(_held(self, name) for name in (*places, self._layout.shortcut) if name)]
+            places = [*(name for name, _ in self._layout.containers), self._layout.perhaps_container]
+            containers = [self, *(_held(self, name) for name in places)]
             children = [module._modules for module in containers if isinstance(module, nn.Module)]
             _kept[self] = kept = _Kept(self._find_parts(), tuple((now, dict(now)) for now in children))
         return kept.parts
@@ -219,35 +238,42 @@ class _Block(_Changed, FusedBlock):
     def _find_parts(self) -> BlockParts | str:
         layout = self._layout
         units = tuple(UnitParts(_held(self, conv), _held(self, bn), conv, bn) for conv, bn in layout.units)
-        shortcut, others = _shortcut(layout.shortcut, _held(self, layout.shortcut), layout.shortcut_class)
+        shortcut, others, pool = _shortcut(layout.shortcut, _held(self, layout.shortcut), layout.shortcut_class)
         others += [Watched(name, _held(self, name), nn.ReLU) for name in layout.relus]
         optional = (Watched(name, _held(self, name), nn.Identity) for name in layout.optional)
         others += [other for other in optional if other.module is not None]
         for name, module, _ in others:
             if module is not None and not isinstance(module, nn.Module):
                 return f"{name} is a {type(module).__name__} and no module"
-        return BlockParts(units, shortcut, (*others, *_watched(self)))
+        return BlockParts(units, shortcut, (*others, *_watched(self)), pool)
 
 
-class _Stem(_Changed, FusedStemBase):
+class _Stem(_Changed, FusedDeepStemBase):
     def _called(self) -> tuple[str, ...]:
         """The names of the modules that are called."""
         return self._layout.names
 
-    def _find_parts(self) -> StemParts:
+    def _find_parts(self) -> StemParts | DeepStemParts:
         conv, bn, relu, name = self._layout.names
+        last, container, before = _held(self, conv), None, []
+        if type(last) is nn.Sequential and len(last) % 3 == 1:
+            container = Watched(conv, last, nn.Sequential)
+            *children, (conv, last) = [(f"{conv}.{key}", child) for key, child in last._modules.items()]
+            before = [_piece(*children[i : i + 3]) for i in range(0, len(children), 3)]
         pool, others = Watched(name, _held(self, name), nn.MaxPool2d), _watched(self)
         if name not in self._called():
             pool = None
         elif type(pool.module) is nn.Identity:
             others.append(pool._replace(kind=nn.Identity))
             pool = None
-        return StemParts(
-            UnitParts(_held(self, conv), _held(self, bn), conv, bn),
-            Watched(relu, _held(self, relu), nn.ReLU),
-            pool,
-            tuple(others),
-        )
+        unit, activation = UnitParts(last, _held(self, bn), conv, bn), Watched(relu, _held(self, relu), nn.ReLU)
+        parts = StemParts(unit, activation, pool, tuple(others))
+        return parts if container is None else DeepStemParts(container, (*before, parts))
+
+
+def _piece(conv: tuple[str, nn.Module], bn: tuple[str, nn.Module], relu: tuple[str, nn.Module]) -> StemParts:
+    """A convolution of a deep stem, its norm and its ReLU, each with its name."""
+    return StemParts(UnitParts(conv[1], bn[1], conv[0], bn[0]), Watched(*relu, nn.ReLU), None)
 
 
 class _Embeddings(_Stem):
@@ -614,12 +640,12 @@ def fuse(model: nn.Module) -> FuseReport:
     _check_module("fuse", model)
     _kept.clear()
     fused, left, unknown = [], [], Counter()
-    inside = None  # the block whose submodules come now
+    inside = None  # the block, or the stem's container, whose submodules come now
     for name, module in model.named_modules():
         eager = _eager_class(type(module))
         base = next(filter(_is_known, eager.__mro__), None)
         if base is None:
-            if _normalizes(module) and not (inside is not None and name.startswith(inside)):
+            if _normalizes(module) and not (inside is not None and f"{name}.".startswith(inside)):
                 unknown[full_name(eager)] += 1
             continue
         if base is eager:
@@ -629,8 +655,9 @@ def fuse(model: nn.Module) -> FuseReport:
         else:
             reason = f"it is derived from {full_name(base)} and may compute something else"
         (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason))
-        if base in _OWN or not issubclass(_known(base).mixin, _Network):
-            inside = f"{name}." if name else ""
+        inside = f"{name}." if name else ""
+        if base not in _OWN and issubclass(_known(base).mixin, _Network):
+            inside += f"{_known(base).layout.conv}."
     return FuseReport(tuple(fused), tuple(left), dict(unknown))
 
 

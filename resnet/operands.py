@@ -90,6 +90,17 @@ class Projection(NamedTuple):
         return self
 
 
+class Pooled(NamedTuple):
+    """x behind an average pool without padding, and the pool, by which the map's gradient becomes part of x's.
+
+    A bottleneck with one is an operator of 64 arguments, and PyTorch's schemas have no more.
+    """
+
+    map: Tensor  # (N, C, P, Q), no part of autograd's graph
+    size: int
+    stride: int
+
+
 class UnitGrad(NamedTuple):
     """Gradients, None where nothing asked for them; the sum is in the type of the statistics.
 
@@ -156,10 +167,12 @@ def are_summed(norm: KeptNorm, needs: Norm) -> bool:
 class BlockKind(NamedTuple):
     """The descriptions of one kind of residual block: a chain of units with ReLU between them, and its shortcut.
 
-    arguments  x (N, C, H, W); units: a Unit each; shortcut: a Projection, or a Unit where it has a norm
+    arguments  x (N, C, H, W); units: a Unit each; shortcut: a Projection, or a Unit where it has a norm; pooled:
+               where the shortcut reads a pooled x
     output     out (N, K, P, Q); ys: the units' convolutions, the last of which is (N, K, P, Q); stats: (4, K) of each
                one's norm; shortcut: the shortcut's convolution and its stats where it has a norm, else nothing
-    kept       x, output, units and shortcut; what precedes a convolution, relu(norm(y)), is computed again from y
+    kept       x, output, units, shortcut and pooled; what precedes a convolution, relu(norm(y)), is computed again
+               from y
     """
 
     name: str  # of its operator
@@ -168,45 +181,47 @@ class BlockKind(NamedTuple):
     kept: type[tuple]
 
 
-def block_operator(units: int, normed: bool) -> str:
+def block_operator(units: int, normed: bool, pooled: bool = False) -> str:
     """The name of a kind's operator."""
-    return f"residual_block_{units}{'_normed' if normed else ''}"
+    return f"residual_block_{units}{'_pooled' if pooled else '_normed' if normed else ''}"
 
 
 @cache
-def block_kind(units: int, normed: bool) -> BlockKind:
-    """The kind of `units` units whose shortcut has a norm, or is a Projection."""
+def block_kind(units: int, normed: bool, pooled: bool = False) -> BlockKind:
+    """The kind of `units` units whose shortcut has a norm, and may read a pooled x, or is a Projection."""
 
-    def parts(unit: type[tuple]) -> list[tuple[str, type]]:
-        return [("units", tuple[(unit,) * units]), ("shortcut", unit if normed else Projection)]
+    def parts(unit: type[tuple], shortcut: type[tuple]) -> list[tuple[str, type]]:
+        return [("units", tuple[(unit,) * units]), ("shortcut", shortcut), *[("pooled", Pooled)] * pooled]
 
     maps, shortcut = tuple[(Tensor,) * units], tuple[(Tensor,) * (2 * normed)]
     outputs = [("out", Tensor), ("ys", maps), ("stats", maps), ("shortcut", shortcut)]
     output = NamedTuple("BlockOutput", outputs)
+    kept = parts(KeptUnit, KeptUnit if normed else Projection)
     return BlockKind(
-        block_operator(units, normed),
-        NamedTuple("Block", [("x", Tensor), *parts(Unit)]),
+        block_operator(units, normed, pooled),
+        NamedTuple("Block", [("x", Tensor), *parts(Unit, Unit if normed else Projection)]),
         output,
-        NamedTuple("BlockKept", [("x", Tensor), ("output", output), *parts(KeptUnit)]),
+        NamedTuple("BlockKept", [("x", Tensor), ("output", output), *kept]),
     )
 
 
 @cache
-def frozen_kind(units: int, normed: bool) -> BlockKind:
+def frozen_kind(units: int, normed: bool, pooled: bool = False) -> BlockKind:
     """The kind of such a block whose norms are constants: of running statistics, and no vector of theirs is trained.
 
     output     out; inner: relu(norm(conv)) of each unit but the last; stats: (4, K) of each norm, the shortcut's last
-    kept       x, output, the units' convolutions, and the shortcut's, of which the bias is left out
+    kept       x, output, the units' convolutions, the shortcut's, of which the bias is left out, and pooled
     """
-    kind = block_kind(units, normed)
+    kind = block_kind(units, normed, pooled)
     outputs = [("inner", tuple[(Tensor,) * (units - 1)]), ("stats", tuple[(Tensor,) * (units + normed)])]
     output = NamedTuple("FrozenBlockOutput", [("out", Tensor), *outputs])
-    convs = [("units", tuple[(KeptConv,) * units]), ("shortcut", Projection)]
+    convs = [("units", tuple[(KeptConv,) * units]), ("shortcut", Projection), *[("pooled", Pooled)] * pooled]
     kept = NamedTuple("FrozenBlockKept", [("x", Tensor), ("output", output), *convs])
     return BlockKind(f"{kind.name}_frozen", kind.arguments, output, kept)
 
 
-_KINDS = [(units, normed) for units in (2, 3) for normed in (False, True)]
+SHORTCUTS = ((False, False), (True, False), (True, True))  # whether there is a norm, and whether x is pooled
+_KINDS = [(units, *shortcut) for units in (2, 3) for shortcut in SHORTCUTS]
 BLOCK_KINDS = tuple(block_kind(*kind) for kind in _KINDS)
 FROZEN_KINDS = tuple(frozen_kind(*kind) for kind in _KINDS)
 
@@ -231,6 +246,11 @@ def grad_inputs(needs: tuple) -> list[bool]:
     for unit in needs.units[:-1]:
         asked.append(asked[-1] or unit.weight or any(unit.norm))
     return asked
+
+
+def shortcut_input(block: tuple) -> Tensor:
+    """What the shortcut reads, of a block's arguments or of what it keeps: x, or a pooled x."""
+    return block.pooled.map if hasattr(block, "pooled") else block.x
 
 
 def shortcut_reached(needs: tuple) -> bool:

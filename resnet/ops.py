@@ -27,6 +27,7 @@ from resnet.operands import (
     BlockKind,
     KeptConv,
     KeptUnit,
+    Pooled,
     Projection,
     Stem,
     StemKept,
@@ -217,11 +218,19 @@ def _empty_maps(x: Tensor, units: tuple[Unit, ...]) -> tuple[Tensor, ...]:
     return tuple(maps)
 
 
+def _trained(kind: BlockKind, x: Tensor | None, units: tuple, shortcut: tuple) -> tuple:
+    """These in the places of a kind's arguments, of which a pooled x has no gradient."""
+    return kind.arguments(x, units, shortcut, *[_UNPOOLED] * ("pooled" in kind.arguments._fields))
+
+
+_UNPOOLED = Pooled(*[None] * len(Pooled._fields))
+
+
 def _block_operator(kind: BlockKind) -> Differentiable:
     """The operator of a kind of block: what differs between kinds is their description alone."""
 
     def fake(arguments: tuple) -> tuple:
-        x, units, shortcut = arguments
+        x, units, shortcut, *_ = arguments
         ys, stats = _empty_maps(x, units), tuple(_empty_stats(x, unit.weight.shape[0]) for unit in units)
         projected = (torch.empty_like(ys[-1]), torch.empty_like(stats[-1])) if isinstance(shortcut, Unit) else ()
         return kind.output(torch.empty_like(ys[-1]), ys, stats, projected)
@@ -230,8 +239,8 @@ def _block_operator(kind: BlockKind) -> Differentiable:
         return kind.output(*backends.implementation(arguments.x).block_forward(*arguments))
 
     def keep(arguments: tuple, output: tuple) -> tuple:
-        x, units, shortcut = arguments
-        return kind.kept(x, output, tuple(unit.kept() for unit in units), shortcut.kept())
+        x, units, shortcut, *pooled = arguments
+        return kind.kept(x, output, tuple(unit.kept() for unit in units), shortcut.kept(), *pooled)
 
     def norms(part: tuple, output: tuple) -> list[tuple[Norm | KeptNorm, Tensor]]:
         found = [(unit.norm, stats) for unit, stats in zip(part.units, output.stats, strict=True)]
@@ -252,7 +261,7 @@ def _block_operator(kind: BlockKind) -> Differentiable:
             shortcut = _unit_grads(kept.shortcut, grad.shortcut, kept.output.shortcut[1], needs.shortcut)
         else:
             shortcut = _projection_grads(kept.shortcut, grad.shortcut, needs.shortcut)
-        return kind.arguments(grad.x, tuple(units), shortcut)
+        return _trained(kind, grad.x, tuple(units), shortcut)
 
     return Differentiable(
         kind.name,
@@ -263,7 +272,7 @@ def _block_operator(kind: BlockKind) -> Differentiable:
         forward=forward,
         keep=keep,
         keep_moves=True,
-        like=lambda kept: kind.arguments(kept.x, tuple(map(_like_part, kept.units)), _like_part(kept.shortcut)),
+        like=lambda kept: _trained(kind, kept.x, tuple(map(_like_part, kept.units)), _like_part(kept.shortcut)),
         backward=backward,
         norms=norms,
         summed=summed,
@@ -290,7 +299,7 @@ def _frozen_operator(kind: BlockKind) -> Differentiable:
     """The operator of a kind of block whose norms are constants: only x and the weights have gradients."""
 
     def fake(arguments: tuple) -> tuple:
-        x, units, shortcut = arguments
+        x, units, shortcut, *_ = arguments
         *inner, out = _empty_maps(x, units)
         norms = (*units, shortcut) if isinstance(shortcut, Unit) else units
         return kind.output(out, tuple(inner), tuple(_empty_stats(x, unit.weight.shape[0]) for unit in norms))
@@ -299,16 +308,17 @@ def _frozen_operator(kind: BlockKind) -> Differentiable:
         return kind.output(*backends.implementation(arguments.x).frozen_block_forward(*arguments))
 
     def keep(arguments: tuple, output: tuple) -> tuple:
-        x, units, shortcut = arguments
+        x, units, shortcut, *pooled = arguments
         convs = tuple(KeptConv(unit.weight, unit.stride, unit.padding, unit.master) for unit in units)
-        return kind.kept(x, output, convs, Projection(shortcut.weight, None, shortcut.stride, shortcut.master))
+        projection = Projection(shortcut.weight, None, shortcut.stride, shortcut.master)
+        return kind.kept(x, output, convs, projection, *pooled)
 
     def in_places(kept: tuple, x: Tensor | None, weights: list[tuple]) -> tuple:
         """x, and for each convolution a weight and a master, the shortcut's last."""
         *units, shortcut = (Unit(weight, None, None, _UNTRAINED, master) for weight, master in weights)
         if len(kept.output.stats) == len(units):  # its shortcut has no norm
             shortcut = Projection(shortcut.weight, None, None, shortcut.master)
-        return kind.arguments(x, tuple(units), shortcut)
+        return _trained(kind, x, tuple(units), shortcut)
 
     def like(kept: tuple) -> tuple:
         return in_places(kept, kept.x, [(conv.weight, conv.master) for conv in (*kept.units, kept.shortcut)])

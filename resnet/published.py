@@ -10,7 +10,7 @@ from torch import nn
 from resnet.checks import check_stages, check_whole
 from resnet.reference import DEPTHS, BasicBlock, Bottleneck
 
-STEMS = ("imagenet", "small")
+STEMS = ("imagenet", "small", "deep")
 
 
 class ResNet(nn.Sequential):
@@ -20,6 +20,7 @@ class ResNet(nn.Sequential):
 
         ResNet(BasicBlock, depths=(3, 3, 3), widths=(16, 32, 64), num_classes=10, stem="small")  # CIFAR's ResNet-20
         ResNet(Bottleneck, depths=(3, 4, 6, 3), mid_widths=(128, 256, 512, 1024))  # wide_resnet50_2
+        ResNet(Bottleneck, depths=(3, 4, 6, 3), stem="deep", avg_down=True)  # ResNet-50-D, with timm's keys
 
     Args:
         block: `BasicBlock`, `Bottleneck`, or any class with their constructor and their attribute `expansion`.
@@ -28,8 +29,10 @@ class ResNet(nn.Sequential):
         num_classes: length of the output's last axis.
         in_channels: channels of the input.
         stem: "imagenet" for a 7x7 convolution of stride 2 and a max-pool, or "small" for a 3x3 convolution of
-            stride 1 and no pool, with which the blocks see images at their full size.
+            stride 1 and no pool, with which the blocks see images at their full size, or "deep" for three 3x3
+            convolutions, the first one of stride 2, and a max-pool.
         mid_widths: the bottlenecks' `mid_width` in each stage, for wide ResNets.
+        avg_down: the blocks' `avg_down`.
 
     Raises:
         ValueError: an argument is out of its range, or the lists are not as long as each other.
@@ -44,6 +47,7 @@ class ResNet(nn.Sequential):
         in_channels: int = 3,
         stem: str = "imagenet",
         mid_widths: Sequence[int] | None = None,
+        avg_down: bool = False,
     ):
         if not hasattr(block, "expansion"):
             raise ValueError(f"block: expected a class with an expansion, as BasicBlock has, got {block!r}")
@@ -56,20 +60,20 @@ class ResNet(nn.Sequential):
         if stem not in STEMS:
             raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
 
-        kernel, stride = (3, 1) if stem == "small" else (7, 2)
         layers: OrderedDict[str, nn.Module] = OrderedDict(
-            conv1=nn.Conv2d(in_channels, widths[0], kernel, stride, padding=kernel // 2, bias=False),
+            conv1=_first_convolution(stem, in_channels, widths[0]),
             bn1=nn.BatchNorm2d(widths[0]),
             relu=nn.ReLU(inplace=True),
         )
-        if stem == "imagenet":
+        if stem != "small":
             layers["maxpool"] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        channels = widths[0]
+        channels, options = widths[0], {"avg_down": True} if avg_down else {}
         for i, (depth, width) in enumerate(zip(depths, widths)):
-            wider = {} if mid_widths is None else {"mid_width": mid_widths[i]}
+            if mid_widths is not None:
+                options["mid_width"] = mid_widths[i]
             blocks = []
             for j in range(depth):
-                blocks.append(block(channels, width, 2 if i > 0 and j == 0 else 1, **wider))
+                blocks.append(block(channels, width, 2 if i > 0 and j == 0 else 1, **options))
                 channels = block.expansion * width
             layers[f"layer{i + 1}"] = nn.Sequential(*blocks)
         layers["avgpool"] = nn.AdaptiveAvgPool2d((1, 1))
@@ -85,6 +89,18 @@ class ResNet(nn.Sequential):
         if isinstance(index, slice):
             return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
         return super().__getitem__(index)
+
+
+def _first_convolution(stem: str, in_channels: int, channels: int) -> nn.Conv2d | nn.Sequential:
+    """The stem's convolution, or several of them with BatchNorm and ReLU between them."""
+    if stem == "imagenet":
+        return nn.Conv2d(in_channels, channels, 7, 2, padding=3, bias=False)
+    if stem == "small":
+        return nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
+    layers, narrow = [], max(1, channels // 2)
+    for C, K, stride in ((in_channels, narrow, 2), (narrow, narrow, 1), (narrow, channels, 1)):
+        layers += (nn.Conv2d(C, K, 3, stride, padding=1, bias=False), nn.BatchNorm2d(K), nn.ReLU(inplace=True))
+    return nn.Sequential(*layers[:-2])
 
 
 _WIDTHS = (64, 128, 256, 512)

@@ -89,12 +89,22 @@ class ResidualBottleneck(nn.Module):
         return F.relu(Y)
 
 
-def _downsample(in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
-    """The shortcut of the published blocks; None is the identity, where the shape stays."""
+def _downsample(in_channels: int, channels: int, stride: int | tuple[int, int], avg_down: bool) -> nn.Sequential | None:
+    """The shortcut of the published blocks; None is the identity, where the shape stays.
+
+    With a pool the keys of its `state_dict` are timm's, which has an identity where there is nothing to pool.
+    """
     if stride == 1 and in_channels == channels:
         return None
+    pool = []
+    if avg_down:
+        strided = stride not in (1, (1, 1))
+        pool = [nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False) if strided else nn.Identity()]
+        stride = 1
     return nn.Sequential(
-        nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(channels)
+        *pool,
+        nn.Conv2d(in_channels, channels, kernel_size=1, stride=stride, bias=False),
+        nn.BatchNorm2d(channels),
     )
 
 
@@ -105,18 +115,19 @@ class BasicBlock(nn.Module):
         in_channels: channels C of the input (N, C, H, W).
         channels: channels K of the output (N, K, P, Q).
         stride: stride of conv1 and of the shortcut's convolution.
+        avg_down: the shortcut averages 2x2 pixels, with the stride, before its convolution, as in ResNet-D.
     """
 
     expansion = 1  # channels of the output over the width
 
-    def __init__(self, in_channels: int, channels: int, stride: int | tuple[int, int] = 1):
+    def __init__(self, in_channels: int, channels: int, stride: int | tuple[int, int] = 1, *, avg_down: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, stride=stride, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = _downsample(in_channels, channels, stride)
+        self.downsample = _downsample(in_channels, channels, stride, avg_down)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
@@ -137,12 +148,19 @@ class Bottleneck(nn.Module):
         width: a quarter of the output's channels.
         stride: stride of conv2 and of the shortcut's convolution.
         mid_width: channels around the 3x3 convolution where they are not `width`: more of them make a wide ResNet.
+        avg_down: see `BasicBlock`.
     """
 
     expansion = 4  # channels of the output over the width
 
     def __init__(
-        self, in_channels: int, width: int, stride: int | tuple[int, int] = 1, *, mid_width: int | None = None
+        self,
+        in_channels: int,
+        width: int,
+        stride: int | tuple[int, int] = 1,
+        *,
+        mid_width: int | None = None,
+        avg_down: bool = False,
     ):
         super().__init__()
         mid, channels = width if mid_width is None else mid_width, self.expansion * width
@@ -153,7 +171,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(mid, channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _downsample(in_channels, channels, stride)
+        self.downsample = _downsample(in_channels, channels, stride, avg_down)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))

@@ -99,10 +99,15 @@ def _resnet18(dtype: torch.dtype, autocast: bool) -> None:
 
 
 def _resnet50(dtype: torch.dtype) -> None:
-    """The kinds of its blocks, as the first stages have them, and a basic block whose shortcut has a norm."""
-    from resnet import FusedBasicBlock, FusedBottleneck
+    """Its blocks, as the first stages have them, a basic one whose shortcut has a norm; ResNet-D's blocks and stem."""
+    from resnet import FusedBasicBlock, FusedBottleneck, ResNet, fuse
 
+    deep = ResNet(FusedBasicBlock, depths=(1,), widths=(64,), num_classes=10, stem="deep")
+    fuse(deep)
+    _step(deep.to(dtype), 32, 3, 224, 224, dtype=dtype, needs_x=False)
     for block, C in (
+        (FusedBottleneck(256, 128, 2, avg_down=True), 256),
+        (FusedBasicBlock(64, 128, 2, avg_down=True), 64),
         (FusedBottleneck(64, 64), 64),
         (FusedBottleneck(256, 64), 256),
         (FusedBottleneck(256, 128, 2), 256),
@@ -127,7 +132,11 @@ def _odd_shapes(dtype: torch.dtype) -> None:
                 batch_norm_add_relu(x, None, None, training=True, relu=relu).sum().backward()
                 batch_norm_add_relu(x, None, None, shortcut=shortcut, training=True, relu=relu).sum().backward()
     for C in (3, 100):
-        for block in (FusedBasicBlock(C, 2 * C, 2), FusedResidualBottleneck(C, 4 * C, True, 2)):
+        for block in (
+            FusedBasicBlock(C, 2 * C, 2),
+            FusedBasicBlock(C, 2 * C, 2, avg_down=True),
+            FusedResidualBottleneck(C, 4 * C, True, 2),
+        ):
             _step(block.to(dtype), 2, C, 7, 5, dtype=dtype)
     for variant in ("epilogue", "pytorch"):
         with resnet.convolution(variant):

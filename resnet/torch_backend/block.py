@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs, shortcut_reached
+from resnet.operands import (
+    BlockGrad,
+    Pooled,
+    Projection,
+    Unit,
+    UnitGrad,
+    grad_inputs,
+    shortcut_input,
+    shortcut_reached,
+)
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.convolution import add_projected, convolve, convolve_backward
+from resnet.torch_backend.convolution import add_projected, convolve, convolve_backward, out_size
 from resnet.torch_backend.inference import conv_batch_norm, fold_shortcut
 
 
@@ -17,7 +27,9 @@ def _convolve(x: Tensor, part: Unit) -> Tensor:
     return convolve(x, part.weight, None, part.stride, part.padding)
 
 
-def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> tuple:
+def block_forward(
+    x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection, pooled: Pooled | None = None
+) -> tuple:
     """The block in training: the fields of a `BlockKind.output`. x (N, C, H, W) and the results are channels_last.
 
     Running statistics are updated in place.
@@ -31,7 +43,7 @@ def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projectio
     y = _convolve(a, last)
     into = a if a.shape == y.shape else None
     if isinstance(shortcut, Unit):
-        z = _convolve(x, shortcut)
+        z = _convolve(x if pooled is None else pooled.map, shortcut)
         out, last_stats, z_stats = batch_norm.forward_normed(y, last.norm, z, shortcut.norm, into)
         kept = z, z_stats
     else:
@@ -43,7 +55,7 @@ def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projectio
 
 def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """Gradients of `block_forward` from dout (N, K, P, Q) channels_last; relu(bn(y)) is computed again from y."""
-    x, (out, ys, stats, projected), units, shortcut = kept
+    x, (out, ys, stats, projected), units, shortcut, *pooled = kept
     norm = batch_norm.backward(dout, ys[-1], out, stats[-1], units[-1].norm, shortcut=True)
     dshortcut, shortcut_grad = norm.g, UnitGrad(sum_g=norm.sum_g)
     if projected and shortcut_reached(needs):
@@ -66,32 +78,45 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
             norm = batch_norm.backward(da, ys[i - 1], a, stats[i - 1], units[i - 1].norm, consume=True)
         del a, da  # before the next ones are made
     if shortcut.weight is not None:
-        flags = needs.x, needs.shortcut.weight
-        added, dconv = convolve_backward(dshortcut, x, shortcut.weight, shortcut.stride, 0, *flags)
+        read, flags = shortcut_input(kept), (needs.x, needs.shortcut.weight)
+        added, dconv = convolve_backward(dshortcut, read, shortcut.weight, shortcut.stride, 0, *flags)
         shortcut_grad = shortcut_grad._replace(conv=dconv)
     else:
         added = dshortcut
-    return BlockGrad(dx.add_(added) if needs.x else None, tuple(grads), shortcut_grad)
+    if needs.x:
+        dx.add_(pool_backward(added, x, *pooled) if pooled else added)
+    return BlockGrad(dx, tuple(grads), shortcut_grad)
 
 
-def activations(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Iterator[Tensor]:
+def pool_backward(dmap: Tensor, x: Tensor, pooled: Pooled) -> Tensor:
+    """The gradient of x (N, C, H, W) from that of its pooled map."""
+    _, size, stride = pooled
+    whole = [out_size(pixels, size, stride, 0) for pixels in x.shape[2:]]
+    ceil_mode = list(dmap.shape[2:]) != whole  # the last windows reach beyond the map
+    dx = torch.ops.aten.avg_pool2d_backward(dmap, x, [size] * 2, [stride] * 2, [0, 0], ceil_mode, True, None)
+    return dx.contiguous(memory_format=torch.channels_last)
+
+
+def activations(
+    x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection, pooled: Pooled | None = None
+) -> Iterator[Tensor]:
     """What each unit gives with frozen statistics, its ReLU included: the last one out (N, K, P, Q)."""
     a = x
     for unit in units[:-1]:
         a = conv_batch_norm(a, unit).relu_()
         yield a
-    weight, bias = shortcut.weight, None
+    read, weight, bias = x if pooled is None else pooled.map, shortcut.weight, None
     if isinstance(shortcut, Projection):
         bias = shortcut.bias
-    elif (folded := fold_shortcut(x, shortcut)) is not None:
+    elif (folded := fold_shortcut(read, shortcut)) is not None:
         weight, bias = folded
     else:
-        yield conv_batch_norm(a, units[-1]).add_(conv_batch_norm(x, shortcut)).relu_()
+        yield conv_batch_norm(a, units[-1]).add_(conv_batch_norm(read, shortcut)).relu_()
         return
     out = conv_batch_norm(a, units[-1], bias)
-    yield (out.add_(x) if weight is None else add_projected(out, x, weight, shortcut.stride)).relu_()
+    yield (out.add_(read) if weight is None else add_projected(out, read, weight, shortcut.stride)).relu_()
 
 
-def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
-    """The block with frozen statistics and without gradients: out (N, K, P, Q)."""
-    return deque(activations(x, units, shortcut), maxlen=1).pop()  # one of them is held at a time
+def block_inference(*block: object) -> Tensor:
+    """The block with frozen statistics and without gradients, by the arguments of `activations`: out (N, K, P, Q)."""
+    return deque(activations(*block), maxlen=1).pop()  # one of them is held at a time

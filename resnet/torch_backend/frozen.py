@@ -8,17 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs
+from resnet.operands import BlockGrad, Pooled, Projection, Unit, UnitGrad, grad_inputs, shortcut_input
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.block import activations
+from resnet.torch_backend.block import activations, pool_backward
 from resnet.torch_backend.convolution import convolve_backward
 
 aten = torch.ops.aten
 
 
-def frozen_block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> tuple:
+def frozen_block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection, *pooled: Pooled) -> tuple:
     """The fields of a frozen `BlockKind.output`. x (N, C, H, W) and the results are channels_last."""
-    *inner, out = activations(x, units, shortcut)
+    *inner, out = activations(x, units, shortcut, *pooled)
     norms = [part.norm for part in (*units, shortcut) if isinstance(part, Unit)]
     return out, tuple(inner), tuple(batch_norm.frozen_stats(norm, x.dtype) for norm in norms)
 
@@ -38,7 +38,7 @@ def unfolded(grad: Tensor | None, scale: Tensor) -> Tensor | None:
 
 def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """Gradients of `frozen_block_forward` from dout (N, K, P, Q) channels_last."""
-    x, (out, inner, stats), units, shortcut = kept
+    x, (out, inner, stats), units, shortcut, *pooled = kept
     scales = [each[2] for each in stats]
     asked, grads, dx = grad_inputs(needs), [UnitGrad()] * len(units), None
     g = dz = aten.threshold_backward.default(dout, out, 0)
@@ -58,6 +58,9 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     if shortcut.weight is not None:
         normed, weight = len(scales) > len(units), shortcut.weight
         weight = folded(weight, scales[-1]) if normed else weight
-        added, dconv = convolve_backward(dz, x, weight, shortcut.stride, 0, needs.x, needs.shortcut.weight)
+        read, flags = shortcut_input(kept), (needs.x, needs.shortcut.weight)
+        added, dconv = convolve_backward(dz, read, weight, shortcut.stride, 0, *flags)
         dconv = unfolded(dconv, scales[-1]) if normed else dconv
-    return BlockGrad(dx.add_(added) if needs.x else None, tuple(grads), UnitGrad(dconv))
+    if needs.x:
+        dx.add_(pool_backward(added, x, *pooled) if pooled else added)
+    return BlockGrad(dx, tuple(grads), UnitGrad(dconv))

@@ -7,8 +7,9 @@ A block of two units launches, in this order (training, identity shortcut; the p
               bn1 apply' 3, conv1 grad-input + shortcut's gradient 4, conv1 grad-weight 2
 
 A third unit launches what conv2 does. A shortcut's convolution is part of conv1's launches where both have the same
-stride and as many channels; its own norm is part of the last norm's. A small kernel after every reduction merges its
-partials. Each convolution is one of up to three ways: see `convolution`.
+input and stride and as many channels; its own norm is part of the last norm's. A pool before it is PyTorch's, whose
+gradient conv1 grad-input adds. A small kernel after every reduction merges its partials. Each convolution is one of up
+to three ways: see `convolution`.
 """
 
 from __future__ import annotations
@@ -24,23 +25,35 @@ from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
 from resnet.kernels.conv_forward import Shortcut
 from resnet.norm import empty_grads
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs, shortcut_reached, trained_dtype
+from resnet.operands import (
+    BlockGrad,
+    Pooled,
+    Projection,
+    Unit,
+    UnitGrad,
+    grad_inputs,
+    shortcut_input,
+    shortcut_reached,
+    trained_dtype,
+)
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import applied_sums, norm_stats
 
 
 def _rides(shortcut: Unit | Projection, first: Unit) -> bool:
-    """Whether the shortcut is a convolution that is part of the first one's launch."""
+    """Whether the shortcut is a convolution that may be part of the first one's launch, of the same input."""
     weight = shortcut.weight
     return weight is not None and shortcut.stride == first.stride and weight.shape[0] == first.weight.shape[0]
 
 
-def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> tuple:
+def block_forward(
+    x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection, pooled: Pooled | None = None
+) -> tuple:
     """See `torch_backend.block_forward`."""
     (first, *rest), shortcut = map(convolution.as_read, units), convolution.as_read(shortcut)
     normed = isinstance(shortcut, Unit)
     z_training = normed and shortcut.norm.training
-    riding = shortcut.weight if _rides(shortcut, first) else None
+    riding = shortcut.weight if pooled is None and _rides(shortcut, first) else None
     y, moments, z, z_moments = convolution.forward(
         x,
         *first[:3],
@@ -49,7 +62,8 @@ def block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projectio
         shortcut_moments=riding is not None and z_training,
     )
     if riding is None and shortcut.weight is not None:
-        z, z_moments, *_ = convolution.forward(x, *convolution.shortcut_of(shortcut), z_training)
+        read = x if pooled is None else pooled.map
+        z, z_moments, *_ = convolution.forward(read, *convolution.shortcut_of(shortcut), z_training)
     ys, stats = [y], [norm_stats(y, moments, first.norm)]
     for unit in rest:
         y, moments, *_ = convolution.forward(y, *unit[:3], unit.norm.training, stats[-1])
@@ -69,7 +83,7 @@ def _dense(vector: Tensor | None) -> Tensor | None:
 
 def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """See `torch_backend.block_backward`."""
-    x, (out, ys, stats, projected), units, shortcut = kept
+    x, (out, ys, stats, projected), units, shortcut, *pooled = kept
     units, shortcut = list(map(convolution.as_read, units)), convolution.as_read(shortcut)
     asked, last = grad_inputs(needs), len(units) - 1
     normed, z_vectors = None, (None,) * 3
@@ -108,7 +122,8 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
             inner, sums = convolution.grad_input_mask(dy, *unit[:3], ys[i - 1], stats[i - 1], vectors)
             used = applied_sums(sums, inner, units[i - 1].norm)
         elif i == 0 and needs.x:
-            dx = convolution.grad_input_add(dy, *unit[:3], x, shortcut, g, mask)
+            added = convolution.pooled_grad(g, shortcut.weight, x, *pooled) if pooled else (shortcut, g, mask)
+            dx = convolution.grad_input_add(dy, *unit[:3], x, *added)
         if needs.units[i].weight:
             before = (ys[i - 1], *unit[:3], stats[i - 1]) if i else (x, *unit[:3])
             dconv = convolution.grad_weight(dy, *before, dtype=trained_dtype(unit))
@@ -118,19 +133,20 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         if asked[i - 1] or needs.units[i - 1].weight:
             dy = batch_norm_backward_apply(inner, ys[i - 1], None, stats[i - 1], used, dx=inner)
     if needs.shortcut.weight:
-        dconv = convolution.grad_weight(
-            g, x, *convolution.shortcut_of(shortcut), out=mask, dtype=trained_dtype(shortcut)
-        )
+        read, conv = shortcut_input(kept), convolution.shortcut_of(shortcut)
+        dconv = convolution.grad_weight(g, read, *conv, out=mask, dtype=trained_dtype(shortcut))
         shortcut_grad = shortcut_grad._replace(conv=dconv)
     return BlockGrad(dx, tuple(grads), shortcut_grad)
 
 
-def activations(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Iterator[Tensor]:
+def activations(
+    x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection, pooled: Pooled | None = None
+) -> Iterator[Tensor]:
     """See `torch_backend.block.activations`. A launch for each convolution, in which the shortcut's rides if it can."""
     (first, *rest), shortcut = map(convolution.as_read, units), convolution.as_read(shortcut)
     skip, riding = x, None
     if isinstance(shortcut, Unit):
-        skip, _ = convolution.inference(x, shortcut)
+        skip, _ = convolution.inference(x if pooled is None else pooled.map, shortcut)
     elif _rides(shortcut, first):
         riding = Shortcut(shortcut.weight, _dense(shortcut.bias))
     elif shortcut.weight is not None:
@@ -146,6 +162,6 @@ def activations(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection)
     yield convolution.inference(a, last, skip=skip, relu=True)[0]
 
 
-def block_inference(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> Tensor:
+def block_inference(*block: object) -> Tensor:
     """See `torch_backend.block_inference`."""
-    return deque(activations(x, units, shortcut), maxlen=1).pop()  # one of them is held at a time
+    return deque(activations(*block), maxlen=1).pop()  # one of them is held at a time

@@ -24,7 +24,8 @@ from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, KeptMask, ReluMa
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.host.shapes import conv_shape
 from resnet.kernels.tuning import bucket, memory
-from resnet.operands import Projection, Unit
+from resnet.operands import Pooled, Projection, Unit
+from resnet.torch_backend.block import pool_backward
 from resnet.torch_backend.convolution import convolve, convolve_backward
 from resnet.triton_backend.batch_norm import dense, frozen_stats
 
@@ -204,6 +205,22 @@ def grad_input_add(
     projected = None if shortcut.weight is None else (shortcut.stride, shortcut.weight.shape[0])
     key = (stride, "add", projected, out is not None)
     return run_picked("grad_input", dy, weight, key, epilogue=fused, pytorch=pytorch)
+
+
+def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[Projection, Tensor, None]:
+    """What `grad_input_add` takes of a shortcut that reads a pooled x: its share of dx, as an identity's.
+
+    dz is the gradient of the shortcut's convolution, which is 1x1 of stride 1.
+    """
+
+    def fused() -> Tensor:
+        return conv_grad_input(dz, weight, conv_shape(pooled.map, weight, 1, 0), tf32=tf32(dz))
+
+    def pytorch() -> Tensor:
+        return convolve_backward(dz, pooled.map, weight, 1, 0, True, False)[0]
+
+    dmap = run_picked("grad_input", dz, weight, (1, "alone"), epilogue=fused, pytorch=pytorch)
+    return Projection(None, None, 1), pool_backward(dmap, x, pooled), None
 
 
 def shortcut_of(part: Unit | Projection) -> tuple[Tensor, int, int]:

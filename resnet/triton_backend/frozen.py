@@ -12,23 +12,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.operands import BlockGrad, Projection, Unit, UnitGrad, grad_inputs, trained_dtype
+from resnet.operands import BlockGrad, Pooled, Projection, Unit, UnitGrad, grad_inputs, shortcut_input, trained_dtype
 from resnet.torch_backend.frozen import folded, unfolded
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import frozen_stats
 from resnet.triton_backend.block import activations
 
 
-def frozen_block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection) -> tuple:
+def frozen_block_forward(x: Tensor, units: tuple[Unit, ...], shortcut: Unit | Projection, *pooled: Pooled) -> tuple:
     """See `torch_backend.frozen_block_forward`."""
-    *inner, out = activations(x, units, shortcut)
+    *inner, out = activations(x, units, shortcut, *pooled)
     norms = [part.norm for part in (*units, shortcut) if isinstance(part, Unit)]
     return out, tuple(inner), tuple(frozen_stats(norm, x.dtype) for norm in norms)
 
 
 def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """See `torch_backend.frozen_block_backward`."""
-    x, (out, inner, stats), units, shortcut = kept
+    x, (out, inner, stats), units, shortcut, *pooled = kept
     units, shortcut = list(map(convolution.as_read, units)), convolution.as_read(shortcut)
     scales = [each[2] for each in stats]
     asked, grads, dx = grad_inputs(needs), [UnitGrad()] * len(units), None
@@ -45,13 +45,17 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
             g = convolution.grad_input_relu(g, *scaled[:3], inner[i - 1])
         else:
             weight = shortcut.weight if shortcut_scale is None else folded(shortcut.weight, shortcut_scale)
-            dx = convolution.grad_input_add(g, *scaled[:3], x, shortcut._replace(weight=weight), dz, None)
+            added = shortcut._replace(weight=weight), dz, None
+            if pooled:
+                added = convolution.pooled_grad(dz, weight, x, *pooled)
+            dx = convolution.grad_input_add(g, *scaled[:3], x, *added)
+    read = shortcut_input(kept)
     if needs.shortcut.weight:
         conv = convolution.shortcut_of(shortcut)
         if shortcut_scale is None:
-            dconv = convolution.grad_weight(dz, x, *conv, dtype=trained_dtype(shortcut))
+            dconv = convolution.grad_weight(dz, read, *conv, dtype=trained_dtype(shortcut))
         else:
-            dconv = _grad_weight(dz, x, conv, shortcut_scale)
+            dconv = _grad_weight(dz, read, conv, shortcut_scale)
         shortcut_grad = UnitGrad(dconv)
     return BlockGrad(dx, tuple(grads), shortcut_grad)
 

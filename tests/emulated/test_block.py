@@ -11,7 +11,18 @@ from torch import nn
 import resnet
 from benchmarks import passes, roofline
 from resnet import BasicBlock, Bottleneck, Residual, ResidualBottleneck, resnet18
-from tests.helpers.blocks import DTYPES, assert_parity, draw, infer, keep_norms_constant, same, snapshot, step, trio
+from tests.helpers.blocks import (
+    DTYPES,
+    POOLED,
+    assert_parity,
+    draw,
+    infer,
+    keep_norms_constant,
+    same,
+    snapshot,
+    step,
+    trio,
+)
 from tests.helpers.emulated_limits import (
     PARTIALS_OVER_SUMMED,
     TRAFFIC_OVER_FLOOR,
@@ -28,6 +39,7 @@ BLOCKS = {
     "identity": (Residual, (8, 8), (2, 8, 6, 5)),
     "1x1, stride 2": (Residual, (6, 16, True, 2), (2, 6, 7, 6)),
     "basic, normed shortcut": (BasicBlock, (6, 16, 2), (2, 6, 7, 6)),
+    "basic, pooled shortcut": (BasicBlock, (6, 16, 2, POOLED), (2, 6, 7, 6)),
     "bottleneck, normed shortcut": (Bottleneck, (8, 8), (2, 8, 6, 5)),
     "bottleneck, normed shortcut of stride 2": (Bottleneck, (8, 8, 2), (2, 8, 7, 6)),
     "textbook's bottleneck, 1x1 of stride 2": (ResidualBottleneck, (16, 32, True, 2), (4, 16, 12, 11)),
@@ -145,7 +157,7 @@ def test_each_launch_of_a_block_moves_the_activations_of_its_floor(emulate, name
         chain = roofline.step(block, block.input_shape(channels, 8, 14), channels, dtype)
     for report in reports:
         assert wavefronts_over_ideal(report) <= WAVEFRONTS_OVER_IDEAL, str(report)
-    launches, counted = passes.fused(chain), roofline.counted(reports, chain, dtype)
+    launches, counted = passes.launches(chain), roofline.counted(reports, chain, dtype)
     assert [count.kernel for count in counted] == [launch.kernel for launch in launches]
     for launch, count in zip(launches, counted):
         read, written, summed = (

@@ -96,6 +96,9 @@ def averaged(module: nn.Module) -> None:
             bn.momentum = None
 
 
+POOLED = {"avg_down": True}  # of the published blocks: the shortcut pools its input
+
+
 @dataclass
 class Trio:
     """One module three times: eager, fused, and eager in float64. `each` makes a change to all three."""
@@ -117,7 +120,13 @@ class Trio:
 def trio(
     kind: type[nn.Module], *args, seed: int = 0, dtype: torch.dtype = torch.float32, train: bool = True, **kwargs
 ) -> Trio:
-    """`kind(*args)` with the weights of `seed`, all three on DEVICE with the same values of type `dtype`."""
+    """`kind(*args)` with the weights of `seed`, all three on DEVICE with the same values of type `dtype`.
+
+    Arguments in a list of cases may end with a dict of keywords, such as `POOLED`.
+    """
+    if args and isinstance(args[-1], dict):
+        *args, keywords = args
+        kwargs |= keywords
     torch.manual_seed(seed)
     eager = kind(*args, **kwargs)
     randomize(eager)

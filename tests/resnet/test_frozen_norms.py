@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import resnet
 from resnet import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem, fusable, fuse
 from tests.conftest import DEVICE
-from tests.helpers.blocks import Trio, draw, incoming_gradient, infer, keep_norms_constant, step, trio
+from tests.helpers.blocks import POOLED, Trio, draw, incoming_gradient, infer, keep_norms_constant, step, trio
 from tests.helpers.fused_cases import assert_exact, assert_trios_parity
 
 # (class, constructor's arguments)
@@ -20,6 +20,7 @@ CASES = {
     "textbook, identity": (Residual, (8, 8)),
     "textbook, 1x1 of stride 2": (Residual, (8, 12, True, 2)),
     "basic, normed shortcut of stride 2": (BasicBlock, (8, 12, 2)),
+    "basic, pooled shortcut": (BasicBlock, (8, 12, 2, POOLED)),
     "bottleneck, identity": (Bottleneck, (16, 4)),
     "bottleneck, normed shortcut of stride 2": (Bottleneck, (8, 4, 2)),
     "textbook's bottleneck, 1x1": (ResidualBottleneck, (8, 16, True)),
@@ -161,7 +162,8 @@ def test_what_a_relu_gave_is_kept_and_no_convolutions_output(any_backend, case):
     weights = {p.data_ptr() for p in block.parameters()}
     maps = {t.data_ptr() for t in saved if t.dim() == 4} - weights
     units = sum(name.startswith("bn") for name, _ in block.named_children())
-    assert out.data_ptr() in maps and len(maps) == units + 1  # the input, and what each ReLU gave
+    inputs = 1 + (POOLED in case[1])
+    assert out.data_ptr() in maps and len(maps) == inputs + units  # the others are what each ReLU gave
 
 
 def test_constants_may_change_between_forward_and_backward(any_backend):

@@ -36,7 +36,7 @@ from resnet import (
 )
 from resnet.fusing import _KNOWN, BlockLayout, StemLayout, _Block, _Known, _Network
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, randomize, snapshot, step
+from tests.helpers.blocks import draw, infer, randomize, snapshot, step
 
 
 class Shortcut(nn.Sequential):
@@ -123,7 +123,14 @@ def published() -> ResNet:
     return model.to(DEVICE, torch.float64)
 
 
-models = pytest.mark.parametrize("make", [own, net, published])
+def deep() -> ResNet:
+    """A ResNet-D: a stem of three convolutions, and shortcuts that pool their input."""
+    model = ResNet(Bottleneck, depths=(1, 2), widths=(4, 6), num_classes=5, stem="deep", avg_down=True)
+    randomize(model)
+    return model.to(DEVICE, torch.float64)
+
+
+models = pytest.mark.parametrize("make", [own, net, published, deep])
 IMAGES = (2, 3, 32, 28)
 
 
@@ -157,7 +164,7 @@ def test_a_fused_model_does_the_steps_of_the_eager_one(make, train):
 @models
 def test_a_fused_model_keeps_all_that_it_has(make):
     model = make().eval()
-    block = {own: lambda: model[1], net: lambda: model.blocks[0], published: lambda: model.layer1[0]}[make]()
+    block = {own: lambda: model[1], net: lambda: model.blocks[0]}.get(make, lambda: model.layer1[0])()
     block.train()
     calls = []
     block.register_forward_hook(lambda *_: calls.append("hook"))
@@ -300,6 +307,57 @@ def test_a_blocks_part_that_is_shared_is_fused_in_each():
     assert names(fuse(model).fused) == ["", "blocks.0", "blocks.2"]
 
 
+def pooling(block: Block) -> Shortcut:
+    """The block's shortcut, in which a pool now has the stride."""
+    block.shortcut[0], block.shortcut[1].stride = nn.AvgPool2d(2, block.shortcut[1].stride, ceil_mode=True), (1, 1)
+    return block.shortcut
+
+
+def deepened(model: Net) -> nn.Sequential:
+    """The stem's convolution, now two with a BatchNorm and a ReLU between them."""
+    first, last = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, padding=1)
+    model.conv = nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), last)
+    randomize(model)
+    model.to(DEVICE, torch.float64)
+    return model.conv
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_deep_stem_gives_what_the_eager_one_gives(any_backend, train):
+    eager = net().train(train)
+    deepened(eager)
+    eager.train(train).blocks = nn.Identity()
+    fused, x = copy.deepcopy(eager), draw(2, 3, 13, 10, dtype=torch.float64)
+    assert names(fuse(fused).fused) == [""]
+    torch.testing.assert_close(step(fused, x), step(eager, x), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(infer(fused, x), infer(eager, x), atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:Fused.* runs PyTorch's operators")
+def test_what_is_changed_inside_a_deep_stem_or_a_shortcut_with_a_pool_after_fuse_is_run():
+    eager, x = net().eval(), draw(2, 3, 32, 32, dtype=torch.float64)
+    deepened(eager)
+    pooling(eager.blocks[1])
+    fused, called = copy.deepcopy(eager), ([], [])
+    assert len(fuse(fused).fused) == 4
+    for change in (
+        lambda model, hook: None,
+        lambda model, hook: model.conv[3].register_forward_hook(hook),
+        lambda model, hook: model.conv.__setitem__(1, nn.BatchNorm2d(4).to(DEVICE, torch.float64).eval()),
+        lambda model, hook: model.conv.__setitem__(3, nn.Conv2d(4, 8, 3, padding=1).to(DEVICE, torch.float64)),
+        lambda model, hook: model.conv.register_forward_hook(hook),
+        lambda model, hook: model.blocks[1].shortcut[0].register_forward_hook(hook),
+        lambda model, hook: model.blocks[1].shortcut.__setitem__(0, nn.AvgPool2d(8)),  # its one pixel is broadcast
+        lambda model, hook: model.blocks[1].shortcut.__setitem__(0, nn.MaxPool2d(2)),
+    ):
+        for model, kinds in zip((eager, fused), called):
+            torch.manual_seed(1)
+            change(model, lambda module, *_, kinds=kinds: kinds.append(type(module)))
+        with torch.no_grad():
+            torch.testing.assert_close(fused(x), eager(x), atol=1e-12, rtol=1e-12)
+    assert called[0] == called[1] and {*called[0]} == {nn.Conv2d, nn.Sequential, nn.AvgPool2d}
+
+
 # ---- what is left alone ----------------------------------------------------------------------------------------------
 
 
@@ -312,7 +370,10 @@ def test_a_blocks_part_that_is_shared_is_fused_in_each():
         (lambda b: b.conv2.register_forward_hook(print), "conv2 has hooks"),
         (lambda b: b.first.register_forward_pre_hook(print), "first has hooks"),
         (lambda b: b.first.append(nn.Dropout()), "first.3 is a Dropout"),
-        (lambda b: b.shortcut.__setitem__(0, nn.AvgPool2d(2)), "shortcut.0 is a AvgPool2d"),
+        (lambda b: b.shortcut.__setitem__(0, nn.MaxPool2d(2)), "shortcut.0 is a MaxPool2d"),
+        (lambda b: b.shortcut.__setitem__(0, nn.AvgPool2d(2)), "shortcut.1.stride is (2, 2), not (1, 1)"),
+        (lambda b: setattr(b, "shortcut", Shortcut(nn.AvgPool2d(2))), "no convolution with a norm after it"),
+        (lambda b: pooling(b)[0].register_forward_hook(print), "shortcut.0 has hooks"),
         (lambda b: setattr(b, "shortcut", nn.Sequential(*b.shortcut)), "shortcut is a Sequential, not a Shortcut"),
         (lambda b: setattr(b, "bn2", nn.GroupNorm(2, 6)), "bn2 is a GroupNorm"),
         (lambda b: b.shortcut.__setitem__(2, nn.GroupNorm(2, 6)), "shortcut.2 is a GroupNorm, not a BatchNorm2d"),
@@ -346,7 +407,11 @@ def test_a_block_that_might_compute_something_else_is_left_alone(change, reason)
         (lambda m: m.bn.register_forward_hook(print), "bn has hooks"),
         (lambda m: setattr(m, "pool", nn.AvgPool2d(2)), "pool is a AvgPool2d, not a MaxPool2d"),
         (lambda m: setattr(m, "relu", nn.ReLU6()), "relu is a ReLU6"),
-        (lambda m: setattr(m, "conv", nn.Sequential(m.conv)), "conv is a Sequential, not a Conv2d"),
+        (lambda m: setattr(m, "conv", nn.Sequential(m.conv, nn.Tanh())), "conv is a Sequential, not a Conv2d"),
+        (lambda m: deepened(m).__setitem__(2, nn.Tanh()), "conv.2 is a Tanh, not a ReLU"),
+        (lambda m: deepened(m).__setitem__(1, nn.GroupNorm(2, 4)), "conv.1 is a GroupNorm, not a BatchNorm2d"),
+        (lambda m: deepened(m)[3].register_forward_hook(print), "conv.3 has hooks"),
+        (lambda m: deepened(m).register_forward_hook(print), "conv has hooks"),
         (lambda m: setattr(m, "forward", m.forward), "a forward of its own"),
     ],
 )

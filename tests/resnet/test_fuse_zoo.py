@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import fusable, fuse, unfuse
+from resnet import BasicBlock, ResNet, fusable, fuse, unfuse
 from tests.conftest import DEVICE, ROOT
 from tests.helpers.blocks import assert_parity, draw, randomize, snapshot, step, weights_dtype
 
@@ -55,8 +55,8 @@ ZOO = {
     "torchvision resnext50": Entry(lambda: torchvision("resnext50_32x4d"), 1, 16),
     "timm resnet18": Entry(lambda: timm("resnet18"), 9, 0),
     "timm resnet50": Entry(lambda: timm("resnet50"), 17, 0),
-    "timm resnet18d": Entry(lambda: timm("resnet18d"), 5, 4),
-    "timm resnet26t": Entry(lambda: timm("resnet26t"), 5, 4),
+    "timm resnet18d": Entry(lambda: timm("resnet18d"), 9, 0),
+    "timm resnet26t": Entry(lambda: timm("resnet26t"), 9, 0),
     "timm seresnet18": Entry(lambda: timm("seresnet18"), 1, 8),
     "transformers basic": Entry(lambda: transformers("basic"), 5, 0),
     "transformers bottleneck": Entry(lambda: transformers("bottleneck"), 5, 0),
@@ -133,6 +133,13 @@ def test_outputs_and_statistics_in_float32_are_as_exact_as_eagers(name):
         fuse(fused)
         results.append(tuple(outputs(model, draw(*IMAGES, seed=seed)) for model in (eager, fused, exact)))
     assert_parity(results)
+
+
+def test_a_published_resnet_d_takes_timms_weights():
+    eager = timm("resnet18d").to(DEVICE, torch.float64)
+    own = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=5, stem="deep", avg_down=True).to(DEVICE, torch.float64)
+    own.load_state_dict(eager.state_dict(), strict=True)
+    torch.testing.assert_close(one_step(own, draw(*IMAGES)), one_step(eager, draw(*IMAGES)), atol=1e-9, rtol=1e-7)
 
 
 @zoo
@@ -248,7 +255,8 @@ def test_scripted_and_symbolically_traced_models_compute_the_same(name, monkeypa
         (lambda: timm("resnet18", act_layer="silu"), ["act1 is a SiLU"]),
         (lambda: timm("resnetblur50"), ["aa is a BlurPool2d", "maxpool is a Sequential"]),
         (lambda: timm("seresnet18"), ["se is a SEModule"]),
-        (lambda: timm("resnet18d"), ["downsample.0 is a AvgPool2d", "conv1 is a Sequential"]),
+        (lambda: timm("resnet18d", act_layer="silu"), ["act1 is a SiLU", "conv1.2 is a SiLU"]),
+        (lambda: timm("resnet18d", output_stride=8), ["downsample.0 is a AvgPool2dSame", "conv1.padding is (2"]),
         (
             lambda: transformers("basic", hidden_act="gelu"),
             ["embedder.activation is a GELU", "activation is a GELU"],

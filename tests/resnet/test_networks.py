@@ -47,6 +47,13 @@ def test_wide_bottlenecks_give_the_published_count_of_the_wide_net():
     assert parameters(on_meta(ResNet, Bottleneck, DEPTHS[50], mid_widths=(128, 256, 512, 1024))) == 68_883_240
 
 
+@pytest.mark.parametrize(("block", "depth", "count"), [(BasicBlock, 18, 11_708_744), (Bottleneck, 50, 25_576_264)])
+def test_a_deep_stem_and_pooled_shortcuts_give_timms_count_of_resnet_d(block, depth, count):
+    net = on_meta(ResNet, block, DEPTHS[depth], stem="deep", avg_down=True)
+    assert parameters(net) == count
+    assert net[:-3](torch.empty(1, 3, 225, 193, device="meta")).shape == (1, 512 * block.expansion, 8, 7)
+
+
 def torchvision_keys(depth: int) -> list[str]:
     """The keys of torchvision's `resnet{depth}().state_dict()`, in order."""
 
@@ -145,7 +152,7 @@ def test_a_published_net_is_scripted_and_cut_as_a_sequence(monkeypatch):
         ({"mid_widths": (4,)}, r"mid_widths: expected 2 numbers, got 1: \(4,\)"),
         ({"num_classes": 0}, "num_classes: expected a whole number of at least 1, got 0"),
         ({"in_channels": "3"}, "in_channels: expected a whole number of at least 1, got '3'"),
-        ({"stem": "textbook"}, "stem: expected one of imagenet, small, got 'textbook'"),
+        ({"stem": "textbook"}, "stem: expected one of imagenet, small, deep, got 'textbook'"),
     ],
 )
 def test_what_no_net_can_be_made_of_is_an_error_that_names_it(changed, message):

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from resnet import FusedBottleneck, FusedResidual, FusedStem, resnet_block
 from resnet.norm import Norm
 from resnet.operands import (
+    BLOCK_KINDS,
     BatchNormAddReluKept,
     KeptConv,
+    Pooled,
     Projection,
     Stem,
     StemKept,
@@ -149,14 +151,15 @@ def test_stem_backward_passes_opcheck(any_backend, options):
     opcheck(ops.stem_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
 
 
-BLOCKS = ("identity", "1x1", "1x1, stride 2", "normed", "normed, stride 2")  # shortcuts
+BLOCKS = ("identity", "1x1", "1x1, stride 2", "normed", "normed, stride 2", "pooled, stride 2")  # shortcuts
 NORMS = {"first_training": BOTH, "last_training": BOTH, "affine": BOTH, "conv_bias": BOTH}
 
 
 def block_arguments(options: dict) -> tuple:
     """The arguments of a block of 2 or 3 units, as its kind describes them."""
     units, shortcut, by_autocast = options["units"], options["block"], options.get("cast", False)
-    normed, stride = shortcut.startswith("normed"), 2 if shortcut.endswith("2") else 1
+    pooled, stride = shortcut.startswith("pooled"), 2 if shortcut.endswith("2") else 1
+    normed = pooled or shortcut.startswith("normed")
     settings = {k: options[k] for k in ("affine", "running", "conv_bias", "averaged") if k in options}
     C, K = (3, 3) if shortcut == "identity" else (2, 3)
 
@@ -171,16 +174,18 @@ def block_arguments(options: dict) -> tuple:
         for i, (size, s) in enumerate(chain)
     ]
     if normed:
-        projection = unit(K, C, 1, stride, 7, first)
+        projection = unit(K, C, 1, 1 if pooled else stride, 7, first)
     else:
         conv, master = cast(None if shortcut == "identity" else weight(K, C, 1, 7), by_autocast)
         bias = None if conv is None else vector(K, 4, grad=True)
         projection = Projection(conv, bias, stride, master)
-    return block_kind(units, normed).arguments(draw(2, C, 4, 3).requires_grad_(), tuple(parts), projection)
+    x, *read = draw(2, C, 4, 3).requires_grad_(), *[Pooled(draw(2, C, 2, 2), 2, 2)] * pooled
+    return block_kind(units, normed, pooled).arguments(x, tuple(parts), projection, *read)
 
 
-def kind_of(arguments: tuple):
-    return block_kind(len(arguments.units), isinstance(arguments.shortcut, Unit))
+def kind_of(arguments: tuple, kind=block_kind):
+    _, units, shortcut, *pooled = arguments
+    return kind(len(units), isinstance(shortcut, Unit), pooled != [])
 
 
 @each(pairwise(units=(2, 3), block=BLOCKS, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS))
@@ -195,7 +200,8 @@ def test_the_backward_of_a_block_passes_opcheck(any_backend, options):
     kind, flat = kind_of(arguments), pack(arguments)
     with torch.no_grad():
         output = unpack(kind.output, getattr(ops, kind.name)(*flat))
-    kept = kind.kept(arguments.x, output, tuple(unit.kept() for unit in arguments.units), arguments.shortcut.kept())
+    x, units, shortcut, *pooled = arguments
+    kept = kind.kept(x, output, tuple(unit.kept() for unit in units), shortcut.kept(), *pooled)
     dout = draw(*output.out.shape, seed=5)
     op = getattr(ops, f"{kind.name}_backward")
     opcheck(op, backward_arguments(dout, kept, flat, options["all_needed"]))
@@ -217,12 +223,13 @@ def test_a_block_with_norms_of_constants_passes_opcheck(any_backend, options):
 @each(pairwise(units=(2, 3), block=BLOCKS, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
 def test_the_backward_of_a_block_with_norms_of_constants_passes_opcheck(any_backend, options):
     arguments = frozen_arguments(options)
-    kind, flat = frozen_kind(len(arguments.units), isinstance(arguments.shortcut, Unit)), pack(arguments)
+    kind, flat = kind_of(arguments, frozen_kind), pack(arguments)
     with torch.no_grad():
         output = unpack(kind.output, getattr(ops, kind.name)(*flat))
-    convs = tuple(KeptConv(unit.weight, unit.stride, unit.padding, unit.master) for unit in arguments.units)
-    shortcut = arguments.shortcut
-    kept = kind.kept(arguments.x, output, convs, Projection(shortcut.weight, None, shortcut.stride, shortcut.master))
+    x, units, shortcut, *pooled = arguments
+    convs = tuple(KeptConv(unit.weight, unit.stride, unit.padding, unit.master) for unit in units)
+    projection = Projection(shortcut.weight, None, shortcut.stride, shortcut.master)
+    kept = kind.kept(x, output, convs, projection, *pooled)
     dout = draw(*output.out.shape, seed=5)
     op = getattr(ops, f"{kind.name}_backward")
     opcheck(op, backward_arguments(dout, kept, flat, options["all_needed"]))
@@ -255,7 +262,7 @@ def test_every_registered_operator_has_an_opcheck_here():
     registered = {name.removeprefix("fused_residual::") for name in schemas if name.startswith("fused_residual::")}
     tests = [name.removeprefix("test_") for name in globals() if name.endswith("_passes_opcheck")]
     named = {name.removesuffix("_passes_opcheck") for name in tests if "a_block" not in name}
-    blocks = {block_kind(units, normed).name for units in (2, 3) for normed in BOTH}
+    blocks = {kind.name for kind in BLOCK_KINDS}
     ends = ("", "_backward", "_inference", "_frozen", "_frozen_backward")
     assert registered == named | {f"{block}{end}" for block in blocks for end in ends}
 
