@@ -28,28 +28,30 @@ from resnet.kernels.tuning.devices import device_facts
 
 _CANCELLED = ("conv1.bias", "conv2.bias")  # their gradients are rounding alone where BatchNorm follows
 _DTYPES = ("bfloat16", "float16", "float32", "tf32")
+_TRAINING, _EVALUATION, _CONSTANT = "training", "evaluation", "norms of constants"
 
 
 @dataclass(frozen=True)
 class Task:
     shape: tuple[int, int, int, int]  # input channels, channels, stride, height and width
     dtype: str
-    train: bool
-    kind: str = "Residual"  # a block of `resnet`; a published one has its width in place of the channels
+    mode: str
+    # A block of `resnet`. A published one has its width in place of the channels; with -D its shortcut pools its input.
+    kind: str = "Residual"
 
     @property
     def name(self) -> str:
         C, K, stride, size = self.shape
         kind = "" if self.kind == "Residual" else f"{self.kind} "
-        mode = "training" if self.train else "evaluation"
-        return f"{kind}{C}->{K}, stride {stride}, {size}x{size}, {self.dtype}, {mode}"
+        return f"{kind}{C}->{K}, stride {stride}, {size}x{size}, {self.dtype}, {self.mode}"
 
     def block(self) -> nn.Module:
         """The eager block."""
         C, K, stride, _ = self.shape
-        return (
-            Residual(C, K, stride != 1, stride) if self.kind == "Residual" else getattr(resnet, self.kind)(C, K, stride)
-        )
+        if self.kind == "Residual":
+            return Residual(C, K, stride != 1, stride)
+        name = self.kind.removesuffix("-D")
+        return getattr(resnet, name)(C, K, stride, avg_down=name != self.kind)
 
     @property
     def type(self) -> torch.dtype:
@@ -57,15 +59,21 @@ class Task:
 
 
 def tasks(scale: Scale) -> list[Task]:
-    """All shapes in the first type, in the others a part of them; the published blocks come last."""
+    """All shapes in the first type, in the others and with norms of constants a part of them; the published blocks."""
+    modes = (_TRAINING, _EVALUATION)
     return [
         *(
-            Task(shape, dtype, train)
+            Task(shape, dtype, mode)
             for dtype in _DTYPES
             for shape in (scale.blocks if dtype == _DTYPES[0] else scale.blocks[:2])
-            for train in (True, False)
+            for mode in modes
         ),
-        *(Task(tuple(shape), _DTYPES[0], train, kind) for kind, *shape in scale.published for train in (True, False)),
+        *(Task(shape, _DTYPES[0], _CONSTANT) for shape in scale.blocks[:2]),
+        *(
+            Task(tuple(shape), _DTYPES[0], mode, kind)
+            for kind, *shape in scale.published
+            for mode in (*modes, *[_CONSTANT] * kind.endswith("-D"))
+        ),
     ]
 
 
@@ -128,19 +136,22 @@ def _check(task: Task, scale: Scale) -> dict[str, object]:
 
 def _results(block: nn.Module, x: Tensor, dout: Tensor, task: Task, scale: Scale) -> dict[str, Tensor]:
     """Output, gradients and running statistics; in evaluation the output alone."""
-    block = block.to(scale.device, memory_format=torch.channels_last).train(task.train)
+    block = block.to(scale.device, memory_format=torch.channels_last).train(task.mode == _TRAINING)
+    wants_grads = task.mode != _EVALUATION
+    for parameter in block.parameters():
+        parameter.requires_grad_(task.mode != _CONSTANT or parameter.dim() > 1)
     exact = next(block.parameters()).dtype == torch.float64
     cast = not exact and task.type in (torch.float16, torch.bfloat16)
     dtype = torch.float64 if exact else task.type
-    x = x.to(scale.device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_(task.train)
+    x = x.to(scale.device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_(wants_grads)
     with (
         torch.autocast(scale.device.type, task.type) if cast else nullcontext(),
-        nullcontext() if task.train else torch.no_grad(),
+        nullcontext() if wants_grads else torch.no_grad(),
     ):
         out = block(x)
-    if not task.train:
+    if not wants_grads:
         return {"out": out}
-    names, leaves = zip(*block.named_parameters(), strict=True)
+    names, leaves = zip(*[(name, p) for name, p in block.named_parameters() if p.requires_grad], strict=True)
     grads = torch.autograd.grad(out, (x, *leaves), dout.to(scale.device, out.dtype))
     found = {"out": out.detach(), "dx": grads[0]}
     found |= {name: grad for name, grad in zip(names, grads[1:], strict=True) if name not in _CANCELLED}
