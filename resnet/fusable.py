@@ -51,10 +51,10 @@ class StemParts(NamedTuple):
 
 
 class DeepStemParts(NamedTuple):
-    """The modules of a stem of several convolutions in a container, all but the last one with a norm and a ReLU."""
+    """The modules of a stem of several convolutions, each with a norm and a ReLU."""
 
-    container: Watched
-    pieces: tuple[StemParts, ...]  # those in the container, and the last convolution with what follows the container
+    containers: tuple[Watched, ...]
+    pieces: tuple[StemParts, ...]  # one for each convolution, the last with the pool
 
 
 # ---- why not -----------------------------------------------------------------------------------------------------

@@ -353,7 +353,7 @@ class FusedDeepStemBase(FusedStemBase):
         parts = self._parts()
         if type(parts) is not DeepStemParts:
             return super()._run(X, parts)
-        reason = _GLOBAL_HOOKS if _has_any_global_hook() else unfusable(*parts.container)
+        reason = _GLOBAL_HOOKS if _has_any_global_hook() else unfusable_other(parts.containers)
         if reason is not None:
             warn_once(type(self).__name__, reason)
             return self._eager(X)
@@ -364,7 +364,7 @@ class FusedDeepStemBase(FusedStemBase):
     def _reason_not_to_fuse(self, parts: StemParts | DeepStemParts) -> str | None:
         if type(parts) is not DeepStemParts:
             return super()._reason_not_to_fuse(parts)
-        found = (unfusable(*parts.container), *map(super()._reason_not_to_fuse, parts.pieces))
+        found = (unfusable_other(parts.containers), *map(super()._reason_not_to_fuse, parts.pieces))
         return next(filter(None, found), None)
 
 

@@ -69,17 +69,18 @@ class BlockLayout(NamedTuple):
 class StemLayout(NamedTuple):
     """The dotted names of the modules that a stem's forward calls."""
 
-    conv: str  # a convolution, or a container of several: a deep stem
+    conv: str  # the last one, or a container of several: a deep stem
     bn: str
     relu: str
     pool: str  # of a net for small images it may be an identity
     containers: tuple[tuple[str, type | str], ...] = ()
+    before: tuple[tuple[str, str, str], ...] = ()  # of a deep stem: the other convolutions, each with its norm and ReLU
     shortcut = ""
     optional = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.conv, self.bn, self.relu, self.pool
+        return (*sum(self.before, ()), self.conv, self.bn, self.relu, self.pool)
 
     @property
     def perhaps_container(self) -> str:
@@ -109,6 +110,22 @@ def _transformers(count: int) -> BlockLayout:
         containers=(("layer", nn.Sequential), *((layer, "ResNetConvLayer") for layer in layers)),
         shortcut_class="ResNetShortCut",
     )
+
+
+def _rt_detr(count: int) -> BlockLayout:
+    """`_transformers` in ResNet-D's form: the shortcut may lie beside a pool in a container."""
+    layout = _transformers(count)
+    containers = tuple(
+        (name, kind if kind is nn.Sequential else "RTDetrResNetConvLayer") for name, kind in layout.containers
+    )
+    return layout._replace(containers=containers, shortcut_class="RTDetrResNetShortCut")
+
+
+def _rt_detr_stem() -> StemLayout:
+    layers = [f"embedder.{i}" for i in range(3)]
+    *before, last = ((f"{layer}.convolution", f"{layer}.normalization", f"{layer}.activation") for layer in layers)
+    containers = (("embedder", nn.Sequential), *((layer, "RTDetrResNetConvLayer") for layer in layers))
+    return StemLayout(*last, "pooler", containers, tuple(before))
 
 
 def _places(layout: BlockLayout | StemLayout) -> frozenset[str]:
@@ -149,9 +166,17 @@ def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, 
         return UnitParts(module, None, name), [], None
     if type(module) is nn.Identity or not isinstance(module, nn.Module):
         return None, [Watched(name, module, nn.Identity)], None
+    children = [(f"{name}.{key}", child) for key, child in module._modules.items()]
     others, conv, bn, pool = [Watched(name, module, kind)], None, None, None
-    for key, child in module._modules.items():
-        place = f"{name}.{key}"
+    if kind is not nn.Sequential and type(module) is nn.Sequential and kind in map(type, module._modules.values()):
+        others, every, children = [Watched(name, module, nn.Sequential)], children, []
+        for place, child in every:
+            if type(child) is kind:
+                others.append(Watched(place, child, kind))
+                children += ((f"{place}.{key}", inner) for key, inner in child._modules.items())
+            else:
+                children.append((place, child))
+    for place, child in children:
         if conv is None and isinstance(child, _ConvNd):
             conv = place, child
         elif conv is not None and bn is None and type(child) not in (nn.Identity, type(None)):
@@ -227,6 +252,8 @@ class _Changed:
         if kept is None or not kept.hold(self):
             places = [*(name for name, _ in self._layout.containers), self._layout.perhaps_container]
             containers = [self, *(_held(self, name) for name in places)]
+            if isinstance(containers[-1], nn.Sequential):  # in which one of a library's own may lie
+                containers += containers[-1]._modules.values()
             children = [module._modules for module in containers if isinstance(module, nn.Module)]
             _kept[self] = kept = _Kept(self._find_parts(), tuple((now, dict(now)) for now in children))
         return kept.parts
@@ -254,13 +281,13 @@ class _Stem(_Changed, FusedDeepStemBase):
         return self._layout.names
 
     def _find_parts(self) -> StemParts | DeepStemParts:
-        conv, bn, relu, name = self._layout.names
-        last, container, before = _held(self, conv), None, []
-        if type(last) is nn.Sequential and len(last) % 3 == 1:
-            container = Watched(conv, last, nn.Sequential)
-            *children, (conv, last) = [(f"{conv}.{key}", child) for key, child in last._modules.items()]
-            before = [_piece(*children[i : i + 3]) for i in range(0, len(children), 3)]
+        *names, conv, bn, relu, name = self._layout.names
+        before, last = [(each, _held(self, each)) for each in names], _held(self, conv)
         pool, others = Watched(name, _held(self, name), nn.MaxPool2d), _watched(self)
+        containers = [*others] if before else []
+        if type(last) is nn.Sequential and len(last) % 3 == 1:
+            containers = [*others, Watched(conv, last, nn.Sequential)]
+            *before, (conv, last) = [(f"{conv}.{key}", child) for key, child in last._modules.items()]
         if name not in self._called():
             pool = None
         elif type(pool.module) is nn.Identity:
@@ -268,7 +295,9 @@ class _Stem(_Changed, FusedDeepStemBase):
             pool = None
         unit, activation = UnitParts(last, _held(self, bn), conv, bn), Watched(relu, _held(self, relu), nn.ReLU)
         parts = StemParts(unit, activation, pool, tuple(others))
-        return parts if container is None else DeepStemParts(container, (*before, parts))
+        if not containers:
+            return parts
+        return DeepStemParts(tuple(containers), (*map(_piece, *(before[i::3] for i in range(3))), parts))
 
 
 def _piece(conv: tuple[str, nn.Module], bn: tuple[str, nn.Module], relu: tuple[str, nn.Module]) -> StemParts:
@@ -402,6 +431,14 @@ _KNOWN = {
             containers=(("embedder", "ResNetConvLayer"),),
         ),
     ),
+    **{
+        f"transformers.models.rt_detr.modeling_rt_detr_resnet.{name}": _Known(mixin, layout)
+        for name, mixin, layout in (
+            ("RTDetrResNetBasicLayer", _Block, _rt_detr(2)),
+            ("RTDetrResNetBottleNeckLayer", _Block, _rt_detr(3)),
+            ("RTDetrResNetEmbeddings", _Embeddings, _rt_detr_stem()),
+        )
+    },
 }
 _OWN: dict[type[nn.Module], type[nn.Module]] = {  # which have names already
     BasicBlock: FusedBasicBlock,
@@ -621,9 +658,9 @@ def fuse(model: nn.Module) -> FuseReport:
     whoever reads it needs this library. For a fused copy call `copy.deepcopy` first: a choice between the two here
     would have `fuse` return now a model and now a report.
 
-    Known are this library's blocks and stems, and those of the ResNets of torchvision, timm and transformers. Where a
-    network calls the modules of its stem itself, it is the network that changes its class. A module stays as it is
-    where it might compute something else than the operator: with another activation or norm, groups, dilation,
+    Known are this library's blocks and stems, and those of the ResNets of torchvision, timm and transformers, RT-DETR's
+    too. Where a network calls the modules of its stem itself, it is the network that changes its class. A module stays
+    as it is where it might compute something else than the operator: with another activation or norm, groups, dilation,
     attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known one.
 
     A second call changes nothing, and its report is the same.

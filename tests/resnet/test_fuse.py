@@ -307,9 +307,13 @@ def test_a_blocks_part_that_is_shared_is_fused_in_each():
     assert names(fuse(model).fused) == ["", "blocks.0", "blocks.2"]
 
 
-def pooling(block: Block) -> Shortcut:
-    """The block's shortcut, in which a pool now has the stride."""
-    block.shortcut[0], block.shortcut[1].stride = nn.AvgPool2d(2, block.shortcut[1].stride, ceil_mode=True), (1, 1)
+def pooling(block: Block, nested: bool = False) -> nn.Sequential:
+    """The block's shortcut, in which a pool now has the stride; nested, what was the shortcut follows the pool."""
+    pool, block.shortcut[1].stride = nn.AvgPool2d(2, block.shortcut[1].stride, ceil_mode=True), (1, 1)
+    if nested:
+        block.shortcut = nn.Sequential(pool, block.shortcut)
+    else:
+        block.shortcut[0] = pool
     return block.shortcut
 
 
@@ -337,7 +341,7 @@ def test_a_deep_stem_gives_what_the_eager_one_gives(any_backend, train):
 def test_what_is_changed_inside_a_deep_stem_or_a_shortcut_with_a_pool_after_fuse_is_run():
     eager, x = net().eval(), draw(2, 3, 32, 32, dtype=torch.float64)
     deepened(eager)
-    pooling(eager.blocks[1])
+    pooling(eager.blocks[1], nested=True)
     fused, called = copy.deepcopy(eager), ([], [])
     assert len(fuse(fused).fused) == 4
     for change in (
@@ -346,6 +350,7 @@ def test_what_is_changed_inside_a_deep_stem_or_a_shortcut_with_a_pool_after_fuse
         lambda model, hook: model.conv.__setitem__(1, nn.BatchNorm2d(4).to(DEVICE, torch.float64).eval()),
         lambda model, hook: model.conv.__setitem__(3, nn.Conv2d(4, 8, 3, padding=1).to(DEVICE, torch.float64)),
         lambda model, hook: model.conv.register_forward_hook(hook),
+        lambda model, hook: model.blocks[1].shortcut[1].__setitem__(1, nn.Conv2d(8, 12, 1).to(DEVICE, torch.float64)),
         lambda model, hook: model.blocks[1].shortcut[0].register_forward_hook(hook),
         lambda model, hook: model.blocks[1].shortcut.__setitem__(0, nn.AvgPool2d(8)),  # its one pixel is broadcast
         lambda model, hook: model.blocks[1].shortcut.__setitem__(0, nn.MaxPool2d(2)),
@@ -374,6 +379,8 @@ def test_what_is_changed_inside_a_deep_stem_or_a_shortcut_with_a_pool_after_fuse
         (lambda b: b.shortcut.__setitem__(0, nn.AvgPool2d(2)), "shortcut.1.stride is (2, 2), not (1, 1)"),
         (lambda b: setattr(b, "shortcut", Shortcut(nn.AvgPool2d(2))), "no convolution with a norm after it"),
         (lambda b: pooling(b)[0].register_forward_hook(print), "shortcut.0 has hooks"),
+        (lambda b: pooling(b, nested=True)[1].register_forward_hook(print), "shortcut.1 has hooks"),
+        (lambda b: pooling(b, nested=True).append(nn.Tanh()), "shortcut.2 is a Tanh, not a Identity"),
         (lambda b: setattr(b, "shortcut", nn.Sequential(*b.shortcut)), "shortcut is a Sequential, not a Shortcut"),
         (lambda b: setattr(b, "bn2", nn.GroupNorm(2, 6)), "bn2 is a GroupNorm"),
         (lambda b: b.shortcut.__setitem__(2, nn.GroupNorm(2, 6)), "shortcut.2 is a GroupNorm, not a BatchNorm2d"),

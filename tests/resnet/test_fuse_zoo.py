@@ -38,6 +38,26 @@ def transformers(layer_type: str, **options) -> nn.Module:
     return library.ResNetForImageClassification(config)
 
 
+class Features(nn.Module):
+    """The last map of a backbone."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.backbone(x).feature_maps[-1]
+
+
+def rt_detr(layer_type: str) -> nn.Module:
+    """The backbone of RT-DETR."""
+    library = pytest.importorskip("transformers")
+    config = library.RTDetrResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 24], depths=[1, 2], layer_type=layer_type, out_features=["stage2"]
+    )
+    return Features(library.RTDetrResNetBackbone(config))
+
+
 def of_frozen_norms(name: str) -> nn.Module:
     return torchvision(name, norm_layer=pytest.importorskip("torchvision").ops.FrozenBatchNorm2d)
 
@@ -61,6 +81,8 @@ ZOO = {
     "transformers basic": Entry(lambda: transformers("basic"), 5, 0),
     "transformers bottleneck": Entry(lambda: transformers("bottleneck"), 5, 0),
     "transformers stride first": Entry(lambda: transformers("bottleneck", downsample_in_bottleneck=True), 5, 0),
+    "transformers RT-DETR, basic": Entry(lambda: rt_detr("basic"), 4, 0),
+    "transformers RT-DETR, bottleneck": Entry(lambda: rt_detr("bottleneck"), 4, 0),
 }
 zoo = pytest.mark.parametrize("name", ZOO)
 ONE_OF_EACH = ("torchvision resnet18", "timm resnet18", "transformers bottleneck")
