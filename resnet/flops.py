@@ -17,6 +17,8 @@ from resnet.operands import (
     BLOCK_KINDS,
     FROZEN_KINDS,
     BlockKind,
+    DeepStem,
+    DeepStemKept,
     Stem,
     StemKept,
     Unit,
@@ -42,13 +44,24 @@ def _unit(x: Sequence[int], unit: Unit) -> int:
     return _convolution(x, unit.weight, unit.stride, unit.padding)
 
 
-def _block(a: tuple) -> tuple[list[int], int]:
-    """Operations of a block's units, and of its shortcut; `a` has the fields of a `BlockKind`'s arguments."""
-    x, units, shortcut = a.x, [], a.shortcut
+def _chain(a: tuple) -> list[int]:
+    """Operations of each unit of a chain from x on."""
+    x, units = a.x, []
     for unit in a.units:
         units.append(_unit(x, unit))
         x = (x[0], unit.weight[0], *out_map(x, unit.weight, unit.stride, unit.padding))
-    return units, 0 if shortcut.weight is None else _convolution(shortcut_input(a), shortcut.weight, shortcut.stride, 0)
+    return units
+
+
+def _chain_backward(a: tuple, needs: tuple) -> int:
+    """Operations of the gradients that are wanted."""
+    return sum(n * (asked + unit.weight) for n, asked, unit in zip(_chain(a), grad_inputs(needs), needs.units))
+
+
+def _shortcut(a: tuple) -> int:
+    """Operations of a block's shortcut; `a` has the fields of a `BlockKind`'s arguments."""
+    weight, stride = a.shortcut.weight, a.shortcut.stride
+    return 0 if weight is None else _convolution(shortcut_input(a), weight, stride, 0)
 
 
 def _stem_flops(*flat, out_shape: object = None) -> int:
@@ -63,20 +76,30 @@ def _stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -
 
 def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
     def forward(*flat, out_shape: object = None) -> int:
-        units, shortcut = _block(unpack(kind.arguments, flat))
-        return sum(units) + shortcut
+        block = unpack(kind.arguments, flat)
+        return sum(_chain(block)) + _shortcut(block)
 
     def backward(dout: Sequence[int], *rest, out_shape: object = None) -> int:
         *kept, needs = rest
-        units, shortcut = _block(unpack(kind.kept, kept))
-        needs = all_wanted(unpack(kind.arguments, needs))
-        total = sum(n * (asked + unit.weight) for n, asked, unit in zip(units, grad_inputs(needs), needs.units))
-        return total + shortcut * (needs.x + needs.shortcut.weight)
+        kept, needs = unpack(kind.kept, kept), all_wanted(unpack(kind.arguments, needs))
+        return _chain_backward(kept, needs) + _shortcut(kept) * (needs.x + needs.shortcut.weight)
 
     return {kind.name: forward, f"{kind.name}_backward": backward}
 
 
+def _deep_stem_flops(*flat, out_shape: object = None) -> int:
+    return sum(_chain(unpack(DeepStem, flat)))
+
+
+def _deep_stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -> int:
+    *kept, needs = rest
+    return _chain_backward(unpack(DeepStemKept, kept), all_wanted(unpack(DeepStem, needs)))
+
+
 _FORMULAS = {
+    "deep_stem": _deep_stem_flops,
+    "deep_stem_inference": _deep_stem_flops,
+    "deep_stem_backward": _deep_stem_backward_flops,
     "stem": _stem_flops,
     "stem_inference": _stem_flops,
     "stem_backward": _stem_backward_flops,

@@ -48,13 +48,7 @@ class StemParts(NamedTuple):
     relu: Watched
     pool: Watched | None  # None: there is no pool, and the convolution is left to PyTorch
     others: tuple[Watched, ...] = ()
-
-
-class DeepStemParts(NamedTuple):
-    """The modules of a stem of several convolutions, each with a norm and a ReLU."""
-
-    containers: tuple[Watched, ...]
-    pieces: tuple[StemParts, ...]  # one for each convolution, the last with the pool
+    before: tuple[UnitParts, ...] = ()  # of a deep stem: the units before it; their ReLUs are among the others
 
 
 # ---- why not -----------------------------------------------------------------------------------------------------

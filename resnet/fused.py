@@ -28,7 +28,6 @@ from resnet.checks import (
 from resnet.functional import channels_last, checked, unchecked
 from resnet.fusable import (
     BlockParts,
-    DeepStemParts,
     StemParts,
     UnitParts,
     Watched,
@@ -263,9 +262,8 @@ class FusedStemBase(_Fused):
     def _parts(self) -> StemParts | str:
         raise NotImplementedError
 
-    def _run(self, X: Tensor, parts: StemParts | str | None = None) -> Tensor:
-        if parts is None:
-            parts = self._parts()
+    def _run(self, X: Tensor) -> Tensor:
+        parts = self._parts()
         if type(parts) is str or parts.pool is not None:
             return super()._run(X, parts)
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
@@ -284,88 +282,69 @@ class FusedStemBase(_Fused):
         return _without_pool(parts.unit, norm, X)
 
     def _operator(self, parts: StemParts) -> str:
-        return "stem"
+        return "deep_stem" if parts.before else "stem"
 
     def _state(self, parts: StemParts | str) -> tuple:
         if type(parts) is str:
             return "stem", parts
-        (conv, bn, *_), relu, pool, others = parts
-        watched = [(other.kind, module_state(other.module)) for other in (relu, *others)]
-        return "stem", conv_state(conv), module_state(bn), pool_state(pool.module), *watched
+        _, relu, pool, others, _ = parts
+        state = ["stem", pool_state(pool.module)]
+        for conv, bn, *_ in _units_of(parts):
+            state += (conv_state(conv), module_state(bn))
+        for other in (relu, *others):
+            state.append((other.kind, module_state(other.module)))
+        return tuple(state)
 
     def _reason_not_to_fuse(self, parts: StemParts) -> str | None:
-        (conv, bn, conv_name, bn_name), relu, pool, others = parts
-        return (
-            unfusable_other(others)
-            or unfusable(conv_name, conv, nn.Conv2d)
-            or (pool and unfusable_conv(conv_name, conv, None, None, None))
-            or unfusable_norm(bn_name, bn)
-            or unfusable(*relu)
-            or (pool and unfusable_pool(pool.name, pool.module))
-        )
+        _, relu, pool, others, before = parts
+        reason = unfusable_other((*others, relu))
+        if before and (len(before) != 2 or pool is None):
+            reason = reason or f"its convolutions are {len(before) + 1}, not 1 or 3 with a pool"
+        for conv, bn, conv_name, bn_name in _units_of(parts):
+            reason = reason or unfusable(conv_name, conv, nn.Conv2d)
+            reason = reason or (pool and unfusable_conv(conv_name, conv, None, None, None))
+            reason = reason or unfusable_norm(bn_name, bn)
+        return reason or (pool and unfusable_pool(pool.name, pool.module))
 
     def _norm_pairs(self, parts: StemParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
-        return [(parts.unit.bn, parts.unit.conv)]
+        return [(unit.bn, unit.conv) for unit in _units_of(parts)]
 
     def _check(self, parts: StemParts, X: Tensor, flat: list, norms: list[Norm], cast: bool) -> str | None:
-        (conv, _, name, bn_name), (norm,), x = parts.unit, norms, flat[0]
-        (shape,) = _weight_shapes([conv], lambda shapes: _is_of(norm, shapes[0][0]))
-        K, C, R, S = shape
+        units, x = _units_of(parts), flat[0]
+
+        def fit(shapes: list[tuple[int, ...]]) -> bool:
+            chained = [shape[1] for shape in shapes[1:]] == [shape[0] for shape in shapes[:-1]]
+            return chained and all(_is_of(norm, shape[0]) for norm, shape in zip(norms, shapes, strict=True))
+
+        shapes = _weight_shapes([unit.conv for unit in units], fit)
+        C, size = shapes[0][1], x.shape[2:]
         check_activation(X, C)
         if not cast:
-            check_input_type(x, {f"{name}.weight": conv.weight})
-        check_conv_weight(f"{name}.weight", conv.weight, x, shape, cast)
-        if R != S:
-            return f"{name}.weight is {R}x{S}, not square"
-        reason = unlike_input(bn_name, parts.unit.bn, x.dtype)
-        if reason is not None:
-            return reason
-        check_norm(norm, x, K, bn_name)
-        size = [out_size(s, R, conv.stride[0], conv.padding[0]) for s in x.shape[2:]]
-        check_values_per_channel(norm, (x.shape[0], K, *size), bn_name)
+            check_input_type(x, {f"{unit.conv_name}.weight": unit.conv.weight for unit in units})
+        for unit, norm, (K, _, R, S) in zip(units, norms, shapes, strict=True):
+            conv, bn, name, bn_name = unit
+            check_conv_weight(f"{name}.weight", conv.weight, x, (K, C, R, S), cast)
+            if R != S:
+                return f"{name}.weight is {R}x{S}, not square"
+            reason = unlike_input(bn_name, bn, x.dtype)
+            if reason is not None:
+                return reason
+            check_norm(norm, x, K, bn_name)
+            C, size = K, [out_size(s, R, conv.stride[0], conv.padding[0]) for s in size]
+            check_values_per_channel(norm, (x.shape[0], K, *size), bn_name)
         return None
 
     def _arguments(self, parts: StemParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> list:
-        conv = parts.unit.conv
-        weights, masters = _weights([conv], x, cast)
-        return [x, weights[0], conv.stride[0], conv.padding[0], *norms[0], masters[0]]
+        convs = [unit.conv for unit in _units_of(parts)]
+        weights, masters = _weights(convs, x, cast)
+        flat = [x]
+        for conv, norm, weight, master in zip(convs, norms, weights, masters):
+            flat += (weight, conv.stride[0], conv.padding[0], *norm, master)
+        return flat
 
 
-class FusedStemPiece(FusedStemBase):
-    """One convolution of a deep stem, with what follows it. It is no module: its parts are the stem's."""
-
-    def __init__(self, parts: StemParts):
-        self._held = parts
-
-    def _parts(self) -> StemParts:
-        return self._held
-
-    def _eager(self, X: Tensor) -> Tensor:
-        (conv, bn, *_), relu, pool, _ = self._held
-        out = relu.module(bn(conv(X)))
-        return out if pool is None else pool.module(out)
-
-
-class FusedDeepStemBase(FusedStemBase):
-    """A stem that may be a deep one: `_parts` may give a `DeepStemParts`, too."""
-
-    def _run(self, X: Tensor) -> Tensor:
-        parts = self._parts()
-        if type(parts) is not DeepStemParts:
-            return super()._run(X, parts)
-        reason = _GLOBAL_HOOKS if _has_any_global_hook() else unfusable_other(parts.containers)
-        if reason is not None:
-            warn_once(type(self).__name__, reason)
-            return self._eager(X)
-        for piece in parts.pieces:
-            X = FusedStemPiece(piece)._run(X)
-        return X
-
-    def _reason_not_to_fuse(self, parts: StemParts | DeepStemParts) -> str | None:
-        if type(parts) is not DeepStemParts:
-            return super()._reason_not_to_fuse(parts)
-        found = (unfusable_other(parts.containers), *map(super()._reason_not_to_fuse, parts.pieces))
-        return next(filter(None, found), None)
+def _units_of(parts: StemParts) -> tuple[UnitParts, ...]:
+    return (*parts.before, parts.unit)
 
 
 def _without_pool(unit: UnitParts, norm: Norm, X: Tensor) -> Tensor:

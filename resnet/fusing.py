@@ -23,7 +23,6 @@ from torch.nn.modules.conv import _ConvNd
 
 from resnet.fusable import (
     BlockParts,
-    DeepStemParts,
     StemParts,
     UnitParts,
     Watched,
@@ -35,11 +34,11 @@ from resnet.fused import (
     FusedBasicBlock,
     FusedBlock,
     FusedBottleneck,
-    FusedDeepStemBase,
     FusedResidual,
     FusedResidualBottleneck,
     FusedSmallStem,
     FusedStem,
+    FusedStemBase,
     warn_once,
 )
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
@@ -275,34 +274,31 @@ class _Block(_Changed, FusedBlock):
         return BlockParts(units, shortcut, (*others, *_watched(self)), pool)
 
 
-class _Stem(_Changed, FusedDeepStemBase):
+class _Stem(_Changed, FusedStemBase):
     def _called(self) -> tuple[str, ...]:
         """The names of the modules that are called."""
         return self._layout.names
 
-    def _find_parts(self) -> StemParts | DeepStemParts:
+    def _find_parts(self) -> StemParts:
         *names, conv, bn, relu, name = self._layout.names
         before, last = [(each, _held(self, each)) for each in names], _held(self, conv)
         pool, others = Watched(name, _held(self, name), nn.MaxPool2d), _watched(self)
-        containers = [*others] if before else []
         if type(last) is nn.Sequential and len(last) % 3 == 1:
-            containers = [*others, Watched(conv, last, nn.Sequential)]
+            others.append(Watched(conv, last, nn.Sequential))
             *before, (conv, last) = [(f"{conv}.{key}", child) for key, child in last._modules.items()]
+        others += [Watched(*each, nn.ReLU) for each in before[2::3]]
         if name not in self._called():
             pool = None
         elif type(pool.module) is nn.Identity:
             others.append(pool._replace(kind=nn.Identity))
             pool = None
-        unit, activation = UnitParts(last, _held(self, bn), conv, bn), Watched(relu, _held(self, relu), nn.ReLU)
-        parts = StemParts(unit, activation, pool, tuple(others))
-        if not containers:
-            return parts
-        return DeepStemParts(tuple(containers), (*map(_piece, *(before[i::3] for i in range(3))), parts))
-
-
-def _piece(conv: tuple[str, nn.Module], bn: tuple[str, nn.Module], relu: tuple[str, nn.Module]) -> StemParts:
-    """A convolution of a deep stem, its norm and its ReLU, each with its name."""
-    return StemParts(UnitParts(conv[1], bn[1], conv[0], bn[0]), Watched(*relu, nn.ReLU), None)
+        return StemParts(
+            UnitParts(last, _held(self, bn), conv, bn),
+            Watched(relu, _held(self, relu), nn.ReLU),
+            pool,
+            tuple(others),
+            tuple(UnitParts(c, n, c_name, n_name) for (c_name, c), (n_name, n) in zip(before[::3], before[1::3])),
+        )
 
 
 class _Embeddings(_Stem):

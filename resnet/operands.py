@@ -156,6 +156,33 @@ class StemGrad(NamedTuple):
     unit: UnitGrad
 
 
+class DeepStem(NamedTuple):
+    """A stem of three convolutions: each of the first two with its norm and a ReLU, the last with the pool, too."""
+
+    x: Tensor  # (N, C, H, W)
+    units: tuple[Unit, Unit, Unit]
+
+
+class DeepStemOutput(NamedTuple):
+    out: Tensor  # (N, K, OP, OQ)
+    ys: tuple[Tensor, Tensor, Tensor]  # the convolutions, the last of which is (N, K, P, Q)
+    tap: Tensor  # (N, K, OP, OQ) uint8, as a `StemOutput`'s
+    stats: tuple[Tensor, Tensor, Tensor]  # (4, K) of each one's norm
+
+
+class DeepStemKept(NamedTuple):
+    """What precedes a convolution, relu(norm(y)), is computed again from y."""
+
+    x: Tensor
+    output: DeepStemOutput
+    units: tuple[KeptUnit, KeptUnit, KeptUnit]
+
+
+class DeepStemGrad(NamedTuple):
+    x: Tensor | None
+    units: tuple[UnitGrad, ...]
+
+
 def are_summed(norm: KeptNorm, needs: Norm) -> bool:
     """Whether anything asks for the sums of a norm's backward: batch statistics, or a vector that is trained."""
     return norm.training or any(needs)
@@ -232,12 +259,13 @@ class BlockGrad(NamedTuple):
     shortcut: UnitGrad  # a Projection's: its convolution's alone, and the sum of g
 
 
-# `needs` has a flag in each place of a block's arguments.
+# `needs` has a flag in each place of a block's arguments, or of a deep stem's.
 
 
 def all_wanted(needs: tuple) -> tuple:
     """The needs with each part's flags as `wanted` gives them."""
-    return needs._replace(units=tuple(map(wanted, needs.units)), shortcut=wanted(needs.shortcut))
+    needs = needs._replace(units=tuple(map(wanted, needs.units)))
+    return needs._replace(shortcut=wanted(needs.shortcut)) if hasattr(needs, "shortcut") else needs
 
 
 def grad_inputs(needs: tuple) -> list[bool]:

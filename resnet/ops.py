@@ -2,16 +2,19 @@
 
     fused_residual::batch_norm_add_relu        out = relu(batch_norm(x) [+ shortcut])
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
+    fused_residual::deep_stem                  the stem of three convolutions, with BatchNorm and ReLU between them
     fused_residual::residual_block_2           a block of two units in training, or in evaluation where gradients are
                                                wanted; _3: of three; _2_normed, _3_normed: its shortcut has a norm
     fused_residual::<block>_frozen             the block with norms of constants: frozen statistics, no vector trained
     fused_residual::<block>_inference          the block with frozen statistics and without gradients
-    fused_residual::stem_inference             the stem with frozen statistics and without gradients
+    fused_residual::[deep_]stem_inference      the stem with frozen statistics and without gradients
 
 The named tuples of `operands` say what each takes, gives and keeps; `registration` makes operators of them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +28,9 @@ from resnet.operands import (
     BatchNormAddReluKept,
     BatchNormAddReluOutput,
     BlockKind,
+    DeepStem,
+    DeepStemKept,
+    DeepStemOutput,
     KeptConv,
     KeptUnit,
     Pooled,
@@ -206,7 +212,7 @@ Differentiable(
     summed=lambda kept, needs: [(kept.unit.norm, kept.output.stats)],
 ).register()
 
-# ---- the residual block ------------------------------------------------------------------------------------------
+# ---- the stem of three convolutions --------------------------------------------------------------------------------
 
 
 def _empty_maps(x: Tensor, units: tuple[Unit, ...]) -> tuple[Tensor, ...]:
@@ -216,6 +222,54 @@ def _empty_maps(x: Tensor, units: tuple[Unit, ...]) -> tuple[Tensor, ...]:
         size = (x.shape[0], weight.shape[0], *out_map(size, weight.shape, stride, padding))
         maps.append(_empty_map(x, *size[1:]))
     return tuple(maps)
+
+
+def _chain_summed(
+    norms: list[tuple[KeptNorm, Tensor]], needs: tuple, beside: Sequence[tuple[KeptNorm, Tensor]] = ()
+) -> list[tuple[KeptNorm, Tensor]]:
+    """Those of a chain's norms, and of one beside the last, whose sums backward takes, in its order."""
+    earlier = [norm for norm, asked in zip(norms, grad_inputs(needs)[1:]) if asked]
+    return [norms[-1], *beside, *reversed(earlier)]
+
+
+def _deep_stem_fake(arguments: DeepStem) -> DeepStemOutput:
+    x, units = arguments
+    ys = _empty_maps(x, units)
+    _, K, P, Q = ys[-1].shape
+    out = _empty_map(x, K, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1))
+    stats = tuple(_empty_stats(x, unit.weight.shape[0]) for unit in units)
+    return DeepStemOutput(out, ys, torch.empty_like(out, dtype=torch.uint8), stats)
+
+
+def _deep_stem(arguments: DeepStem) -> DeepStemOutput:
+    out, ys, tap, stats = backends.implementation(arguments.x).deep_stem_forward(*arguments)
+    return DeepStemOutput(dense(out), ys, dense(tap), stats)
+
+
+def _deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> DeepStem:
+    needs = all_wanted(needs)
+    grad = backends.implementation(kept.x).deep_stem_backward(dout, kept, needs)
+    return DeepStem(grad.x, tuple(map(_unit_grads, kept.units, grad.units, kept.output.stats, needs.units)))
+
+
+Differentiable(
+    "deep_stem",
+    DeepStem,
+    DeepStemOutput,
+    DeepStemKept,
+    fake=_deep_stem_fake,
+    forward=_deep_stem,
+    keep=lambda a, output: DeepStemKept(a.x, output, tuple(unit.kept() for unit in a.units)),
+    keep_moves=True,
+    like=lambda kept: DeepStem(kept.x, tuple(map(_like_part, kept.units))),
+    backward=_deep_stem_backward,
+    norms=lambda a, o: [(unit.norm, stats) for unit, stats in zip(a.units, o.stats, strict=True)],
+    summed=lambda kept, needs: _chain_summed(
+        [(unit.norm, stats) for unit, stats in zip(kept.units, kept.output.stats, strict=True)], all_wanted(needs)
+    ),
+).register()
+
+# ---- the residual block ------------------------------------------------------------------------------------------
 
 
 def _trained(kind: BlockKind, x: Tensor | None, units: tuple, shortcut: tuple) -> tuple:
@@ -248,10 +302,9 @@ def _block_operator(kind: BlockKind) -> Differentiable:
 
     def summed(kept: tuple, needs: tuple) -> list[tuple[KeptNorm, Tensor]]:
         """The last norm, the shortcut's, and the others from the last one on, as far as anything asks for them."""
-        needs, found = all_wanted(needs), norms(kept, kept.output)
-        earlier = [norm for norm, asked in zip(found, grad_inputs(needs)[1:]) if asked]
-        normed = found[len(kept.units) :] if kept.output.shortcut and shortcut_reached(needs) else []
-        return [found[len(kept.units) - 1], *normed, *reversed(earlier)]
+        needs, found, units = all_wanted(needs), norms(kept, kept.output), len(kept.units)
+        normed = found[units:] if kept.output.shortcut and shortcut_reached(needs) else []
+        return _chain_summed(found[:units], needs, normed)
 
     def backward(dout: Tensor, kept: tuple, needs: tuple) -> tuple:
         needs = all_wanted(needs)
@@ -351,6 +404,9 @@ for _kind in FROZEN_KINDS:
 
 
 Inference("stem_inference", Stem, _stem_fake, lambda a: backends.implementation(a.x).stem_inference(*a))
+Inference(
+    "deep_stem_inference", DeepStem, _deep_stem_fake, lambda a: backends.implementation(a.x).deep_stem_inference(*a)
+)
 for _block in _BLOCKS:
     Inference(
         f"{_block.name}_inference",

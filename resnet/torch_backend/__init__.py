@@ -7,7 +7,13 @@ from resnet.torch_backend.batch_norm import forward as batch_norm_add_relu
 from resnet.torch_backend.block import block_backward, block_forward, block_inference
 from resnet.torch_backend.frozen import frozen_block_backward, frozen_block_forward
 from resnet.torch_backend.inference import stem_inference
-from resnet.torch_backend.stem import stem_backward, stem_forward
+from resnet.torch_backend.stem import (
+    deep_stem_backward,
+    deep_stem_forward,
+    deep_stem_inference,
+    stem_backward,
+    stem_forward,
+)
 
 
 def run(function: Callable[..., list], arguments: Sequence, known: object = None) -> list:
@@ -27,4 +33,7 @@ __all__ = [
     "stem_forward",
     "stem_backward",
     "stem_inference",
+    "deep_stem_forward",
+    "deep_stem_backward",
+    "deep_stem_inference",
 ]

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from resnet.norm import NormGrad
 from resnet.operands import (
     BlockGrad,
+    KeptUnit,
     Pooled,
     Projection,
     Unit,
@@ -57,26 +59,13 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """Gradients of `block_forward` from dout (N, K, P, Q) channels_last; relu(bn(y)) is computed again from y."""
     x, (out, ys, stats, projected), units, shortcut, *pooled = kept
     norm = batch_norm.backward(dout, ys[-1], out, stats[-1], units[-1].norm, shortcut=True)
-    dshortcut, shortcut_grad = norm.g, UnitGrad(sum_g=norm.sum_g)
+    dys, grad, dshortcut, shortcut_grad = [norm.dx], _unit_grad(norm), norm.g, UnitGrad(sum_g=norm.sum_g)
+    del norm
     if projected and shortcut_reached(needs):
         z, z_stats = projected
         z_norm = batch_norm.backward(dshortcut, z, None, z_stats, shortcut.norm, relu=False)
         dshortcut, shortcut_grad = z_norm.dx, UnitGrad(None, z_norm.dweight, z_norm.dbias, z_norm.sum_g)
-    asked, grads, dx = grad_inputs(needs), [UnitGrad()] * len(units), None
-    for i in reversed(range(len(units))):
-        unit, flags = units[i], (asked[i], needs.units[i].weight)
-        a = ys[i - 1] if i else x
-        if i and any(flags):
-            a = batch_norm.recompute(a, stats[i - 1])
-        da, dconv = convolve_backward(norm.dx, a, unit.weight, unit.stride, unit.padding, *flags)
-        grads[i] = UnitGrad(dconv, norm.dweight, norm.dbias, norm.sum_g)
-        if i == 0:
-            dx = da
-        elif not asked[i]:
-            break
-        else:
-            norm = batch_norm.backward(da, ys[i - 1], a, stats[i - 1], units[i - 1].norm, consume=True)
-        del a, da  # before the next ones are made
+    dx, grads = chain_backward(dys, grad, x, ys, stats, units, needs)
     if shortcut.weight is not None:
         read, flags = shortcut_input(kept), (needs.x, needs.shortcut.weight)
         added, dconv = convolve_backward(dshortcut, read, shortcut.weight, shortcut.stride, 0, *flags)
@@ -85,7 +74,46 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         added = dshortcut
     if needs.x:
         dx.add_(pool_backward(added, x, *pooled) if pooled else added)
-    return BlockGrad(dx, tuple(grads), shortcut_grad)
+    return BlockGrad(dx, grads, shortcut_grad)
+
+
+def _unit_grad(norm: NormGrad) -> UnitGrad:
+    return UnitGrad(None, norm.dweight, norm.dbias, norm.sum_g)
+
+
+def chain_backward(
+    dys: list[Tensor],
+    grad: UnitGrad,
+    x: Tensor,
+    ys: tuple[Tensor, ...],
+    stats: tuple[Tensor, ...],
+    units: tuple[KeptUnit, ...],
+    needs: tuple,
+) -> tuple[Tensor | None, tuple[UnitGrad, ...]]:
+    """Gradients of x and of the units of a chain.
+
+    Args:
+        dys: the gradient of the last convolution alone. It is taken out, so that its memory is free when it was read.
+        grad: those of the last norm.
+    """
+    asked, grads, dx, dy = grad_inputs(needs), [UnitGrad()] * len(units), None, dys.pop()
+    for i in reversed(range(len(units))):
+        unit, flags = units[i], (asked[i], needs.units[i].weight)
+        a = ys[i - 1] if i else x
+        if i and any(flags):
+            a = batch_norm.recompute(a, stats[i - 1])
+        da, dconv = convolve_backward(dy, a, unit.weight, unit.stride, unit.padding, *flags)
+        grads[i] = grad._replace(conv=dconv)
+        if i == 0:
+            dx = da
+        elif not asked[i]:
+            break
+        else:
+            norm = batch_norm.backward(da, ys[i - 1], a, stats[i - 1], units[i - 1].norm, consume=True)
+            dy, grad = norm.dx, _unit_grad(norm)
+            del norm
+        del a, da  # before the next ones are made
+    return dx, tuple(grads)
 
 
 def pool_backward(dmap: Tensor, x: Tensor, pooled: Pooled) -> Tensor:

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad, are_summed
+from resnet.operands import (
+    DeepStem,
+    DeepStemGrad,
+    DeepStemKept,
+    DeepStemOutput,
+    Stem,
+    StemGrad,
+    StemKept,
+    StemOutput,
+    Unit,
+    UnitGrad,
+    are_summed,
+)
 from resnet.torch_backend import batch_norm
+from resnet.torch_backend.block import chain_backward
 from resnet.torch_backend.convolution import convolve, convolve_backward
+from resnet.torch_backend.inference import conv_batch_norm, stem_inference
 
 
 def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
@@ -22,3 +36,32 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm, are_summed(norm, needs.unit.norm))
     dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.unit.weight)
     return StemGrad(dx, UnitGrad(dconv, grad.dweight, grad.dbias, grad.sum_g))
+
+
+def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutput:
+    """The deep stem and what its backward needs. Running statistics are updated in place."""
+    *before, last = units
+    a, ys, stats = x, [], []
+    for unit in before:
+        ys.append(convolve(a, unit.weight, None, unit.stride, unit.padding))
+        a, unit_stats = batch_norm.forward(ys[-1], unit.norm)
+        stats.append(unit_stats)
+    out, y, tap, last_stats = stem_forward(a, last)
+    return DeepStemOutput(out, (*ys, y), tap, (*stats, last_stats))
+
+
+def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> DeepStemGrad:
+    """Gradients of `deep_stem_forward`."""
+    x, (out, ys, tap, stats), units = kept
+    last, flags = units[-1].norm, needs.units[-1].norm
+    norm = batch_norm.backward_pool(dout, ys[-1], out, tap, stats[-1], last, are_summed(last, flags))
+    dys, grad = [norm.dx], UnitGrad(None, norm.dweight, norm.dbias, norm.sum_g)
+    del norm
+    return DeepStemGrad(*chain_backward(dys, grad, x, ys, stats, units, needs))
+
+
+def deep_stem_inference(x: Tensor, units: tuple[Unit, Unit, Unit]) -> Tensor:
+    """The deep stem with frozen statistics and without gradients."""
+    for unit in units[:-1]:
+        x = conv_batch_norm(x, unit).relu_()
+    return stem_inference(x, units[-1])

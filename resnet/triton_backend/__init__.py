@@ -6,7 +6,14 @@ from resnet.triton_backend.batch_norm import forward as batch_norm_add_relu
 from resnet.triton_backend.block import block_backward, block_forward, block_inference
 from resnet.triton_backend.frozen import frozen_block_backward, frozen_block_forward
 from resnet.triton_backend.plans import run
-from resnet.triton_backend.stem import stem_backward, stem_forward, stem_inference
+from resnet.triton_backend.stem import (
+    deep_stem_backward,
+    deep_stem_forward,
+    deep_stem_inference,
+    stem_backward,
+    stem_forward,
+    stem_inference,
+)
 
 __all__ = [
     "active_driver",
@@ -21,4 +28,7 @@ __all__ = [
     "stem_forward",
     "stem_backward",
     "stem_inference",
+    "deep_stem_forward",
+    "deep_stem_backward",
+    "deep_stem_inference",
 ]

@@ -15,7 +15,7 @@ to three ways: see `convolution`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from resnet.kernels.conv_forward import Shortcut
 from resnet.norm import empty_grads
 from resnet.operands import (
     BlockGrad,
+    KeptUnit,
     Pooled,
     Projection,
     Unit,
@@ -99,44 +100,66 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     needs_g = shortcut.weight is not None and (needs.x or needs.shortcut.weight)
     if needs_g and (projected or not _rides(shortcut, units[0])):
         g, mask = torch.empty_like(dout), None
-    grads, dx, dy = [UnitGrad()] * len(units), None, None
+    dys = []
     used, z_used = applied_sums(sums, dout, units[last].norm), None
     if projected and shortcut_reached(needs):
         z_used = applied_sums(sums, dout, shortcut.norm, plane=2)
     if asked[last] or needs.units[last].weight or mask is None:
-        dy = batch_norm_backward_apply(
-            dout,
-            ys[last],
-            out,
-            stats[last],
-            used,
-            dshortcut=g if mask is None else None,
-            shortcut=normed,
-            shortcut_sums=z_used,
+        dshortcut = g if mask is None else None
+        dys.append(
+            batch_norm_backward_apply(
+                dout, ys[last], out, stats[last], used, dshortcut=dshortcut, shortcut=normed, shortcut_sums=z_used
+            )
         )
-    for i in reversed(range(len(units))):
-        unit, dconv = units[i], None
-        grad = UnitGrad(None, *vectors[:2], sums[0], vectors[2])
-        if i and asked[i]:
-            vectors = empty_grads(units[i - 1].norm)
-            inner, sums = convolution.grad_input_mask(dy, *unit[:3], ys[i - 1], stats[i - 1], vectors)
-            used = applied_sums(sums, inner, units[i - 1].norm)
-        elif i == 0 and needs.x:
-            added = convolution.pooled_grad(g, shortcut.weight, x, *pooled) if pooled else (shortcut, g, mask)
-            dx = convolution.grad_input_add(dy, *unit[:3], x, *added)
-        if needs.units[i].weight:
-            before = (ys[i - 1], *unit[:3], stats[i - 1]) if i else (x, *unit[:3])
-            dconv = convolution.grad_weight(dy, *before, dtype=trained_dtype(unit))
-        grads[i] = grad._replace(conv=dconv)
-        if i == 0 or not asked[i]:
-            break
-        if asked[i - 1] or needs.units[i - 1].weight:
-            dy = batch_norm_backward_apply(inner, ys[i - 1], None, stats[i - 1], used, dx=inner)
+
+    def grad_input(dy: Tensor) -> Tensor:
+        added = convolution.pooled_grad(g, shortcut.weight, x, *pooled) if pooled else (shortcut, g, mask)
+        return convolution.grad_input_add(dy, *units[0][:3], x, *added)
+
+    grad = UnitGrad(None, *vectors[:2], sums[0], vectors[2])
+    dx, grads = chain_backward(dys, grad, x, ys, stats, units, needs, grad_input)
     if needs.shortcut.weight:
         read, conv = shortcut_input(kept), convolution.shortcut_of(shortcut)
         dconv = convolution.grad_weight(g, read, *conv, out=mask, dtype=trained_dtype(shortcut))
         shortcut_grad = shortcut_grad._replace(conv=dconv)
-    return BlockGrad(dx, tuple(grads), shortcut_grad)
+    return BlockGrad(dx, grads, shortcut_grad)
+
+
+def chain_backward(
+    dys: list[Tensor],
+    grad: UnitGrad,
+    x: Tensor,
+    ys: tuple[Tensor, ...],
+    stats: tuple[Tensor, ...],
+    units: Sequence[KeptUnit],
+    needs: tuple,
+    grad_input: Callable[[Tensor], Tensor],
+) -> tuple[Tensor | None, tuple[UnitGrad, ...]]:
+    """Gradients of x and of the units of a chain, whose weights are as the kernels read them.
+
+    Args:
+        dys: the gradient of the last convolution, which is taken out; nothing where nobody asks for it.
+        grad: those of the last norm.
+        grad_input: of the first convolution's dy, gives dx.
+    """
+    asked, grads, dx = grad_inputs(needs), [UnitGrad()] * len(units), None
+    dy = dys.pop() if dys else None
+    for i in reversed(range(len(units))):
+        unit, grads[i] = units[i], grad
+        if i and asked[i]:
+            vectors = empty_grads(units[i - 1].norm)
+            inner, sums = convolution.grad_input_mask(dy, *unit[:3], ys[i - 1], stats[i - 1], vectors)
+            grad, used = UnitGrad(None, *vectors[:2], sums[0], vectors[2]), applied_sums(sums, inner, units[i - 1].norm)
+        elif i == 0 and needs.x:
+            dx = grad_input(dy)
+        if needs.units[i].weight:
+            before = (ys[i - 1], *unit[:3], stats[i - 1]) if i else (x, *unit[:3])
+            grads[i] = grads[i]._replace(conv=convolution.grad_weight(dy, *before, dtype=trained_dtype(unit)))
+        if i == 0 or not asked[i]:
+            break
+        if asked[i - 1] or needs.units[i - 1].weight:
+            dy = batch_norm_backward_apply(inner, ys[i - 1], None, stats[i - 1], used, dx=inner)
+    return dx, tuple(grads)
 
 
 def activations(

@@ -15,10 +15,26 @@ from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
 from resnet.kernels.host.shapes import conv_shape
 from resnet.norm import empty_grads
-from resnet.operands import Stem, StemGrad, StemKept, StemOutput, Unit, UnitGrad, are_summed, trained_dtype
-from resnet.torch_backend.convolution import convolve_backward
+from resnet.operands import (
+    DeepStem,
+    DeepStemGrad,
+    DeepStemKept,
+    DeepStemOutput,
+    KeptUnit,
+    Stem,
+    StemGrad,
+    StemKept,
+    StemOutput,
+    Unit,
+    UnitGrad,
+    are_summed,
+    grad_inputs,
+    trained_dtype,
+)
+from resnet.torch_backend.convolution import convolve_backward, out_map
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import applied_sums, frozen_stats, norm_stats
+from resnet.triton_backend.block import chain_backward
 
 
 def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
@@ -34,12 +50,8 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """See `torch_backend.stem_backward`. dy is written only where something reads it."""
     x, (out, y, tap, stats), unit = kept
     dtype = trained_dtype(unit)
-    weight, stride, padding, norm, _ = unit = convolution.as_read(unit)
-    grad, used = UnitGrad(), None
-    if are_summed(norm, needs.unit.norm):
-        dweight, dbias, zeros = empty_grads(norm)
-        sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias, zeros)
-        grad, used = UnitGrad(None, dweight, dbias, sums[0], zeros), applied_sums(sums, y, norm)
+    weight, stride, padding, _, _ = unit = convolution.as_read(unit)
+    grad, used = _pooled_norm_grad(dout, out, y, tap, stats, unit, needs.unit)
     tf32 = convolution.tf32(x)
     dx = dconv = None
 
@@ -63,20 +75,70 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     if stored:
         dy = stored_dy()
     if needs.x:
-        dx = convolution.run_picked(
-            "grad_input",
-            dy,
-            weight,
-            (stride,),
-            epilogue=lambda: conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=tf32),
-            pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
-        )
+        dx = _grad_input(dy, x, unit)
     if needs.unit.weight and stored:
         dconv = convolution.grad_weight(dy, x, *unit[:3], dtype=dtype)
     elif needs.unit.weight:
         key = (stride, "max_pool", dtype)
         dconv = convolution.run_picked("grad_weight", y, weight, key, triton=fused, epilogue=epilogue, pytorch=pytorch)
     return StemGrad(dx, grad._replace(conv=dconv))
+
+
+def _pooled_norm_grad(
+    dout: Tensor, out: Tensor, y: Tensor, tap: Tensor, stats: Tensor, unit: KeptUnit, needs: Unit
+) -> tuple[UnitGrad, Tensor | None]:
+    """Gradients of the norm before the pool, and the sums as its apply pass takes them, if anything asks for them."""
+    if not are_summed(unit.norm, needs.norm):
+        return UnitGrad(), None
+    dweight, dbias, zeros = empty_grads(unit.norm)
+    sums = batch_norm_max_pool_backward_reduce(dout, y, out, tap, stats, dweight, dbias, zeros)
+    return UnitGrad(None, dweight, dbias, sums[0], zeros), applied_sums(sums, y, unit.norm)
+
+
+def _grad_input(dy: Tensor, x: Tensor, unit: KeptUnit) -> Tensor:
+    weight, stride, padding = unit[:3]
+    return convolution.run_picked(
+        "grad_input",
+        dy,
+        weight,
+        (stride,),
+        epilogue=lambda: conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=convolution.tf32(x)),
+        pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
+    )
+
+
+def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutput:
+    """See `torch_backend.deep_stem_forward`."""
+    units, size = tuple(map(convolution.as_read, units)), x.shape
+    for weight, stride, padding, *_ in units:
+        size = (x.shape[0], weight.shape[0], *out_map(size, weight.shape, stride, padding))
+    check_pooled(torch.empty(size, device="meta", memory_format=torch.channels_last))  # before any statistics change
+    y, ys, stats = x, [], []
+    for unit in units:
+        y, moments, *_ = convolution.forward(y, *unit[:3], unit.norm.training, stats[-1] if stats else None)
+        ys.append(y)
+        stats.append(norm_stats(y, moments, unit.norm))
+    out, tap = batch_norm_max_pool(y, stats[-1])
+    return DeepStemOutput(out, tuple(ys), tap, tuple(stats))
+
+
+def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> DeepStemGrad:
+    """See `torch_backend.deep_stem_backward`."""
+    x, (out, ys, tap, stats), units = kept
+    units, dys = tuple(map(convolution.as_read, units)), []
+    grad, used = _pooled_norm_grad(dout, out, ys[-1], tap, stats[-1], units[-1], needs.units[-1])
+    if grad_inputs(needs)[-1] or needs.units[-1].weight:
+        dys.append(batch_norm_max_pool_backward_apply(dout, ys[-1], out, tap, stats[-1], used))
+    first = units[0]
+    return DeepStemGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, lambda dy: _grad_input(dy, x, first)))
+
+
+def deep_stem_inference(x: Tensor, units: tuple[Unit, Unit, Unit]) -> Tensor:
+    """See `torch_backend.deep_stem_inference`."""
+    *before, last = map(convolution.as_read, units)
+    for unit in before:
+        x, _ = convolution.inference(x, unit, relu=True)
+    return stem_inference(x, last)
 
 
 def stem_inference(x: Tensor, unit: Unit) -> Tensor:

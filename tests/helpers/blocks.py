@@ -21,8 +21,10 @@ from resnet import (
     FusedStem,
     Residual,
     ResidualBottleneck,
+    ResNet,
     SmallStem,
     Stem,
+    fuse,
 )
 from tests.conftest import DEVICE, one_thread  # noqa: F401, tests/kernels takes the fixture from here
 from tests.helpers.parity import assert_as_exact_as_eager
@@ -133,6 +135,19 @@ def trio(
     eager = eager.to(DEVICE, dtype).train(train)
     fused = FUSED[kind](*args, **kwargs).to(DEVICE, dtype).train(train)
     fused.load_state_dict(eager.state_dict(), strict=True)
+    return Trio(eager, fused, copy.deepcopy(eager).double())
+
+
+def deep_stems(*, in_channels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32, train: bool = True) -> Trio:
+    """The stem of a ResNet-D, of 8 channels, in a network that is nothing else."""
+    torch.manual_seed(seed)
+    eager = ResNet(BasicBlock, depths=(1,), widths=(8,), num_classes=1, in_channels=in_channels, stem="deep")
+    for name in ("layer1", "avgpool", "flatten", "fc"):
+        setattr(eager, name, nn.Identity())
+    randomize(eager)
+    eager = eager.to(DEVICE, dtype).train(train)
+    fused = copy.deepcopy(eager)
+    assert not fuse(fused).left
     return Trio(eager, fused, copy.deepcopy(eager).double())
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet import Bottleneck, FusedResidual, Residual, fused, resnet18
 from tests.conftest import DEVICE, ROOT
-from tests.helpers.blocks import draw, trio
+from tests.helpers.blocks import POOLED, deep_stems, draw, trio
 from tests.helpers.fused_cases import images, inference_trio, kinds, train_and_eval
 
 PASSES = ("inference", "forward", "forward and backward")
@@ -63,14 +63,27 @@ def test_the_count_is_eagers(kind, train, what, frozen, wants_dx):
 
 @pytest.mark.parametrize("frozen", [(), ("conv1.weight",), ("conv1", "bn1", "conv2"), ("downsample",)], ids=str)
 @pytest.mark.usefixtures("whichever_is_counted")
-def test_the_count_of_a_bottleneck_is_eagers(frozen):
-    t = trio(Bottleneck, 8, 4, 2)
+@pytest.mark.parametrize("options", [{}, POOLED], ids=["strided shortcut", "pooled shortcut"])
+def test_the_count_of_a_bottleneck_is_eagers(frozen, options):
+    t = trio(Bottleneck, 8, 4, 2, **options)
     x = draw(2, 8, 9, 8)
     counts = []
     for module in (t.fused, t.eager):
         for name, p in module.named_parameters():
             p.requires_grad_(not name.startswith(frozen))
         counts.append(counted(module, x, "forward and backward"))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("what", PASSES)
+@pytest.mark.parametrize("frozen", [(), ("conv1.0",), ("conv1.0", "conv1.1", "conv1.3")], ids=str)
+@pytest.mark.usefixtures("whichever_is_counted")
+def test_the_count_of_a_deep_stem_is_eagers(what, frozen):
+    counts = []
+    for stem in deep_stems(train=what != "inference").all[:2]:
+        for name, p in stem.named_parameters():
+            p.requires_grad_(not name.startswith(frozen))
+        counts.append(counted(stem, draw(2, 3, 13, 10), what))
     assert counts[0] == counts[1] > 0
 
 
@@ -89,7 +102,7 @@ def test_the_formulas_are_registered_whichever_is_imported_first(first):
         "print(sum('fused_residual' in str(name) for name in registry))"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["33"]
+    assert run.stdout.split() == ["36"]
 
 
 def test_importing_the_library_imports_neither_the_counter_nor_triton():

@@ -318,9 +318,11 @@ def pooling(block: Block, nested: bool = False) -> nn.Sequential:
 
 
 def deepened(model: Net) -> nn.Sequential:
-    """The stem's convolution, now two with a BatchNorm and a ReLU between them."""
-    first, last = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, padding=1)
-    model.conv = nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), last)
+    """The stem's convolution, now three with a BatchNorm and a ReLU between them."""
+    layers = []
+    for C, K, stride in ((3, 4, 2), (4, 5, 1), (5, 8, 1)):
+        layers += (nn.Conv2d(C, K, 3, stride, 1), nn.BatchNorm2d(K), nn.ReLU())
+    model.conv = nn.Sequential(*layers[:-2])
     randomize(model)
     model.to(DEVICE, torch.float64)
     return model.conv
@@ -348,7 +350,7 @@ def test_what_is_changed_inside_a_deep_stem_or_a_shortcut_with_a_pool_after_fuse
         lambda model, hook: None,
         lambda model, hook: model.conv[3].register_forward_hook(hook),
         lambda model, hook: model.conv.__setitem__(1, nn.BatchNorm2d(4).to(DEVICE, torch.float64).eval()),
-        lambda model, hook: model.conv.__setitem__(3, nn.Conv2d(4, 8, 3, padding=1).to(DEVICE, torch.float64)),
+        lambda model, hook: model.conv.__setitem__(3, nn.Conv2d(4, 5, 3, padding=1).to(DEVICE, torch.float64)),
         lambda model, hook: model.conv.register_forward_hook(hook),
         lambda model, hook: model.blocks[1].shortcut[1].__setitem__(1, nn.Conv2d(8, 12, 1).to(DEVICE, torch.float64)),
         lambda model, hook: model.blocks[1].shortcut[0].register_forward_hook(hook),
@@ -418,6 +420,8 @@ def test_a_block_that_might_compute_something_else_is_left_alone(change, reason)
         (lambda m: deepened(m).__setitem__(2, nn.Tanh()), "conv.2 is a Tanh, not a ReLU"),
         (lambda m: deepened(m).__setitem__(1, nn.GroupNorm(2, 4)), "conv.1 is a GroupNorm, not a BatchNorm2d"),
         (lambda m: deepened(m)[3].register_forward_hook(print), "conv.3 has hooks"),
+        (lambda m: setattr(m, "conv", deepened(m)[3:]), "its convolutions are 2, not 1 or 3 with a pool"),
+        (lambda m: deepened(m) and setattr(m, "pool", nn.Identity()), "are 3, not 1 or 3 with a pool"),
         (lambda m: deepened(m).register_forward_hook(print), "conv has hooks"),
         (lambda m: setattr(m, "forward", m.forward), "a forward of its own"),
     ],

@@ -13,6 +13,9 @@ from resnet.norm import Norm
 from resnet.operands import (
     BLOCK_KINDS,
     BatchNormAddReluKept,
+    DeepStem,
+    DeepStemKept,
+    DeepStemOutput,
     KeptConv,
     Pooled,
     Projection,
@@ -149,6 +152,47 @@ def test_stem_backward_passes_opcheck(any_backend, options):
     kept = StemKept(x, output, unit.kept())
     dout = draw(*output.out.shape, seed=1)
     opcheck(ops.stem_backward, backward_arguments(dout, kept, arguments, options["all_needed"]))
+
+
+def deep_stem_arguments(options: dict) -> DeepStem:
+    """Those of three convolutions of a few channels each, of which the first one has a stride."""
+    settings = {k: options[k] for k in ("affine", "running", "conv_bias", "averaged") if k in options}
+    units, C = [], 2
+    for i, (K, training) in enumerate(((2, "first"), (3, "first"), (4, "last")), 1):
+        conv, master = cast(weight(K, C, 3, i), options["cast"])
+        units.append(
+            Unit(conv, 2 if i == 1 else 1, 1, norm(K, 10 * i, options[f"{training}_training"], **settings), master)
+        )
+        C = K
+    return DeepStem(draw(2, 2, 9, 7).requires_grad_(), tuple(units))
+
+
+@each(
+    pairwise(
+        first_training=BOTH, last_training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, cast=BOTH
+    )
+)
+def test_deep_stem_passes_opcheck(any_backend, options):
+    opcheck(ops.deep_stem, pack(deep_stem_arguments(options)))
+
+
+@each(pairwise(first_training=BOTH, last_training=BOTH, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
+def test_deep_stem_backward_passes_opcheck(any_backend, options):
+    arguments = deep_stem_arguments(options)
+    flat = pack(arguments)
+    with torch.no_grad():
+        output = unpack(DeepStemOutput, ops.deep_stem(*flat))
+    kept = DeepStemKept(arguments.x, output, tuple(unit.kept() for unit in arguments.units))
+    dout = draw(*output.out.shape, seed=1)
+    opcheck(ops.deep_stem_backward, backward_arguments(dout, kept, flat, options["all_needed"]))
+
+
+@each(pairwise(affine=BOTH, conv_bias=BOTH))
+def test_deep_stem_inference_passes_opcheck(any_backend, options):
+    frozen = {"first_training": False, "last_training": False, "cast": False}
+    with torch.no_grad():
+        arguments = pack(deep_stem_arguments({**options, **frozen}))
+        opcheck(ops.deep_stem_inference, [a.detach() if isinstance(a, Tensor) else a for a in arguments])
 
 
 BLOCKS = ("identity", "1x1", "1x1, stride 2", "normed", "normed, stride 2", "pooled, stride 2")  # shortcuts

@@ -6,6 +6,7 @@ import copy
 import datetime
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.norm import Norm
 from resnet.triton_backend.batch_norm import batch_stats
 from tests.conftest import DEVICE
-from tests.helpers.blocks import FUSED, averaged, draw, randomize, same, snapshot, step
+from tests.helpers.blocks import FUSED, averaged, deep_stems, draw, randomize, same, snapshot, step
 
 PROCESSES = 2
 Result = dict[str, Tensor]
@@ -63,6 +64,10 @@ def unchanged(module: nn.Module) -> None:
     pass
 
 
+def deep_stem(in_channels: int) -> nn.Module:
+    return deep_stems(in_channels=in_channels).eager
+
+
 # (class, the constructor's arguments, a change of the module)
 CASES = {
     "identity": (Residual, (4, 4), unchanged),
@@ -70,7 +75,9 @@ CASES = {
     "bottleneck, 1x1": (ResidualBottleneck, (4, 8, True), unchanged),
     "normed shortcut": (BasicBlock, (4, 6, 2), unchanged),
     "three units, normed shortcut": (Bottleneck, (4, 2), unchanged),
+    "pooled shortcut": (partial(BasicBlock, avg_down=True), (4, 6, 2), unchanged),
     "stem": (Stem, (3, 4), unchanged),
+    "deep stem": (deep_stem, (3,), unchanged),
     "stem, untracked": (Stem, (3, 4), untracked),
     "small stem": (SmallStem, (3, 4), unchanged),
     "small stem, no bias": (SmallStem, (3, 4), without_bias),
@@ -79,7 +86,15 @@ CASES = {
     "the shortcut alone is trained": (Bottleneck, (4, 2), frozen("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")),
 }
 REPEATED = ("three units, normed shortcut",)
-INTERPRETED = ("1x1, averaged", "three units, normed shortcut", "stem", "small stem", "the last norm alone is trained")
+INTERPRETED = (
+    "1x1, averaged",
+    "three units, normed shortcut",
+    "pooled shortcut",
+    "stem",
+    "deep stem",
+    "small stem",
+    "the last norm alone is trained",
+)
 # Images of each process, step by step. The first process has as many in three steps, the other one never has.
 SHARES = [(2, 1), (2, 0), (2, 2), (1, 3), (0, 2)]
 STEPS = {"torch": 5, "triton": 4}
@@ -96,10 +111,8 @@ def made(case: str) -> nn.Module:
 
 
 def synchronized(case: str) -> nn.Module:
-    eager = made(case)
-    fused = FUSED[type(eager)](*CASES[case][1]).to(DEVICE, torch.float64)
-    CASES[case][2](fused)
-    fused.load_state_dict(eager.state_dict())
+    fused = made(case)
+    assert fuse(fused).fused
     return nn.SyncBatchNorm.convert_sync_batchnorm(fused)
 
 

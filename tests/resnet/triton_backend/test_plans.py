@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import resnet
-from resnet import Residual, Stem
+from resnet import BasicBlock, Residual, Stem
 from resnet.kernels.host import plan
 from resnet.kernels.tuning import memory
 from tests.conftest import DEVICE
-from tests.helpers.blocks import averaged, draw, infer, keep_norms_constant, snapshot, step, trio
+from tests.helpers.blocks import (
+    POOLED,
+    averaged,
+    deep_stems,
+    draw,
+    infer,
+    keep_norms_constant,
+    snapshot,
+    step,
+    trio,
+)
 from tests.helpers.fused_cases import assert_refused
 from tests.helpers.replays import replays
 
@@ -30,11 +42,14 @@ def kernels():
         yield
 
 
+DEEP_STEM = partial(deep_stems, in_channels=4, dtype=torch.float64)
+
+
 class Pair:
     """A fused module and the eager one that does the same, in float64."""
 
-    def __init__(self, kind: type[nn.Module] = Residual, *args):
-        t = trio(kind, *(args or (4, 4)), dtype=torch.float64)
+    def __init__(self, kind: Callable = Residual, *args):
+        t = kind() if kind is DEEP_STEM else trio(kind, *(args or (4, 4)), dtype=torch.float64)
         self.fused, self.eager = t.fused, t.exact
 
     def each(self, change) -> None:
@@ -51,7 +66,13 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     return draw(*(shape or (2, 4, 5, 6)), seed=seed, dtype=torch.float64)
 
 
-SHAPES = {"identity": (Residual, 4, 4), "1x1, stride 2": (Residual, 4, 6, True, 2), "stem": (Stem, 4, 5)}
+SHAPES = {
+    "identity": (Residual, 4, 4),
+    "1x1, stride 2": (Residual, 4, 6, True, 2),
+    "pooled shortcut": (BasicBlock, 4, 6, 2, POOLED),
+    "stem": (Stem, 4, 5),
+    "deep stem": (DEEP_STEM,),
+}
 
 
 MODES = {"train": nn.Module.train, "eval": nn.Module.eval, "norms of constants": keep_norms_constant}
