@@ -467,7 +467,8 @@ def _launch(
     config = fit(config, shape, x.element_size(), stats is not None)
     planned = plan(shape, config, x.element_size(), stats is not None)
     dtype, ACC = accumulator(x)
-    partial = dw if planned.splits == 1 else torch.empty((planned.splits, dw.numel()), dtype=dtype, device=x.device)
+    size = planned.splits, shape.K, shape.R, shape.S, shape.C
+    partial = dw if planned.splits == 1 else torch.empty(size, dtype=dtype, device=x.device)
     launch(
         conv_grad_weight_kernel,
         (planned.tiles, planned.splits),
@@ -492,8 +493,8 @@ def _launch(
 
 
 def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
-    """dw, any shape, the sum of partial (splits, dw.numel()) in the order of dw's memory, rounded to dw's type."""
-    splits, size = partial.shape
+    """dw, any shape, the sum of partial (splits, ...) in the order of dw's memory, rounded to dw's type."""
+    splits, size = partial.shape[0], dw.numel()
     BLOCK_T = min(16, triton.next_power_of_2(splits))
     BLOCK = 1024 // BLOCK_T
     launch(
