@@ -244,8 +244,9 @@ def pool_state(pool: nn.Module | None) -> tuple:
 
 
 def average_of(pool: nn.AvgPool2d) -> tuple:
-    """The size and the stride of an average pool."""
-    return _pair(pool.kernel_size)[0], _pair(pool.stride)[0]
+    """The size and the stride of an average pool: the size is the stride where that is None."""
+    size, stride = _pair(pool.kernel_size)[0], _pair(pool.stride)[0]
+    return size, size if stride is None else stride
 
 
 def average_state(pool: nn.Module | None) -> tuple:

@@ -56,6 +56,12 @@ def test_a_block_gives_eagers_values_in_float64(any_backend, case, train):
     assert_exact(trio_of(case, dtype=torch.float64, train=train), draw(3, case[1][0], 7, 6))
 
 
+@pytest.mark.parametrize("stride", [None, 2, (2, 2), [2]], ids=str)
+def test_a_pool_takes_its_stride_in_all_forms_that_pytorch_takes(stride):
+    t = trio(BasicBlock, 4, 6, 2, POOLED, dtype=torch.float64)
+    assert_exact(t.each(lambda m: setattr(m.downsample[0], "stride", stride)), draw(2, 4, 7, 6))
+
+
 @cases
 @pytest.mark.parametrize("frozen", FROZEN)
 def test_a_block_of_partly_frozen_statistics_gives_eagers_values(any_backend, case, frozen):
