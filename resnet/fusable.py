@@ -53,7 +53,7 @@ class StemParts(NamedTuple):
 
 # ---- why not -----------------------------------------------------------------------------------------------------
 
-_KINDS = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d)
+_KINDS = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Identity, nn.Sequential)
 _FORWARD = {kind: kind.forward for kind in _KINDS}
 _CONV_FORWARD = nn.Conv2d._conv_forward
 

@@ -490,6 +490,17 @@ def test_what_is_put_into_a_class_after_fuse_is_run(monkeypatch, cls, method):
         assert torch.equal(fused(x), plain)
 
 
+@pytest.mark.filterwarnings("ignore:Fused.* runs PyTorch's operators one by one")
+@pytest.mark.parametrize("cls", [nn.AvgPool2d, nn.Identity, nn.Sequential])
+def test_what_is_put_into_the_class_of_a_pool_or_of_a_container_is_run(monkeypatch, cls):
+    eager, forward = deep().eval(), cls.forward
+    fused, x = copy.deepcopy(eager), draw(2, 3, 32, 32, dtype=torch.float64)
+    assert len(fuse(fused).fused) == 4
+    monkeypatch.setattr(cls, "forward", lambda self, x: 1.5 * forward(self, x))
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), eager(x), atol=1e-9, rtol=1e-7)
+
+
 class Derived(Block):
     pass
 
