@@ -168,6 +168,11 @@ class _Fused:
                 _remember(state, recent)
         if not isinstance(X, Tensor):
             check_activation(X, None)  # which refuses it
+        simple = direct and type(X) is Tensor and X.layout is torch.strided
+        reason = None if simple else _reason_not_to_take((X,))  # before a pool is called, for the arguments
+        if reason is not None:
+            warn_once(type(self).__name__, reason)
+            return self._eager(X)
         pairs = self._norm_pairs(parts)
         norms = [norm_of(bn, held(conv, "_parameters", "bias")) for bn, conv in pairs]
         dtype = _autocast_dtype(X)
@@ -176,7 +181,7 @@ class _Fused:
         known = recent.known(flat) if direct else None
         check = (recent, X.dtype, dtype)
         if known is None or check not in known.facts.passed:
-            reason = None if known else _reason_not_to_take((X, *flat))
+            reason = None if known else _reason_not_to_take(flat)
             reason = reason or self._check(parts, X, flat, norms, dtype is not None)
             if reason is not None:
                 warn_once(type(self).__name__, reason)

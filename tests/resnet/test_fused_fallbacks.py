@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from resnet import (
+    BasicBlock,
     FusedBasicBlock,
     FusedBatchNorm2d,
     FusedBottleneck,
@@ -35,7 +36,7 @@ from resnet import (
 )
 from resnet.functional import batch_norm_add_relu
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, step, trio
+from tests.helpers.blocks import POOLED, draw, step, trio
 from tests.helpers.fused_cases import (
     FEW,
     IDENTITY,
@@ -520,6 +521,19 @@ def test_who_replaces_pytorchs_functions_meets_them(monkeypatch, by, kind):
     torch.testing.assert_close(out.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
 
 
+def test_a_mode_meets_a_shortcuts_pool_as_often_as_in_the_eager_block(monkeypatch):
+    class Counting(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            called.append(function)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr("resnet.fused._warned", set())
+    called, t = [], trio(BasicBlock, 4, 6, 2, POOLED)
+    with pytest.warns(UserWarning, match="a Counting is in force"), Counting():
+        t.fused(draw(2, 4, 5, 6))
+    assert called.count(nn.functional.avg_pool2d) == 1
+
+
 def test_a_mode_that_sets_the_device_and_a_class_without_functions_of_its_own_are_fused():
     class Named(torch.Tensor):
         pass
@@ -546,8 +560,9 @@ def test_the_operation_on_a_tensor_that_wraps_another_is_pytorchs(any_backend):
 @pytest.mark.filterwarnings(
     "ignore:Fused.* runs PyTorch's operators one by one. one of its tensors is a tensor of layout"
 )
-def test_an_input_in_onednns_layout_meets_pytorchs_operators():
-    t = trio(Residual, 4, 4, train=False).each(lambda module: module.cpu())
+@pytest.mark.parametrize("case", [(Residual, 4, 4), (BasicBlock, 4, 6, 2, POOLED)], ids=["identity", "pooled"])
+def test_an_input_in_onednns_layout_meets_pytorchs_operators(case):
+    t = trio(*case, train=False).each(lambda module: module.cpu())
     x = draw(2, 4, 5, 6).cpu()
     with torch.no_grad():
         torch.testing.assert_close(*(module(x.to_mkldnn()).to_dense() for module in (t.fused, t.eager)))
