@@ -339,6 +339,30 @@ def test_a_deep_stem_gives_what_the_eager_one_gives(any_backend, train):
     torch.testing.assert_close(infer(fused, x), infer(eager, x), atol=1e-9, rtol=1e-7)
 
 
+def test_a_tracer_comes_by_the_container_of_a_deep_stem():
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, name: str) -> bool:
+            return name == "conv" or super().is_leaf_module(m, name)
+
+    model = net()
+    deepened(model)
+    expected = Tracer().trace(model)
+    assert "" in names(fuse(model).fused)
+    assert [node.target for node in Tracer().trace(model).nodes] == [node.target for node in expected.nodes]
+
+
+@pytest.mark.parametrize("place", ["conv", "conv.0", "conv.3", "pool"])
+def test_a_deep_stem_that_cannot_be_fused_warns_by_the_name_of_its_class(monkeypatch, place):
+    monkeypatch.setattr("resnet.fused._warned", set())
+    model = net()
+    deepened(model)
+    assert "" in names(fuse(model).fused)
+    model.get_submodule(place).register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=f"FusedNet runs PyTorch's operators one by one: {place} has hooks") as caught:
+        model(draw(2, 3, 13, 10, dtype=torch.float64))
+    assert len(caught) == 1
+
+
 @pytest.mark.filterwarnings("ignore:Fused.* runs PyTorch's operators")
 def test_what_is_changed_inside_a_deep_stem_or_a_shortcut_with_a_pool_after_fuse_is_run():
     eager, x = net().eval(), draw(2, 3, 32, 32, dtype=torch.float64)
