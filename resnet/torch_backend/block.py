@@ -59,7 +59,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """Gradients of `block_forward` from dout (N, K, P, Q) channels_last; relu(bn(y)) is computed again from y."""
     x, (out, ys, stats, projected), units, shortcut, *pooled = kept
     norm = batch_norm.backward(dout, ys[-1], out, stats[-1], units[-1].norm, shortcut=True)
-    dys, grad, dshortcut, shortcut_grad = [norm.dx], _unit_grad(norm), norm.g, UnitGrad(sum_g=norm.sum_g)
+    dys, grad, dshortcut, shortcut_grad = [norm.dx], unit_grad(norm), norm.g, UnitGrad(sum_g=norm.sum_g)
     del norm
     if projected and shortcut_reached(needs):
         z, z_stats = projected
@@ -77,7 +77,8 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     return BlockGrad(dx, grads, shortcut_grad)
 
 
-def _unit_grad(norm: NormGrad) -> UnitGrad:
+def unit_grad(norm: NormGrad) -> UnitGrad:
+    """A unit's gradients as far as its norm gives them."""
     return UnitGrad(None, norm.dweight, norm.dbias, norm.sum_g)
 
 
@@ -110,7 +111,7 @@ def chain_backward(
             break
         else:
             norm = batch_norm.backward(da, ys[i - 1], a, stats[i - 1], units[i - 1].norm, consume=True)
-            dy, grad = norm.dx, _unit_grad(norm)
+            dy, grad = norm.dx, unit_grad(norm)
             del norm
         del a, da  # before the next ones are made
     return dx, tuple(grads)

@@ -14,11 +14,10 @@ from resnet.operands import (
     StemKept,
     StemOutput,
     Unit,
-    UnitGrad,
     are_summed,
 )
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.block import chain_backward
+from resnet.torch_backend.block import chain_backward, unit_grad
 from resnet.torch_backend.convolution import convolve, convolve_backward
 from resnet.torch_backend.inference import conv_batch_norm, stem_inference
 
@@ -35,7 +34,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     x, (out, y, tap, stats), (weight, stride, padding, norm, _) = kept
     grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm, are_summed(norm, needs.unit.norm))
     dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.unit.weight)
-    return StemGrad(dx, UnitGrad(dconv, grad.dweight, grad.dbias, grad.sum_g))
+    return StemGrad(dx, unit_grad(grad)._replace(conv=dconv))
 
 
 def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutput:
@@ -55,7 +54,7 @@ def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> Dee
     x, (out, ys, tap, stats), units = kept
     last, flags = units[-1].norm, needs.units[-1].norm
     norm = batch_norm.backward_pool(dout, ys[-1], out, tap, stats[-1], last, are_summed(last, flags))
-    dys, grad = [norm.dx], UnitGrad(None, norm.dweight, norm.dbias, norm.sum_g)
+    dys, grad = [norm.dx], unit_grad(norm)
     del norm
     return DeepStemGrad(*chain_backward(dys, grad, x, ys, stats, units, needs))
 
