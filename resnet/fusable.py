@@ -186,15 +186,13 @@ def unfusable_average(name: str, pool: nn.Module) -> str | None:
     reason = unfusable(name, pool, nn.AvgPool2d)
     if reason is not None:
         return reason
-    for field in _AVERAGE:
-        value = getattr(pool, field)
-        fits = value in (0, (0, 0), None) if field in ("padding", "divisor_override") else len({*_pair(value)}) == 1
-        if not fits:
-            return f"{name}.{field} is {value}"
-    return None
+    square = {field: len({*_pair(getattr(pool, field))}) == 1 for field in AVERAGE[:2]}
+    unset = {field: getattr(pool, field) in (0, (0, 0), None) for field in AVERAGE[2:]}
+    wrong = next((field for field, fits in (square | unset).items() if not fits), None)
+    return None if wrong is None else f"{name}.{wrong} is {getattr(pool, wrong)}"
 
 
-_AVERAGE = ("kernel_size", "stride", "padding", "divisor_override")
+AVERAGE = ("kernel_size", "stride", "padding", "divisor_override")
 _POOL = ("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode")
 
 
@@ -238,20 +236,15 @@ def conv_state(conv: nn.Module | None) -> tuple:
     )
 
 
-def pool_state(pool: nn.Module | None) -> tuple:
-    """All that fusing asks of a pool."""
-    return (*module_state(pool), *[getattr(pool, field, None) for field in _POOL])
+def pool_state(pool: nn.Module | None, fields: tuple[str, ...] = _POOL) -> tuple:
+    """All that fusing asks of a pool, by default of a max-pool."""
+    return (*module_state(pool), *[getattr(pool, field, None) for field in fields])
 
 
 def average_of(pool: nn.AvgPool2d) -> tuple:
     """The size and the stride of an average pool: the size is the stride where that is None."""
     size, stride = _pair(pool.kernel_size)[0], _pair(pool.stride)[0]
     return size, size if stride is None else stride
-
-
-def average_state(pool: nn.Module | None) -> tuple:
-    """All that fusing asks of an average pool."""
-    return (*module_state(pool), *[getattr(pool, field, None) for field in _AVERAGE])
 
 
 def hashable(state: object) -> object:

@@ -27,12 +27,12 @@ from resnet.checks import (
 )
 from resnet.functional import channels_last, checked, unchecked
 from resnet.fusable import (
+    AVERAGE,
     BlockParts,
     StemParts,
     UnitParts,
     Watched,
     average_of,
-    average_state,
     conv_state,
     hashable,
     module_state,
@@ -258,6 +258,17 @@ def _weights(convs: list[nn.Conv2d], x: Tensor, cast: bool) -> tuple[list[Tensor
     return weights, masters
 
 
+def _unit_arguments(
+    x: Tensor, convs: list[nn.Conv2d], norms: list[Norm], cast: bool
+) -> tuple[list, list[Tensor], list[Tensor | None]]:
+    """x and the units of those convolutions that have a norm, flat; and `_weights` of all."""
+    weights, masters = _weights(convs, x, cast)
+    flat = [x]
+    for conv, norm, weight, master in zip(convs, norms, weights, masters):
+        flat += (weight, conv.stride[0], conv.padding[0], *norm, master)
+    return flat, weights, masters
+
+
 class FusedStemBase(_Fused):
     """A stem whose modules `_parts` names: a `StemParts`, or why there are none.
 
@@ -340,12 +351,7 @@ class FusedStemBase(_Fused):
         return None
 
     def _arguments(self, parts: StemParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> list:
-        convs = [unit.conv for unit in _units_of(parts)]
-        weights, masters = _weights(convs, x, cast)
-        flat = [x]
-        for conv, norm, weight, master in zip(convs, norms, weights, masters):
-            flat += (weight, conv.stride[0], conv.padding[0], *norm, master)
-        return flat
+        return _unit_arguments(x, [unit.conv for unit in _units_of(parts)], norms, cast)[0]
 
 
 def _units_of(parts: StemParts) -> tuple[UnitParts, ...]:
@@ -389,7 +395,7 @@ class FusedBlock(_Fused):
         for other in others:
             state.append((other.kind, module_state(other.module)))
         if pool is not None:
-            state.append(average_state(pool.module))
+            state.append(pool_state(pool.module, AVERAGE))
         return tuple(state)
 
     def _without_statistics(self, flat: list) -> str:
@@ -481,10 +487,7 @@ class FusedBlock(_Fused):
     def _arguments(self, parts: BlockParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> list:
         units, shortcut, _, pool = parts
         convs = [unit.conv for unit in (units if shortcut is None else (*units, shortcut))]
-        weights, masters = _weights(convs, x, cast)
-        flat = [x]
-        for conv, norm, weight, master in zip(convs, norms, weights, masters):
-            flat += (weight, conv.stride[0], conv.padding[0], *norm, master)
+        flat, weights, masters = _unit_arguments(x, convs, norms, cast)
         if shortcut is None:
             flat += (None, None, 1, None)
         elif shortcut.bn is None:

@@ -99,25 +99,17 @@ def _timm(count: int) -> BlockLayout:
     return BlockLayout(_numbered(count), relus, "downsample", ("drop_block", "aa", "se", "drop_path"))
 
 
-def _transformers(count: int) -> BlockLayout:
+def _transformers(count: int, prefix: str = "ResNet") -> BlockLayout:
+    """`prefix` is that of the library's classes. RT-DETR's shortcut may lie beside a pool in a container."""
     layers = [f"layer.{i}" for i in range(count)]
     return BlockLayout(
         units=tuple((f"{layer}.convolution", f"{layer}.normalization") for layer in layers),
         relus=(*(f"{layer}.activation" for layer in layers[:-1]), "activation"),
         shortcut="shortcut",
         optional=(f"{layers[-1]}.activation",),
-        containers=(("layer", nn.Sequential), *((layer, "ResNetConvLayer") for layer in layers)),
-        shortcut_class="ResNetShortCut",
+        containers=(("layer", nn.Sequential), *((layer, f"{prefix}ConvLayer") for layer in layers)),
+        shortcut_class=f"{prefix}ShortCut",
     )
-
-
-def _rt_detr(count: int) -> BlockLayout:
-    """`_transformers` in ResNet-D's form: the shortcut may lie beside a pool in a container."""
-    layout = _transformers(count)
-    containers = tuple(
-        (name, kind if kind is nn.Sequential else "RTDetrResNetConvLayer") for name, kind in layout.containers
-    )
-    return layout._replace(containers=containers, shortcut_class="RTDetrResNetShortCut")
 
 
 def _rt_detr_stem() -> StemLayout:
@@ -142,6 +134,11 @@ def _held(module: object, name: str) -> object:
     return module
 
 
+def _children(name: str, module: nn.Module) -> list[tuple[str, nn.Module | None]]:
+    """The children of the module of a name, each with its own."""
+    return [(f"{name}.{key}", child) for key, child in module._modules.items()]
+
+
 def _watched(module: _Changed) -> list[Watched]:
     """The containers, whose own calls the operator replaces, and what their classes do not put in: it may be called."""
     found = []
@@ -149,8 +146,8 @@ def _watched(module: _Changed) -> list[Watched]:
         container = _held(module, place)
         found.append(Watched(place, container, kind))
         if isinstance(container, nn.Module):
-            children = ((f"{place}.{key}", child) for key, child in container._modules.items())
-            found += [Watched(name, child, nn.Identity) for name, child in children if name not in module._places]
+            inner = _children(place, container)
+            found += [Watched(name, child, nn.Identity) for name, child in inner if name not in module._places]
     return found
 
 
@@ -165,16 +162,13 @@ def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, 
         return UnitParts(module, None, name), [], None
     if type(module) is nn.Identity or not isinstance(module, nn.Module):
         return None, [Watched(name, module, nn.Identity)], None
-    children = [(f"{name}.{key}", child) for key, child in module._modules.items()]
-    others, conv, bn, pool = [Watched(name, module, kind)], None, None, None
-    if kind is not nn.Sequential and type(module) is nn.Sequential and kind in map(type, module._modules.values()):
-        others, every, children = [Watched(name, module, nn.Sequential)], children, []
-        for place, child in every:
-            if type(child) is kind:
-                others.append(Watched(place, child, kind))
-                children += ((f"{place}.{key}", inner) for key, inner in child._modules.items())
-            else:
-                children.append((place, child))
+    others, children = [Watched(name, module, kind)], _children(name, module)
+    nested = [child for child in children if type(child[1]) is kind]
+    if nested and kind is not nn.Sequential and type(module) is nn.Sequential:  # its children stand in its place
+        others = [Watched(name, module, nn.Sequential), Watched(*nested[0], kind)]
+        place = children.index(nested[0])
+        children[place : place + 1] = _children(*nested[0])
+    conv = bn = pool = None
     for place, child in children:
         if conv is None and isinstance(child, _ConvNd):
             conv = place, child
@@ -285,7 +279,7 @@ class _Stem(_Changed, FusedStemBase):
         pool, others = Watched(name, _held(self, name), nn.MaxPool2d), _watched(self)
         if type(last) is nn.Sequential and len(last) % 3 == 1:
             others.append(Watched(conv, last, nn.Sequential))
-            *before, (conv, last) = [(f"{conv}.{key}", child) for key, child in last._modules.items()]
+            *before, (conv, last) = _children(conv, last)
         others += [Watched(*each, nn.ReLU) for each in before[2::3]]
         if name not in self._called():
             pool = None
@@ -430,8 +424,8 @@ _KNOWN = {
     **{
         f"transformers.models.rt_detr.modeling_rt_detr_resnet.{name}": _Known(mixin, layout)
         for name, mixin, layout in (
-            ("RTDetrResNetBasicLayer", _Block, _rt_detr(2)),
-            ("RTDetrResNetBottleNeckLayer", _Block, _rt_detr(3)),
+            ("RTDetrResNetBasicLayer", _Block, _transformers(2, "RTDetrResNet")),
+            ("RTDetrResNetBottleNeckLayer", _Block, _transformers(3, "RTDetrResNet")),
             ("RTDetrResNetEmbeddings", _Embeddings, _rt_detr_stem()),
         )
     },

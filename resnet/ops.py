@@ -56,7 +56,7 @@ from resnet.registration import (
     like_of,
     wrapper,
 )
-from resnet.torch_backend.convolution import out_map, out_size
+from resnet.torch_backend.convolution import chain_shapes, out_map, out_size
 
 __all__ = ["call", "function_mode", "is_direct", "is_transformed_or_recorded", "wrapper"]
 
@@ -217,11 +217,7 @@ Differentiable(
 
 def _empty_maps(x: Tensor, units: tuple[Unit, ...]) -> tuple[Tensor, ...]:
     """The outputs of a chain of convolutions."""
-    maps, size = [], x.shape
-    for weight, stride, padding, *_ in units:
-        size = (x.shape[0], weight.shape[0], *out_map(size, weight.shape, stride, padding))
-        maps.append(_empty_map(x, *size[1:]))
-    return tuple(maps)
+    return tuple(_empty_map(x, *shape[1:]) for shape in chain_shapes(x.shape, units))
 
 
 def _chain_summed(

@@ -9,7 +9,7 @@ grad-weight is slow on larger maps too. A 1x1 convolution of stride 1 is one pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -38,6 +38,15 @@ def out_map(x: Size, weight: Size, stride: int, padding: int) -> tuple[int | tor
     """(P, Q), the pixels of an output map of the convolution of shapes x (N, C, H, W) and weight (K, C, R, S)."""
     (_, _, H, W), (_, _, R, S) = x, weight
     return out_size(H, R, stride, padding), out_size(W, S, stride, padding)
+
+
+def chain_shapes(x: Size, units: Iterable[tuple]) -> list[tuple]:
+    """(N, K, P, Q) of each convolution of a chain that begins at x; a unit's first fields are those of a `Unit`."""
+    shapes = []
+    for weight, stride, padding, *_ in units:
+        x = (x[0], weight.shape[0], *out_map(x, weight.shape, stride, padding))
+        shapes.append(x)
+    return shapes
 
 
 def is_single_on_cpu(x: Tensor) -> bool:

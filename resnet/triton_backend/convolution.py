@@ -207,19 +207,24 @@ def grad_input_add(
     return run_picked("grad_input", dy, weight, key, epilogue=fused, pytorch=pytorch)
 
 
+def grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """dx of conv(x), to which nothing is fused."""
+
+    def fused() -> Tensor:
+        return conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=tf32(dy))
+
+    def pytorch() -> Tensor:
+        return convolve_backward(dy, x, weight, stride, padding, True, False)[0]
+
+    return run_picked("grad_input", dy, weight, (stride,), epilogue=fused, pytorch=pytorch)
+
+
 def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[Projection, Tensor, None]:
     """What `grad_input_add` takes of a shortcut that reads a pooled x: its share of dx, as an identity's.
 
     dz is the gradient of the shortcut's convolution, which is 1x1 of stride 1.
     """
-
-    def fused() -> Tensor:
-        return conv_grad_input(dz, weight, conv_shape(pooled.map, weight, 1, 0), tf32=tf32(dz))
-
-    def pytorch() -> Tensor:
-        return convolve_backward(dz, pooled.map, weight, 1, 0, True, False)[0]
-
-    dmap = run_picked("grad_input", dz, weight, (1, "alone"), epilogue=fused, pytorch=pytorch)
+    dmap = grad_input(dz, pooled.map, weight, 1, 0)
     return Projection(None, None, 1), pool_backward(dmap, x, pooled), None
 
 

@@ -10,10 +10,8 @@ from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_apply,
     batch_norm_max_pool_backward_reduce,
 )
-from resnet.kernels.conv_grad_input import conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
-from resnet.kernels.host.shapes import conv_shape
 from resnet.norm import empty_grads
 from resnet.operands import (
     DeepStem,
@@ -31,7 +29,7 @@ from resnet.operands import (
     grad_inputs,
     trained_dtype,
 )
-from resnet.torch_backend.convolution import convolve_backward, out_map
+from resnet.torch_backend.convolution import chain_shapes, convolve_backward
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import applied_sums, frozen_stats, norm_stats
 from resnet.triton_backend.block import chain_backward
@@ -75,7 +73,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     if stored:
         dy = stored_dy()
     if needs.x:
-        dx = _grad_input(dy, x, unit)
+        dx = convolution.grad_input(dy, x, *unit[:3])
     if needs.unit.weight and stored:
         dconv = convolution.grad_weight(dy, x, *unit[:3], dtype=dtype)
     elif needs.unit.weight:
@@ -95,23 +93,10 @@ def _pooled_norm_grad(
     return UnitGrad(None, dweight, dbias, sums[0], zeros), applied_sums(sums, y, unit.norm)
 
 
-def _grad_input(dy: Tensor, x: Tensor, unit: KeptUnit) -> Tensor:
-    weight, stride, padding = unit[:3]
-    return convolution.run_picked(
-        "grad_input",
-        dy,
-        weight,
-        (stride,),
-        epilogue=lambda: conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=convolution.tf32(x)),
-        pytorch=lambda: convolve_backward(dy, x, weight, stride, padding, True, False)[0],
-    )
-
-
 def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutput:
     """See `torch_backend.deep_stem_forward`."""
-    units, size = tuple(map(convolution.as_read, units)), x.shape
-    for weight, stride, padding, *_ in units:
-        size = (x.shape[0], weight.shape[0], *out_map(size, weight.shape, stride, padding))
+    units = tuple(map(convolution.as_read, units))
+    size = chain_shapes(x.shape, units)[-1]
     check_pooled(torch.empty(size, device="meta", memory_format=torch.channels_last))  # before any statistics change
     y, ys, stats = x, [], []
     for unit in units:
@@ -129,8 +114,11 @@ def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> Dee
     grad, used = _pooled_norm_grad(dout, out, ys[-1], tap, stats[-1], units[-1], needs.units[-1])
     if grad_inputs(needs)[-1] or needs.units[-1].weight:
         dys.append(batch_norm_max_pool_backward_apply(dout, ys[-1], out, tap, stats[-1], used))
-    first = units[0]
-    return DeepStemGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, lambda dy: _grad_input(dy, x, first)))
+
+    def grad_input(dy: Tensor) -> Tensor:
+        return convolution.grad_input(dy, x, *units[0][:3])
+
+    return DeepStemGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, grad_input))
 
 
 def deep_stem_inference(x: Tensor, units: tuple[Unit, Unit, Unit]) -> Tensor:
