@@ -1,6 +1,7 @@
 """Convolution as implicit GEMM, with BatchNorm + ReLU before it, and statistics, bias or all of inference after it.
 
-    y[m, k] = sum over r, s, c of a[n, p*stride - padding + r, q*stride - padding + s, c] * weight[k, r, s, c]
+    y[m, k] = sum over r, s, c of a[n, h, w, c] * weight[k, r, s, c]
+    h, w = p * stride - padding + r * dilation, q * stride - padding + s * dilation
 
     prologue   a = x, or relu(x * scale + shift) per input channel; padding is zero after it
     epilogue   y as it is; y + bias; y and, per row tile, mean and M2 of y as stored;
@@ -83,6 +84,7 @@ def conv_forward_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
     FLAT: tl.constexpr,
     WHOLE: tl.constexpr,  # M is a multiple of BLOCK_M: no row needs a mask
     ACC: tl.constexpr,
@@ -108,10 +110,10 @@ def conv_forward_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     if FLAT:
-        acc = reduce_flat(acc, x, weight, pixel0, h0, w0, live, k, H, W, C, K, R, S, PRECISION, BLOCK_K)
+        acc = reduce_flat(acc, x, weight, pixel0, h0, w0, live, k, H, W, C, K, R, S, DILATION, PRECISION, BLOCK_K)
     else:
-        taps = valid_taps(h0, w0, live, H, W, R, S)
-        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, PRECISION, BLOCK_N, BLOCK_K)
+        taps = valid_taps(h0, w0, live, H, W, R, S, DILATION)
+        acc = reduce_taps(acc, x, weight, stats, pixel0, taps, k, W, C, K, R, S, DILATION, PRECISION, BLOCK_N, BLOCK_K)
     out = m0 * K + rows[:, None] * K + k[None, :]
     mask = live[:, None] & (k < K)[None, :]
     if running_mean is not None:
@@ -136,7 +138,7 @@ def conv_forward_kernel(
         centre = (h0 + PADDING < H) & (w0 + PADDING < W) & live
         pixel0 += PADDING * W + PADDING
         acc = reduce_taps(
-            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, PRECISION, BLOCK_N, BLOCK_K
+            acc, x, shortcut_weight, None, pixel0, centre.to(tl.int32), k, W, C, K, 1, 1, 1, PRECISION, BLOCK_N, BLOCK_K
         )
         if shortcut_bias is not None:
             acc += tl.load(shortcut_bias + k, mask=k < K).to(ACC)[None, :]
@@ -160,6 +162,7 @@ def reduce_taps(
     K: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
+    DILATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -181,7 +184,7 @@ def reduce_taps(
         mask = ((taps & (tl.cast(1, taps.dtype) << tap)) != 0)[:, None]
         if C % BLOCK_K != 0:
             mask = mask & (c < C - c0)[None, :]
-        a = tl.load(x + ((tap // S * W + tap % S) * C + c0), mask=mask, other=0.0)
+        a = tl.load(x + ((tap // S * W + tap % S) * (DILATION * C) + c0), mask=mask, other=0.0)
         if stats is not None:
             inside = (taps >> tap & 1) == 1  # again: in the pipeline the mask above is that of a later step
             a = batch_norm_relu(a, scale, shift, inside[:, None])
@@ -221,6 +224,7 @@ def reduce_flat(
     K: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
+    DILATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -229,8 +233,8 @@ def reduce_flat(
     h0 = tl.where(live, h0, FAR)
     for j0 in range(0, R * S * C, BLOCK_K):
         j = j0 + tl.arange(0, BLOCK_K)
-        r = j // (S * C)
-        s = j // C % S
+        r = j // (S * C) * DILATION
+        s = j // C % S * DILATION
         c = j % C
         # Rows that are not live lie far outside, as do positions beyond the last one, and a negative index is a large
         # unsigned one. So two comparisons do the work of six.
@@ -347,6 +351,7 @@ def conv_forward(
     weight: Tensor,
     stride: int,
     padding: int,
+    dilation: int = 1,
     *,
     stats: Tensor | None = None,
     bias: Tensor | None = None,
@@ -363,7 +368,7 @@ def conv_forward(
     Args:
         x: (N, C, H, W) channels_last, float16, bfloat16, float32 or float64.
         weight: (K, C, R, S) channels_last, of x's type.
-        stride, padding: the same along H and W; padding is with zeros, after the prologue.
+        stride, padding, dilation: the same along H and W; padding is with zeros, after the prologue.
         stats: (4, C) of `batch_norm_finalize`: a = relu(x * scale + shift) in place of x.
         bias: (K,), added to y.
         frozen: y becomes batch_norm(y) with running statistics.
@@ -377,7 +382,7 @@ def conv_forward(
     Raises:
         ValueError, TypeError: a shape, layout, type or device that does not fit.
     """
-    shape = conv_shape(x, weight, stride, padding)
+    shape = conv_shape(x, weight, stride, padding, dilation)
     fusions = Fusions(stats, bias, frozen, skip, relu, moments, shortcut, shortcut_moments)
     _check(x, shape, fusions)
     precision = product_precision(x, tf32)
@@ -433,6 +438,7 @@ def _launch(
             FLAT=fusions.flatten(shape),
             WHOLE=shape.M % config.BLOCK_M == 0,
             ACC=ACC,
+            DILATION=shape.dilation,
             PRECISION=precision,
             **shape.constants(),
             **config.options(),
@@ -457,10 +463,11 @@ def _check(x: Tensor, shape: ConvShape, fusions: Fusions) -> None:
         check_nhwc("shortcut.weight", fusions.shortcut.weight, x, (shape.K, shape.C, 1, 1))
         check_vector("shortcut.bias", fusions.shortcut.bias, shape.K, x)
         width = 2 * shape.padding + 1
-        if not shape.R == shape.S == width:
+        if not (shape.R - 1) * shape.dilation + 1 == (shape.S - 1) * shape.dilation + 1 == width:
+            dilated = f" with dilation {shape.dilation}" * (shape.dilation > 1)
             raise ValueError(
                 f"shortcut: expected a window with its centre at the padding, that is {width} wide, "
-                f"got {shape.R}x{shape.S}"
+                f"got {shape.R}x{shape.S}{dilated}"
             )
     elif fusions.shortcut_moments:
         raise ValueError("shortcut_moments: expected a shortcut to take them of, got none")

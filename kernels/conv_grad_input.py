@@ -1,6 +1,6 @@
 """Grad-input of a convolution as an implicit GEMM, with what follows it in the block's backward as its epilogue.
 
-    acc[n,h,w,c] = sum over r,s,k of dy[n,p,q,k] * W[k,r,s,c],  p = (h + padding - r) / stride, q likewise
+    acc[n,h,w,c] = sum over r,s,k of dy[n,p,q,k] * W[k,r,s,c],  p = (h + padding - r * dilation) / stride, q likewise
 
     None          dx = acc
     ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
@@ -15,7 +15,7 @@ epilogue are float32 (float64 for float64), rounded once.
 
 With a stride only every stride-th tap meets an output pixel, and which ones depends on (h, w) modulo stride alone. So
 each parity class (h % stride, w % stride) is a sub-grid of its own that runs over its own taps. A class without taps
-(1x1, stride 2) still runs its epilogue. All classes are one launch.
+(1x1, stride 2) still runs its epilogue. All classes are one launch. A convolution with dilation has stride 1 here.
 
 Grid (column tiles * classes * row tiles,). Passes over activations: it reads dy and writes dx. ReluMask also reads y1,
 KeptMask a; IdentityGrad reads dout and out, or dout alone; ShortcutGrad reads the same, which have dy's pixels. AddTo
@@ -79,6 +79,7 @@ def grad_input_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    DILATION: tl.constexpr,  # 1 with a stride
     SHORTCUT_K: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -115,7 +116,7 @@ def grad_input_kernel(
     else:
         pixels = (n * H + ph + STRIDE * i) * W + pw + STRIDE * j
 
-    misses = missed_taps(p0, q0, i, j, inside, P, Q, R, S, STRIDE)
+    misses = missed_taps(p0, q0, i, j, inside, P, Q, R, S, STRIDE, DILATION)
     ks = tl.arange(0, BLOCK_K)
     dy_offsets = dy_rows[:, None] + ks[None, :]
     weight_offsets = ks[:, None] * (R * S * C) + cols[None, :]
@@ -137,6 +138,7 @@ def grad_input_kernel(
         R,
         S,
         STRIDE,
+        DILATION,
         ACC,
         PRECISION,
         BLOCK_M,
@@ -185,8 +187,8 @@ def grad_input_kernel(
 def parity_class(ph, pw, H, W, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr):
     """The taps that the class (h % STRIDE, w % STRIDE) = (ph, pw) meets, A x B of them, and its height and width.
 
-    Its pixels h = ph + STRIDE * i meet the taps r = r0 + STRIDE * a, a < A, at output pixel p = p0 + i - a. The same
-    holds along the other axis for w, j, s, b and q.
+    Its pixels h = ph + STRIDE * i meet the taps r = r0 + STRIDE * a, a < A, at output pixel p = p0 + i - a, with
+    dilation p0 + i - DILATION * a. The same holds along the other axis for w, j, s, b and q.
     """
     r0 = (ph + PADDING) % STRIDE
     s0 = (pw + PADDING) % STRIDE
@@ -200,16 +202,28 @@ def parity_class(ph, pw, H, W, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.cons
 
 
 @triton.jit
-def missed_taps(p0, q0, i, j, inside, P, Q, R: tl.constexpr, S: tl.constexpr, STRIDE: tl.constexpr):
+def missed_taps(
+    p0,
+    q0,
+    i,
+    j,
+    inside,
+    P,
+    Q,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+):
     """A bit mask per row: bit a says that taps (a, *) miss the image, bit 16 + b that taps (*, b) do.
 
     A step of the reduction asks for one tap by one AND with a scalar.
     """
     misses = tl.where(inside, 0, -1)
     for a in tl.static_range((R + STRIDE - 1) // STRIDE):
-        misses |= tl.where((p0 + i - a).to(tl.uint32) < P.to(tl.uint32), 0, 1 << a)
+        misses |= tl.where((p0 + i - a * DILATION).to(tl.uint32) < P.to(tl.uint32), 0, 1 << a)
     for b in tl.static_range((S + STRIDE - 1) // STRIDE):
-        misses |= tl.where((q0 + j - b).to(tl.uint32) < Q.to(tl.uint32), 0, 65536 << b)
+        misses |= tl.where((q0 + j - b * DILATION).to(tl.uint32) < Q.to(tl.uint32), 0, 65536 << b)
     return misses
 
 
@@ -231,6 +245,7 @@ def reduce_taps(
     R: tl.constexpr,
     S: tl.constexpr,
     STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -254,7 +269,7 @@ def reduce_taps(
         k = 0
         for _ in range(steps):
             hits = misses & (1 << a | 65536 << b) == 0
-            dy_tile = load_pixels(dy + (k - (a * Q + b) * K), dy_offsets, hits, ks, K - k, K, BLOCK_K)
+            dy_tile = load_pixels(dy + (k - (a * Q + b) * (DILATION * K)), dy_offsets, hits, ks, K - k, K, BLOCK_K)
             w = weight + (k * (R * S) + (r0 + STRIDE * a) * S + s0 + STRIDE * b) * C
             weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
             acc = dot(dy_tile, weight_tile, acc, PRECISION)
@@ -480,6 +495,7 @@ def conv_grad_input(
             shape.Q,
             T,
             **shape.constants(),
+            DILATION=shape.dilation,
             SHORTCUT_K=shortcut_K,
             ACC=ACC,
             PRECISION=precision,
@@ -550,6 +566,8 @@ def _check(
         kinds = ", ".join(kind.__name__ for kind in _EPILOGUES if kind is not type(None))
         raise TypeError(f"epilogue: expected {kinds} or None, got {type(epilogue).__name__}")
 
+    if shape.dilation > 1 < shape.stride:
+        raise ValueError(f"shape: expected stride 1 with dilation {shape.dilation}, got {shape.stride}")
     if max(shape.R, shape.S) > _TAPS * shape.stride:
         raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")
     rows = tuning.MOST_ROWS
@@ -557,4 +575,5 @@ def _check(
         raise ValueError(f"shape: expected fewer than 2^31 pixels, got {shape.N} images of {shape.H}x{shape.W}")
     area = (shape.H // shape.stride) * (shape.W // shape.stride)  # pixels of the smallest class that has any
     widest = epilogue.weight.shape[0] if isinstance(epilogue, ShortcutGrad) else shape.K
-    check_span(max(math.prod(x[1:]), (shape.P + shape.R) * shape.Q * max(widest, shape.K)), area, shape.N, rows)
+    span = (shape.P + shape.dilation * shape.R) * shape.Q * max(widest, shape.K)
+    check_span(max(math.prod(x[1:]), span), area, shape.N, rows)

@@ -1,7 +1,7 @@
 """Grad-weight of a convolution as implicit GEMM, with BatchNorm + ReLU of its input, and ReLU' of dy, before it.
 
     dW[k, r, s, c] = sum over output pixels (n, p, q) of g[n, p, q, k] * a[n, h, w, c]
-    h, w = p * stride - padding + r, q * stride - padding + s
+    h, w = p * stride - padding + r * dilation, q * stride - padding + s * dilation
     a = x as stored, or relu(x * scale + shift) of a BatchNorm, with padding zero after the ReLU
     g = dy as stored, or dy where the ReLU that made `out` lets it pass, else 0
 
@@ -63,6 +63,7 @@ def conv_grad_weight_kernel(
     S: tl.constexpr,
     STRIDE: tl.constexpr,
     PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
     DY_MOVES: tl.constexpr,
     SAME: tl.constexpr,  # stride 1 and H, W = P, Q
     EVEN: tl.constexpr,  # M is a multiple of BLOCK_K
@@ -106,7 +107,7 @@ def conv_grad_weight_kernel(
 
     # The moving operand's pixels at the first tap: row i * STRIDE + row0, column j * STRIDE + col0.
     if DY_MOVES:
-        row0, col0 = PADDING - tap // S, PADDING - tap % S
+        row0, col0 = PADDING - tap // S * DILATION, PADDING - tap % S * DILATION
         still_offsets = cs[:, None] + rows[None, :] * C
         x += m0 * C
         start = (m0 + row0 * Q + col0 if ALONG else image * P * Q) * K
@@ -114,13 +115,13 @@ def conv_grad_weight_kernel(
         if out is not None:
             out += start
     else:
-        row0, col0 = tap // S - PADDING, tap % S - PADDING
+        row0, col0 = tap // S * DILATION - PADDING, tap % S * DILATION - PADDING
         still_offsets = ks[:, None] + rows[None, :] * K
         dy += m0 * K
         if out is not None:
             out += m0 * K
         if FLAT:
-            r, s = cs // (S * C), cs // C % S
+            r, s = cs // (S * C) * DILATION, cs // C % S * DILATION
         x += (m0 + row0 * W + col0 if ALONG else image * H * W) * C
 
     acc = ()
@@ -134,7 +135,7 @@ def conv_grad_weight_kernel(
             moved = rows if ALONG else (n * P + v) * Q + w
             a = load_input(x + still_offsets, valid[None, :], live_c[:, None], scale, shift)
             acc = multiply_by_moving_grad(
-                acc, a, dy, out, moved, v, w, valid, ks, live_k, P, Q, K, R * S, PADDING, TAPS, PRECISION
+                acc, a, dy, out, moved, v, w, valid, ks, live_k, P, Q, K, R * S, PADDING, DILATION, TAPS, PRECISION
             )
         else:
             moved = rows if ALONG else (n * H + v) * W + w
@@ -145,7 +146,7 @@ def conv_grad_weight_kernel(
                 acc = (dot(g, a, acc[0], PRECISION),)
             else:
                 acc = multiply_by_moving_input(
-                    acc, g, x, scale, shift, moved, v, w, valid, cs, live_c, H, W, C, PADDING, TAPS, PRECISION
+                    acc, g, x, scale, shift, moved, v, w, valid, cs, live_c, H, W, C, PADDING, DILATION, TAPS, PRECISION
                 )
         j, i, n = next_pixels(j, i, n, height, width, BLOCK_K)
         if DY_MOVES:
@@ -231,16 +232,20 @@ def multiply_by_moving_grad(
     K: tl.constexpr,
     WINDOW: tl.constexpr,
     PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
     TAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc[t] + a @ g for each tap t. Its g is read at the pixels (p, q - t), all of which a window of one tap meets."""
+    """acc[t] + a @ g for each tap t. Its g is read at the pixels (p, q - t * DILATION).
+
+    A window of one tap meets all of them.
+    """
     new = ()
     for t in tl.static_range(TAPS):
         inside = valid
         if WINDOW > 1 or PADDING > 0:
-            inside = valid & within(p, P) & within(q - t, Q)
-        offsets = (moved - t)[:, None] * K + ks[None, :]
+            inside = valid & within(p, P) & within(q - t * DILATION, Q)
+        offsets = (moved - t * DILATION)[:, None] * K + ks[None, :]
         g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
         new += (dot(a, g, acc[t], PRECISION),)
     return new
@@ -263,16 +268,17 @@ def multiply_by_moving_input(
     W,
     C: tl.constexpr,
     PADDING: tl.constexpr,
+    DILATION: tl.constexpr,
     TAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc[t] + g @ a for each tap t. Its a is read at the pixels (h, w + t)."""
+    """acc[t] + g @ a for each tap t. Its a is read at the pixels (h, w + t * DILATION)."""
     new = ()
     for t in tl.static_range(TAPS):
         inside = valid
         if PADDING > 0:
-            inside = valid & within(h, H) & within(w + t, W)
-        offsets = (moved + t)[:, None] * C + cs[None, :]
+            inside = valid & within(h, H) & within(w + t * DILATION, W)
+        offsets = (moved + t * DILATION)[:, None] * C + cs[None, :]
         a = load_input(x + offsets, inside[:, None], live_c[None, :], scale, shift)
         new += (dot(g, a, acc[t], PRECISION),)
     return new
@@ -389,6 +395,7 @@ def plan(shape: ConvShape, config: Config, itemsize: int, activated: bool) -> Gr
         pixels=M,
         constants={
             **shape.constants(),
+            "DILATION": shape.dilation,
             "DY_MOVES": moves,
             "SAME": shape.stride == 1 and (shape.H, shape.W) == (shape.P, shape.Q),
             "EVEN": M % config.BLOCK_K == 0,
@@ -422,6 +429,7 @@ def conv_grad_weight(
     out: Tensor | None = None,
     tf32: bool = False,
     dtype: torch.dtype | None = None,
+    dilation: int = 1,
 ) -> Tensor:
     """dW (K, C, R, S) from dy (N, K, P, Q) and x (N, C, H, W), all channels_last; of `dtype`, x's by default.
 
@@ -434,7 +442,7 @@ def conv_grad_weight(
         ValueError: a shape, layout or device that does not fit, or tensors too large for 32-bit offsets.
         TypeError: a type that does not fit.
     """
-    shape = _check(dy, x, kernel_size, stride, padding, stats, out)
+    shape = _check(dy, x, kernel_size, (stride, padding, dilation), stats, out)
     if shape.N == 0:
         return empty_weight(x, shape, dtype).zero_()
 
@@ -522,25 +530,24 @@ def _check(
     dy: Tensor,
     x: Tensor,
     kernel_size: tuple[int, int],
-    stride: int,
-    padding: int,
+    geometry: tuple[int, int, int],
     stats: Tensor | None,
     out: Tensor | None,
 ) -> ConvShape:
     nhwc_shape(x)
     check_nhwc("dy", dy, x)
-    (N, C, H, W), (R, S) = x.shape, kernel_size
-    if min(R, S, stride) < 1 or padding < 0:
+    (N, C, H, W), (R, S), (stride, padding, dilation) = x.shape, kernel_size, geometry
+    if min(R, S, stride, dilation) < 1 or padding < 0:
         raise ValueError(
-            f"expected a positive kernel_size and stride, and a padding of at least 0, got {kernel_size}, {stride} and "
-            f"{padding}"
+            f"expected a positive kernel_size, stride and dilation, and a padding of at least 0, got {kernel_size}, "
+            f"{stride}, {dilation} and {padding}"
         )
-    shape = ConvShape(N, H, W, C, dy.shape[1], R, S, stride, padding)
+    shape = ConvShape(N, H, W, C, dy.shape[1], R, S, stride, padding, dilation)
     expected = (N, shape.K, shape.P, shape.Q)
     if tuple(dy.shape) != expected or shape.P < 1 or shape.Q < 1:
         raise ValueError(
-            f"dy: expected shape {expected} for x {tuple(x.shape)}, a {R}x{S} kernel, stride {stride} and padding "
-            f"{padding}, got {tuple(dy.shape)}"
+            f"dy: expected shape {expected} for x {tuple(x.shape)}, a {R}x{S} kernel, stride {stride}, padding "
+            f"{padding} and dilation {dilation}, got {tuple(dy.shape)}"
         )
     if stats is not None:
         check_vectors("stats", stats, (4, C), x)

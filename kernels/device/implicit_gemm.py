@@ -17,28 +17,37 @@ def split_pixels(pixels, P, Q):
 
 
 @triton.jit
-def axis_taps(first, size, TAPS: tl.constexpr, one):
-    """A bit mask: bit t says that pixel `first` + t lies in an axis of `size` pixels.
+def taps_within(pixels, DILATION: tl.constexpr):
+    """How many taps, DILATION pixels apart, lie among so many pixels; where DILATION is 1 that may be negative."""
+    if DILATION > 1:
+        pixels = (tl.maximum(pixels, 0) + DILATION - 1) // DILATION
+    return pixels
+
+
+@triton.jit
+def axis_taps(first, size, TAPS: tl.constexpr, one, DILATION: tl.constexpr = 1):
+    """A bit mask: bit t says that pixel `first` + t * DILATION lies in an axis of `size` pixels.
 
     `one` is the number 1; its type is the mask's.
     """
-    start = tl.minimum(tl.maximum(-first, 0), TAPS)
-    end = tl.maximum(tl.minimum(size - first, TAPS), start)
+    start = tl.minimum(tl.maximum(taps_within(-first, DILATION), 0), TAPS)
+    end = tl.maximum(tl.minimum(taps_within(size - first, DILATION), TAPS), start)
     return (one << end) - (one << start)
 
 
 @triton.jit
-def valid_taps(h0, w0, live, H, W, R: tl.constexpr, S: tl.constexpr):
-    """A bit mask per row: bit r*S + s says that pixel (h0 + r, w0 + s) lies in the image. It is 0 where not `live`.
+def valid_taps(h0, w0, live, H, W, R: tl.constexpr, S: tl.constexpr, DILATION: tl.constexpr):
+    """A bit mask per row: bit r*S + s says that pixel (h0 + r * DILATION, w0 + s * DILATION) lies in the image.
 
-    It is made once, so that a step of the reduction asks for one bit in place of four comparisons.
+    It is 0 where not `live`. It is made once, so that a step of the reduction asks for one bit in place of four
+    comparisons.
     """
     if R * S > 31:
         one = tl.full([1], 1, tl.int64)
     else:
         one = tl.full([1], 1, tl.int32)
-    rows = axis_taps(h0, H, R, one)
-    columns = tl.where(live, axis_taps(w0, W, S, one), 0)
+    rows = axis_taps(h0, H, R, one, DILATION)
+    columns = tl.where(live, axis_taps(w0, W, S, one, DILATION), 0)
     spread = rows & 1  # bit r moves to bit r*S, so that the product below is R copies of `columns` side by side
     for r in tl.static_range(1, R):
         spread |= (rows & (1 << r)) << (r * (S - 1))

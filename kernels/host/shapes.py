@@ -11,7 +11,7 @@ from .launch import check_nhwc, nhwc_shape
 
 @dataclass(frozen=True)
 class ConvShape:
-    """y (N, P, Q, K) = conv(x (N, H, W, C), weight (K, R, S, C)), the same stride and padding along H and W."""
+    """y (N, P, Q, K) = conv(x (N, H, W, C), weight (K, R, S, C)); stride, padding, dilation are those of both axes."""
 
     N: int
     H: int
@@ -22,14 +22,15 @@ class ConvShape:
     S: int
     stride: int
     padding: int
+    dilation: int = 1
 
     @property
     def P(self) -> int:
-        return (self.H + 2 * self.padding - self.R) // self.stride + 1
+        return (self.H + 2 * self.padding - self.dilation * (self.R - 1) - 1) // self.stride + 1
 
     @property
     def Q(self) -> int:
-        return (self.W + 2 * self.padding - self.S) // self.stride + 1
+        return (self.W + 2 * self.padding - self.dilation * (self.S - 1) - 1) // self.stride + 1
 
     @property
     def M(self) -> int:
@@ -46,11 +47,11 @@ class ConvShape:
         return {"C": self.C, "K": self.K, "R": self.R, "S": self.S, "STRIDE": self.stride, "PADDING": self.padding}
 
 
-def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> ConvShape:
+def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int = 1) -> ConvShape:
     """The shape of the convolution of x (N, C, H, W) with weight (K, C, R, S), both dense channels_last.
 
     Raises:
-        ValueError: another layout, channels that do not match, a bad stride or padding, no output pixel.
+        ValueError: another layout, channels that do not match, a bad stride, padding or dilation, no output pixel.
         TypeError: another type.
     """
     nhwc_shape(x)
@@ -58,10 +59,11 @@ def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int) -> ConvShap
     (N, C, H, W), (K, _, R, S) = x.shape, weight.shape
     if weight.shape[1] != C:
         raise ValueError(f"weight: expected {C} input channels as x has, got shape {tuple(weight.shape)}")
-    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
-    shape = ConvShape(N, H, W, C, K, R, S, stride, padding)
+    shape = ConvShape(N, H, W, C, K, R, S, stride, padding, dilation)
     if shape.P < 1 or shape.Q < 1:
-        raise ValueError(f"x: {H}x{W} pixels are fewer than a {R}x{S} kernel with padding {padding} needs")
+        dilated = f", dilation {dilation}" * (dilation > 1)
+        raise ValueError(f"x: {H}x{W} pixels are fewer than a {R}x{S} kernel with padding {padding}{dilated} needs")
     return shape

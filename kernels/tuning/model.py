@@ -62,6 +62,7 @@ class Gemm(NamedTuple):
     S: int
     stride: int
     padding: int
+    dilation: int
     dtype: torch.dtype
     switches: tuple[tuple[str, object], ...]  # what else the kernel is compiled for, by name
 
@@ -118,7 +119,7 @@ def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: objec
             `precision` ("tf32", "ieee"), `flat`, `prologue`, `shortcut`, `epilogue`, `masked` and `out`.
     """
     pixels = shape.N * shape.H * shape.W if operation == "grad_input" else shape.M
-    window = shape.R, shape.S, shape.stride, shape.padding
+    window = shape.R, shape.S, shape.stride, shape.padding, shape.dilation
     return Gemm(operation, bucket(pixels), shape.C, shape.K, *window, dtype, tuple(switches.items()))
 
 

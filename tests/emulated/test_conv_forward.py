@@ -38,11 +38,11 @@ class Launch:
     dtype: torch.dtype
     tile: tuning.Config
     options: tuple[str, ...] = ()
+    dilation: int = 1
 
     def case(self) -> Case:
-        return Case.of(
-            self.shape, self.K, self.R, self.stride, self.padding, self.dtype, **dict.fromkeys(self.options, True)
-        )
+        options = {"dilation": self.dilation, **dict.fromkeys(self.options, True)}
+        return Case.of(self.shape, self.K, self.R, self.stride, self.padding, self.dtype, **options)
 
 
 # No tile divides their rows, columns and channels. Every type and every option is there.
@@ -55,6 +55,10 @@ RAGGED = {
     ),
     "inference with skip": Launch((1, 6, 9, 8), 20, 3, 1, 1, torch.float32, SMALL_TILE, ("frozen", "skip", "relu")),
     "TensorFloat-32": Launch((2, 20, 5, 6), 20, 3, 3, 1, torch.float32, SMALL_TILE, ("prologue", "tf32")),
+    "dilation": Launch(
+        (2, 40, 7, 9), 24, 3, 1, 2, torch.bfloat16, SIXTEEN_BIT_TILE, ("prologue", "moments", "shortcut"), dilation=2
+    ),
+    "flattened axis, dilation": Launch((1, 3, 9, 8), 20, 3, 2, 3, torch.float32, SMALL_TILE, ("moments",), dilation=3),
     "flattened axis": Launch((2, 3, 15, 13), 20, 7, 2, 3, torch.bfloat16, SIXTEEN_BIT_TILE, ("moments",)),
     "one pixel, one channel": Launch((1, 1, 1, 1), 1, 1, 1, 0, torch.float16, SMALL_TILE, ("moments",)),
 }

@@ -89,6 +89,8 @@ PARITY = {
     "without taps": (ConvShape(1, 5, 4, 24, 40, 1, 1, 2, 0), "identity", torch.float32),
     "7x7": (ConvShape(2, 7, 5, 24, 17, 7, 7, 3, 2), "none", torch.float16),
     "ragged everywhere": (ConvShape(2, 5, 4, 20, 40, 3, 3, 1, 1), "shortcut, gradient masked before", torch.float16),
+    "dilation, mask": (ConvShape(2, 5, 7, 20, 40, 3, 3, 1, 2, 2), "mask", torch.bfloat16),
+    "dilation, shortcut": (ConvShape(1, 8, 9, 20, 17, 3, 3, 1, 4, 4), "shortcut", torch.float32),
     "one pixel": (ConvShape(1, 1, 1, 3, 6, 3, 3, 1, 1), "mask", torch.float32),
 }
 
@@ -149,6 +151,7 @@ def test_images_are_reached_beyond_2_to_the_31_elements(emulate):
             *(displaced(case.dy), case.weight, displaced(dx), None, None, None, None),
             *(displaced(case.epilogue.dout), displaced(case.epilogue.out), None),
             *(N, 8, 8, 8, 8, N),
+            DILATION=1,
             SHORTCUT_K=shape.K,
             ACC=tl.float32,
             PRECISION="ieee",

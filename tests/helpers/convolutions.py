@@ -36,6 +36,7 @@ class Case:
     stride: int
     padding: int
     options: dict[str, object]
+    dilation: int = 1
 
     @staticmethod
     def of(
@@ -46,6 +47,7 @@ class Case:
         padding: int,
         dtype: torch.dtype,
         *,
+        dilation: int = 1,
         tf32: bool = False,
         prologue: bool = False,
         bias: bool = False,
@@ -74,15 +76,16 @@ class Case:
             mean, var, scale, shift, conv_bias = (vector(seed + 400 + i) for i in range(5))
             options["frozen"] = Frozen(mean, var.abs() + 0.5, scale, shift, conv_bias, EPS)
         if skip:
-            P, Q = ((size + 2 * padding - R) // stride + 1 for size in (H, W))
+            P, Q = ((size + 2 * padding - dilation * (R - 1) - 1) // stride + 1 for size in (H, W))
             options["skip"] = draw(N, K, P, Q, seed=seed + 500, dtype=dtype)
         if shortcut:
             z_weight = (draw(K, C, 1, 1, seed=seed + 600) / C**0.5).to(dtype)
             options |= {"shortcut": Shortcut(z_weight, vector(seed + 700)), "shortcut_moments": True}
-        return Case(x, weight, stride, padding, options)
+        return Case(x, weight, stride, padding, options, dilation)
 
     def run(self, **changes: object) -> ConvOutput:
-        return kernels.conv_forward(self.x, self.weight, self.stride, self.padding, **{**self.options, **changes})
+        geometry = self.stride, self.padding, self.dilation
+        return kernels.conv_forward(self.x, self.weight, *geometry, **{**self.options, **changes})
 
     def reference(self, exact: bool) -> tuple[Tensor, Tensor | None]:
         """y and the shortcut in plain PyTorch: in float64, or with eager's roundings, the result rounded once."""
@@ -100,7 +103,7 @@ class Case:
         if "stats" in o:
             a = torch.relu(a * column(o["stats"][2]) + column(o["stats"][3]))
             a = a if exact else a.to(dtype)
-        y = F.conv2d(operand(a), operand(self.weight), None, self.stride, self.padding)
+        y = F.conv2d(operand(a), operand(self.weight), None, self.stride, self.padding, self.dilation)
         if "frozen" in o:
             f = o["frozen"]
             vectors = (v.to(d) for v in (f.running_mean, f.running_var, f.weight, f.bias))

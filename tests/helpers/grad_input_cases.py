@@ -84,7 +84,7 @@ class Case:
 
 
 def grad_input(s: ConvShape, weight: Tensor, dy: Tensor, padding: int) -> Tensor:
-    return conv2d_input((s.N, s.C, s.H, s.W), weight, dy, s.stride, padding)
+    return conv2d_input((s.N, s.C, s.H, s.W), weight, dy, s.stride, padding, s.dilation)
 
 
 def masked(g: Tensor, out: Tensor | None) -> Tensor:
@@ -115,20 +115,22 @@ _AXES = {
     "kernel": (1, 3, 7),
     "stride": (1, 2, 3),
     "padding": (0, 1, 3),
+    "dilation": (1, 2),
     "epilogue": EPILOGUES,
     "dtype": DTYPES,
 }
 
 
-def shape_of(pixels: tuple[int, int, int], channels: tuple[int, int], kernel: int, stride: int, padding: int):
-    return ConvShape(*pixels, *channels, kernel, kernel, stride, padding)
+def shape_of(pixels: tuple[int, int, int], channels: tuple[int, int], kernel: int, *geometry: int):
+    return ConvShape(*pixels, *channels, kernel, kernel, *geometry)
 
 
 def is_valid(shape: ConvShape, epilogue: str) -> bool:
-    """There are output pixels, and a 1x1 shortcut of the same stride has as many."""
+    """There are output pixels, a 1x1 shortcut of the same stride has as many, and a stride has no dilation."""
     reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
     shortcut = epilogue.startswith("shortcut")
-    return min(shape.P, shape.Q) >= 1 and (not shortcut or reached == (shape.P, shape.Q))
+    taken = min(shape.P, shape.Q) >= 1 and 1 in (shape.stride, shape.dilation)
+    return taken and (not shortcut or reached == (shape.P, shape.Q))
 
 
 def pairwise() -> list[tuple[ConvShape, str, torch.dtype]]:
@@ -159,5 +161,5 @@ def pairwise() -> list[tuple[ConvShape, str, torch.dtype]]:
 def name_of_case(value: object) -> str:
     if isinstance(value, ConvShape):
         s = value
-        return f"{s.N}x{s.H}x{s.W},{s.C}-{s.K},{s.R}x{s.S},stride{s.stride},pad{s.padding}"
+        return f"{s.N}x{s.H}x{s.W},{s.C}-{s.K},{s.R}x{s.S},stride{s.stride},pad{s.padding},dilation{s.dilation}"
     return str(value).removeprefix("torch.")

@@ -68,8 +68,9 @@ def assert_statistics_of(y: Tensor, moments: Moments) -> None:
 # ---- parity --------------------------------------------------------------------------------------------------------
 
 PADDINGS = {"none": lambda R: 0, "same": lambda R: R // 2, "more": lambda R: R // 2 + 1}
-# A shortcut needs its pixel in the middle of the window.
+# A shortcut needs its pixel in the middle of the window, and some dilated windows need more pixels than there are.
 FORBIDDEN = [(("epilogue", "shortcut"), ("padding", padding)) for padding in ("none", "more")]
+FORBIDDEN.append((("dilation", 2), ("padding", "none")))
 PAIRS = pairwise(
     *FORBIDDEN,
     dtype=(*DTYPES, "tf32"),
@@ -79,6 +80,7 @@ PAIRS = pairwise(
     R=(1, 3, 7),
     stride=(1, 2, 3),
     padding=tuple(PADDINGS),
+    dilation=(1, 2),
     prologue=(False, True),
 )
 
@@ -93,8 +95,9 @@ def test_as_exact_as_eager_with_any_two_options(pair):
             pair["K"],
             pair["R"],
             pair["stride"],
-            PADDINGS[pair["padding"]](pair["R"]),
+            PADDINGS[pair["padding"]](pair["R"]) * pair["dilation"],
             torch.float32 if tf32 else pair["dtype"],
+            dilation=pair["dilation"],
             tf32=tf32,
             prologue=pair["prologue"],
             **EPILOGUES[pair["epilogue"]],
@@ -109,13 +112,15 @@ def test_as_exact_as_eager_with_any_two_options(pair):
     R=st.sampled_from((1, 2, 3, 5)),
     stride=st.integers(1, 3),
     padding=st.integers(0, 3),
+    dilation=st.integers(1, 3),
     dtype=st.sampled_from(DTYPES),
     prologue=st.booleans(),
     epilogue=st.sampled_from([name for name in EPILOGUES if name != "shortcut"]),
 )
-def test_as_exact_as_eager_for_drawn_shapes(shape, K, R, stride, padding, dtype, prologue, epilogue):
-    padding = max(padding, math.ceil((R - min(shape[2:])) / 2))
-    assert_parity(Case.of(shape, K, R, stride, padding, dtype, prologue=prologue, **EPILOGUES[epilogue]))
+def test_as_exact_as_eager_for_drawn_shapes(shape, K, R, stride, padding, dilation, dtype, prologue, epilogue):
+    padding = max(padding, math.ceil((dilation * (R - 1) + 1 - min(shape[2:])) / 2))
+    options = {"dilation": dilation, "prologue": prologue, **EPILOGUES[epilogue]}
+    assert_parity(Case.of(shape, K, R, stride, padding, dtype, **options))
 
 
 def test_a_block_without_options_on_its_convolution_or_its_norm():
@@ -288,6 +293,12 @@ BAD = {
     ),
     "stride 0": ({"stride": lambda: 0}, ValueError, r"^stride: expected at least 1, got 0"),
     "negative padding": ({"padding": lambda: -1}, ValueError, r"^padding: expected at least 0, got -1"),
+    "dilation 0": ({"dilation": lambda: 0}, ValueError, r"^dilation: expected at least 1, got 0"),
+    "fewer pixels than a dilated window": (
+        {"dilation": lambda: 9},
+        ValueError,
+        r"^x: 5x5 pixels are fewer than a 3x3 kernel with padding 1, dilation 9 needs",
+    ),
     "stats of another shape": ({"stats": lambda: zeros(4, 5)}, ValueError, r"^stats: expected .* \(4, 6\)"),
     "stats of another type": (
         {"stats": lambda: zeros(4, 6, dtype=torch.float64)},
@@ -334,6 +345,11 @@ BAD = {
         {"shortcut": lambda: Shortcut(channels_last(4, 6, 1, 1), None), "padding": lambda: 0},
         ValueError,
         r"^shortcut: expected a window with its centre at the padding, that is 1 wide, got 3x3",
+    ),
+    "shortcut beside a dilated window's centre": (
+        {"shortcut": lambda: Shortcut(channels_last(4, 6, 1, 1), None), "dilation": lambda: 2, "padding": lambda: 1},
+        ValueError,
+        r"^shortcut: expected .* that is 3 wide, got 3x3 with dilation 2",
     ),
     "statistics of no shortcut": (
         {"shortcut_moments": lambda: True},

@@ -66,10 +66,11 @@ def test_any_shape_is_as_exact_as_eager(data):
     side = st.integers(1, 6)
     kernel, stride = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     epilogue = data.draw(st.sampled_from(EPILOGUES))
-    padding = (kernel - 1) // 2 if epilogue.startswith("shortcut") else data.draw(st.integers(0, 3))
+    dilation = data.draw(st.integers(1, 3)) if stride == 1 else 1
+    padding = dilation * (kernel - 1) // 2 if epilogue.startswith("shortcut") else data.draw(st.integers(0, 3))
     channels = data.draw(st.tuples(st.integers(1, 19), st.integers(1, 19)))
     pixels = data.draw(st.tuples(st.integers(1, 3), side, side))
-    shape = ConvShape(*pixels, *channels, kernel, kernel, stride, padding)
+    shape = ConvShape(*pixels, *channels, kernel, kernel, stride, padding, dilation)
     if cases.is_valid(shape, epilogue):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tuning.choice, "candidates", lambda *_: cases.SMALL_TILES)
@@ -297,6 +298,15 @@ BAD: dict[str, tuple[str, Callable[[Case], dict], type[Exception], str]] = {
         lambda c: {"shape": replace(c.shape, padding=0), "dy": c.dy[:, :, 2:, 2:].contiguous(memory_format=NHWC)},
         ValueError,
         r"shape: a 1x1 shortcut of stride 1 has \(5, 4\) pixels, dy has \(3, 2\)",
+    ),
+    "dilation and a stride": (
+        "none",
+        lambda c: {
+            "shape": replace(c.shape, stride=2, padding=2, dilation=2),
+            "dy": draw(2, 17, 3, 2, dtype=torch.float16),
+        },
+        ValueError,
+        "shape: expected stride 1 with dilation 2, got 2",
     ),
     "too many taps": (
         "none",

@@ -20,13 +20,16 @@ from tests.conftest import DEVICE
 from tests.helpers.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.parity import assert_as_exact_as_eager
 
-# N, H, W, C, K, R, S, stride, padding: each leaves ragged tiles of pixels; most of channels too.
+# N, H, W, C, K, R, S, stride, padding, dilation: each leaves ragged tiles of pixels; most of channels too.
 SHAPES = {
     "3x3": ConvShape(2, 7, 5, 20, 17, 3, 3, 1, 1),
     "3x3, whole tiles": ConvShape(1, 8, 8, 64, 64, 3, 3, 1, 1),
     "3x3, stride 2": ConvShape(2, 7, 6, 24, 40, 3, 3, 2, 1),
     "3x3, no padding": ConvShape(2, 5, 7, 16, 16, 3, 3, 1, 0),
     "3x3, wide padding": ConvShape(1, 2, 3, 17, 5, 3, 3, 1, 2),
+    "3x3, dilation": ConvShape(2, 7, 5, 20, 17, 3, 3, 1, 2, 2),
+    "3x3, dilation and stride": ConvShape(1, 9, 8, 20, 17, 3, 3, 2, 1, 3),
+    "few channels, dilation": ConvShape(2, 6, 5, 3, 6, 3, 3, 1, 2, 2),
     "1x1": ConvShape(2, 5, 6, 70, 33, 1, 1, 1, 0),
     "1x1, stride 2": ConvShape(2, 7, 7, 20, 40, 1, 1, 2, 0),
     "1x1, padding": ConvShape(1, 3, 4, 16, 20, 1, 1, 2, 1),
@@ -54,7 +57,8 @@ def operands(shape: ConvShape, dtype: torch.dtype, prologue: str, seed: int = 0)
 def grad_weight(
     shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out: Tensor | None, tf32: bool = False
 ) -> Tensor:
-    return kernels.conv_grad_weight(dy, x, (shape.R, shape.S), shape.stride, shape.padding, stats, out, tf32)
+    size, geometry = (shape.R, shape.S), (shape.stride, shape.padding)
+    return kernels.conv_grad_weight(dy, x, size, *geometry, stats, out, tf32, dilation=shape.dilation)
 
 
 def reference(shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out: Tensor | None, dtype: torch.dtype):
@@ -67,7 +71,7 @@ def reference(shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out
     weight, stride = (shape.K, shape.C, shape.R, shape.S), shape.stride
     if shape.R == shape.S == 1 and shape.padding == 0:  # of few channels oneDNN's strided one is unsafe
         x, stride = x[:, :, ::stride, ::stride], 1
-    return torch.nn.grad.conv2d_weight(x.to(dtype), weight, dy.to(dtype), stride, shape.padding)
+    return torch.nn.grad.conv2d_weight(x.to(dtype), weight, dy.to(dtype), stride, shape.padding, shape.dilation)
 
 
 def assert_parity(shape: ConvShape, dtype: torch.dtype, prologue: str) -> None:
@@ -100,12 +104,12 @@ def test_as_exact_as_eager_for_every_type(shape, dtype, prologue):
 @st.composite
 def shapes(draw_from) -> ConvShape:
     R, S = draw_from(st.sampled_from([(1, 1), (3, 3), (7, 7), (2, 3)]))
-    padding = draw_from(st.integers(0, R // 2 + 1))
-    size = st.integers(max(1, max(R, S) - 2 * padding), 9)
+    padding, dilation = draw_from(st.integers(0, R // 2 + 1)), draw_from(st.integers(1, 2))
+    size = st.integers(max(1, dilation * (max(R, S) - 1) + 1 - 2 * padding), 13)
     channels = st.sampled_from([1, 2, 5, 15, 16, 17, 31, 40])
     stride = draw_from(st.integers(1, 3))
     N, H, W, C, K = (draw_from(s) for s in (st.integers(1, 3), size, size, channels, channels))
-    return ConvShape(N, H, W, C, K, R, S, stride, padding)
+    return ConvShape(N, H, W, C, K, R, S, stride, padding, dilation)
 
 
 @given(shapes(), st.sampled_from(DTYPES), st.sampled_from(sorted(PROLOGUES)))
@@ -212,6 +216,7 @@ WRONG = {
     ),
     "stride 0": (ValueError, "positive", {"stride": 0}),
     "negative padding": (ValueError, "padding", {"padding": -1}),
+    "dilation 0": (ValueError, "positive", {"dilation": 0}),
     "stats of other channels": (ValueError, r"stats: .*\(4, 20\)", {"stats": draw(4, 19)}),
     "stats in half": (TypeError, "stats: expected .*torch.float32", {"stats": draw(4, 20).half()}),
     "out of another size": (ValueError, r"out: expected .*shape \(2, 17, 7, 5\)", {"out": draw(2, 17, 7, 4)}),
