@@ -5,6 +5,7 @@ A convolution's gradient of its input or weight takes as many operations as its 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -19,6 +20,7 @@ from resnet.operands import (
     BlockKind,
     DeepStem,
     DeepStemKept,
+    Geometry,
     Stem,
     StemKept,
     Unit,
@@ -28,20 +30,18 @@ from resnet.operands import (
     wanted,
 )
 from resnet.schema import unpack
-from resnet.torch_backend.convolution import out_map, out_size
+from resnet.torch_backend.convolution import out_map
 
 _COUNTER = "torch.utils.flop_counter"
 
 
-def _convolution(x: Sequence[int], weight: Sequence[int], stride: int, padding: int) -> int:
-    """Operations of the convolution of shapes x (N, C, H, W) and weight (K, C, R, S)."""
-    N, _, H, W = x
-    K, C, R, S = weight
-    return 2 * N * out_size(H, R, stride, padding) * out_size(W, S, stride, padding) * K * C * R * S
+def _convolution(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> int:
+    """Operations of the convolution of shapes x (N, C, H, W) and weight (K, C / groups, R, S)."""
+    return 2 * x[0] * math.prod(out_map(x, weight, geometry)) * math.prod(weight)
 
 
 def _unit(x: Sequence[int], unit: Unit) -> int:
-    return _convolution(x, unit.weight, unit.stride, unit.padding)
+    return _convolution(x, unit.weight, unit.geometry)
 
 
 def _chain(a: tuple) -> list[int]:
@@ -49,7 +49,7 @@ def _chain(a: tuple) -> list[int]:
     x, units = a.x, []
     for unit in a.units:
         units.append(_unit(x, unit))
-        x = (x[0], unit.weight[0], *out_map(x, unit.weight, unit.stride, unit.padding))
+        x = (x[0], unit.weight[0], *out_map(x, unit.weight, unit.geometry))
     return units
 
 
@@ -60,8 +60,8 @@ def _chain_backward(a: tuple, needs: tuple) -> int:
 
 def _shortcut(a: tuple) -> int:
     """Operations of a block's shortcut; `a` has the fields of a `BlockKind`'s arguments."""
-    weight, stride = a.shortcut.weight, a.shortcut.stride
-    return 0 if weight is None else _convolution(shortcut_input(a), weight, stride, 0)
+    weight = a.shortcut.weight
+    return 0 if weight is None else _convolution(shortcut_input(a), weight, a.shortcut.geometry)
 
 
 def _stem_flops(*flat, out_shape: object = None) -> int:

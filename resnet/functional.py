@@ -11,8 +11,6 @@ from resnet import backends, ops, reference, torch_backend
 from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
 from resnet.kernels.host.facts import known
 from resnet.norm import Norm
-from resnet.operands import BatchNormAddRelu
-from resnet.schema import pack
 from resnet.torch_backend.batch_norm import EAGER_DTYPES, are_few, eager, is_eager_as_good
 
 
@@ -86,7 +84,7 @@ def unchecked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool) -> Ten
         norm.num_batches_tracked.add_(1)
     if relu and (not norm.training or are_few(x)):
         return eager(x, norm, shortcut)
-    flat = pack(BatchNormAddRelu(x, shortcut, norm, relu))
+    flat = (x, shortcut, *norm, relu)
     return ops.call("batch_norm_add_relu", flat, known(flat))
 
 
@@ -113,8 +111,7 @@ def checked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool, name: st
         norm.num_batches_tracked.add_(1)
     if backend is torch_backend and relu and is_eager_as_good(x, norm):
         return eager(x, norm, shortcut)
-    arguments = BatchNormAddRelu(x, shortcut, norm, relu)
-    return torch.ops.fused_residual.batch_norm_add_relu(*pack(arguments))[0]
+    return torch.ops.fused_residual.batch_norm_add_relu(x, shortcut, *norm, relu)[0]
 
 
 def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:

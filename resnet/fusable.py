@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.utils import _pair
 
 from resnet.norm import VECTORS
+from resnet.operands import Geometry
 
 # ---- the modules -------------------------------------------------------------------------------------------------
 
@@ -213,6 +214,10 @@ def unfusable_other(others: tuple[Watched, ...]) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    return conv.stride[0], conv.padding[0], conv.dilation[0]
 
 
 # ---- what this depends on ----------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from resnet.fusable import (
     Watched,
     average_of,
     conv_state,
+    geometry_of,
     hashable,
     module_state,
     pool_state,
@@ -265,7 +266,7 @@ def _unit_arguments(
     weights, masters = _weights(convs, x, cast)
     flat = [x]
     for conv, norm, weight, master in zip(convs, norms, weights, masters):
-        flat += (weight, conv.stride[0], conv.padding[0], *norm, master)
+        flat += (weight, geometry_of(conv), *norm, master)
     return flat, weights, masters
 
 
@@ -346,7 +347,7 @@ class FusedStemBase(_Fused):
             if reason is not None:
                 return reason
             check_norm(norm, x, K, bn_name)
-            C, size = K, [out_size(s, R, conv.stride[0], conv.padding[0]) for s in size]
+            C, size = K, [out_size(s, R, *geometry_of(conv)) for s in size]
             check_values_per_channel(norm, (x.shape[0], K, *size), bn_name)
         return None
 
@@ -472,10 +473,10 @@ class FusedBlock(_Fused):
                 return f"{part.conv_name}.weight is {shape[2]}x{shape[3]}, not {size}x{size}"
         (N, _, P, Q), maps, strides = x.shape, [], 1
         for unit, (width, _, size, _) in zip(units, shapes):
-            stride, padding = unit.conv.stride[0], unit.conv.padding[0]
-            P, Q = out_size(P, size, stride, padding), out_size(Q, size, stride, padding)
+            geometry = geometry_of(unit.conv)
+            P, Q = out_size(P, size, *geometry), out_size(Q, size, *geometry)
             maps.append((N, width, P, Q))
-            strides *= stride
+            strides *= geometry[0]
         if shortcut is None and (C != K or strides != 1):
             return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {strides}"
         if pool is not None and (pooled := flat[_MAP].shape) != (N, C, P, Q):
@@ -489,10 +490,10 @@ class FusedBlock(_Fused):
         convs = [unit.conv for unit in (units if shortcut is None else (*units, shortcut))]
         flat, weights, masters = _unit_arguments(x, convs, norms, cast)
         if shortcut is None:
-            flat += (None, None, 1, None)
+            flat += (None, None, (1, 0, 1), None)
         elif shortcut.bn is None:
             conv = shortcut.conv
-            flat += (weights[-1], held(conv, "_parameters", "bias"), conv.stride[0], masters[-1])
+            flat += (weights[-1], held(conv, "_parameters", "bias"), geometry_of(conv), masters[-1])
         elif pool is not None:
             check_activation(X, None)
             with torch.no_grad():

@@ -41,6 +41,10 @@ class BatchNormAddReluKept(NamedTuple):
 
 # ---- a convolution and its BatchNorm -----------------------------------------------------------------------------
 
+# Stride, padding and dilation of a convolution, the same along H and W. How many groups it has follows from channels:
+# each of the weight's (K, C, R, S) reads C of x's.
+Geometry = tuple[int, int, int]
+
 
 class Unit(NamedTuple):
     """A convolution, whose bias belongs to its norm.
@@ -50,21 +54,19 @@ class Unit(NamedTuple):
     """
 
     weight: Tensor  # (K, C, R, S)
-    stride: int
-    padding: int
+    geometry: Geometry
     norm: Norm
     master: Alike = None  # (K, C, R, S)
 
     def kept(self) -> KeptUnit:
-        return KeptUnit(self.weight, self.stride, self.padding, self.norm.kept(), self.master)
+        return KeptUnit(self.weight, self.geometry, self.norm.kept(), self.master)
 
 
 class KeptUnit(NamedTuple):
     """A `Unit` as backward needs it."""
 
     weight: Tensor
-    stride: int
-    padding: int
+    geometry: Geometry
     norm: KeptNorm
     master: Alike = None
 
@@ -73,8 +75,7 @@ class KeptConv(NamedTuple):
     """A `Unit` as backward needs it where its norm is of constants."""
 
     weight: Tensor
-    stride: int
-    padding: int
+    geometry: Geometry
     master: Alike = None
 
 
@@ -83,7 +84,7 @@ class Projection(NamedTuple):
 
     weight: Tensor | None  # (K, C, 1, 1); None: the identity
     bias: Tensor | None  # (K,)
-    stride: int
+    geometry: Geometry
     master: Alike = None  # see `Unit`
 
     def kept(self) -> Projection:
@@ -93,7 +94,7 @@ class Projection(NamedTuple):
 class Pooled(NamedTuple):
     """x behind an average pool without padding, and the pool, by which the map's gradient becomes part of x's.
 
-    A bottleneck with one is an operator of 64 arguments, and PyTorch's schemas have no more.
+    A bottleneck with one is an operator of 60 arguments, of 64 that PyTorch allows.
     """
 
     map: Tensor  # (N, C, P, Q), no part of autograd's graph

@@ -167,21 +167,20 @@ def _unit_grads(unit: KeptUnit, grad: UnitGrad, stats: Tensor, needs: Unit) -> U
     """The gradients in a unit's places."""
     dweight, dmaster = _places(grad.conv, unit.weight, unit.master)
     norm = _norm_grads(unit.norm, grad.weight, grad.bias, stats, grad.sum_g, needs.norm, grad.conv_bias)
-    return Unit(dweight, None, None, norm, dmaster)
+    return Unit(dweight, None, norm, dmaster)
 
 
 def _like_part(part: KeptUnit | Projection) -> Unit | Projection:
     """What is trained of it, in its place."""
     if isinstance(part, Projection):
         return part
-    weight, _, _, norm, master = part
-    return Unit(weight, None, None, _like_norm(norm), master)
+    return Unit(part.weight, None, _like_norm(part.norm), part.master)
 
 
 def _stem_fake(arguments: Stem) -> StemOutput:
     x, unit = arguments
     K = unit.weight.shape[0]
-    P, Q = out_map(x.shape, unit.weight.shape, unit.stride, unit.padding)
+    P, Q = out_map(x.shape, unit.weight.shape, unit.geometry)
     out = _empty_map(x, K, out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1))
     return StemOutput(out, _empty_map(x, K, P, Q), torch.empty_like(out, dtype=torch.uint8), _empty_stats(x, K))
 
@@ -358,13 +357,13 @@ def _frozen_operator(kind: BlockKind) -> Differentiable:
 
     def keep(arguments: tuple, output: tuple) -> tuple:
         x, units, shortcut, *pooled = arguments
-        convs = tuple(KeptConv(unit.weight, unit.stride, unit.padding, unit.master) for unit in units)
-        projection = Projection(shortcut.weight, None, shortcut.stride, shortcut.master)
+        convs = tuple(KeptConv(unit.weight, unit.geometry, unit.master) for unit in units)
+        projection = Projection(shortcut.weight, None, shortcut.geometry, shortcut.master)
         return kind.kept(x, output, convs, projection, *pooled)
 
     def in_places(kept: tuple, x: Tensor | None, weights: list[tuple]) -> tuple:
         """x, and for each convolution a weight and a master, the shortcut's last."""
-        *units, shortcut = (Unit(weight, None, None, _UNTRAINED, master) for weight, master in weights)
+        *units, shortcut = (Unit(weight, None, _UNTRAINED, master) for weight, master in weights)
         if len(kept.output.stats) == len(units):  # its shortcut has no norm
             shortcut = Projection(shortcut.weight, None, None, shortcut.master)
         return _trained(kind, x, tuple(units), shortcut)

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from resnet import backends, settings
 from resnet.collectives import merge_sums
 from resnet.kernels.host.facts import Known, is_plain
-from resnet.schema import leaves, pack, parameters, unpack, updates
+from resnet.schema import leaves, pack, parameters, received, unpack, updates
 from resnet.torch_backend.batch_norm import stats_of_moments
 
 _NAMESPACE = "fused_residual"
@@ -181,7 +181,7 @@ class Differentiable:
         return tuple(pack(self.fake(unpack(self.arguments, flat))))
 
     def _forward(self, *flat) -> tuple:
-        return self.run(flat)
+        return self.run(received(flat))
 
     def run(self, flat: Sequence, known: Known | None = None) -> tuple:
         if flat[0].numel() == 0:
@@ -214,8 +214,7 @@ class Differentiable:
         return [like_of(t) for t, need in zip(like, needs, strict=True) if need]
 
     def _backward(self, *flat) -> list[Tensor]:
-        *flat, needs = flat
-        return self._run_backward((*flat, tuple(needs)))
+        return self._run_backward(received(flat))
 
     def _run_backward(self, flat: Sequence, known: Known | None = None) -> list[Tensor]:
         if flat[0].numel() == 0:
@@ -307,7 +306,7 @@ class Inference:
     def __init__(self, name: str, arguments: type[tuple], fake: Callable, implementation: Callable):
         self._arguments, self._fake, self._implementation = arguments, fake, implementation
         schema = f"{name}({parameters(arguments, updates=False)}) -> Tensor"
-        _register(schema, lambda *flat: self.run(flat)[0], lambda *flat: fake(unpack(arguments, flat)).out)
+        _register(schema, lambda *flat: self.run(received(flat))[0], lambda *flat: fake(unpack(arguments, flat)).out)
         _DIRECT[name] = self, None
 
     def run(self, flat: Sequence, known: Known | None = None) -> list[Tensor]:

@@ -23,6 +23,7 @@ _TYPES = {
     Tensor: "Tensor",
     **dict.fromkeys((Tensor | None, Updated, Alike), "Tensor?"),
     int: "int",
+    tuple[int, int, int]: "int[3]",
     bool: "bool",
     float: "float",
     str: "str",
@@ -79,13 +80,25 @@ def parameters(kind: type[tuple], updates: bool = True) -> str:
 
 def pack(value: tuple) -> list:
     """The leaves of a named tuple, as `leaves` orders them."""
-    flat: list = []
-    for item in value:
-        if isinstance(item, tuple):
-            flat += pack(item)
-        else:
-            flat.append(item)
-    return flat
+    return _packer(type(value))(value)
+
+
+@cache
+def _packer(kind: type[tuple]) -> Callable[[tuple], list]:
+    """`pack`, written out for a class, as `_unpacker` is."""
+
+    def written(kind: type[tuple], value: str) -> list[str]:
+        found: list[str] = []
+        for i, (_, hint) in enumerate(_fields(kind)):
+            found += [f"{value}[{i}]"] if hint in _TYPES else written(hint, f"{value}[{i}]")
+        return found
+
+    return eval(f"lambda value: [{', '.join(written(kind, 'value'))}]")
+
+
+def received(flat: Sequence) -> tuple:
+    """The arguments of an operator as they were given: PyTorch's dispatcher makes lists of tuples."""
+    return tuple(tuple(value) if type(value) is list else value for value in flat)
 
 
 def unpack(kind: type[T], flat: Sequence) -> T:

@@ -26,7 +26,7 @@ from resnet.torch_backend.inference import conv_batch_norm, fold_shortcut
 
 
 def _convolve(x: Tensor, part: Unit) -> Tensor:
-    return convolve(x, part.weight, None, part.stride, part.padding)
+    return convolve(x, part.weight, None, part.geometry)
 
 
 def block_forward(
@@ -49,7 +49,7 @@ def block_forward(
         out, last_stats, z_stats = batch_norm.forward_normed(y, last.norm, z, shortcut.norm, into)
         kept = z, z_stats
     else:
-        skip = x if shortcut.weight is None else convolve(x, shortcut.weight, None, shortcut.stride, 0)
+        skip = x if shortcut.weight is None else convolve(x, shortcut.weight, None, shortcut.geometry)
         out, last_stats = batch_norm.forward(y, last.norm, skip, shortcut.bias, into=into)
         kept = ()
     return out, (*ys, y), (*stats, last_stats), kept
@@ -68,7 +68,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     dx, grads = chain_backward(dys, grad, x, ys, stats, units, needs)
     if shortcut.weight is not None:
         read, flags = shortcut_input(kept), (needs.x, needs.shortcut.weight)
-        added, dconv = convolve_backward(dshortcut, read, shortcut.weight, shortcut.stride, 0, *flags)
+        added, dconv = convolve_backward(dshortcut, read, shortcut.weight, shortcut.geometry, *flags)
         shortcut_grad = shortcut_grad._replace(conv=dconv)
     else:
         added = dshortcut
@@ -103,7 +103,7 @@ def chain_backward(
         a = ys[i - 1] if i else x
         if i and any(flags):
             a = batch_norm.recompute(a, stats[i - 1])
-        da, dconv = convolve_backward(dy, a, unit.weight, unit.stride, unit.padding, *flags)
+        da, dconv = convolve_backward(dy, a, unit.weight, unit.geometry, *flags)
         grads[i] = grad._replace(conv=dconv)
         if i == 0:
             dx = da
@@ -143,7 +143,7 @@ def activations(
         yield conv_batch_norm(a, units[-1]).add_(conv_batch_norm(read, shortcut)).relu_()
         return
     out = conv_batch_norm(a, units[-1], bias)
-    yield (out.add_(read) if weight is None else add_projected(out, read, weight, shortcut.stride)).relu_()
+    yield (out.add_(read) if weight is None else add_projected(out, read, weight, shortcut.geometry)).relu_()
 
 
 def block_inference(*block: object) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resnet.operands import Geometry
+
 Size = Sequence[int | torch.SymInt]
 
 # Where products are faster than oneDNN's convolution, measured at batches of 1 to 128 with AVX2 and 2 threads. Of two
@@ -29,22 +31,22 @@ _GRAD_WEIGHT_ROWS = 512  # at most, for one product of windows and not one per t
 _PLAIN_PIXELS, _PLAIN_CHANNELS = 1152, 64  # of a batch, at most; and at least: for a 1x1 convolution as one product
 
 
-def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int) -> int | torch.SymInt:
-    """Pixels along one axis of a convolution's output."""
-    return (size + 2 * padding - kernel) // stride + 1
+def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int, dilation: int = 1) -> int | torch.SymInt:
+    """Pixels along one axis of the output of a convolution or of a pool."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def out_map(x: Size, weight: Size, stride: int, padding: int) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+def out_map(x: Size, weight: Size, geometry: Geometry) -> tuple[int | torch.SymInt, int | torch.SymInt]:
     """(P, Q), the pixels of an output map of the convolution of shapes x (N, C, H, W) and weight (K, C, R, S)."""
     (_, _, H, W), (_, _, R, S) = x, weight
-    return out_size(H, R, stride, padding), out_size(W, S, stride, padding)
+    return out_size(H, R, *geometry), out_size(W, S, *geometry)
 
 
 def chain_shapes(x: Size, units: Iterable[tuple]) -> list[tuple]:
     """(N, K, P, Q) of each convolution of a chain that begins at x; a unit's first fields are those of a `Unit`."""
     shapes = []
-    for weight, stride, padding, *_ in units:
-        x = (x[0], weight.shape[0], *out_map(x, weight.shape, stride, padding))
+    for weight, geometry, *_ in units:
+        x = (x[0], weight.shape[0], *out_map(x, weight.shape, geometry))
         shapes.append(x)
     return shapes
 
@@ -66,11 +68,11 @@ class Products(NamedTuple):
 _NONE = Products()
 
 
-def products(x: Tensor, weight: Tensor, stride: int, padding: int) -> Products:
+def products(x: Tensor, weight: Tensor, geometry: Geometry) -> Products:
     """What is faster, or safer, as matrix products."""
     if not is_single_on_cpu(x):
         return _NONE
-    return _products(x.shape, weight.shape, stride, padding, products_lag())
+    return _products(x.shape, weight.shape, geometry, products_lag())
 
 
 @cache
@@ -86,15 +88,17 @@ def products_lag() -> bool:
 
 
 @lru_cache(1024)
-def _products(x: torch.Size, weight: torch.Size, stride: int, padding: int, lag: bool) -> Products:
+def _products(x: torch.Size, weight: torch.Size, geometry: Geometry, lag: bool) -> Products:
     """`products` by shapes: every call asks, and Python that has left the cache is slow."""
-    (N, _, H, W), (K, C, R, S) = x, weight
+    (N, _, H, W), (K, C, R, S), (stride, padding, dilation) = x, weight, geometry
+    if dilation > 1 or x[1] > C:
+        return _NONE
     if R == S == 1:
         plain = stride == 1 and padding == 0 and min(C, K) >= _PLAIN_CHANNELS and not lag
         return Products(plain=plain and N * H * W <= _PLAIN_PIXELS, grad_weight=plain or overruns(C, stride))
     if min(C, K) < _CHANNELS:
         return _NONE
-    P, Q = out_map(x, weight, stride, padding)
+    P, Q = out_map(x, weight, geometry)
     small = N >= _IMAGES and _PIXELS[lag] >= P * Q and P * Q * _WEIGHTS <= C * K
     windows = not small and N * P * Q in _ROWS and K >= _WINDOW_CHANNELS and not lag
     return Products(small=small, windows=windows, grad_weight=N >= _IMAGES and _GRAD_WEIGHT_PIXELS[lag] >= P * Q)
@@ -122,10 +126,10 @@ def _inside(size: int, tap: int, out: int, stride: int, padding: int) -> tuple[s
     return slice(first, max(first, last + 1)), slice(start, start + max(0, last - first) * stride + 1, stride)
 
 
-def _taps(x: Tensor, weight: Tensor, stride: int, padding: int) -> Iterator[tuple[tuple, tuple, tuple]]:
+def _taps(x: Tensor, weight: Tensor, geometry: Geometry) -> Iterator[tuple[tuple, tuple, tuple]]:
     """For each tap that meets a pixel: indices into the (K, C, R, S) weight, the NHWC output and the NHWC input."""
-    R, S = weight.shape[2:]
-    P, Q = out_map(x.shape, weight.shape, stride, padding)
+    (R, S), (stride, padding, _) = weight.shape[2:], geometry
+    P, Q = out_map(x.shape, weight.shape, geometry)
     for r in range(R):
         rows_out, rows = _inside(x.shape[2], r, P, stride, padding)
         for s in range(S):
@@ -139,86 +143,91 @@ def _add_product(to: Tensor, index: tuple, pixels: Tensor, matrix: Tensor) -> No
     to[index].add_((pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1))
 
 
-def windows(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+def windows(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """What the convolution's window meets at each output pixel: (N, P, Q, R, S, C), a view of x with its padding."""
-    N, C, R, S = *x.shape[:2], *weight.shape[2:]
+    (N, C), (R, S), (stride, padding, _) = x.shape[:2], weight.shape[2:], geometry
     padded = F.pad(_nhwc(x), [0, 0, *[padding] * 4])
     n, h, w, c = padded.stride()
-    size = N, *out_map(x.shape, weight.shape, stride, padding), R, S, C
+    size = N, *out_map(x.shape, weight.shape, geometry), R, S, C
     return padded.as_strided(size, (n, stride * h, stride * w, h, w, c))
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+def groups_of(x: Tensor, weight: Tensor) -> int:
+    """How many groups the convolution of x (N, C, H, W) with weight (K, C / groups, R, S) has."""
+    return x.shape[1] // weight.shape[1]
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """conv(x, weight) + bias, (N, K, P, Q) channels_last, from x (N, C, H, W) channels_last and weight (K, C, R, S).
 
-    The weight may lie in memory in any way.
+    The weight may lie in memory in any way. Where it has fewer channels than x, x is taken in groups.
     """
-    own = products(x, weight, stride, padding)
+    own = products(x, weight, geometry)
     if own.plain:
         return F.linear(_nhwc(x), weight.flatten(1), bias).permute(0, 3, 1, 2)
     if own.windows:
         matrix = _nhwc(weight.contiguous(memory_format=torch.channels_last)).flatten(1)
-        y = F.linear(windows(x, weight, stride, padding).flatten(3), matrix, bias)
+        y = F.linear(windows(x, weight, geometry).flatten(3), matrix, bias)
         if not y.isnan().any():  # as an infinite weight makes of the padding's zeros, which a convolution leaves out
             return y.permute(0, 3, 1, 2)
     if not own.small:
-        y = torch.conv2d(x, weight, bias, stride, padding)
+        y = torch.conv2d(x, weight, bias, *geometry, groups_of(x, weight))
         return y.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     N, K = x.shape[0], weight.shape[0]
-    P, Q = out_map(x.shape, weight.shape, stride, padding)
+    P, Q = out_map(x.shape, weight.shape, geometry)
     y = x.new_zeros(N, P, Q, K) if bias is None else bias.expand(N, P, Q, K).contiguous()
-    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+    for tap, outputs, inputs in _taps(x, weight, geometry):
         _add_product(y, outputs, _nhwc(x)[inputs], weight[tap].t())
     return y.permute(0, 3, 1, 2)
 
 
-def add_projected(to: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor:
+def add_projected(to: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """to += conv(x, weight) with a 1x1 window; on the CPU by a matrix product that adds to `to` itself.
 
     to (N, K, P, Q) and x (N, C, H, W) are channels_last. Returns `to`.
     """
     if not is_single_on_cpu(x) or products_lag():
-        return to.add_(convolve(x, weight, None, stride, 0))
+        return to.add_(convolve(x, weight, None, geometry))
+    stride, _, _ = geometry
     pixels = _nhwc(x)[:, ::stride, ::stride].flatten(0, 2)
     _nhwc(to).view(-1, to.shape[1]).addmm_(pixels, weight.flatten(1).t())
     return to
 
 
 def convolve_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int, needs_x: bool, needs_weight: bool
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs_x: bool, needs_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dx, dweight) of `convolve`, None where not needed; dx is channels_last, as dy (N, K, P, Q) is."""
-    own = products(x, weight, stride, padding)
+    own, (stride, padding, dilation) = products(x, weight, geometry), geometry
     own_x, own_weight = needs_x and (own.plain or own.small), needs_weight and own.grad_weight
     wanted = [needs_x and not own_x, needs_weight and not own_weight, False]  # with none PyTorch computes nothing
-    dx, dweight, _ = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, wanted
-    )
+    settings = [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], groups_of(x, weight)
+    dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *settings, wanted)
     if own_x:
-        dx = _grad_input(dy, x, weight.contiguous(memory_format=torch.channels_last), stride, padding)
+        dx = _grad_input(dy, x, weight.contiguous(memory_format=torch.channels_last), geometry)
     if own_weight:
-        dweight = _grad_weight(dy, x, weight, stride, padding)
+        dweight = _grad_weight(dy, x, weight, geometry)
     return None if dx is None else dx.contiguous(memory_format=torch.channels_last), dweight
 
 
-def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     if weight.shape[2:] == (1, 1):
         return (_nhwc(dy) @ weight.flatten(1)).permute(0, 3, 1, 2)
     dx = _nhwc(torch.zeros_like(x, memory_format=torch.channels_last))
-    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+    for tap, outputs, inputs in _taps(x, weight, geometry):
         _add_product(dx, inputs, _nhwc(dy)[outputs], weight[tap])
     return dx.permute(0, 3, 1, 2)
 
 
-def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    (N, K, P, Q), (_, C, R, S) = dy.shape, weight.shape
+def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    (N, K, P, Q), (_, C, R, S), stride = dy.shape, weight.shape, geometry[0]
     if R == S == stride == 1:
         return (_nhwc(dy).flatten(0, 2).t() @ _nhwc(x).flatten(0, 2)).view(K, C, 1, 1)
     if N * P * Q <= _GRAD_WEIGHT_ROWS and P * Q > 1:
-        met = windows(x, weight, stride, padding).reshape(N * P * Q, R * S * C)
+        met = windows(x, weight, geometry).reshape(N * P * Q, R * S * C)
         return (_nhwc(dy).flatten(0, 2).t() @ met).view(K, R, S, C).permute(0, 3, 1, 2)
     dweight = torch.zeros_like(weight, memory_format=torch.channels_last)
-    for tap, outputs, inputs in _taps(x, weight, stride, padding):
+    for tap, outputs, inputs in _taps(x, weight, geometry):
         dweight[tap] = _nhwc(dy)[outputs].flatten(0, 2).t() @ _nhwc(x)[inputs].flatten(0, 2)
     return dweight

@@ -43,10 +43,10 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     asked, grads, dx = grad_inputs(needs), [UnitGrad()] * len(units), None
     g = dz = aten.threshold_backward.default(dout, out, 0)
     for i in reversed(range(len(units))):
-        weight, stride, padding, _ = units[i]
+        weight, geometry, _ = units[i]
         a = inner[i - 1] if i else x
         flags = asked[i], needs.units[i].weight
-        da, dconv = convolve_backward(g, a, folded(weight, scales[i]), stride, padding, *flags)
+        da, dconv = convolve_backward(g, a, folded(weight, scales[i]), geometry, *flags)
         grads[i] = UnitGrad(unfolded(dconv, scales[i]))
         if i == 0:
             dx = da
@@ -59,7 +59,7 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         normed, weight = len(scales) > len(units), shortcut.weight
         weight = folded(weight, scales[-1]) if normed else weight
         read, flags = shortcut_input(kept), (needs.x, needs.shortcut.weight)
-        added, dconv = convolve_backward(dz, read, weight, shortcut.stride, 0, *flags)
+        added, dconv = convolve_backward(dz, read, weight, shortcut.geometry, *flags)
         dconv = unfolded(dconv, scales[-1]) if normed else dconv
     if needs.x:
         dx.add_(pool_backward(added, x, *pooled) if pooled else added)

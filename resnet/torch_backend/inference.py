@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from resnet.norm import Norm
-from resnet.operands import Unit
+from resnet.operands import Geometry, Unit
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.convolution import convolve, is_single_on_cpu, out_map, out_size, products_lag, windows
 
@@ -49,15 +49,15 @@ def fold_shortcut(x: Tensor, unit: Unit) -> tuple[Tensor, Tensor] | None:
     return (weight, bias) if _is_finite(weight) else None  # scaling it may overflow where scaling z does not
 
 
-def _outputs(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> int:
+def _outputs(x: torch.Size, weight: torch.Size, geometry: Geometry) -> int:
     """Elements of conv(x, weight)."""
-    return x[0] * weight[0] * math.prod(out_map(x, weight, stride, padding))
+    return x[0] * weight[0] * math.prod(out_map(x, weight, geometry))
 
 
 @lru_cache(1024)
-def _pays(x: torch.Size, weight: torch.Size, stride: int, padding: int) -> bool:
+def _pays(x: torch.Size, weight: torch.Size, geometry: Geometry) -> bool:
     """Whether folding moves less than a pass over the output of conv(x, weight)."""
-    return _outputs(x, weight, stride, padding) > max(weight.numel(), _FOLDED)
+    return _outputs(x, weight, geometry) > max(weight.numel(), _FOLDED)
 
 
 def conv_batch_norm(x: Tensor, unit: Unit, more: Tensor | None = None) -> Tensor:
@@ -65,15 +65,15 @@ def conv_batch_norm(x: Tensor, unit: Unit, more: Tensor | None = None) -> Tensor
 
     x (N, C, H, W) is channels_last, more is (K,).
     """
-    weight, stride, padding, norm, _ = unit
-    if is_single_on_cpu(x) and _pays(x.shape, weight.shape, stride, padding):
+    weight, geometry, norm, _ = unit
+    if is_single_on_cpu(x) and _pays(x.shape, weight.shape, geometry):
         folded, bias = _folded(weight, norm, more)
-        out = convolve(x, folded, bias, stride, padding)
+        out = convolve(x, folded, bias, geometry)
         # Where scaling the weight overflowed, scaling the convolution need not. An image meets all of the weight.
         if _is_finite(min(folded, out[0], key=Tensor.numel)):
             return out
     bias = None if norm.conv_bias is None else norm.conv_bias.to(x.dtype)
-    y = convolve(x, weight, bias, stride, padding)
+    y = convolve(x, weight, bias, geometry)
     out = torch.native_batch_norm(y, *norm[:4], False, 0.0, norm.eps)[0]
     if more is not None:
         out.add_(more.view(-1, 1, 1))
@@ -82,28 +82,28 @@ def conv_batch_norm(x: Tensor, unit: Unit, more: Tensor | None = None) -> Tensor
 
 def stem_inference(x: Tensor, unit: Unit) -> Tensor:
     """The stem: relu(max_pool(batch_norm(conv(x)))), the pool 3x3 with stride 2, padding 1; channels_last as x is."""
-    weight, stride, padding, norm, _ = unit
+    weight, geometry, norm, _ = unit
     K = weight.shape[0]
     by_products = x.shape[1] == 1 and not products_lag()
     many = K * _MANY_WINDOWS if by_products else _LARGE
-    in_parts = is_single_on_cpu(x) and _outputs(x.shape, weight.shape, stride, padding) >= many
+    in_parts = is_single_on_cpu(x) and _outputs(x.shape, weight.shape, geometry) >= many
     if in_parts:
         folded, bias = _folded(weight, norm)
         in_parts = _is_finite(folded)  # as the padding's zeros need it, too
     if not in_parts:
         return torch.max_pool2d(conv_batch_norm(x, unit), 3, 2, 1).relu_()
-    P, Q = out_map(x.shape, weight.shape, stride, padding)
+    P, Q = out_map(x.shape, weight.shape, geometry)
     pooled = x.new_empty(x.shape[0], out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1), K)
     convolution = _product if by_products else convolve
     images = max(1, _WINDOWS // (P * Q))
     for some, out in zip(x.split(images), pooled.split(images)):
-        y = convolution(some, folded, bias, stride, padding)
+        y = convolution(some, folded, bias, geometry)
         out.copy_(torch.max_pool2d(y, 3, 2, 1).permute(0, 2, 3, 1))
     return pooled.permute(0, 3, 1, 2).relu_()
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor, stride: int, padding: int) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry) -> Tensor:
     """`convolve` of one channel as one product of all windows."""
-    met = windows(x, weight, stride, padding)
+    met = windows(x, weight, geometry)
     y = torch.addmm(bias, met.reshape(-1, weight[0].numel()), weight.flatten(1).t())
     return y.view(*met.shape[:3], -1).permute(0, 3, 1, 2)

@@ -24,16 +24,16 @@ from resnet.torch_backend.inference import conv_batch_norm, stem_inference
 
 def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
     """The stem and what its backward needs. Running statistics are updated in place."""
-    y = convolve(x, unit.weight, None, unit.stride, unit.padding)
+    y = convolve(x, unit.weight, None, unit.geometry)
     out, tap, stats = batch_norm.forward_pool(y, unit.norm)
     return StemOutput(out, y, tap, stats)
 
 
 def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """Gradients of `stem_forward`."""
-    x, (out, y, tap, stats), (weight, stride, padding, norm, _) = kept
+    x, (out, y, tap, stats), (weight, geometry, norm, _) = kept
     grad = batch_norm.backward_pool(dout, y, out, tap, stats, norm, are_summed(norm, needs.unit.norm))
-    dx, dconv = convolve_backward(grad.dx, x, weight, stride, padding, needs.x, needs.unit.weight)
+    dx, dconv = convolve_backward(grad.dx, x, weight, geometry, needs.x, needs.unit.weight)
     return StemGrad(dx, unit_grad(grad)._replace(conv=dconv))
 
 
@@ -42,7 +42,7 @@ def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutp
     *before, last = units
     a, ys, stats = x, [], []
     for unit in before:
-        ys.append(convolve(a, unit.weight, None, unit.stride, unit.padding))
+        ys.append(convolve(a, unit.weight, None, unit.geometry))
         a, unit_stats = batch_norm.forward(ys[-1], unit.norm)
         stats.append(unit_stats)
     out, y, tap, last_stats = stem_forward(a, last)

@@ -44,7 +44,7 @@ from resnet.triton_backend.batch_norm import applied_sums, norm_stats
 def _rides(shortcut: Unit | Projection, first: Unit) -> bool:
     """Whether the shortcut is a convolution that may be part of the first one's launch, of the same input."""
     weight = shortcut.weight
-    return weight is not None and shortcut.stride == first.stride and weight.shape[0] == first.weight.shape[0]
+    return weight is not None and shortcut.geometry[0] == first.geometry[0] and weight.shape[0] == first.weight.shape[0]
 
 
 def block_forward(
@@ -57,7 +57,7 @@ def block_forward(
     riding = shortcut.weight if pooled is None and _rides(shortcut, first) else None
     y, moments, z, z_moments = convolution.forward(
         x,
-        *first[:3],
+        *first[:2],
         first.norm.training,
         shortcut=riding,
         shortcut_moments=riding is not None and z_training,
@@ -67,7 +67,7 @@ def block_forward(
         z, z_moments, *_ = convolution.forward(read, *convolution.shortcut_of(shortcut), z_training)
     ys, stats = [y], [norm_stats(y, moments, first.norm)]
     for unit in rest:
-        y, moments, *_ = convolution.forward(y, *unit[:3], unit.norm.training, stats[-1])
+        y, moments, *_ = convolution.forward(y, *unit[:2], unit.norm.training, stats[-1])
         ys.append(y)
         stats.append(norm_stats(y, moments, unit.norm))
     if normed:
@@ -114,7 +114,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
 
     def grad_input(dy: Tensor) -> Tensor:
         added = convolution.pooled_grad(g, shortcut.weight, x, *pooled) if pooled else (shortcut, g, mask)
-        return convolution.grad_input_add(dy, *units[0][:3], x, *added)
+        return convolution.grad_input_add(dy, *units[0][:2], x, *added)
 
     grad = UnitGrad(None, *vectors[:2], sums[0], vectors[2])
     dx, grads = chain_backward(dys, grad, x, ys, stats, units, needs, grad_input)
@@ -148,12 +148,12 @@ def chain_backward(
         unit, grads[i] = units[i], grad
         if i and asked[i]:
             vectors = empty_grads(units[i - 1].norm)
-            inner, sums = convolution.grad_input_mask(dy, *unit[:3], ys[i - 1], stats[i - 1], vectors)
+            inner, sums = convolution.grad_input_mask(dy, *unit[:2], ys[i - 1], stats[i - 1], vectors)
             grad, used = UnitGrad(None, *vectors[:2], sums[0], vectors[2]), applied_sums(sums, inner, units[i - 1].norm)
         elif i == 0 and needs.x:
             dx = grad_input(dy)
         if needs.units[i].weight:
-            before = (ys[i - 1], *unit[:3], stats[i - 1]) if i else (x, *unit[:3])
+            before = (ys[i - 1], *unit[:2], stats[i - 1]) if i else (x, *unit[:2])
             grads[i] = grads[i]._replace(conv=convolution.grad_weight(dy, *before, dtype=trained_dtype(unit)))
         if i == 0 or not asked[i]:
             break

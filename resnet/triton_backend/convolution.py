@@ -24,7 +24,7 @@ from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, KeptMask, ReluMa
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.host.shapes import conv_shape
 from resnet.kernels.tuning import bucket, memory
-from resnet.operands import Pooled, Projection, Unit
+from resnet.operands import Geometry, Pooled, Projection, Unit
 from resnet.torch_backend.block import pool_backward
 from resnet.torch_backend.convolution import convolve, convolve_backward
 from resnet.triton_backend.batch_norm import dense, frozen_stats
@@ -67,10 +67,12 @@ def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], de
     return variants[memory.choose((direction, *key), variants, device)]
 
 
-def run_picked(direction: str, x: Tensor, weight: Tensor, fused: tuple, **variants: Callable[[], object]) -> object:
+def run_picked(
+    direction: str, x: Tensor, weight: Tensor, geometry: Geometry, fused: tuple, **variants: Callable[[], object]
+) -> object:
     """The result of the variant that `pick` chooses. `fused` says what else the variants do."""
     N, *image = x.shape
-    key = (bucket(N), *image, tuple(weight.shape), x.dtype, tf32(x), *fused)
+    key = (bucket(N), *image, tuple(weight.shape), *geometry, x.dtype, tf32(x), *fused)
     return pick(direction, key, variants, x.device)()
 
 
@@ -92,8 +94,7 @@ def _activated(x: Tensor, stats: Tensor | None) -> Tensor:
 def forward(
     x: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
+    geometry: Geometry,
     moments: bool,
     stats: Tensor | None = None,
     shortcut: Tensor | None = None,
@@ -108,8 +109,7 @@ def forward(
         return conv_forward(
             x,
             weight,
-            stride,
-            padding,
+            *geometry,
             stats=stats,
             moments=moments,
             shortcut=None if shortcut is None else Shortcut(shortcut, None),
@@ -118,8 +118,8 @@ def forward(
         )
 
     def pytorch() -> ConvOutput:
-        y = convolve(_activated(x, stats), weight, None, stride, padding)
-        z = None if shortcut is None else convolve(x, shortcut, None, stride, 0)
+        y = convolve(_activated(x, stats), weight, None, geometry)
+        z = None if shortcut is None else convolve(x, shortcut, None, (geometry[0], 0, 1))
         z_moments = batch_norm_statistics(z) if shortcut_moments else None
         return ConvOutput(y, batch_norm_statistics(y) if moments else None, z, z_moments)
 
@@ -129,15 +129,14 @@ def forward(
     }
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
-    fused_to_it = (stride, moments, stats is not None, shortcut is not None, shortcut_moments)
-    return run_picked("forward", x, weight, fused_to_it, **variants)
+    fused_to_it = (moments, stats is not None, shortcut is not None, shortcut_moments)
+    return run_picked("forward", x, weight, geometry, fused_to_it, **variants)
 
 
 def grad_input_mask(
     dy: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
+    geometry: Geometry,
     y: Tensor,
     stats: Tensor,
     vectors: tuple[Tensor | None, ...],
@@ -148,34 +147,33 @@ def grad_input_mask(
     """
 
     def fused() -> tuple[Tensor, Tensor]:
-        shape = conv_shape(y, weight, stride, padding)
+        shape = conv_shape(y, weight, *geometry)
         return conv_grad_input(dy, weight, shape, ReluMask(y, stats), tf32(dy), *vectors)
 
     def pytorch() -> tuple[Tensor, Tensor]:
-        da, _ = convolve_backward(dy, y, weight, stride, padding, True, False)
+        da, _ = convolve_backward(dy, y, weight, geometry, True, False)
         return da, batch_norm_backward_reduce(da, y, None, stats, True, *vectors)
 
-    return run_picked("grad_input", dy, weight, (stride, "mask"), epilogue=fused, pytorch=pytorch)
+    return run_picked("grad_input", dy, weight, geometry, ("mask",), epilogue=fused, pytorch=pytorch)
 
 
-def grad_input_relu(dy: Tensor, weight: Tensor, stride: int, padding: int, a: Tensor) -> Tensor:
+def grad_input_relu(dy: Tensor, weight: Tensor, geometry: Geometry, a: Tensor) -> Tensor:
     """The gradient of what a ReLU made a of, for a convolution of a."""
 
     def fused() -> Tensor:
-        return conv_grad_input(dy, weight, conv_shape(a, weight, stride, padding), KeptMask(a), tf32(dy))
+        return conv_grad_input(dy, weight, conv_shape(a, weight, *geometry), KeptMask(a), tf32(dy))
 
     def pytorch() -> Tensor:
-        da, _ = convolve_backward(dy, a, weight, stride, padding, True, False)
+        da, _ = convolve_backward(dy, a, weight, geometry, True, False)
         return torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
 
-    return run_picked("grad_input", dy, weight, (stride, "relu"), epilogue=fused, pytorch=pytorch)
+    return run_picked("grad_input", dy, weight, geometry, ("relu",), epilogue=fused, pytorch=pytorch)
 
 
 def grad_input_add(
     dy: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
+    geometry: Geometry,
     x: Tensor,
     shortcut: Unit | Projection,
     g: Tensor,
@@ -185,38 +183,39 @@ def grad_input_add(
 
     With `out`, g counts only where the ReLU that made out passes it; a shortcut of a stride of its own has no `out`.
     """
-    shape = conv_shape(x, weight, stride, padding)
 
     def fused() -> Tensor:
+        shape = conv_shape(x, weight, *geometry)
         if shortcut.weight is None:
             return conv_grad_input(dy, weight, shape, IdentityGrad(g, out), tf32(dy))
-        if shortcut.stride == stride:
+        if shortcut.geometry[0] == geometry[0]:
             return conv_grad_input(dy, weight, shape, ShortcutGrad(g, out, shortcut.weight), tf32(dy))
         dx = conv_grad_input(dy, weight, shape, tf32=tf32(dy))
-        return conv_grad_input(g, shortcut.weight, conv_shape(x, *shortcut_of(shortcut)), AddTo(dx), tf32(dy))
+        shape = conv_shape(x, shortcut.weight, *shortcut.geometry)
+        return conv_grad_input(g, shortcut.weight, shape, AddTo(dx), tf32(dy))
 
     def pytorch() -> Tensor:
-        dx, _ = convolve_backward(dy, x, weight, stride, padding, True, False)
+        dx, _ = convolve_backward(dy, x, weight, geometry, True, False)
         if shortcut.weight is None:
             return dx.add_(g) if out is None else add_masked_grad(dx, g, out)
         passed = g if out is None else torch.ops.aten.threshold_backward(g, out, 0)
         return dx.add_(convolve_backward(passed, x, *shortcut_of(shortcut), True, False)[0])
 
-    projected = None if shortcut.weight is None else (shortcut.stride, shortcut.weight.shape[0])
-    key = (stride, "add", projected, out is not None)
-    return run_picked("grad_input", dy, weight, key, epilogue=fused, pytorch=pytorch)
+    projected = None if shortcut.weight is None else (shortcut.geometry[0], shortcut.weight.shape[0])
+    key = ("add", projected, out is not None)
+    return run_picked("grad_input", dy, weight, geometry, key, epilogue=fused, pytorch=pytorch)
 
 
-def grad_input(dy: Tensor, x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """dx of conv(x), to which nothing is fused."""
 
     def fused() -> Tensor:
-        return conv_grad_input(dy, weight, conv_shape(x, weight, stride, padding), tf32=tf32(dy))
+        return conv_grad_input(dy, weight, conv_shape(x, weight, *geometry), tf32=tf32(dy))
 
     def pytorch() -> Tensor:
-        return convolve_backward(dy, x, weight, stride, padding, True, False)[0]
+        return convolve_backward(dy, x, weight, geometry, True, False)[0]
 
-    return run_picked("grad_input", dy, weight, (stride,), epilogue=fused, pytorch=pytorch)
+    return run_picked("grad_input", dy, weight, geometry, (), epilogue=fused, pytorch=pytorch)
 
 
 def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[Projection, Tensor, None]:
@@ -224,21 +223,20 @@ def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[
 
     dz is the gradient of the shortcut's convolution, which is 1x1 of stride 1.
     """
-    dmap = grad_input(dz, pooled.map, weight, 1, 0)
-    return Projection(None, None, 1), pool_backward(dmap, x, pooled), None
+    dmap = grad_input(dz, pooled.map, weight, (1, 0, 1))
+    return Projection(None, None, (1, 0, 1)), pool_backward(dmap, x, pooled), None
 
 
-def shortcut_of(part: Unit | Projection) -> tuple[Tensor, int, int]:
-    """(weight, stride, padding) of a shortcut's convolution."""
-    return part.weight, part.stride, 0
+def shortcut_of(part: Unit | Projection) -> tuple[Tensor, Geometry]:
+    """(weight, geometry) of a shortcut's convolution."""
+    return part.weight, part.geometry
 
 
 def grad_weight(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
-    stride: int,
-    padding: int,
+    geometry: Geometry,
     stats: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
@@ -250,11 +248,12 @@ def grad_weight(
     dtype = dtype or x.dtype
 
     def fused(x: Tensor, stats: Tensor | None) -> Tensor:
-        return conv_grad_weight(dy, x, weight.shape[2:], stride, padding, stats, out, tf32(dy), dtype)
+        stride, padding, dilation = geometry
+        return conv_grad_weight(dy, x, weight.shape[2:], stride, padding, stats, out, tf32(dy), dtype, dilation)
 
     def pytorch() -> Tensor:
         g = dy if out is None else torch.ops.aten.threshold_backward(dy, out, 0)
-        return convolve_backward(g, _activated(x, stats), weight, stride, padding, False, True)[1].to(dtype)
+        return convolve_backward(g, _activated(x, stats), weight, geometry, False, True)[1].to(dtype)
 
     variants = {
         "epilogue": lambda: fused(_activated(x, stats), None),
@@ -262,8 +261,8 @@ def grad_weight(
     }
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
-    key = (x.shape[1], stride, stats is not None, out is not None, dtype)
-    return run_picked("grad_weight", dy, weight, key, **variants)
+    key = (x.shape[1], stats is not None, out is not None, dtype)
+    return run_picked("grad_weight", dy, weight, geometry, key, **variants)
 
 
 def inference(
@@ -274,7 +273,7 @@ def inference(
     relu: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """relu(batch_norm(conv(x)) [+ skip]), and the shortcut's convolution of x."""
-    weight, stride, padding, norm, _ = unit
+    weight, geometry, norm, _ = unit
 
     def fused() -> tuple[Tensor, Tensor | None]:
         vectors = dense(norm)
@@ -282,30 +281,31 @@ def inference(
             vectors.running_mean, vectors.running_var, vectors.weight, vectors.bias, vectors.conv_bias, norm.eps
         )
         output = conv_forward(
-            x, weight, stride, padding, frozen=frozen, skip=skip, relu=relu, shortcut=shortcut, tf32=tf32(x)
+            x, weight, *geometry, frozen=frozen, skip=skip, relu=relu, shortcut=shortcut, tf32=tf32(x)
         )
         return output.y, output.shortcut
 
     def pytorch() -> tuple[Tensor, Tensor | None]:
-        y = convolve(x, weight, None, stride, padding)
+        y = convolve(x, weight, None, geometry)
         z = None
         if shortcut is not None:
             bias = None if shortcut.bias is None else shortcut.bias.to(x.dtype)
-            z = convolve(x, shortcut.weight, bias, stride, 0)
+            z = convolve(x, shortcut.weight, bias, (geometry[0], 0, 1))
         return batch_norm_add_relu(y, frozen_stats(norm, y.dtype), skip, relu=relu, out=y), z
 
-    fused_to_it = (stride, skip is not None, shortcut is not None, relu)
-    return run_picked("inference", x, weight, fused_to_it, epilogue=fused, pytorch=pytorch)
+    fused_to_it = (skip is not None, shortcut is not None, relu)
+    return run_picked("inference", x, weight, geometry, fused_to_it, epilogue=fused, pytorch=pytorch)
 
 
 def projection(x: Tensor, shortcut: Projection) -> Tensor:
     """conv(x) + bias of a shortcut without a norm, in a launch of its own."""
+    weight, geometry = shortcut_of(shortcut)
     bias = None if shortcut.bias is None else shortcut.bias.contiguous()
 
     def fused() -> Tensor:
-        return conv_forward(x, *shortcut_of(shortcut), bias=bias, tf32=tf32(x)).y
+        return conv_forward(x, weight, *geometry, bias=bias, tf32=tf32(x)).y
 
     def pytorch() -> Tensor:
-        return convolve(x, shortcut.weight, None if bias is None else bias.to(x.dtype), shortcut.stride, 0)
+        return convolve(x, weight, None if bias is None else bias.to(x.dtype), geometry)
 
-    return run_picked("inference", x, shortcut.weight, (shortcut.stride, "projection"), epilogue=fused, pytorch=pytorch)
+    return run_picked("inference", x, weight, geometry, ("projection",), epilogue=fused, pytorch=pytorch)

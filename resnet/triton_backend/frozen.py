@@ -12,7 +12,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.operands import BlockGrad, Pooled, Projection, Unit, UnitGrad, grad_inputs, shortcut_input, trained_dtype
+from resnet.operands import (
+    BlockGrad,
+    Geometry,
+    Pooled,
+    Projection,
+    Unit,
+    UnitGrad,
+    grad_inputs,
+    shortcut_input,
+    trained_dtype,
+)
 from resnet.torch_backend.frozen import folded, unfolded
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import frozen_stats
@@ -37,18 +47,18 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     for i in reversed(range(len(units))):
         unit, scale = units[i], scales[i]
         if needs.units[i].weight:
-            grads[i] = UnitGrad(_grad_weight(g, inner[i - 1] if i else x, unit[:3], scale))
+            grads[i] = UnitGrad(_grad_weight(g, inner[i - 1] if i else x, unit[:2], scale))
         if not asked[i]:
             break
         scaled = unit._replace(weight=folded(unit.weight, scale))
         if i:
-            g = convolution.grad_input_relu(g, *scaled[:3], inner[i - 1])
+            g = convolution.grad_input_relu(g, *scaled[:2], inner[i - 1])
         else:
             weight = shortcut.weight if shortcut_scale is None else folded(shortcut.weight, shortcut_scale)
             added = shortcut._replace(weight=weight), dz, None
             if pooled:
                 added = convolution.pooled_grad(dz, weight, x, *pooled)
-            dx = convolution.grad_input_add(g, *scaled[:3], x, *added)
+            dx = convolution.grad_input_add(g, *scaled[:2], x, *added)
     read = shortcut_input(kept)
     if needs.shortcut.weight:
         conv = convolution.shortcut_of(shortcut)
@@ -60,6 +70,6 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     return BlockGrad(dx, tuple(grads), shortcut_grad)
 
 
-def _grad_weight(g: Tensor, a: Tensor, conv: tuple[Tensor, int, int], scale: Tensor) -> Tensor:
+def _grad_weight(g: Tensor, a: Tensor, conv: tuple[Tensor, Geometry], scale: Tensor) -> Tensor:
     """dW of norm(conv(a)), in the type of the scale."""
     return unfolded(convolution.grad_weight(g, a, *conv, dtype=scale.dtype), scale)

@@ -37,7 +37,7 @@ from resnet.triton_backend.block import chain_backward
 
 def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
     """See `torch_backend.stem_forward`."""
-    y, moments, _, _ = convolution.forward(x, *convolution.as_read(unit)[:3], unit.norm.training)
+    y, moments, _, _ = convolution.forward(x, *convolution.as_read(unit)[:2], unit.norm.training)
     check_pooled(y)  # before the running statistics change
     stats = norm_stats(y, moments, unit.norm)
     out, tap = batch_norm_max_pool(y, stats)
@@ -48,9 +48,9 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     """See `torch_backend.stem_backward`. dy is written only where something reads it."""
     x, (out, y, tap, stats), unit = kept
     dtype = trained_dtype(unit)
-    weight, stride, padding, _, _ = unit = convolution.as_read(unit)
+    weight, geometry, _, _ = unit = convolution.as_read(unit)
     grad, used = _pooled_norm_grad(dout, out, y, tap, stats, unit, needs.unit)
-    tf32 = convolution.tf32(x)
+    tf32, (stride, padding, dilation) = convolution.tf32(x), geometry
     dx = dconv = None
 
     def fused() -> Tensor:
@@ -62,23 +62,26 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
         return batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, used)
 
     def epilogue() -> Tensor:
-        return conv_grad_weight(stored_dy(), x, weight.shape[2:], stride, padding, tf32=tf32, dtype=dtype)
+        return conv_grad_weight(
+            stored_dy(), x, weight.shape[2:], stride, padding, tf32=tf32, dtype=dtype, dilation=dilation
+        )
 
     def pytorch() -> Tensor:
-        return convolve_backward(stored_dy(), x, weight, stride, padding, False, True)[1].to(dtype)
+        return convolve_backward(stored_dy(), x, weight, geometry, False, True)[1].to(dtype)
 
-    # dy is stored where grad-input needs it, where the window is too large for the fused product, and for float64: the
-    # compiler refuses the fused product of float64 at some shapes.
-    stored = needs.x or max(weight.shape[2:]) > MAX_WINDOW or x.dtype == torch.float64
+    # dy is stored where grad-input needs it, where the window is too large or too sparse for the fused product, and for
+    # float64: the compiler refuses the fused product of float64 at some shapes.
+    stored = needs.x or max(weight.shape[2:]) > MAX_WINDOW or dilation > 1 or x.dtype == torch.float64
     if stored:
         dy = stored_dy()
     if needs.x:
-        dx = convolution.grad_input(dy, x, *unit[:3])
+        dx = convolution.grad_input(dy, x, *unit[:2])
     if needs.unit.weight and stored:
-        dconv = convolution.grad_weight(dy, x, *unit[:3], dtype=dtype)
+        dconv = convolution.grad_weight(dy, x, *unit[:2], dtype=dtype)
     elif needs.unit.weight:
-        key = (stride, "max_pool", dtype)
-        dconv = convolution.run_picked("grad_weight", y, weight, key, triton=fused, epilogue=epilogue, pytorch=pytorch)
+        dconv = convolution.run_picked(
+            "grad_weight", y, weight, geometry, ("max_pool", dtype), triton=fused, epilogue=epilogue, pytorch=pytorch
+        )
     return StemGrad(dx, grad._replace(conv=dconv))
 
 
@@ -100,7 +103,7 @@ def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutp
     check_pooled(torch.empty(size, device="meta", memory_format=torch.channels_last))  # before any statistics change
     y, ys, stats = x, [], []
     for unit in units:
-        y, moments, *_ = convolution.forward(y, *unit[:3], unit.norm.training, stats[-1] if stats else None)
+        y, moments, *_ = convolution.forward(y, *unit[:2], unit.norm.training, stats[-1] if stats else None)
         ys.append(y)
         stats.append(norm_stats(y, moments, unit.norm))
     out, tap = batch_norm_max_pool(y, stats[-1])
@@ -116,7 +119,7 @@ def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> Dee
         dys.append(batch_norm_max_pool_backward_apply(dout, ys[-1], out, tap, stats[-1], used))
 
     def grad_input(dy: Tensor) -> Tensor:
-        return convolution.grad_input(dy, x, *units[0][:3])
+        return convolution.grad_input(dy, x, *units[0][:2])
 
     return DeepStemGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, grad_input))
 
@@ -131,5 +134,5 @@ def deep_stem_inference(x: Tensor, units: tuple[Unit, Unit, Unit]) -> Tensor:
 
 def stem_inference(x: Tensor, unit: Unit) -> Tensor:
     """See `torch_backend.stem_inference`. The pool is ours: PyTorch's takes three times as long for such a map."""
-    y = convolution.forward(x, *convolution.as_read(unit)[:3], moments=False).y
+    y = convolution.forward(x, *convolution.as_read(unit)[:2], moments=False).y
     return batch_norm_max_pool(y, frozen_stats(unit.norm, y.dtype))[0]

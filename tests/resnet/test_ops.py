@@ -139,13 +139,13 @@ def test_stem_passes_opcheck(any_backend, options):
     settings = {k: v for k, v in options.items() if k not in ("cast", "size")}
     x = draw(2, 2, *options["size"]).requires_grad_()
     conv, master = cast(weight(3, 2, 3, 1), options["cast"])
-    opcheck(ops.stem, pack(Stem(x, Unit(conv, 2, 1, norm(3, 10, **settings), master))))
+    opcheck(ops.stem, pack(Stem(x, Unit(conv, (2, 1, 1), norm(3, 10, **settings), master))))
 
 
 @each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
 def test_stem_backward_passes_opcheck(any_backend, options):
     x, (conv, master) = draw(2, 2, 9, 7).requires_grad_(), cast(weight(3, 2, 3, 1), options["cast"])
-    unit = Unit(conv, 2, 1, norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")}), master)
+    unit = Unit(conv, (2, 1, 1), norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")}), master)
     arguments = pack(Stem(x, unit))
     with torch.no_grad():
         output = StemOutput(*ops.stem(*arguments))
@@ -161,7 +161,7 @@ def deep_stem_arguments(options: dict) -> DeepStem:
     for i, (K, training) in enumerate(((2, "first"), (3, "first"), (4, "last")), 1):
         conv, master = cast(weight(K, C, 3, i), options["cast"])
         units.append(
-            Unit(conv, 2 if i == 1 else 1, 1, norm(K, 10 * i, options[f"{training}_training"], **settings), master)
+            Unit(conv, (2 if i == 1 else 1, 1, 1), norm(K, 10 * i, options[f"{training}_training"], **settings), master)
         )
         C = K
     return DeepStem(draw(2, 2, 9, 7).requires_grad_(), tuple(units))
@@ -209,7 +209,7 @@ def block_arguments(options: dict) -> tuple:
 
     def unit(K: int, C: int, size: int, stride: int, seed: int, training: bool) -> Unit:
         conv, master = cast(weight(K, C, size, seed), by_autocast)
-        return Unit(conv, stride, size // 2, norm(K, 10 * seed, training, **settings), master)
+        return Unit(conv, (stride, size // 2, 1), norm(K, 10 * seed, training, **settings), master)
 
     first, last = options["first_training"], options["last_training"]
     chain = [(3, stride), (3, 1)] if units == 2 else [(1, 1), (3, stride), (1, 1)]
@@ -222,7 +222,7 @@ def block_arguments(options: dict) -> tuple:
     else:
         conv, master = cast(None if shortcut == "identity" else weight(K, C, 1, 7), by_autocast)
         bias = None if conv is None else vector(K, 4, grad=True)
-        projection = Projection(conv, bias, stride, master)
+        projection = Projection(conv, bias, (stride, 0, 1), master)
     x, *read = draw(2, C, 4, 3).requires_grad_(), *[Pooled(draw(2, C, 2, 2), 2, 2)] * pooled
     return block_kind(units, normed, pooled).arguments(x, tuple(parts), projection, *read)
 
@@ -271,8 +271,8 @@ def test_the_backward_of_a_block_with_norms_of_constants_passes_opcheck(any_back
     with torch.no_grad():
         output = unpack(kind.output, getattr(ops, kind.name)(*flat))
     x, units, shortcut, *pooled = arguments
-    convs = tuple(KeptConv(unit.weight, unit.stride, unit.padding, unit.master) for unit in units)
-    projection = Projection(shortcut.weight, None, shortcut.stride, shortcut.master)
+    convs = tuple(KeptConv(unit.weight, unit.geometry, unit.master) for unit in units)
+    projection = Projection(shortcut.weight, None, shortcut.geometry, shortcut.master)
     kept = kind.kept(x, output, convs, projection, *pooled)
     dout = draw(*output.out.shape, seed=5)
     op = getattr(ops, f"{kind.name}_backward")
@@ -290,14 +290,14 @@ def test_inference_of_a_block_passes_opcheck(any_backend, options):
 
 @each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), folds=BOTH, C=(1, 2)))
 def test_stem_inference_passes_opcheck(any_backend, monkeypatch, options):
-    (size, stride, padding), C = options["geometry"], options["C"]
+    (size, *geometry), C = options["geometry"], options["C"]
     if options["folds"]:  # on a CPU, as it does for more pixels
         monkeypatch.setattr(inference, "_FOLDED", 0)
         monkeypatch.setattr(inference, "_MANY_WINDOWS", 0)
     x = draw(2, C, 30, 25)
     with torch.no_grad():
         fields = norm(3, 10, False, options["affine"], True, options["conv_bias"])
-        unit = Unit(weight(3, C, size, 1, grad=False), stride, padding, fields)
+        unit = Unit(weight(3, C, size, 1, grad=False), (*geometry, 1), fields)
         opcheck(ops.stem_inference, pack(Stem(x, unit)))
 
 

@@ -80,11 +80,11 @@ def test_products_in_place_of_convolutions_are_as_exact_as_pytorch(shape):
     results = []
     for seed in range(3):
         x, weight, bias, dy = _draw(*shape, seed=seed)
-        own = products(x, weight, stride, padding)
+        own = products(x, weight, (stride, padding, 1))
         assert (own.small, own.windows) == (small, mostly_weight)
-        y = convolve(x, weight, bias, stride, padding)
+        y = convolve(x, weight, bias, (stride, padding, 1))
         with GradsAsked() as asked:
-            fused = (y, *convolve_backward(dy, x, weight, stride, padding, True, True))
+            fused = (y, *convolve_backward(dy, x, weight, (stride, padding, 1), True, True))
         assert asked.masks == [[not small and shape != PLAIN["1x1 kernel, few pixels"], mostly_weight, False]]
         exact = _reference(*(t.double() for t in (x, weight, bias, dy)), stride, padding)
         results.append((fused, _reference(x, weight, bias, dy, stride, padding), exact))
@@ -105,7 +105,7 @@ def test_an_infinite_weight_meets_no_padding(shape):
     meets = torch.conv2d(torch.ones_like(x[:, :1]), tap, None, stride, padding) > 0
     expected[:, 1:2][meets] = torch.inf
     weight[1, 2, 0, 0] = torch.inf
-    got, pytorchs = convolve(x, weight, bias, stride, padding), torch.conv2d(x, weight, bias, stride, padding)
+    got, pytorchs = convolve(x, weight, bias, (stride, padding, 1)), torch.conv2d(x, weight, bias, stride, padding)
     expected[got.isnan() & pytorchs.isnan()] = torch.nan  # some of oneDNN's convolutions multiply padding, too
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3, equal_nan=True)
 
@@ -114,10 +114,10 @@ def test_an_infinite_weight_meets_no_padding(shape):
 def test_large_maps_few_channels_few_images_and_1x1_kernels_are_pytorchs_convolution(shape):
     *_, stride, padding = shape
     x, weight, bias, dy = _draw(*shape, seed=0)
-    assert not any(products(x, weight, stride, padding))
+    assert not any(products(x, weight, (stride, padding, 1)))
     y, dx, dweight = _reference(x, weight, bias, dy, stride, padding)
-    assert torch.equal(convolve(x, weight, bias, stride, padding), y)
-    got = convolve_backward(dy, x, weight, stride, padding, True, True)
+    assert torch.equal(convolve(x, weight, bias, (stride, padding, 1)), y)
+    got = convolve_backward(dy, x, weight, (stride, padding, 1), True, True)
     assert torch.allclose(got[0], dx, atol=1e-6) and torch.allclose(got[1], dweight, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_the_grad_weight_of_a_strided_1x1_kernel_on_few_channels_is_not_onednns(
     x, weight, _, dy = _draw(2, C, 6, 6, 6, 1, 2, 0, seed=0)
     exact = _reference(*(t.double() for t in (x, weight, torch.zeros(6), dy)), 2, 0)
     with GradsAsked() as asked:
-        got = convolve_backward(dy, x, weight, 2, 0, True, True)
+        got = convolve_backward(dy, x, weight, (2, 0, 1), True, True)
     assert asked.masks == [[True, False, False]]
     for grad, expected in zip(got, exact[1:]):
         assert grad.is_contiguous(memory_format=torch.channels_last)
@@ -136,18 +136,18 @@ def test_the_grad_weight_of_a_strided_1x1_kernel_on_few_channels_is_not_onednns(
 
 def test_a_gradient_that_nobody_needs_is_none():
     x, weight, _, dy = _draw(*SMALL["last stage"], seed=0)
-    assert convolve_backward(dy, x, weight, 1, 1, False, True)[0] is None
-    assert convolve_backward(dy, x, weight, 1, 1, True, False)[1] is None
+    assert convolve_backward(dy, x, weight, (1, 1, 1), False, True)[0] is None
+    assert convolve_backward(dy, x, weight, (1, 1, 1), True, False)[1] is None
 
 
 def test_an_nchw_weight_gives_the_same_bits():
     x, weight, bias, _ = _draw(*SMALL["last stage"], seed=0)
-    assert torch.equal(convolve(x, weight.contiguous(), bias, 1, 1), convolve(x, weight, bias, 1, 1))
+    assert torch.equal(convolve(x, weight.contiguous(), bias, (1, 1, 1)), convolve(x, weight, bias, (1, 1, 1)))
 
 
 def test_a_small_float64_map_is_pytorchs_convolution():
     x, weight, *_ = _draw(*SMALL["last stage"], seed=0)
-    assert not any(products(x.double(), weight.double(), 1, 1))
+    assert not any(products(x.double(), weight.double(), (1, 1, 1)))
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def test_only_the_smallest_maps_are_products_on_a_cpu_whose_products_lag(monkeyp
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(convolution, "products_lag", products_lag.__wrapped__)
     draw = lambda N, size: _draw(N, 512, 512, size, size, 3, 1, 1, seed=0)[:2]  # noqa: E731
-    assert products(*draw(4, 2), 1, 1).small
-    assert products(*draw(4, 3), 1, 1).small == (not lag)
-    assert products(*draw(1, 7), 1, 1).windows == (not lag)
+    assert products(*draw(4, 2), (1, 1, 1)).small
+    assert products(*draw(4, 3), (1, 1, 1)).small == (not lag)
+    assert products(*draw(1, 7), (1, 1, 1)).windows == (not lag)
     for size, own in ((2, True), (3, not lag)):
         x, weight, _, dy = _draw(4, 256, 256, size, size, 3, 1, 1, seed=0)
         with GradsAsked() as asked:
-            convolve_backward(dy, x, weight, 1, 1, False, True)
+            convolve_backward(dy, x, weight, (1, 1, 1), False, True)
         assert asked.masks == [[False, not own, False]]
