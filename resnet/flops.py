@@ -44,18 +44,27 @@ def _unit(x: Sequence[int], unit: Unit) -> int:
     return _convolution(x, unit.weight, unit.geometry)
 
 
-def _chain(a: tuple) -> list[int]:
-    """Operations of each unit of a chain from x on."""
+def _chain(a: tuple) -> list[tuple[int, int]]:
+    """Of each unit of a chain from x on: the operations of its forward, or of its grad-input, and of its grad-weight.
+
+    A grad-weight with groups takes as many, too, but PyTorch counts it as one without.
+    """
     x, units = a.x, []
     for unit in a.units:
-        units.append(_unit(x, unit))
+        forward, groups = _unit(x, unit), x[1] // unit.weight[1]
+        units.append((forward, forward * groups))
         x = (x[0], unit.weight[0], *out_map(x, unit.weight, unit.geometry))
     return units
 
 
+def _chain_forward(a: tuple) -> int:
+    return sum(forward for forward, _ in _chain(a))
+
+
 def _chain_backward(a: tuple, needs: tuple) -> int:
     """Operations of the gradients that are wanted."""
-    return sum(n * (asked + unit.weight) for n, asked, unit in zip(_chain(a), grad_inputs(needs), needs.units))
+    counted = zip(_chain(a), grad_inputs(needs), needs.units)
+    return sum(grad_input * asked + grad_weight * unit.weight for (grad_input, grad_weight), asked, unit in counted)
 
 
 def _shortcut(a: tuple) -> int:
@@ -77,7 +86,7 @@ def _stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -
 def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
     def forward(*flat, out_shape: object = None) -> int:
         block = unpack(kind.arguments, flat)
-        return sum(_chain(block)) + _shortcut(block)
+        return _chain_forward(block) + _shortcut(block)
 
     def backward(dout: Sequence[int], *rest, out_shape: object = None) -> int:
         *kept, needs = rest
@@ -88,7 +97,7 @@ def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
 
 
 def _deep_stem_flops(*flat, out_shape: object = None) -> int:
-    return sum(_chain(unpack(DeepStem, flat)))
+    return _chain_forward(unpack(DeepStem, flat))
 
 
 def _deep_stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -> int:

@@ -165,18 +165,42 @@ def unfusable_conv(
     name: str, conv: nn.Module, kernel: int | None, padding: int | None, stride: int | None
 ) -> str | None:
     """Why a convolution cannot be fused; None accepts any setting that is the same along H and W."""
+    return unfusable(name, conv, nn.Conv2d) or _other_setting(
+        name,
+        conv,
+        kernel_size=_both(conv.kernel_size, kernel),
+        padding=_both(conv.padding, padding),
+        stride=_both(conv.stride, stride),
+        dilation=(1, 1),
+        groups=1,
+    )
+
+
+def unfusable_unit(name: str, conv: nn.Module) -> str | None:
+    """Why a convolution of a block's chain cannot be fused: it is 1x1, or 3x3 of any dilation and groups.
+
+    Its map has as many pixels as its input has, or every stride-th.
+    """
+    if getattr(conv, "kernel_size", None) == (1, 1):
+        return unfusable_conv(name, conv, 1, 0, None)
     reason = unfusable(name, conv, nn.Conv2d)
     if reason is not None:
         return reason
-    expected = {
-        "kernel_size": _both(conv.kernel_size, kernel),
-        "padding": _both(conv.padding, padding),
-        "stride": _both(conv.stride, stride),
-        "dilation": (1, 1),
-        "groups": 1,
-        "padding_mode": "zeros",
-    }
-    for field, value in expected.items():
+    dilation, grouped = _both(conv.dilation, None), type(conv.groups) is int and conv.groups > 0
+    return _other_setting(
+        name,
+        conv,
+        kernel_size=(3, 3),
+        padding=dilation,
+        stride=_both(conv.stride, None),
+        dilation=dilation,
+        groups=conv.groups if grouped else 1,
+    )
+
+
+def _other_setting(name: str, conv: nn.Conv2d, **expected: object) -> str | None:
+    """Which setting of a convolution is another one than expected."""
+    for field, value in {**expected, "padding_mode": "zeros"}.items():
         if getattr(conv, field) != value:
             return f"{name}.{field} is {getattr(conv, field)}, not {value}"
     return None

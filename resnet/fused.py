@@ -44,6 +44,7 @@ from resnet.fusable import (
     unfusable_norm,
     unfusable_other,
     unfusable_pool,
+    unfusable_unit,
     unlike_input,
 )
 from resnet.kernels.host.facts import Recent
@@ -78,7 +79,7 @@ def _weight_shapes(convs: list[nn.Conv2d], fit: Callable[[list[tuple[int, ...]]]
     own = [tuple(conv.weight.shape) for conv in convs]
     if all(len(shape) == 4 for shape in own) and fit(own):
         return own
-    return [(conv.out_channels, conv.in_channels, *conv.kernel_size) for conv in convs]
+    return [(conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size) for conv in convs]
 
 
 def _is_of(norm: Norm, channels: int) -> bool:
@@ -416,9 +417,7 @@ class FusedBlock(_Fused):
             return reason
         strides = 1
         for unit in parts.units:
-            kernel = 1 if getattr(unit.conv, "kernel_size", None) == (1, 1) else 3
-            reason = unfusable_conv(unit.conv_name, unit.conv, kernel, kernel // 2, None)
-            reason = reason or unfusable_norm(unit.bn_name, unit.bn)
+            reason = unfusable_unit(unit.conv_name, unit.conv) or unfusable_norm(unit.bn_name, unit.bn)
             if reason is not None:
                 return reason
             strides *= unit.conv.stride[0]
@@ -440,16 +439,17 @@ class FusedBlock(_Fused):
         (units, shortcut, _, pool), x = parts, flat[0]
         count, every = len(units), units if shortcut is None else (*units, shortcut)
 
+        groups = [part.conv.groups for part in every]
+
         def channels(shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
             """(out, in) of each convolution, as those of a chain and its shortcut have to be."""
-            outs = [shape[0] for shape in shapes[:count]]
-            return [*zip(outs, [shapes[0][1], *outs]), (outs[-1], shapes[0][1])][: len(every)]
+            C, outs = shapes[0][1] * groups[0], [shape[0] for shape in shapes[:count]]
+            return [*zip(outs, [C, *outs]), (outs[-1], C)][: len(every)]
 
         def fit(shapes: list[tuple[int, ...]]) -> bool:
             widths = channels(shapes)
-            return all(shape[:2] == width for shape, width in zip(shapes, widths, strict=True)) and all(
-                _is_of(norm, K) for norm, (K, _) in zip(norms, widths)
-            )
+            own = [(K, C * g) for (K, C, *_), g in zip(shapes, groups, strict=True)]
+            return own == widths and all(_is_of(norm, K) for norm, (K, _) in zip(norms, widths))
 
         shapes = _weight_shapes([part.conv for part in every], fit)
         widths = channels(shapes)
@@ -458,8 +458,10 @@ class FusedBlock(_Fused):
         weights = {f"{part.conv_name}.weight": part.conv.weight for part in every}
         if not cast:
             check_input_type(x, weights)
-        for (name, weight), width, shape in zip(weights.items(), widths, shapes, strict=True):
-            check_conv_weight(name, weight, x, (*width, *shape[2:]), cast)
+        for (name, weight), (outs, ins), g, shape in zip(weights.items(), widths, groups, shapes, strict=True):
+            check_conv_weight(name, weight, x, (outs, ins // g, *shape[2:]), cast)
+            if outs % g or ins % g:
+                return f"{name} makes {outs} channels of {ins}, which are not whole groups, {g} of them"
         if shortcut is not None and shortcut.bn is None and shortcut.conv.bias is not None:
             check_vector(f"{shortcut.conv_name}.bias", shortcut.conv.bias, x, K)
         for part, norm, (width, _) in zip(every, norms, widths):
@@ -468,7 +470,8 @@ class FusedBlock(_Fused):
                 return reason
             check_norm(norm, x, width, part.bn_name)
         for part, shape in zip(every, shapes, strict=True):
-            size = 2 * part.conv.padding[0] + 1
+            _, padding, dilation = geometry_of(part.conv)
+            size = 2 * padding // dilation + 1
             if shape[2:] != (size, size):
                 return f"{part.conv_name}.weight is {shape[2]}x{shape[3]}, not {size}x{size}"
         (N, _, P, Q), maps, strides = x.shape, [], 1
@@ -675,13 +678,19 @@ class FusedBottleneck(FusedBlock, Bottleneck):
         *,
         mid_width: int | None = None,
         avg_down: bool = False,
+        groups: int = 1,
+        dilation: int = 1,
     ):
         check_whole("in_channels", in_channels, 0)
         check_whole("width", width, 0)
         check_strides("stride", stride)
         if mid_width is not None:
             check_whole("mid_width", mid_width, 0)
-        super().__init__(in_channels, width, stride, mid_width=mid_width, avg_down=avg_down)
+        check_whole("groups", groups, 1)
+        check_whole("dilation", dilation, 1)
+        super().__init__(
+            in_channels, width, stride, mid_width=mid_width, avg_down=avg_down, groups=groups, dilation=dilation
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x)

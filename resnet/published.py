@@ -16,10 +16,12 @@ STEMS = ("imagenet", "small", "deep")
 class ResNet(nn.Sequential):
     """A ResNet of any depths and widths: conv1, bn1, relu, maxpool, layer1, layer2, ..., avgpool, flatten, fc.
 
-    (N, in_channels, H, W) -> (N, num_classes). All stages but the first halve H and W.
+    (N, in_channels, H, W) -> (N, num_classes). All stages but the first halve H and W, down to the `output_stride`.
 
         ResNet(BasicBlock, depths=(3, 3, 3), widths=(16, 32, 64), num_classes=10, stem="small")  # CIFAR's ResNet-20
         ResNet(Bottleneck, depths=(3, 4, 6, 3), mid_widths=(128, 256, 512, 1024))  # wide_resnet50_2
+        ResNet(Bottleneck, depths=(3, 4, 6, 3), mid_widths=(128, 256, 512, 1024), groups=32)  # resnext50_32x4d
+        ResNet(Bottleneck, depths=(3, 4, 6, 3), output_stride=8)  # the backbone of DeepLab and FCN
         ResNet(Bottleneck, depths=(3, 4, 6, 3), stem="deep", avg_down=True)  # ResNet-50-D, with timm's keys
 
     Args:
@@ -33,9 +35,14 @@ class ResNet(nn.Sequential):
             convolutions, the first one of stride 2, and a max-pool.
         mid_widths: the bottlenecks' `mid_width` in each stage, for wide ResNets.
         avg_down: the blocks' `avg_down`.
+        groups: the bottlenecks' `groups`, for ResNeXts.
+        output_stride: pixels of the image along an axis to one of the last stage's maps, a power of two, at most: from
+            there on a stage has a dilation in place of its stride, as in torchvision's and timm's nets. The first
+            block of such a stage keeps the dilation of the one before it.
 
     Raises:
         ValueError: an argument is out of its range, or the lists are not as long as each other.
+        TypeError: the class of the blocks does not take one of these arguments, as `BasicBlock` takes no groups.
     """
 
     def __init__(
@@ -48,6 +55,8 @@ class ResNet(nn.Sequential):
         stem: str = "imagenet",
         mid_widths: Sequence[int] | None = None,
         avg_down: bool = False,
+        groups: int = 1,
+        output_stride: int | None = None,
     ):
         if not hasattr(block, "expansion"):
             raise ValueError(f"block: expected a class with an expansion, as BasicBlock has, got {block!r}")
@@ -57,8 +66,16 @@ class ResNet(nn.Sequential):
             check_stages("mid_widths", mid_widths, len(depths))
         check_whole("num_classes", num_classes, 1)
         check_whole("in_channels", in_channels, 1)
+        check_whole("groups", groups, 1)
         if stem not in STEMS:
             raise ValueError(f"stem: expected one of {', '.join(STEMS)}, got {stem!r}")
+        reduced = 1 if stem == "small" else 4  # pixels of the image, along an axis, to one of the map
+        if output_stride is not None:
+            check_whole("output_stride", output_stride, reduced)
+            if output_stride & (output_stride - 1):
+                raise ValueError(f"output_stride: expected a power of two, got {output_stride}")
+            if avg_down:
+                raise ValueError("output_stride: expected None with avg_down, whose pools have a stride")
 
         layers: OrderedDict[str, nn.Module] = OrderedDict(
             conv1=_first_convolution(stem, in_channels, widths[0]),
@@ -67,13 +84,21 @@ class ResNet(nn.Sequential):
         )
         if stem != "small":
             layers["maxpool"] = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        channels, options = widths[0], {"avg_down": True} if avg_down else {}
+        channels, dilation, options = widths[0], 1, {"avg_down": True} if avg_down else {}
+        if groups > 1:
+            options["groups"] = groups
         for i, (depth, width) in enumerate(zip(depths, widths)):
             if mid_widths is not None:
                 options["mid_width"] = mid_widths[i]
+            stride, before = 1 if i == 0 else 2, dilation
+            if output_stride is not None and reduced * stride > output_stride:
+                stride, dilation = 1, dilation * stride
+            reduced *= stride
             blocks = []
             for j in range(depth):
-                blocks.append(block(channels, width, 2 if i > 0 and j == 0 else 1, **options))
+                spread = dilation if j else before
+                dilated = {"dilation": spread} if spread > 1 else {}
+                blocks.append(block(channels, width, 1 if j else stride, **options, **dilated))
                 channels = block.expansion * width
             layers[f"layer{i + 1}"] = nn.Sequential(*blocks)
         layers["avgpool"] = nn.AdaptiveAvgPool2d((1, 1))

@@ -149,6 +149,8 @@ class Bottleneck(nn.Module):
         stride: stride of conv2 and of the shortcut's convolution.
         mid_width: channels around the 3x3 convolution where they are not `width`: more of them make a wide ResNet.
         avg_down: see `BasicBlock`.
+        groups: of the 3x3 convolution, as in ResNeXt; they divide the channels around it.
+        dilation: of the 3x3 convolution, whose padding is the same.
     """
 
     expansion = 4  # channels of the output over the width
@@ -161,12 +163,14 @@ class Bottleneck(nn.Module):
         *,
         mid_width: int | None = None,
         avg_down: bool = False,
+        groups: int = 1,
+        dilation: int = 1,
     ):
         super().__init__()
         mid, channels = width if mid_width is None else mid_width, self.expansion * width
         self.conv1 = nn.Conv2d(in_channels, mid, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(mid)
-        self.conv2 = nn.Conv2d(mid, mid, kernel_size=3, padding=1, stride=stride, bias=False)
+        self.conv2 = nn.Conv2d(mid, mid, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(mid)
         self.conv3 = nn.Conv2d(mid, channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)

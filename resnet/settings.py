@@ -178,7 +178,7 @@ class convolution(_Choice, names=("auto", *VARIANTS), variable="FUSED_RESIDUAL_C
     and "auto" is "triton".
 
     Where a convolution has nothing before it, "triton" is "epilogue"; where the Triton kernels do not cover it
-    (groups, dilation), all of them are "pytorch".
+    (groups, or a dilation and a stride), all of them are "pytorch".
 
     Raises:
         ValueError: an unknown name.

@@ -68,9 +68,25 @@ def pick(direction: str, key: tuple, variants: Mapping[str, Callable[[], T]], de
 
 
 def run_picked(
-    direction: str, x: Tensor, weight: Tensor, geometry: Geometry, fused: tuple, **variants: Callable[[], object]
+    direction: str,
+    x: Tensor,
+    channels: int,
+    weight: Tensor,
+    geometry: Geometry,
+    fused: tuple,
+    **variants: Callable[[], object],
 ) -> object:
-    """The result of the variant that `pick` chooses. `fused` says what else the variants do."""
+    """The result of the variant that `pick` chooses; PyTorch's where the convolution has groups, or both a stride and
+    a dilation, which the kernels do not know.
+
+    Args:
+        x: what the variants read.
+        channels: those of the convolution's input.
+        fused: what else the variants do.
+    """
+    stride, _, dilation = geometry
+    if channels > weight.shape[1] or stride > 1 < dilation:
+        return variants["pytorch"]()
     N, *image = x.shape
     key = (bucket(N), *image, tuple(weight.shape), *geometry, x.dtype, tf32(x), *fused)
     return pick(direction, key, variants, x.device)()
@@ -130,7 +146,7 @@ def forward(
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
     fused_to_it = (moments, stats is not None, shortcut is not None, shortcut_moments)
-    return run_picked("forward", x, weight, geometry, fused_to_it, **variants)
+    return run_picked("forward", x, x.shape[1], weight, geometry, fused_to_it, **variants)
 
 
 def grad_input_mask(
@@ -154,7 +170,7 @@ def grad_input_mask(
         da, _ = convolve_backward(dy, y, weight, geometry, True, False)
         return da, batch_norm_backward_reduce(da, y, None, stats, True, *vectors)
 
-    return run_picked("grad_input", dy, weight, geometry, ("mask",), epilogue=fused, pytorch=pytorch)
+    return run_picked("grad_input", dy, y.shape[1], weight, geometry, ("mask",), epilogue=fused, pytorch=pytorch)
 
 
 def grad_input_relu(dy: Tensor, weight: Tensor, geometry: Geometry, a: Tensor) -> Tensor:
@@ -167,7 +183,7 @@ def grad_input_relu(dy: Tensor, weight: Tensor, geometry: Geometry, a: Tensor) -
         da, _ = convolve_backward(dy, a, weight, geometry, True, False)
         return torch.ops.aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
 
-    return run_picked("grad_input", dy, weight, geometry, ("relu",), epilogue=fused, pytorch=pytorch)
+    return run_picked("grad_input", dy, a.shape[1], weight, geometry, ("relu",), epilogue=fused, pytorch=pytorch)
 
 
 def grad_input_add(
@@ -203,7 +219,7 @@ def grad_input_add(
 
     projected = None if shortcut.weight is None else (shortcut.geometry[0], shortcut.weight.shape[0])
     key = ("add", projected, out is not None)
-    return run_picked("grad_input", dy, weight, geometry, key, epilogue=fused, pytorch=pytorch)
+    return run_picked("grad_input", dy, x.shape[1], weight, geometry, key, epilogue=fused, pytorch=pytorch)
 
 
 def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -215,7 +231,7 @@ def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
     def pytorch() -> Tensor:
         return convolve_backward(dy, x, weight, geometry, True, False)[0]
 
-    return run_picked("grad_input", dy, weight, geometry, (), epilogue=fused, pytorch=pytorch)
+    return run_picked("grad_input", dy, x.shape[1], weight, geometry, (), epilogue=fused, pytorch=pytorch)
 
 
 def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[Projection, Tensor, None]:
@@ -261,8 +277,8 @@ def grad_weight(
     }
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
-    key = (x.shape[1], stats is not None, out is not None, dtype)
-    return run_picked("grad_weight", dy, weight, geometry, key, **variants)
+    key = (stats is not None, out is not None, dtype)
+    return run_picked("grad_weight", dy, x.shape[1], weight, geometry, key, **variants)
 
 
 def inference(
@@ -294,7 +310,7 @@ def inference(
         return batch_norm_add_relu(y, frozen_stats(norm, y.dtype), skip, relu=relu, out=y), z
 
     fused_to_it = (skip is not None, shortcut is not None, relu)
-    return run_picked("inference", x, weight, geometry, fused_to_it, epilogue=fused, pytorch=pytorch)
+    return run_picked("inference", x, x.shape[1], weight, geometry, fused_to_it, epilogue=fused, pytorch=pytorch)
 
 
 def projection(x: Tensor, shortcut: Projection) -> Tensor:
@@ -308,4 +324,4 @@ def projection(x: Tensor, shortcut: Projection) -> Tensor:
     def pytorch() -> Tensor:
         return convolve(x, weight, None if bias is None else bias.to(x.dtype), geometry)
 
-    return run_picked("inference", x, weight, geometry, ("projection",), epilogue=fused, pytorch=pytorch)
+    return run_picked("inference", x, x.shape[1], weight, geometry, ("projection",), epilogue=fused, pytorch=pytorch)

@@ -79,9 +79,8 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
     if needs.unit.weight and stored:
         dconv = convolution.grad_weight(dy, x, *unit[:2], dtype=dtype)
     elif needs.unit.weight:
-        dconv = convolution.run_picked(
-            "grad_weight", y, weight, geometry, ("max_pool", dtype), triton=fused, epilogue=epilogue, pytorch=pytorch
-        )
+        variants = {"triton": fused, "epilogue": epilogue, "pytorch": pytorch}
+        dconv = convolution.run_picked("grad_weight", y, x.shape[1], weight, geometry, ("max_pool", dtype), **variants)
     return StemGrad(dx, grad._replace(conv=dconv))
 
 

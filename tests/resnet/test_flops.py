@@ -63,7 +63,11 @@ def test_the_count_is_eagers(kind, train, what, frozen, wants_dx):
 
 @pytest.mark.parametrize("frozen", [(), ("conv1.weight",), ("conv1", "bn1", "conv2"), ("downsample",)], ids=str)
 @pytest.mark.usefixtures("whichever_is_counted")
-@pytest.mark.parametrize("options", [{}, POOLED], ids=["strided shortcut", "pooled shortcut"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, POOLED, {"groups": 2}, {"dilation": 2}],
+    ids=["strided shortcut", "pooled shortcut", "groups", "dilation"],
+)
 def test_the_count_of_a_bottleneck_is_eagers(frozen, options):
     t = trio(Bottleneck, 8, 4, 2, **options)
     x = draw(2, 8, 9, 8)

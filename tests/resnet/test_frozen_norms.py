@@ -23,6 +23,8 @@ CASES = {
     "basic, pooled shortcut": (BasicBlock, (8, 12, 2, POOLED)),
     "bottleneck, identity": (Bottleneck, (16, 4)),
     "bottleneck, normed shortcut of stride 2": (Bottleneck, (8, 4, 2)),
+    "bottleneck, groups": (Bottleneck, (8, 8, 2, {"groups": 2})),
+    "bottleneck, dilation": (Bottleneck, (16, 4, 1, {"dilation": 2})),
     "textbook's bottleneck, 1x1": (ResidualBottleneck, (8, 16, True)),
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

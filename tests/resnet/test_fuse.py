@@ -411,8 +411,8 @@ def test_what_is_changed_inside_a_deep_stem_or_a_shortcut_with_a_pool_after_fuse
         (lambda b: setattr(b, "bn2", nn.GroupNorm(2, 6)), "bn2 is a GroupNorm"),
         (lambda b: b.shortcut.__setitem__(2, nn.GroupNorm(2, 6)), "shortcut.2 is a GroupNorm, not a BatchNorm2d"),
         (lambda b: b.shortcut.append(nn.Dropout()), "shortcut.3 is a Dropout, not a Identity"),
-        (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, 1, groups=2)), "conv2.groups is 2"),
-        (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, 1, dilation=2)), "conv2.dilation is"),
+        (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, 1, dilation=2)), "conv2.padding is (1, 1), not (2, 2)"),
+        (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 2, (1, 2), dilation=(1, 2))), "conv2.padding is (1, 2)"),
         (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 5, 2, 2)), "conv2.kernel_size is"),
         (lambda b: setattr(b, "conv2", nn.Conv2d(6, 6, 3, 1, 1)), "shortcut.1.stride is"),
         (

@@ -22,6 +22,9 @@ from tests.helpers.blocks import (
 )
 from tests.helpers.fused_cases import assert_exact, assert_trios_parity, train_and_eval
 
+# Where it is not fused, a block would give eager's values, too.
+pytestmark = pytest.mark.filterwarnings("error:.* runs PyTorch's operators one by one")
+
 # (class, constructor's arguments). A norm of two channels would leave the error of its sums to luck.
 CASES = {
     "basic, identity": (BasicBlock, (8, 8)),
@@ -32,6 +35,13 @@ CASES = {
     "bottleneck, normed shortcut": (Bottleneck, (8, 4)),
     "bottleneck, normed shortcut of stride 2": (Bottleneck, (8, 4, 2)),
     "bottleneck, pooled shortcut": (Bottleneck, (8, 4, 2, POOLED)),
+    "bottleneck, groups": (Bottleneck, (16, 4, 1, {"groups": 2})),
+    "bottleneck, groups and a stride": (Bottleneck, (8, 8, 2, {"groups": 2})),
+    "bottleneck, depthwise": (Bottleneck, (8, 4, 2, {"groups": 4})),
+    "bottleneck, groups and a pooled shortcut": (Bottleneck, (8, 8, 2, {"groups": 2, **POOLED})),
+    "bottleneck, dilation": (Bottleneck, (16, 4, 1, {"dilation": 2})),
+    "bottleneck, dilation and a stride": (Bottleneck, (8, 4, 2, {"dilation": 3})),
+    "bottleneck, groups and dilation": (Bottleneck, (16, 4, 1, {"groups": 2, "dilation": 2})),
     "textbook's bottleneck, identity": (ResidualBottleneck, (16, 16)),
     "textbook's bottleneck, 1x1": (ResidualBottleneck, (8, 16, True)),
     "textbook's bottleneck, 1x1 of stride 2": (ResidualBottleneck, (8, 16, True, 2)),
@@ -80,6 +90,8 @@ WIDE = {
     "basic, normed shortcut": (BasicBlock, (8, 16, 2)),
     "bottleneck, normed shortcut": (Bottleneck, (16, 8, 2)),
     "bottleneck, pooled shortcut": (Bottleneck, (16, 8, 2, POOLED)),
+    "bottleneck, groups": (Bottleneck, (16, 8, 2, {"groups": 2})),
+    "bottleneck, dilation": (Bottleneck, (16, 8, 1, {"dilation": 2})),
     "textbook's bottleneck": (ResidualBottleneck, (16, 32, True, 2)),
 }
 

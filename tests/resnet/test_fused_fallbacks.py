@@ -107,6 +107,16 @@ def convolution(**options):
     return lambda old: nn.Conv2d(old.in_channels, old.out_channels, 3, **options)
 
 
+def shortcut(**options):
+    """A change that gives the identity's place to a 1x1 convolution, with the same weights each time."""
+
+    def change(block: nn.Module) -> None:
+        torch.manual_seed(5)
+        block.conv3 = nn.Conv2d(4, 4, 1, **options).to(block.conv1.weight)
+
+    return change
+
+
 def own_forward(name: str, attribute: str = "forward"):
     """As accelerate's hooks and quantisation tools do it: in the instance, beside the class's."""
 
@@ -156,10 +166,17 @@ UNFUSABLE = {
         replaced("conv1", lambda old: Conv2d(old.in_channels, old.out_channels, 3, padding=1)),
         r"conv1 is a tests\.\S+\.Conv2d, not a torch\.nn\.modules\.conv\.Conv2d",
     ),
-    "groups": (replaced("conv2", convolution(padding=1, groups=2)), "conv2.groups is 2, not 1"),
-    "dilation": (
-        replaced("conv2", convolution(padding=2, dilation=2)),
-        r"conv2.padding is \(2, 2\), not \(1, 1\)",
+    "dilations of a pair": (
+        replaced("conv2", convolution(padding=(1, 2), dilation=(1, 2))),
+        r"conv2.padding is \(1, 2\), not \(1, 1\)",
+    ),
+    "dilation of a shortcut": (
+        shortcut(dilation=2),
+        r"conv3.dilation is \(2, 2\), not \(1, 1\)",
+    ),
+    "groups of a shortcut": (
+        shortcut(groups=2),
+        "conv3.groups is 2, not 1",
     ),
     "circular padding": (
         replaced("conv1", convolution(padding=1, padding_mode="circular")),

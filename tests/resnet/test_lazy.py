@@ -356,7 +356,7 @@ def test_a_loaded_module_becomes_what_a_dry_run_makes_and_draws_nothing(any_back
 def test_loaded_groups_count_all_their_channels(any_backend):
     modules = [lazy("identity"), lazy("identity")]
     for module in modules:
-        _grouped(module)
+        module.conv2 = nn.LazyConv2d(4, 3, padding=1, groups=2)
         module.to(DEVICE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -483,14 +483,14 @@ def _separable(name: str) -> Callable[[nn.Module], None]:
     return lambda m: setattr(m, name, nn.Sequential(nn.LazyConv2d(8, 3, padding=1), nn.LazyConv2d(4, 1)))
 
 
-def _grouped(module: nn.Module) -> None:
-    module.conv2 = nn.LazyConv2d(4, 3, padding=1, groups=2)
+def _circular(module: nn.Module) -> None:
+    module.conv2 = nn.LazyConv2d(4, 3, padding=1, padding_mode="circular")
 
 
 CHANGES = {
     "a hook of a child": (_hooked, "bn1 has hooks"),
     "GroupNorm": (lambda m: setattr(m, "bn1", nn.GroupNorm(2, 4)), "bn1 is a GroupNorm"),
-    "groups": (_grouped, "conv2.groups is 2, not 1"),
+    "circular padding": (_circular, "conv2.padding_mode is circular"),
     "a first convolution of two": (_separable("conv1"), "conv1 is a Sequential"),
     "a second convolution of two": (_separable("conv2"), "conv2 is a Sequential"),
 }

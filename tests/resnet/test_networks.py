@@ -47,6 +47,29 @@ def test_wide_bottlenecks_give_the_published_count_of_the_wide_net():
     assert parameters(on_meta(ResNet, Bottleneck, DEPTHS[50], mid_widths=(128, 256, 512, 1024))) == 68_883_240
 
 
+@pytest.mark.parametrize(
+    ("depth", "groups", "width", "count"), [(50, 32, 4, 25_028_904), (101, 32, 8, 88_791_336), (101, 64, 4, 83_455_272)]
+)
+def test_bottlenecks_with_groups_give_the_published_count_of_a_resnext(depth, groups, width, count):
+    mid_widths = [groups * width * 2**i for i in range(4)]
+    assert parameters(on_meta(ResNet, Bottleneck, DEPTHS[depth], mid_widths=mid_widths, groups=groups)) == count
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "maps", "dilations"),
+    [(None, (16, 8, 4, 2), (1, 1, 1, 1)), (16, (16, 8, 4, 4), (1, 1, 1, 2)), (8, (16, 8, 8, 8), (1, 1, 2, 4))],
+)
+def test_from_its_output_stride_on_a_net_has_dilations_in_place_of_strides(output_stride, maps, dilations):
+    net, x = (
+        on_meta(ResNet, Bottleneck, (2, 2, 2, 2), output_stride=output_stride),
+        torch.empty(1, 3, 64, 64, device="meta"),
+    )
+    stages = [getattr(net, f"layer{i}") for i in (1, 2, 3, 4)]
+    assert [net[: 4 + i](x).shape[2] for i in (1, 2, 3, 4)] == list(maps)
+    assert [stage[1].conv2.dilation[0] for stage in stages] == list(dilations)
+    assert [stage[0].conv2.dilation[0] for stage in stages[1:]] == list(dilations[:-1])  # the one before it
+
+
 @pytest.mark.parametrize(("block", "depth", "count"), [(BasicBlock, 18, 11_708_744), (Bottleneck, 50, 25_576_264)])
 def test_a_deep_stem_and_pooled_shortcuts_give_timms_count_of_resnet_d(block, depth, count):
     net = on_meta(ResNet, block, DEPTHS[depth], stem="deep", avg_down=True)

@@ -196,6 +196,7 @@ def test_deep_stem_inference_passes_opcheck(any_backend, options):
 
 
 BLOCKS = ("identity", "1x1", "1x1, stride 2", "normed", "normed, stride 2", "pooled, stride 2")  # shortcuts
+WINDOWS = ("plain", "groups", "dilation")  # of the 3x3 convolutions that keep their channels
 NORMS = {"first_training": BOTH, "last_training": BOTH, "affine": BOTH, "conv_bias": BOTH}
 
 
@@ -208,8 +209,11 @@ def block_arguments(options: dict) -> tuple:
     C, K = (3, 3) if shortcut == "identity" else (2, 3)
 
     def unit(K: int, C: int, size: int, stride: int, seed: int, training: bool) -> Unit:
-        conv, master = cast(weight(K, C, size, seed), by_autocast)
-        return Unit(conv, (stride, size // 2, 1), norm(K, 10 * seed, training, **settings), master)
+        window = options.get("window") if size == 3 and C == K else "plain"
+        dilation = 2 if window == "dilation" else 1
+        conv, master = cast(weight(K, 1 if window == "groups" else C, size, seed), by_autocast)
+        geometry = stride, size // 2 * dilation, dilation
+        return Unit(conv, geometry, norm(K, 10 * seed, training, **settings), master)
 
     first, last = options["first_training"], options["last_training"]
     chain = [(3, stride), (3, 1)] if units == 2 else [(1, 1), (3, stride), (1, 1)]
@@ -232,13 +236,13 @@ def kind_of(arguments: tuple, kind=block_kind):
     return kind(len(units), isinstance(shortcut, Unit), pooled != [])
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS))
+@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS))
 def test_a_block_passes_opcheck(any_backend, options):
     arguments = block_arguments(options)
     opcheck(getattr(ops, kind_of(arguments).name), pack(arguments))
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, cast=BOTH, all_needed=BOTH, **NORMS))
+@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, cast=BOTH, all_needed=BOTH, **NORMS))
 def test_the_backward_of_a_block_passes_opcheck(any_backend, options):
     arguments = block_arguments(options)
     kind, flat = kind_of(arguments), pack(arguments)
@@ -258,13 +262,13 @@ def frozen_arguments(options: dict) -> tuple:
     return unpack(type(arguments), flat)
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, affine=BOTH, conv_bias=BOTH, cast=BOTH))
+@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH, cast=BOTH))
 def test_a_block_with_norms_of_constants_passes_opcheck(any_backend, options):
     arguments = frozen_arguments(options)
     opcheck(getattr(ops, f"{kind_of(arguments).name}_frozen"), pack(arguments))
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
+@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
 def test_the_backward_of_a_block_with_norms_of_constants_passes_opcheck(any_backend, options):
     arguments = frozen_arguments(options)
     kind, flat = kind_of(arguments, frozen_kind), pack(arguments)
@@ -279,7 +283,7 @@ def test_the_backward_of_a_block_with_norms_of_constants_passes_opcheck(any_back
     opcheck(op, backward_arguments(dout, kept, flat, options["all_needed"]))
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, affine=BOTH, conv_bias=BOTH))
+@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH))
 def test_inference_of_a_block_passes_opcheck(any_backend, options):
     frozen = {"first_training": False, "last_training": False}
     arguments = block_arguments({**options, **frozen})

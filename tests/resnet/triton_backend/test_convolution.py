@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet
-from resnet import FusedResidual, Residual, Stem
+from resnet import FusedBottleneck, FusedResidual, Residual, Stem
 from resnet.kernels.add_masked_grad import add_masked_grad
 from resnet.triton_backend import block as triton_block
 from resnet.triton_backend import convolution
@@ -82,7 +82,7 @@ def launches(monkeypatch) -> list[str]:
 
             monkeypatch.setattr(module, function, recorded)
 
-    record(convolution, "conv_forward", "conv_grad_input", "conv_grad_weight")
+    record(convolution, "conv_forward", "conv_grad_input", "conv_grad_weight", "convolve", "convolve_backward")
     record(convolution, "batch_norm_statistics", "batch_norm_add_relu", "batch_norm_backward_reduce")
     record(triton_block, "batch_norm_add_relu", "batch_norm_backward_reduce", "batch_norm_backward_apply")
     record(triton_stem, "batch_norm_max_pool", "conv_grad_weight_max_pool")
@@ -121,6 +121,48 @@ def test_a_block_in_inference_is_two_launches(fused_backend, launches, arguments
     with torch.no_grad():
         block(draw(2, 4, 4, 4))
     assert launches == ["conv_forward"] * 2
+
+
+# Of a bottleneck's convolutions forward and backward: what its 3x3 is, with groups and with a dilation.
+BOTTLENECKS = {
+    "dilation": (
+        {"dilation": 2},
+        ["conv_forward"],
+        ["conv_grad_input", "conv_grad_weight"],
+    ),
+    "groups": (
+        {"groups": 2},
+        ["batch_norm_add_relu", "convolve", "batch_norm_statistics"],
+        ["convolve_backward", "batch_norm_backward_reduce", "batch_norm_add_relu", "convolve_backward"],
+    ),
+    "a dilation and a stride, which grad-input does not know": (
+        {"dilation": 2, "stride": 2},
+        ["batch_norm_add_relu", "convolve", "batch_norm_statistics"],
+        ["convolve_backward", "batch_norm_backward_reduce", "batch_norm_add_relu", "convolve_backward"],
+    ),
+}
+
+
+@pytest.mark.parametrize("options, forward, backward", BOTTLENECKS.values(), ids=BOTTLENECKS)
+def test_a_convolution_with_a_dilation_is_fused_and_one_with_groups_is_pytorchs_between_fused_ones(
+    fused_backend, launches, options, forward, backward
+):
+    block = FusedBottleneck(8, 2, **options).to(DEVICE)
+    out = block(draw(2, 8, 5, 5).requires_grad_())
+    assert launches == [
+        *["conv_forward"] * (1 + ("stride" in options)),
+        *forward,
+        "conv_forward",
+        "batch_norm_add_relu",
+    ]
+    launches.clear()
+    out.backward(draw(*out.shape, seed=1))
+    assert launches[:4] == [
+        *("batch_norm_backward_reduce", "batch_norm_backward_apply"),
+        *("conv_grad_input", "conv_grad_weight"),
+    ]
+    assert launches[4 : 5 + len(backward)] == ["batch_norm_backward_apply", *backward]
+    assert not [name for name in launches[5 + len(backward) :] if name.startswith("convolve")]
 
 
 def test_batches_of_the_same_power_of_two_share_their_choices(fused_backend, monkeypatch):
