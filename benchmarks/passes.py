@@ -2,9 +2,9 @@
 
 A pass is one tensor of the size of the block's output, read or written once; a tensor of another size is a part of a
 pass, or several. Eager PyTorch takes a step for each operator. The fused block takes a launch where a step's tensors
-have to be read or written after all, and PyTorch's operators for a pool. Weights, their gradients and vectors per
-channel do not count. A strided 1x1 convolution meets every stride-th pixel alone, along H and W, and only these are
-read.
+have to be read or written after all, and PyTorch's operators for a pool and for a convolution with groups. Weights,
+their gradients and vectors per channel do not count. A strided 1x1 convolution meets every stride-th pixel alone, along
+H and W, and only these are read.
 
 The names are those of docs/how-it-works.md: y1, y2, ... are what the convolutions write and ys what the shortcut's
 does; p is a pooled x; z is BatchNorm's output, a = ReLU(z), g the gradient behind a ReLU; d stands before a gradient.
@@ -63,6 +63,7 @@ BLOCKS = {
     "bottleneck-widening": Block(FusedBottleneck, Bottleneck, (1, 1)),
     "bottleneck-strided": Block(FusedBottleneck, Bottleneck, (4, 2), 2),
     "bottleneck-pooled": Block(*(partial(kind, avg_down=True) for kind in (FusedBottleneck, Bottleneck)), (4, 2), 2),
+    "bottleneck-grouped": Block(*(partial(kind, groups=4) for kind in (FusedBottleneck, Bottleneck)), (4, 1)),
 }
 
 
@@ -88,6 +89,7 @@ class Chain:
     units: tuple[ConvShape, ...]
     shortcut: ConvShape | None  # None: the identity
     pooled: bool = False  # whether the shortcut's reads a pooled x
+    grouped: frozenset[int] = frozenset()  # the units with groups, by number
 
     @staticmethod
     def of(block: nn.Module, shape: Sequence[int]) -> Chain:
@@ -102,7 +104,12 @@ class Chain:
             raise ValueError("the passes of a shortcut without a BatchNorm are not counted")
         if parts.pool is not None:
             H, W = height, width
-        return Chain(tuple(units), None if shortcut is None else _shape(shortcut.conv, N, H, W), parts.pool is not None)
+        return Chain(
+            tuple(units),
+            None if shortcut is None else _shape(shortcut.conv, N, H, W),
+            parts.pool is not None,
+            frozenset(i for i, part in enumerate(parts.units, 1) if part.conv.groups > 1),
+        )
 
     @property
     def met(self) -> str:
@@ -136,7 +143,8 @@ class Chain:
 
 
 def _shape(conv: nn.Conv2d, N: int, H: int, W: int) -> ConvShape:
-    return ConvShape(N, H, W, conv.in_channels, conv.out_channels, *conv.kernel_size, conv.stride[0], conv.padding[0])
+    window = *conv.kernel_size, conv.stride[0], conv.padding[0], conv.dilation[0]
+    return ConvShape(N, H, W, conv.in_channels, conv.out_channels, *window)
 
 
 def _output(conv: ConvShape) -> int:
@@ -202,11 +210,15 @@ def _eager_unit_backward(conv: str, norm: str, g: str, index: str, x: str, dx: s
 # ---- what the fused block launches -------------------------------------------------------------------------------
 
 CONV, GRAD_INPUT, GRAD_WEIGHT = "conv_forward_kernel", "grad_input_kernel", "conv_grad_weight_kernel"
-APPLY, BACKWARD_REDUCE, BACKWARD_APPLY = "apply_kernel", "backward_reduce_kernel", "backward_apply_kernel"
+STATISTICS, APPLY = "statistics_kernel", "apply_kernel"
+BACKWARD_REDUCE, BACKWARD_APPLY = "backward_reduce_kernel", "backward_apply_kernel"
 
 
 def fused_forward(chain: Chain) -> Iterator[Step]:
-    """The launches of `triton_backend.block_forward`, without merges; the pool before them has no kernel's name."""
+    """The launches of `triton_backend.block_forward`, without merges. What is PyTorch's has no kernel's name.
+
+    The first convolution has no groups.
+    """
     (first, *rest), shortcut, last = chain.units, chain.shortcut, len(chain.units)
     if chain.pooled:
         yield POOL
@@ -221,6 +233,11 @@ def fused_forward(chain: Chain) -> Iterator[Step]:
             name = "shortcut's convolution + statistics"
             yield Step(name, (chain.met,), ("ys",), CONV, _weight(shortcut), ("ys",))
     for i, unit in enumerate(rest, 2):
+        if i in chain.grouped:
+            yield Step(f"bn{i - 1} + ReLU", (f"y{i - 1}",), (f"a{i - 1}",), APPLY)
+            yield Step(f"conv{i}", (f"a{i - 1}",), (f"y{i}",))
+            yield Step(f"statistics of y{i}", (f"y{i}",), (), STATISTICS, sums=(f"y{i}",))
+            continue
         name = f"bn{i - 1} + ReLU + conv{i} + statistics"
         yield Step(name, (f"y{i - 1}",), (f"y{i}",), CONV, _weight(unit), (f"y{i}",))
     name = f"bn{last} + add + ReLU" if shortcut is None else f"bn{last} + shortcut's norm + add + ReLU"
@@ -228,7 +245,7 @@ def fused_forward(chain: Chain) -> Iterator[Step]:
 
 
 def fused_backward(chain: Chain) -> Iterator[Step]:
-    """The launches of `triton_backend.block_backward`, without merges; the pool's has no kernel's name."""
+    """The launches of `triton_backend.block_backward`, without merges. What is PyTorch's has no kernel's name."""
     shortcut, last = chain.shortcut, len(chain.units)
     y, also = f"y{last}", "" if shortcut is None else ", shortcut's too"
     z, dz = ((), ()) if shortcut is None else (("ys",), ("dys",))
@@ -236,9 +253,16 @@ def fused_backward(chain: Chain) -> Iterator[Step]:
     yield Step(f"bn{last} apply'{also}", ("dout", "out", y, *z), (f"d{y}", *dz), BACKWARD_APPLY)
     for i in range(last, 1, -1):
         y, dy, g, weight = f"y{i - 1}", f"dy{i}", f"g{i - 1}", _weight(chain.units[i - 1])
-        name = f"conv{i} grad-input + ReLU' + bn{i - 1} reduce"
-        yield Step(name, (dy, y), (g,), GRAD_INPUT, weight, (y,))
-        yield Step(f"conv{i} grad-weight, bn{i - 1} + ReLU recomputed", (dy, y), (), GRAD_WEIGHT)
+        if i in chain.grouped:
+            g, a = f"da{i - 1}", f"a{i - 1}"
+            yield Step(f"conv{i} grad-input", (dy,), (g,))
+            yield Step(f"ReLU', bn{i - 1} reduce", (g, y), (), BACKWARD_REDUCE, sums=(y,))
+            yield Step(f"bn{i - 1} + ReLU", (y,), (a,), APPLY)
+            yield Step(f"conv{i} grad-weight", (dy, a))
+        else:
+            name = f"conv{i} grad-input + ReLU' + bn{i - 1} reduce"
+            yield Step(name, (dy, y), (g,), GRAD_INPUT, weight, (y,))
+            yield Step(f"conv{i} grad-weight, bn{i - 1} + ReLU recomputed", (dy, y), (), GRAD_WEIGHT)
         yield Step(f"bn{i - 1} apply'", (g, y), (f"d{y}",), BACKWARD_APPLY)
     yield from _fused_input_gradient(chain)
     yield Step("conv1 grad-weight", ("dy1", "x"), (), GRAD_WEIGHT)
@@ -386,7 +410,7 @@ def described(chain: Chain) -> str:
     widths = " → ".join(str(width) for width in (chain.units[0].C, *(unit.K for unit in chain.units)))
     stride = math.prod(unit.stride for unit in chain.units)
     shortcut = "identity" if chain.shortcut is None else "normed 1x1, pooled" if chain.pooled else "normed 1x1"
-    return widths + f", stride {stride}" * (stride > 1) + f", {shortcut}"
+    return widths + f", stride {stride}" * (stride > 1) + ", groups" * bool(chain.grouped) + f", {shortcut}"
 
 
 def number(passes: float) -> str:

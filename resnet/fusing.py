@@ -650,8 +650,8 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Known are this library's blocks and stems, and those of the ResNets of torchvision, timm and transformers, RT-DETR's
     too. Where a network calls the modules of its stem itself, it is the network that changes its class. A module stays
-    as it is where it might compute something else than the operator: with another activation or norm, groups, dilation,
-    attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known one.
+    as it is where it might compute something else than the operator: with another activation or norm, attention,
+    stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known one.
 
     A second call changes nothing, and its report is the same.
 

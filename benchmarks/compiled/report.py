@@ -41,6 +41,7 @@ from resnet.kernels import tuning
 from resnet.kernels.host.command import ConfigError, Parser, run
 from resnet.kernels.host.files import cache_folder
 from resnet.kernels.tuning import DEVICES, devices
+from resnet.torch_backend.convolution import out_size
 
 # ---- real calls --------------------------------------------------------------------------------------------------
 
@@ -57,7 +58,7 @@ def _products_skipped() -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
 
     def convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups):
-        size = [(n + 2 * p - k) // s + 1 for n, k, s, p in zip(x.shape[2:], weight.shape[2:], stride, padding)]
+        size = [out_size(*axis) for axis in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)]
         return torch.empty((x.shape[0], weight.shape[0], *size), dtype=x.dtype, memory_format=torch.channels_last)
 
     def convolution_backward(dy, x, weight, bias_sizes, *settings):
@@ -99,7 +100,10 @@ def _resnet18(dtype: torch.dtype, autocast: bool) -> None:
 
 
 def _resnet50(dtype: torch.dtype) -> None:
-    """Its blocks, as the first stages have them, a basic one whose shortcut has a norm; ResNet-D's blocks and stem."""
+    """Its blocks, as the first stages have them, a basic one whose shortcut has a norm; those of nets derived from it.
+
+    ResNet-D's blocks and stem, a dilated one, and a ResNeXt's.
+    """
     from resnet import FusedBasicBlock, FusedBottleneck, ResNet, fuse
 
     deep = ResNet(FusedBasicBlock, depths=(1,), widths=(64,), num_classes=10, stem="deep")
@@ -110,6 +114,8 @@ def _resnet50(dtype: torch.dtype) -> None:
         (FusedBasicBlock(64, 128, 2, avg_down=True), 64),
         (FusedBottleneck(64, 64), 64),
         (FusedBottleneck(256, 64), 256),
+        (FusedBottleneck(256, 64, dilation=2), 256),
+        (FusedBottleneck(256, 128, 2, groups=32), 256),
         (FusedBottleneck(256, 128, 2), 256),
         (FusedBasicBlock(64, 128, 2), 64),
     ):
@@ -118,7 +124,7 @@ def _resnet50(dtype: torch.dtype) -> None:
 
 def _odd_shapes(dtype: torch.dtype) -> None:
     import resnet
-    from resnet import FusedBasicBlock, FusedResidual, FusedResidualBottleneck, FusedStem
+    from resnet import FusedBasicBlock, FusedBottleneck, FusedResidual, FusedResidualBottleneck, FusedStem
     from resnet.functional import batch_norm_add_relu
 
     for C in CHANNELS:
@@ -136,6 +142,7 @@ def _odd_shapes(dtype: torch.dtype) -> None:
             FusedBasicBlock(C, 2 * C, 2),
             FusedBasicBlock(C, 2 * C, 2, avg_down=True),
             FusedResidualBottleneck(C, 4 * C, True, 2),
+            FusedBottleneck(C, C, dilation=3),
         ):
             _step(block.to(dtype), 2, C, 7, 5, dtype=dtype)
     for variant in ("epilogue", "pytorch"):

@@ -29,6 +29,7 @@ from resnet.kernels.tuning.devices import device_facts
 _CANCELLED = ("conv1.bias", "conv2.bias")  # their gradients are rounding alone where BatchNorm follows
 _DTYPES = ("bfloat16", "float16", "float32", "tf32")
 _TRAINING, _EVALUATION, _CONSTANT = "training", "evaluation", "norms of constants"
+_VARIANTS = {"D": {"avg_down": True}, "dilated": {"dilation": 2}, "grouped": {"groups": 2}}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Task:
     shape: tuple[int, int, int, int]  # input channels, channels, stride, height and width
     dtype: str
     mode: str
-    # A block of `resnet`. A published one has its width in place of the channels; with -D its shortcut pools its input.
+    # A block of `resnet`. A published one has its width in place of the channels, and after a hyphen one of _VARIANTS.
     kind: str = "Residual"
 
     @property
@@ -50,8 +51,8 @@ class Task:
         C, K, stride, _ = self.shape
         if self.kind == "Residual":
             return Residual(C, K, stride != 1, stride)
-        name = self.kind.removesuffix("-D")
-        return getattr(resnet, name)(C, K, stride, avg_down=name != self.kind)
+        name, _, variant = self.kind.partition("-")
+        return getattr(resnet, name)(C, K, stride, **_VARIANTS.get(variant, {}))
 
     @property
     def type(self) -> torch.dtype:
@@ -72,7 +73,7 @@ def tasks(scale: Scale) -> list[Task]:
         *(
             Task(tuple(shape), _DTYPES[0], mode, kind)
             for kind, *shape in scale.published
-            for mode in (*modes, *[_CONSTANT] * kind.endswith("-D"))
+            for mode in (*modes, *[_CONSTANT] * ("-" in kind))
         ),
     ]
 

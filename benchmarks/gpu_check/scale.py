@@ -35,6 +35,7 @@ _BLOCKS = (
 _PUBLISHED = (
     *(("Bottleneck", 64, 64, 1, 24), ("Bottleneck", 256, 64, 1, 24), ("Bottleneck", 256, 128, 2, 24)),
     *(("Bottleneck", 2048, 512, 1, 3), ("BasicBlock", 64, 128, 2, 24), ("Bottleneck-D", 256, 128, 2, 24)),
+    *(("Bottleneck-dilated", 512, 128, 1, 24), ("Bottleneck-grouped", 256, 128, 2, 24)),
 )
 
 
@@ -45,7 +46,8 @@ def full() -> Scale:
 
 def rehearsal() -> Scale:
     small = ("--epochs", "1", "--limit-train", "16", "--limit-test", "8", "--batch-size", "8", "--resize", "32")
-    published = (("Bottleneck", 8, 4, 2, 5), ("Bottleneck-D", 8, 4, 2, 5))
+    variants = ("Bottleneck", "Bottleneck-D", "Bottleneck-dilated", "Bottleneck-grouped")
+    published = tuple((kind, 8, 4, 2, 5) for kind in variants)
     return Scale(
         torch.device("cpu"), 4, 32, "resnet18", 512, ((8, 8, 1, 5), (8, 16, 2, 5)), published, 3, 1, 2**20, 64, small
     )

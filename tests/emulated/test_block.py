@@ -42,6 +42,8 @@ BLOCKS = {
     "basic, pooled shortcut": (BasicBlock, (6, 16, 2, POOLED), (2, 6, 7, 6)),
     "bottleneck, normed shortcut": (Bottleneck, (8, 8), (2, 8, 6, 5)),
     "bottleneck, normed shortcut of stride 2": (Bottleneck, (8, 8, 2), (2, 8, 7, 6)),
+    "bottleneck, groups": (Bottleneck, (8, 8, 1, {"groups": 2}), (2, 8, 6, 5)),
+    "bottleneck, dilation": (Bottleneck, (32, 8, 1, {"dilation": 2}), (2, 32, 6, 5)),
     "textbook's bottleneck, 1x1 of stride 2": (ResidualBottleneck, (16, 32, True, 2), (4, 16, 12, 11)),
 }
 
