@@ -81,6 +81,9 @@ _FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d"} | {
 }
 
 
+NORM_WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"  # a BatchNorm2d, then its children: a drop, an activation
+
+
 def full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
@@ -99,9 +102,11 @@ def was_replaced(cls: type, method: str) -> bool:
 
 def is_frozen(norm: nn.Module | None) -> bool:
     """Whether a norm is exactly of a class whose statistics are constants, as torchvision's `FrozenBatchNorm2d`."""
-    kind = type(norm)
-    if full_name(kind) not in _FROZEN:
-        return False
+    return full_name(type(norm)) in _FROZEN and _is_as_written(type(norm))
+
+
+def _is_as_written(kind: type) -> bool:
+    """Whether a class of another library has the forward of its definition, from which one put in later is told."""
     if kind not in _FORWARD and not was_replaced(kind, "forward"):
         _FORWARD[kind] = kind.forward
     return kind in _FORWARD
@@ -140,8 +145,10 @@ def unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None
 
 def unfusable_norm(name: str, bn: nn.Module) -> str | None:
     """Why a norm cannot be fused: it is of no class whose semantics are known, or watched."""
-    known = type(bn) is nn.SyncBatchNorm or is_frozen(bn)
-    return unfusable(name, bn, type(bn) if known else nn.BatchNorm2d)
+    kind = type(bn)
+    known = kind is nn.SyncBatchNorm or is_frozen(bn)
+    known = known or (full_name(kind) == NORM_WITH_ACTIVATION and _is_as_written(kind))
+    return unfusable(name, bn, kind if known else nn.BatchNorm2d)
 
 
 def unlike_input(name: str, bn: nn.Module, dtype: torch.dtype) -> str | None:

@@ -1,6 +1,7 @@
 """`fuse` and `unfuse`: the residual blocks and stems of a finished model change their class for a fused one, and back.
 
-Known are the ResNets of torchvision, timm and transformers, none of which is imported, and this library's own.
+Known are the ResNets and RegNets of torchvision, timm and transformers, none of which is imported, and this library's
+own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resnet.fusable import (
+    NORM_WITH_ACTIVATION,
     BlockParts,
     StemParts,
     UnitParts,
@@ -53,7 +55,7 @@ class BlockLayout(NamedTuple):
     relus: tuple[str, ...]
     shortcut: str  # a convolution, or a container of one and perhaps a BatchNorm; the identity where there is neither
     optional: tuple[str, ...] = ()  # what other kinds of blocks have, and this one must not
-    containers: tuple[tuple[str, type | str], ...] = ()  # and their classes; a name is one of the block's own module
+    containers: tuple[tuple[str, type | str], ...] = ()  # and their classes: see `_neighbour`
     shortcut_class: type | str = nn.Sequential
 
     @property
@@ -109,6 +111,33 @@ def _transformers(count: int, prefix: str = "ResNet") -> BlockLayout:
         optional=(f"{layers[-1]}.activation",),
         containers=(("layer", nn.Sequential), *((layer, f"{prefix}ConvLayer") for layer in layers)),
         shortcut_class=f"{prefix}ShortCut",
+    )
+
+
+def _torchvision_regnet() -> BlockLayout:
+    layers = [f"f.{letter}" for letter in "abc"]
+    return BlockLayout(
+        units=tuple((f"{layer}.0", f"{layer}.1") for layer in layers),
+        relus=("f.a.2", "f.b.2", "activation"),
+        shortcut="proj",
+        containers=(("f", "BottleneckTransform"), *((layer, "Conv2dNormActivation") for layer in layers)),
+        shortcut_class="Conv2dNormActivation",
+    )
+
+
+def _timm_regnet() -> BlockLayout:
+    """The norms hold the activations that follow them."""
+    layers = [f"conv{i}" for i in (1, 2, 3)]
+    return BlockLayout(
+        units=tuple((f"{layer}.conv", f"{layer}.bn") for layer in layers),
+        relus=("conv1.bn.act", "conv2.bn.act", "act3"),
+        shortcut="downsample",
+        optional=("se", "drop_path"),
+        containers=(
+            *((layer, "ConvNormAct") for layer in layers),
+            *((f"{layer}.bn", NORM_WITH_ACTIVATION) for layer in layers),
+        ),
+        shortcut_class="ConvNormAct",
     )
 
 
@@ -181,6 +210,8 @@ def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, 
     if conv is None:
         return None, others, pool
     bn_name, norm = bn or ("", None)
+    if norm is not None:  # an activation that it holds would follow it
+        others += [Watched(place, child, nn.Identity) for place, child in _children(bn_name, norm)]
     return UnitParts(conv[1], norm, conv[0], bn_name), others, pool
 
 
@@ -245,7 +276,7 @@ class _Changed:
         if kept is None or not kept.hold(self):
             places = [*(name for name, _ in self._layout.containers), self._layout.perhaps_container]
             containers = [self, *(_held(self, name) for name in places)]
-            if isinstance(containers[-1], nn.Sequential):  # in which one of a library's own may lie
+            if isinstance(containers[-1], nn.Module):  # in which one of a library's own may lie, or a norm of its own
                 containers += containers[-1]._modules.values()
             children = [module._modules for module in containers if isinstance(module, nn.Module)]
             _kept[self] = kept = _Kept(self._find_parts(), tuple((now, dict(now)) for now in children))
@@ -402,6 +433,8 @@ _KNOWN = {
         _Network, StemLayout("conv1", "bn1", "relu", "maxpool"), "_forward_impl"
     ),
     "torchvision.models._utils.IntermediateLayerGetter": _Known(_Getter, StemLayout("conv1", "bn1", "relu", "maxpool")),
+    "torchvision.models.regnet.ResBottleneckBlock": _Known(_Block, _torchvision_regnet()),
+    "timm.models.regnet.Bottleneck": _Known(_Block, _timm_regnet()),
     "timm.models.resnet.BasicBlock": _Known(_Block, _timm(2)),
     "timm.models.resnet.Bottleneck": _Known(_Block, _timm(3)),
     **{
@@ -411,6 +444,7 @@ _KNOWN = {
     "timm.models.resnet.ResNet": _Known(_Network, StemLayout("conv1", "bn1", "act1", "maxpool"), "forward_features"),
     "transformers.models.resnet.modeling_resnet.ResNetBasicLayer": _Known(_Block, _transformers(2)),
     "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": _Known(_Block, _transformers(3)),
+    "transformers.models.regnet.modeling_regnet.RegNetXLayer": _Known(_Block, _transformers(3, "RegNet")),
     "transformers.models.resnet.modeling_resnet.ResNetEmbeddings": _Known(
         _Embeddings,
         StemLayout(
@@ -451,8 +485,11 @@ def _eager_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _neighbour(cls: type, other: type | str) -> type:
-    """A class of the Python module that `cls` is in, by its name."""
-    return getattr(sys.modules[cls.__module__], other, type(None)) if isinstance(other, str) else other
+    """A class by its name in the Python module that `cls` is in, or by its full name, which has dots."""
+    if not isinstance(other, str):
+        return other
+    module, _, name = other.rpartition(".")
+    return getattr(sys.modules.get(module or cls.__module__), name, type(None))
 
 
 def _looked_up(cls: type, layout: BlockLayout | StemLayout) -> BlockLayout | StemLayout:
@@ -648,10 +685,11 @@ def fuse(model: nn.Module) -> FuseReport:
     whoever reads it needs this library. For a fused copy call `copy.deepcopy` first: a choice between the two here
     would have `fuse` return now a model and now a report.
 
-    Known are this library's blocks and stems, and those of the ResNets of torchvision, timm and transformers, RT-DETR's
-    too. Where a network calls the modules of its stem itself, it is the network that changes its class. A module stays
-    as it is where it might compute something else than the operator: with another activation or norm, attention,
-    stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known one.
+    Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
+    too, and the blocks of their RegNets without attention. Where a network calls the modules of its stem itself, it is
+    the network that changes its class. A module stays as it is where it might compute something else than the operator:
+    with another activation or norm, attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class
+    that is derived from a known one.
 
     A second call changes nothing, and its report is the same.
 

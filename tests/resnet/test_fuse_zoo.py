@@ -58,6 +58,14 @@ def rt_detr(layer_type: str) -> nn.Module:
     return Features(library.RTDetrResNetBackbone(config))
 
 
+def transformers_regnet(layer_type: str) -> nn.Module:
+    library = pytest.importorskip("transformers")
+    config = library.RegNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32], depths=[2, 2], groups_width=8, layer_type=layer_type, num_labels=5
+    )
+    return library.RegNetForImageClassification(config)
+
+
 def of_frozen_norms(name: str) -> nn.Module:
     return torchvision(name, norm_layer=pytest.importorskip("torchvision").ops.FrozenBatchNorm2d)
 
@@ -79,6 +87,9 @@ ZOO = {
     "torchvision resnet18, FrozenBatchNorm2d": Entry(lambda: of_frozen_norms("resnet18"), 9, 0),
     "torchvision resnext50": Entry(lambda: torchvision("resnext50_32x4d"), 17, 0),
     "torchvision resnet50, dilation": Entry(lambda: dilated_torchvision("resnet50"), 17, 0),
+    "torchvision regnet_x": Entry(lambda: torchvision("regnet_x_400mf"), 22, 0),
+    "timm regnetx": Entry(lambda: timm("regnetx_002"), 13, 0),
+    "transformers RegNet": Entry(lambda: transformers_regnet("x"), 4, 0),
     "timm resnet18": Entry(lambda: timm("resnet18"), 9, 0),
     "timm resnet50": Entry(lambda: timm("resnet50"), 17, 0),
     "timm resnet18d": Entry(lambda: timm("resnet18d"), 9, 0),
@@ -304,6 +315,11 @@ def test_scripted_and_symbolically_traced_models_compute_the_same(name, monkeypa
         (lambda: timm("resnet18", act_layer="silu"), ["act1 is a SiLU"]),
         (lambda: timm("resnetblur50"), ["aa is a BlurPool2d", "maxpool is a Sequential"]),
         (lambda: timm("seresnet18"), ["se is a SEModule"]),
+        (lambda: timm("regnety_002"), ["se is a SEModule"]),
+        (lambda: torchvision("regnet_y_400mf"), ["f.se is a SqueezeExcitation"]),
+        (lambda: timm("regnetx_002", act_layer="silu"), ["conv1.bn.act is a SiLU"]),
+        (lambda: timm("regnetx_002", drop_path_rate=0.1), ["drop_path is a DropPath"]),
+        (lambda: timm("regnetx_002", norm_layer="layernorm2d"), ["conv1.bn is a LayerNormAct2d"]),
         (lambda: timm("resnet18d", act_layer="silu"), ["act1 is a SiLU", "conv1.2 is a SiLU"]),
         (lambda: timm("resnet18d", output_stride=8), ["downsample.0 is a AvgPool2dSame"]),
         (
@@ -316,6 +332,34 @@ def test_the_reasons_name_what_is_in_the_way(make, reasons):
     found = {item.reason for item in fuse(make()).left}
     for reason in reasons:
         assert any(text.startswith(reason) for text in found), found
+
+
+# Changes of a block of timm's RegNet, whose norms hold the activations that follow them.
+INSIDE = {
+    "another activation": lambda b: setattr(b.conv1.bn, "act", nn.GELU()),
+    "an activation more": lambda b: setattr(b.conv3.bn, "act", nn.ReLU()),
+    "an activation of the shortcut": lambda b: setattr(b.downsample.bn, "act", nn.ReLU()),
+    "a drop": lambda b: setattr(b.conv2.bn, "drop", nn.Softplus()),
+    "a drop of the shortcut": lambda b: setattr(b.downsample.bn, "drop", nn.Softplus()),
+    "a hook": lambda b: b.conv2.bn.act.register_forward_hook(lambda module, args, out: 2 * out),
+    "a hook of the norm": lambda b: b.conv2.bn.register_forward_hook(lambda module, args, out: 2 * out),
+    "no activation": lambda b: delattr(b.conv1.bn, "act") or setattr(b.conv1.bn, "act", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", INSIDE.values(), ids=INSIDE)
+@pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
+def test_what_the_norms_of_timms_regnets_hold_is_watched(change):
+    eager = timm("regnetx_002").to(DEVICE, torch.float64)
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(*IMAGES, dtype=torch.float64)
+    fuse(fused)
+    torch.testing.assert_close(one_step(fused, x), one_step(eager, x), atol=1e-8, rtol=1e-6)
+    for model in (fused, eager):
+        change(model.s2.b1)
+    torch.testing.assert_close(one_step(fused, x), one_step(eager, x), atol=1e-8, rtol=1e-6)
+    unfuse(fused)
+    assert fuse(fused).left
 
 
 def test_models_that_torchvision_quantizes_are_derived_and_left_alone():
