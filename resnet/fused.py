@@ -49,7 +49,7 @@ from resnet.fusable import (
 )
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
-from resnet.operands import SHORTCUTS, Pooled, block_operator
+from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
 from resnet.torch_backend.convolution import out_size
 
@@ -287,7 +287,7 @@ class FusedStemBase(_Fused):
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
             return self._eager(X)
         reason = _GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
-        conv, bn, _, bn_name = parts.unit
+        conv, bn, _, bn_name, _ = parts.unit
         reason = reason or _reason_not_to_take((X, conv.weight))
         if isinstance(X, Tensor):
             reason = reason or unlike_input(bn_name, bn, _autocast_dtype(X) or X.dtype)
@@ -318,10 +318,10 @@ class FusedStemBase(_Fused):
         reason = unfusable_other((*others, relu))
         if before and (len(before) != 2 or pool is None):
             reason = reason or f"its convolutions are {len(before) + 1}, not 1 or 3 with a pool"
-        for conv, bn, conv_name, bn_name in _units_of(parts):
-            reason = reason or unfusable(conv_name, conv, nn.Conv2d)
-            reason = reason or (pool and unfusable_conv(conv_name, conv, None, None, None))
-            reason = reason or unfusable_norm(bn_name, bn)
+        for unit in _units_of(parts):
+            reason = reason or unfusable(unit.conv_name, unit.conv, nn.Conv2d)
+            reason = reason or (pool and unfusable_conv(unit.conv_name, unit.conv, None, None, None))
+            reason = reason or unfusable_norm(unit)
         return reason or (pool and unfusable_pool(pool.name, pool.module))
 
     def _norm_pairs(self, parts: StemParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
@@ -340,7 +340,7 @@ class FusedStemBase(_Fused):
         if not cast:
             check_input_type(x, {f"{unit.conv_name}.weight": unit.conv.weight for unit in units})
         for unit, norm, (K, _, R, S) in zip(units, norms, shapes, strict=True):
-            conv, bn, name, bn_name = unit
+            conv, bn, name, bn_name, _ = unit
             check_conv_weight(f"{name}.weight", conv.weight, x, (K, C, R, S), cast)
             if R != S:
                 return f"{name}.weight is {R}x{S}, not square"
@@ -417,14 +417,14 @@ class FusedBlock(_Fused):
             return reason
         strides = 1
         for unit in parts.units:
-            reason = unfusable_unit(unit.conv_name, unit.conv) or unfusable_norm(unit.bn_name, unit.bn)
+            reason = unfusable_unit(unit.conv_name, unit.conv) or unfusable_norm(unit)
             if reason is not None:
                 return reason
             strides *= unit.conv.stride[0]
         if shortcut is not None:
             reason = unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides if pool is None else 1)
             if reason is None and shortcut.bn is not None:
-                reason = unfusable_norm(shortcut.bn_name, shortcut.bn)
+                reason = unfusable_norm(shortcut)
             if reason is not None:
                 return reason
         return None
@@ -493,7 +493,7 @@ class FusedBlock(_Fused):
         convs = [unit.conv for unit in (units if shortcut is None else (*units, shortcut))]
         flat, weights, masters = _unit_arguments(x, convs, norms, cast)
         if shortcut is None:
-            flat += (None, None, (1, 0, 1), None)
+            flat += (None, None, POINTWISE, None)
         elif shortcut.bn is None:
             conv = shortcut.conv
             flat += (weights[-1], held(conv, "_parameters", "bias"), geometry_of(conv), masters[-1])

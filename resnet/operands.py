@@ -44,6 +44,7 @@ class BatchNormAddReluKept(NamedTuple):
 # Stride, padding and dilation of a convolution, the same along H and W. How many groups it has follows from channels:
 # each of the weight's (K, C, R, S) reads C of x's.
 Geometry = tuple[int, int, int]
+POINTWISE: Geometry = (1, 0, 1)  # of a 1x1 convolution without a stride, or of the identity
 
 
 class Unit(NamedTuple):

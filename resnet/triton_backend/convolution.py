@@ -24,7 +24,7 @@ from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, KeptMask, ReluMa
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.host.shapes import conv_shape
 from resnet.kernels.tuning import bucket, memory
-from resnet.operands import Geometry, Pooled, Projection, Unit
+from resnet.operands import POINTWISE, Geometry, Pooled, Projection, Unit
 from resnet.torch_backend.block import pool_backward
 from resnet.torch_backend.convolution import convolve, convolve_backward
 from resnet.triton_backend.batch_norm import dense, frozen_stats
@@ -239,8 +239,8 @@ def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[
 
     dz is the gradient of the shortcut's convolution, which is 1x1 of stride 1.
     """
-    dmap = grad_input(dz, pooled.map, weight, (1, 0, 1))
-    return Projection(None, None, (1, 0, 1)), pool_backward(dmap, x, pooled), None
+    dmap = grad_input(dz, pooled.map, weight, POINTWISE)
+    return Projection(None, None, POINTWISE), pool_backward(dmap, x, pooled), None
 
 
 def shortcut_of(part: Unit | Projection) -> tuple[Tensor, Geometry]:

@@ -75,6 +75,10 @@ def dilated_torchvision(name: str) -> nn.Module:
     return torchvision(name, replace_stride_with_dilation=[False, True, True])
 
 
+def norm_with_activation(channels: int) -> nn.Module:
+    return pytest.importorskip("timm").layers.BatchNormAct2d(channels)
+
+
 class Entry(NamedTuple):
     make: Callable[[], nn.Module]
     fused: int
@@ -310,6 +314,7 @@ def test_scripted_and_symbolically_traced_models_compute_the_same(name, monkeypa
     ("make", "reasons"),
     [
         (lambda: torchvision("resnet18", norm_layer=lambda K: nn.GroupNorm(1, K)), ["bn1 is a GroupNorm"]),
+        (lambda: torchvision("resnet18", norm_layer=norm_with_activation), ["bn1 is a BatchNormAct2d"]),
         (lambda: timm("resnet18", drop_path_rate=0.1), ["drop_path is a DropPath"]),
         (lambda: timm("resnet18", drop_block_rate=0.1), ["drop_block is a DropBlock2d"]),
         (lambda: timm("resnet18", act_layer="silu"), ["act1 is a SiLU"]),
