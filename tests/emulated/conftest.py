@@ -61,8 +61,9 @@ def _reason_to_skip() -> str | None:
 def emulate(request, monkeypatch) -> Callable[..., AbstractContextManager[list]]:
     """`with emulate() as launches:` runs launches as code compiled for the device and collects a report of each.
 
-    With `dtype` float64 the test is skipped where the emulator has no product of that type. Keywords are those of
-    `ptxsim.capture`, such as `select`, the programs of a launch that run.
+    With `dtype` float64 the test is skipped where the emulator has no product of that type. `in_place` names a kernel
+    whose result may be written over what it reads. Other keywords are those of `ptxsim.capture`, such as `select`, the
+    programs of a launch that run.
 
     On leaving, no report may hold a race, a stray, misaligned or uninitialised access, or any other error or warning.
     """
@@ -74,10 +75,10 @@ def emulate(request, monkeypatch) -> Callable[..., AbstractContextManager[list]]
     monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", _no_machine_code)
 
     @contextmanager
-    def launches(dtype: torch.dtype | None = None, **options) -> Iterator[list]:
+    def launches(dtype: torch.dtype | None = None, in_place: str = "", **options) -> Iterator[list]:
         if dtype == torch.float64 and request.param == 90:
             pytest.skip("the emulator has no float64 product of sm_90")
-        uninitialised = lambda kernel, argument: argument in _RESULTS.get(kernel, ())  # noqa: E731
+        uninitialised = lambda kernel, argument: kernel != in_place and argument in _RESULTS.get(kernel, ())  # noqa: E731
         with ptxsim.capture(arch=request.param, strict=False, poison=uninitialised, **options) as captured:
             yield captured.reports
         assert captured.reports, "nothing was launched"

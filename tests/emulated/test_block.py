@@ -42,13 +42,13 @@ BLOCKS = {
     "basic, pooled shortcut": (BasicBlock, (6, 16, 2, POOLED), (2, 6, 7, 6)),
     "bottleneck, normed shortcut": (Bottleneck, (8, 8), (2, 8, 6, 5)),
     "bottleneck, normed shortcut of stride 2": (Bottleneck, (8, 8, 2), (2, 8, 7, 6)),
-    "bottleneck, groups": (Bottleneck, (8, 8, 1, {"groups": 2}), (2, 8, 6, 5)),
     "bottleneck, dilation": (Bottleneck, (32, 8, 1, {"dilation": 2}), (2, 32, 6, 5)),
     "textbook's bottleneck, 1x1 of stride 2": (ResidualBottleneck, (16, 32, True, 2), (4, 16, 12, 11)),
 }
+GROUPED = {"bottleneck, groups": (Bottleneck, (8, 8, 1, {"groups": 2}), (2, 8, 6, 5))}  # a convolution is PyTorch's
 
 
-def emulator_options(kind: type, arguments: tuple) -> dict[str, int]:
+def emulator_options(kind: type, arguments: tuple) -> dict[str, object]:
     """One program at a time where some of a launch multiply and others do not: a stride in a bottleneck's shortcut."""
     return {"batch": 1} if kind in (Bottleneck, ResidualBottleneck) and arguments[-1] == 2 else {}
 
@@ -58,13 +58,15 @@ per_block = pytest.mark.parametrize("kind, arguments, shape", FEWER.values(), id
 
 
 @pytest.mark.core
-@each_pair_compiled(dtype=DTYPES, block=BLOCKS, train={"training": True, "frozen statistics": False})
+@each_pair_compiled(dtype=DTYPES, block={**BLOCKS, **GROUPED}, train={"training": True, "frozen statistics": False})
 def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
-    kind, arguments, shape = block
-    draws = []
+    (kind, arguments, shape), draws = block, []
+    options = emulator_options(kind, arguments)
+    if block in GROUPED.values() and not train:  # BatchNorm is written over what PyTorch's convolution has given
+        options["in_place"] = "apply_kernel"
     for seed in range(3):
         blocks = trio(kind, *arguments, seed=seed, dtype=dtype, train=train)
-        results, _ = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype), **emulator_options(kind, arguments))
+        results, _ = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype), **options)
         draws.append(results)
     assert_parity(draws)
 
