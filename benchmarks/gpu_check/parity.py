@@ -20,15 +20,16 @@ from torch import Tensor, nn
 import resnet
 from benchmarks.gpu_check.errors import noted
 from benchmarks.gpu_check.scale import Scale
-from resnet import Residual, fuse
+from resnet import BasicBlock, Residual, ResNet, Stem, fuse
 from resnet.kernels import tuning
 from resnet.kernels.host import plan
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning.devices import device_facts
 
-_CANCELLED = ("conv1.bias", "conv2.bias")  # their gradients are rounding alone where BatchNorm follows
+_CANCELLED = ("conv1.bias", "conv2.bias", "0.bias")  # their gradients are rounding alone where BatchNorm follows
 _DTYPES = ("bfloat16", "float16", "float32", "tf32")
 _TRAINING, _EVALUATION, _CONSTANT = "training", "evaluation", "norms of constants"
+_DEEP_STEM = "deep stem"
 _VARIANTS = {"D": {"avg_down": True}, "dilated": {"dilation": 2}, "grouped": {"groups": 2}}
 
 
@@ -37,7 +38,8 @@ class Task:
     shape: tuple[int, int, int, int]  # input channels, channels, stride, height and width
     dtype: str
     mode: str
-    # A block of `resnet`. A published one has its width in place of the channels, and after a hyphen one of _VARIANTS.
+    # A block or stem of `resnet`. A published block has its width in place of the channels, and after a hyphen one of
+    # _VARIANTS.
     kind: str = "Residual"
 
     @property
@@ -47,20 +49,37 @@ class Task:
         return f"{kind}{C}->{K}, stride {stride}, {size}x{size}, {self.dtype}, {self.mode}"
 
     def block(self) -> nn.Module:
-        """The eager block."""
+        """The eager block or stem."""
         C, K, stride, _ = self.shape
         if self.kind == "Residual":
             return Residual(C, K, stride != 1, stride)
+        if self.kind == "Stem":
+            return Stem(C, K)
+        if self.kind == _DEEP_STEM:
+            return _deep_stem(C, K)
         name, _, variant = self.kind.partition("-")
         return getattr(resnet, name)(C, K, stride, **_VARIANTS.get(variant, {}))
+
+    @property
+    def is_stem(self) -> bool:
+        """Whether it reads images, which want no gradient."""
+        return self.kind in ("Stem", _DEEP_STEM)
 
     @property
     def type(self) -> torch.dtype:
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
 
+def _deep_stem(in_channels: int, channels: int) -> nn.Module:
+    """The stem of a ResNet-D, in a network that is nothing else."""
+    net = ResNet(BasicBlock, depths=(1,), widths=(channels,), in_channels=in_channels, stem="deep")
+    for name in ("layer1", "avgpool", "flatten", "fc"):
+        setattr(net, name, nn.Identity())
+    return net
+
+
 def tasks(scale: Scale) -> list[Task]:
-    """All shapes in the first type, in the others and with norms of constants a part of them; the published blocks."""
+    """All shapes in the first type, in the others and with norms of constants a part of them; the other modules."""
     modes = (_TRAINING, _EVALUATION)
     return [
         *(
@@ -72,7 +91,7 @@ def tasks(scale: Scale) -> list[Task]:
         *(Task(shape, _DTYPES[0], _CONSTANT) for shape in scale.blocks[:2]),
         *(
             Task(tuple(shape), _DTYPES[0], mode, kind)
-            for kind, *shape in scale.published
+            for kind, *shape in scale.others
             for mode in (*modes, *[_CONSTANT] * ("-" in kind))
         ),
     ]
@@ -144,7 +163,8 @@ def _results(block: nn.Module, x: Tensor, dout: Tensor, task: Task, scale: Scale
     exact = next(block.parameters()).dtype == torch.float64
     cast = not exact and task.type in (torch.float16, torch.bfloat16)
     dtype = torch.float64 if exact else task.type
-    x = x.to(scale.device, dtype).contiguous(memory_format=torch.channels_last).requires_grad_(wants_grads)
+    x = x.to(scale.device, dtype).contiguous(memory_format=torch.channels_last)
+    x.requires_grad_(wants_grads and not task.is_stem)
     with (
         torch.autocast(scale.device.type, task.type) if cast else nullcontext(),
         nullcontext() if wants_grads else torch.no_grad(),
@@ -152,11 +172,15 @@ def _results(block: nn.Module, x: Tensor, dout: Tensor, task: Task, scale: Scale
         out = block(x)
     if not wants_grads:
         return {"out": out}
-    names, leaves = zip(*[(name, p) for name, p in block.named_parameters() if p.requires_grad], strict=True)
-    grads = torch.autograd.grad(out, (x, *leaves), dout.to(scale.device, out.dtype))
-    found = {"out": out.detach(), "dx": grads[0]}
-    found |= {name: grad for name, grad in zip(names, grads[1:], strict=True) if name not in _CANCELLED}
-    return found | {name: value.clone() for name, value in block.named_buffers() if value.is_floating_point()}
+    leaves = {"dx": x, **dict(block.named_parameters())}
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    grads = torch.autograd.grad(out, tuple(leaves.values()), dout.to(scale.device, out.dtype))
+    found = {name: grad for name, grad in zip(leaves, grads, strict=True) if name not in _CANCELLED}
+    return (
+        {"out": out.detach()}
+        | found
+        | {name: value.clone() for name, value in block.named_buffers() if value.is_floating_point()}
+    )
 
 
 def _error(got: Tensor, exact: Tensor) -> float:

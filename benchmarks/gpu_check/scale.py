@@ -15,7 +15,7 @@ class Scale:
     model: str  # a net of `resnet.published`, on as many images
     block_batch: int  # of a block alone
     blocks: tuple[tuple[int, int, int, int], ...]  # input channels, channels, stride, height and width of the input
-    published: tuple[tuple[str, int, int, int, int], ...]  # the class before these; its width in place of the channels
+    others: tuple[tuple[str, int, int, int, int], ...]  # the kind of a `parity.Task` before these
     rounds: int  # of a timed function
     calls: int  # of the function in a round
     copied_bytes: int
@@ -32,22 +32,24 @@ _BLOCKS = (
     *((64, 64, 1, 24), (64, 128, 2, 24), (128, 128, 1, 12), (128, 256, 2, 12)),
     *((256, 256, 1, 6), (256, 512, 2, 6), (512, 512, 1, 3)),
 )
-_PUBLISHED = (
+_OTHERS = (
     *(("Bottleneck", 64, 64, 1, 24), ("Bottleneck", 256, 64, 1, 24), ("Bottleneck", 256, 128, 2, 24)),
     *(("Bottleneck", 2048, 512, 1, 3), ("BasicBlock", 64, 128, 2, 24), ("Bottleneck-D", 256, 128, 2, 24)),
     *(("Bottleneck-dilated", 512, 128, 1, 24), ("Bottleneck-grouped", 256, 128, 2, 24)),
+    *(("Stem", 1, 64, 4, 96), ("Stem", 3, 64, 4, 96), ("deep stem", 3, 64, 4, 96)),
 )
 
 
 def full() -> Scale:
     """The textbook's training: ResNet-18 on batches of 256 images of 96x96."""
-    return Scale(torch.device("cuda"), 256, 96, "resnet50", 256, _BLOCKS, _PUBLISHED, 20, 4, 2**31, 8192, ())
+    return Scale(torch.device("cuda"), 256, 96, "resnet50", 256, _BLOCKS, _OTHERS, 20, 4, 2**31, 8192, ())
 
 
 def rehearsal() -> Scale:
     small = ("--epochs", "1", "--limit-train", "16", "--limit-test", "8", "--batch-size", "8", "--resize", "32")
     variants = ("Bottleneck", "Bottleneck-D", "Bottleneck-dilated", "Bottleneck-grouped")
-    published = tuple((kind, 8, 4, 2, 5) for kind in variants)
+    stems = (("Stem", 3, 8, 4, 13), ("deep stem", 3, 8, 4, 13))
+    others = (*((kind, 8, 4, 2, 5) for kind in variants), *stems)
     return Scale(
-        torch.device("cpu"), 4, 32, "resnet18", 512, ((8, 8, 1, 5), (8, 16, 2, 5)), published, 3, 1, 2**20, 64, small
+        torch.device("cpu"), 4, 32, "resnet18", 512, ((8, 8, 1, 5), (8, 16, 2, 5)), others, 3, 1, 2**20, 64, small
     )
