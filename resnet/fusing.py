@@ -73,7 +73,7 @@ class StemLayout(NamedTuple):
     conv: str  # the last one, or a container of several: a deep stem
     bn: str
     relu: str
-    pool: str  # of a net for small images it may be an identity
+    pool: str = ""  # of a net for small images it may be an identity; or there is none
     containers: tuple[tuple[str, type | str], ...] = ()
     before: tuple[tuple[str, str, str], ...] = ()  # of a deep stem: the other convolutions, each with its norm and ReLU
     shortcut = ""
@@ -81,7 +81,7 @@ class StemLayout(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*sum(self.before, ()), self.conv, self.bn, self.relu, self.pool)
+        return (*sum(self.before, ()), self.conv, self.bn, self.relu, *filter(None, [self.pool]))
 
     @property
     def perhaps_container(self) -> str:
@@ -303,13 +303,16 @@ class _Block(_Changed, FusedBlock):
 
 
 class _Stem(_Changed, FusedStemBase):
+    _call = FusedStemBase._run
+
     def _called(self) -> tuple[str, ...]:
         """The names of the modules that are called."""
         return self._layout.names
 
     def _find_parts(self) -> StemParts:
-        *names, conv, bn, relu, name = self._layout.names
-        before, last = [(each, _held(self, each)) for each in names], _held(self, conv)
+        conv, bn, relu, name = self._layout[:4]
+        before = [(each, _held(self, each)) for each in sum(self._layout.before, ())]
+        last = _held(self, conv)
         pool, others = Watched(name, _held(self, name), nn.MaxPool2d), _watched(self)
         if type(last) is nn.Sequential and len(last) % 3 == 1:
             others.append(Watched(conv, last, nn.Sequential))
@@ -437,6 +440,7 @@ _KNOWN = {
     ),
     "torchvision.models._utils.IntermediateLayerGetter": _Known(_Getter, StemLayout("conv1", "bn1", "relu", "maxpool")),
     "torchvision.models.regnet.ResBottleneckBlock": _Known(_Block, _torchvision_regnet()),
+    "torchvision.models.regnet.SimpleStemIN": _Known(_Stem, StemLayout("0", "1", "2")),
     "timm.models.regnet.Bottleneck": _Known(_Block, _timm_regnet()),
     "timm.models.resnet.BasicBlock": _Known(_Block, _timm(2)),
     "timm.models.resnet.Bottleneck": _Known(_Block, _timm(3)),
@@ -448,6 +452,15 @@ _KNOWN = {
     "transformers.models.resnet.modeling_resnet.ResNetBasicLayer": _Known(_Block, _transformers(2)),
     "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": _Known(_Block, _transformers(3)),
     "transformers.models.regnet.modeling_regnet.RegNetXLayer": _Known(_Block, _transformers(3, "RegNet")),
+    "transformers.models.regnet.modeling_regnet.RegNetEmbeddings": _Known(
+        _Embeddings,
+        StemLayout(
+            conv="embedder.convolution",
+            bn="embedder.normalization",
+            relu="embedder.activation",
+            containers=(("embedder", "RegNetConvLayer"),),
+        ),
+    ),
     "transformers.models.resnet.modeling_resnet.ResNetEmbeddings": _Known(
         _Embeddings,
         StemLayout(
@@ -689,10 +702,10 @@ def fuse(model: nn.Module) -> FuseReport:
     would have `fuse` return now a model and now a report.
 
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
-    too, and the blocks of their RegNets without attention. Where a network calls the modules of its stem itself, it is
-    the network that changes its class. A module stays as it is where it might compute something else than the operator:
-    with another activation or norm, attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class
-    that is derived from a known one.
+    too, and those of their RegNets: blocks without attention, and stems but timm's. Where a network calls the modules
+    of its stem itself, it is the network that changes its class. A module stays as it is where it might compute
+    something else than the operator: with another activation or norm, attention, stochastic depth, anti-aliasing, hooks
+    on what is inside, or a class that is derived from a known one.
 
     A second call changes nothing, and its report is the same.
 
