@@ -23,7 +23,6 @@ class UnitParts(NamedTuple):
     bn: nn.Module | None  # None: a shortcut's convolution without a norm
     conv_name: str
     bn_name: str = ""
-    fills: bool = False  # whether the norm may hold what follows it, as a `FILLED` one: that is among the others then
 
 
 class Watched(NamedTuple):
@@ -82,7 +81,7 @@ _FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d"} | {
 }
 
 
-FILLED = "timm.layers.norm_act.BatchNormAct2d"  # a BatchNorm2d, then what it holds: a drop and an activation
+NORM_WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"  # a BatchNorm2d, then its children: a drop, an activation
 
 
 def full_name(cls: type) -> str:
@@ -144,12 +143,16 @@ def unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None
     return None if found is None else f"{name} has {found}, which a fused operator would not call"
 
 
-def unfusable_norm(unit: UnitParts) -> str | None:
-    """Why a unit's norm cannot be fused: it is of no class whose semantics are known, or watched."""
-    kind = type(unit.bn)
-    known = kind is nn.SyncBatchNorm or is_frozen(unit.bn)
-    known = known or (unit.fills and full_name(kind) == FILLED and _is_as_written(kind))
-    return unfusable(unit.bn_name, unit.bn, kind if known else nn.BatchNorm2d)
+def unfusable_norm(name: str, bn: nn.Module, others: tuple[Watched, ...]) -> str | None:
+    """Why a norm cannot be fused: it is of no class whose semantics are known, or watched.
+
+    One that holds an activation has to be among the `others`, with which its children are.
+    """
+    kind = type(bn)
+    known = kind is nn.SyncBatchNorm or is_frozen(bn)
+    if not known and full_name(kind) == NORM_WITH_ACTIVATION:
+        known = any(other.module is bn for other in others) and _is_as_written(kind)
+    return unfusable(name, bn, kind if known else nn.BatchNorm2d)
 
 
 def unlike_input(name: str, bn: nn.Module, dtype: torch.dtype) -> str | None:

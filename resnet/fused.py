@@ -287,7 +287,7 @@ class FusedStemBase(_Fused):
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
             return self._eager(X)
         reason = _GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
-        conv, bn, _, bn_name, _ = parts.unit
+        conv, bn, _, bn_name = parts.unit
         reason = reason or _reason_not_to_take((X, conv.weight))
         if isinstance(X, Tensor):
             reason = reason or unlike_input(bn_name, bn, _autocast_dtype(X) or X.dtype)
@@ -318,10 +318,10 @@ class FusedStemBase(_Fused):
         reason = unfusable_other((*others, relu))
         if before and (len(before) != 2 or pool is None):
             reason = reason or f"its convolutions are {len(before) + 1}, not 1 or 3 with a pool"
-        for unit in _units_of(parts):
-            reason = reason or unfusable(unit.conv_name, unit.conv, nn.Conv2d)
-            reason = reason or (pool and unfusable_conv(unit.conv_name, unit.conv, None, None, None))
-            reason = reason or unfusable_norm(unit)
+        for conv, bn, conv_name, bn_name in _units_of(parts):
+            reason = reason or unfusable(conv_name, conv, nn.Conv2d)
+            reason = reason or (pool and unfusable_conv(conv_name, conv, None, None, None))
+            reason = reason or unfusable_norm(bn_name, bn, others)
         return reason or (pool and unfusable_pool(pool.name, pool.module))
 
     def _norm_pairs(self, parts: StemParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
@@ -340,7 +340,7 @@ class FusedStemBase(_Fused):
         if not cast:
             check_input_type(x, {f"{unit.conv_name}.weight": unit.conv.weight for unit in units})
         for unit, norm, (K, _, R, S) in zip(units, norms, shapes, strict=True):
-            conv, bn, name, bn_name, _ = unit
+            conv, bn, name, bn_name = unit
             check_conv_weight(f"{name}.weight", conv.weight, x, (K, C, R, S), cast)
             if R != S:
                 return f"{name}.weight is {R}x{S}, not square"
@@ -417,14 +417,14 @@ class FusedBlock(_Fused):
             return reason
         strides = 1
         for unit in parts.units:
-            reason = unfusable_unit(unit.conv_name, unit.conv) or unfusable_norm(unit)
+            reason = unfusable_unit(unit.conv_name, unit.conv) or unfusable_norm(unit.bn_name, unit.bn, parts.others)
             if reason is not None:
                 return reason
             strides *= unit.conv.stride[0]
         if shortcut is not None:
             reason = unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides if pool is None else 1)
             if reason is None and shortcut.bn is not None:
-                reason = unfusable_norm(shortcut)
+                reason = unfusable_norm(shortcut.bn_name, shortcut.bn, parts.others)
             if reason is not None:
                 return reason
         return None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resnet.fusable import (
-    FILLED,
+    NORM_WITH_ACTIVATION,
     BlockParts,
     StemParts,
     UnitParts,
@@ -135,7 +135,7 @@ def _timm_regnet() -> BlockLayout:
         optional=("se", "drop_path"),
         containers=(
             *((layer, "ConvNormAct") for layer in layers),
-            *((f"{layer}.bn", FILLED) for layer in layers),
+            *((f"{layer}.bn", NORM_WITH_ACTIVATION) for layer in layers),
         ),
         shortcut_class="ConvNormAct",
     )
@@ -210,9 +210,10 @@ def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, 
     if conv is None:
         return None, others, pool
     bn_name, norm = bn or ("", None)
-    if norm is not None:  # an activation that it holds would follow it
+    if norm is not None and norm._modules:  # an activation that it holds would follow it
+        others.append(Watched(bn_name, norm, type(norm)))
         others += [Watched(place, child, nn.Identity) for place, child in _children(bn_name, norm)]
-    return UnitParts(conv[1], norm, conv[0], bn_name, fills=True), others, pool
+    return UnitParts(conv[1], norm, conv[0], bn_name), others, pool
 
 
 # ---- the classes that the known ones are changed for -----------------------------------------------------------------
@@ -288,10 +289,7 @@ class _Block(_Changed, FusedBlock):
 
     def _find_parts(self) -> BlockParts | str:
         layout = self._layout
-        filled = [name for name, _ in layout.containers]
-        units = tuple(
-            UnitParts(_held(self, conv), _held(self, bn), conv, bn, bn in filled) for conv, bn in layout.units
-        )
+        units = tuple(UnitParts(_held(self, conv), _held(self, bn), conv, bn) for conv, bn in layout.units)
         shortcut, others, pool = _shortcut(layout.shortcut, _held(self, layout.shortcut), layout.shortcut_class)
         others += [Watched(name, _held(self, name), nn.ReLU) for name in layout.relus]
         optional = (Watched(name, _held(self, name), nn.Identity) for name in layout.optional)
