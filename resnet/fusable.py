@@ -169,7 +169,7 @@ def _both(value: object, expected: int | None) -> tuple:
     """What a setting along H and W should be. The constructor makes a pair of a number; a user may set one later."""
     if expected is not None:
         return expected, expected
-    return tuple(value[:1]) * 2 if isinstance(value, (tuple, list)) else (value, value)
+    return tuple(value[:1]) * 2 if isinstance(value, (tuple, list)) and value else (value, value)
 
 
 def unfusable_conv(
@@ -197,7 +197,9 @@ def unfusable_unit(name: str, conv: nn.Module) -> str | None:
     reason = unfusable(name, conv, nn.Conv2d)
     if reason is not None:
         return reason
-    dilation, grouped = _both(conv.dilation, None), type(conv.groups) is int and conv.groups > 0
+    dilation, grouped = _both(conv.dilation, None), _is_count(conv.groups)
+    if not all(map(_is_count, dilation)):  # PyTorch's error is the one to raise
+        dilation = 1, 1
     return _other_setting(
         name,
         conv,
@@ -207,6 +209,10 @@ def unfusable_unit(name: str, conv: nn.Module) -> str | None:
         dilation=dilation,
         groups=conv.groups if grouped else 1,
     )
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value > 0
 
 
 def _other_setting(name: str, conv: nn.Conv2d, **expected: object) -> str | None:

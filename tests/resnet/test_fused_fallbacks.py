@@ -36,7 +36,7 @@ from resnet import (
 )
 from resnet.functional import batch_norm_add_relu
 from tests.conftest import DEVICE
-from tests.helpers.blocks import POOLED, draw, step, trio
+from tests.helpers.blocks import POOLED, draw, same, snapshot, step, trio
 from tests.helpers.fused_cases import (
     FEW,
     IDENTITY,
@@ -250,6 +250,28 @@ def test_a_block_of_other_convolutions_runs_as_eager_with_one_warning(any_backen
     apply, shape, message = SURGERY[change]
     t = trio(Residual, 4, 4, dtype=torch.float64, train=train).each(apply)
     assert_runs_as_eager_with_one_warning(t.fused, t.exact, draw(*shape), message)
+
+
+REFUSED = {
+    "no dilation": {"dilation": (0, 0), "padding": (0, 0)},
+    "a negative dilation": {"dilation": (-1, -1), "padding": (-1, -1)},
+    "dilations that are words": {"dilation": ("1", "1"), "padding": ("1", "1")},
+    "empty dilations": {"dilation": (), "padding": ()},
+    "no groups": {"groups": 0},
+}
+
+
+@pytest.mark.parametrize("settings", REFUSED.values(), ids=REFUSED)
+def test_a_setting_that_pytorch_refuses_is_refused_as_in_eager(any_backend, settings):
+    t = trio(Residual, 4, 4, dtype=torch.float64)
+    t.each(lambda block: vars(block.conv2).update(settings))
+    with pytest.raises((RuntimeError, TypeError)) as expected:
+        t.exact(draw(2, 4, 5, 6).double())
+    unwarned(t.fused)
+    with pytest.warns(UserWarning, match="conv2"), pytest.raises(expected.type) as got:
+        t.fused(draw(2, 4, 5, 6).double())
+    assert str(got.value) == str(expected.value)
+    same(snapshot(t.fused), snapshot(t.exact))
 
 
 @train_and_eval
