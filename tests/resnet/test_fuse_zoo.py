@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import BasicBlock, Bottleneck, ResNet, fusable, fuse, unfuse
+from resnet import BasicBlock, Bottleneck, Residual, ResNet, SmallStem, Stem, fusable, fuse, unfuse
 from tests.conftest import DEVICE, ROOT
 from tests.helpers.blocks import assert_parity, draw, randomize, snapshot, step, weights_dtype
 
@@ -365,6 +365,34 @@ def test_what_the_norms_of_timms_regnets_hold_is_watched(change):
     torch.testing.assert_close(one_step(fused, x), one_step(eager, x), atol=1e-8, rtol=1e-6)
     unfuse(fused)
     assert fuse(fused).left
+
+
+HOLDERS = {  # where timm's norm with an activation is none that the class is known for
+    "a unit of a bottleneck": (lambda: Bottleneck(32, 8), "bn3"),
+    "a shortcut": (lambda: Bottleneck(8, 8), "downsample.1"),
+    "a textbook's block": (lambda: Residual(8, 8), "bn1"),
+    "a stem": (lambda: Stem(8, 8), "1"),
+    "a small stem": (lambda: SmallStem(8, 8), "1"),
+    "timm's block": (lambda: timm("resnet18").layer1[0], "bn2"),
+    "torchvision's block": (lambda: torchvision("resnet18").layer1[0], "bn2"),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
+def test_an_activation_in_a_norm_is_applied(holder):
+    layers, (make, name) = pytest.importorskip("timm.layers"), HOLDERS[holder]
+    eager = make()
+    fused = copy.deepcopy(eager)
+    assert not fuse(fused).left
+    for module in (eager, fused):
+        norm = layers.BatchNormAct2d(module.get_submodule(name).num_features, act_layer=nn.Softplus)
+        module.set_submodule(name, norm)
+        module.to(DEVICE, torch.float64)
+    x = draw(2, next(eager.parameters()).shape[1], 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(step(fused, x), step(eager, x))
+    unfuse(fused)
+    assert [item.reason for item in fuse(fused).left] == [f"{name} is a BatchNormAct2d, not a BatchNorm2d"]
 
 
 def test_models_that_torchvision_quantizes_are_derived_and_left_alone():
