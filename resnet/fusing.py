@@ -278,7 +278,8 @@ class _Changed:
             places = [*(name for name, _ in self._layout.containers), self._layout.perhaps_container]
             containers = [self, *(_held(self, name) for name in places)]
             if isinstance(containers[-1], nn.Module):  # in which one of a library's own may lie, or a norm of its own
-                containers += containers[-1]._modules.values()
+                inner = [child for child in containers[-1]._modules.values() if child is not None]
+                containers += inner + [child for module in inner for child in module._modules.values()]
             children = [module._modules for module in containers if isinstance(module, nn.Module)]
             _kept[self] = kept = _Kept(self._find_parts(), tuple((now, dict(now)) for now in children))
         return kept.parts

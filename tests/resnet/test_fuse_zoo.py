@@ -367,6 +367,18 @@ def test_what_the_norms_of_timms_regnets_hold_is_watched(change):
     assert fuse(fused).left
 
 
+@pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
+def test_what_the_norm_behind_a_pool_of_timms_regnets_holds_is_watched():
+    eager = timm("regnetx_002", downsample="avg").s2.b1.to(DEVICE, torch.float64)
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(2, 24, 8, 8, dtype=torch.float64)
+    assert not fuse(fused).left
+    torch.testing.assert_close(step(fused, x), step(eager, x))
+    for block in (fused, eager):
+        block.downsample[1].bn.act = nn.Softplus()
+    torch.testing.assert_close(step(fused, x), step(eager, x))
+
+
 HOLDERS = {  # where timm's norm with an activation is none that the class is known for
     "a unit of a bottleneck": (lambda: Bottleneck(32, 8), "bn3"),
     "a shortcut": (lambda: Bottleneck(8, 8), "downsample.1"),
