@@ -37,7 +37,7 @@ from .device.prologue import affine_relu, keep
 from .device.reductions import column_sums
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape, product_precision
 from .host.launcher import launch
-from .host.shapes import ConvShape
+from .host.shapes import ConvShape, check_taps
 from .host.tiling import reduction_splits
 from .tuning import Config
 
@@ -555,4 +555,5 @@ def _check(
         check_nhwc("out", out, x, expected)
     if 4 * max(H * W * C, shape.P * shape.Q * shape.K) > _MAX_SPAN or shape.K * R * S * C > _MAX_SPAN:
         raise ValueError(f"an image or the weight is too large for 32-bit offsets: {shape}")
+    check_taps(shape)
     return shape

@@ -47,11 +47,22 @@ class ConvShape:
         return {"C": self.C, "K": self.K, "R": self.R, "S": self.S, "STRIDE": self.stride, "PADDING": self.padding}
 
 
+_MAX_REACH = 2**30  # elements, half of what 32-bit offsets reach
+
+
+def check_taps(shape: ConvShape) -> None:
+    """ValueError where a dilation puts the taps of a window too far apart in memory for 32-bit offsets."""
+    reach = shape.dilation * (shape.R * max(shape.W, shape.Q) + shape.S) * max(shape.C, shape.K)
+    if shape.dilation > 1 and reach > _MAX_REACH:
+        raise ValueError(f"dilation: {shape.dilation} is too large for 32-bit offsets between a window's taps: {shape}")
+
+
 def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int = 1) -> ConvShape:
     """The shape of the convolution of x (N, C, H, W) with weight (K, C, R, S), both dense channels_last.
 
     Raises:
-        ValueError: another layout, channels that do not match, a bad stride, padding or dilation, no output pixel.
+        ValueError: another layout, channels that do not match, a bad stride, padding or dilation, no output pixel, taps
+            too far apart.
         TypeError: another type.
     """
     nhwc_shape(x)
@@ -66,4 +77,5 @@ def conv_shape(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: i
     if shape.P < 1 or shape.Q < 1:
         dilated = f", dilation {dilation}" * (dilation > 1)
         raise ValueError(f"x: {H}x{W} pixels are fewer than a {R}x{S} kernel with padding {padding}{dilated} needs")
+    check_taps(shape)
     return shape

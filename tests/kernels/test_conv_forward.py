@@ -299,6 +299,11 @@ BAD = {
         ValueError,
         r"^x: 5x5 pixels are fewer than a 3x3 kernel with padding 1, dilation 9 needs",
     ),
+    "taps too far apart": (
+        {"dilation": lambda: 10**7, "padding": lambda: 10**7},
+        ValueError,
+        r"^dilation: 10000000 is too large for 32-bit offsets",
+    ),
     "stats of another shape": ({"stats": lambda: zeros(4, 5)}, ValueError, r"^stats: expected .* \(4, 6\)"),
     "stats of another type": (
         {"stats": lambda: zeros(4, 6, dtype=torch.float64)},

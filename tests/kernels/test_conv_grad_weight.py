@@ -217,6 +217,7 @@ WRONG = {
     "stride 0": (ValueError, "positive", {"stride": 0}),
     "negative padding": (ValueError, "padding", {"padding": -1}),
     "dilation 0": (ValueError, "positive", {"dilation": 0}),
+    "taps too far apart": (ValueError, "dilation: 10000000 is too large", {"dilation": 10**7, "padding": 10**7}),
     "stats of other channels": (ValueError, r"stats: .*\(4, 20\)", {"stats": draw(4, 19)}),
     "stats in half": (TypeError, "stats: expected .*torch.float32", {"stats": draw(4, 20).half()}),
     "out of another size": (ValueError, r"out: expected .*shape \(2, 17, 7, 5\)", {"out": draw(2, 17, 7, 4)}),
