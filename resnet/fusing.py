@@ -180,6 +180,19 @@ def _watched(module: _Changed) -> list[Watched]:
     return found
 
 
+def _out_of_order(module: _Changed) -> str | None:
+    """Which container calls its modules one after the other, and has them in another order than its class."""
+    for place, _ in module._layout.containers:
+        container = _held(module, place)
+        if isinstance(container, nn.Sequential):
+            inside = [name.removeprefix(f"{place}.") for name in module._layout.names if name.startswith(f"{place}.")]
+            order = [*dict.fromkeys(name.split(".")[0] for name in inside)]
+            found = [name for name in container._modules if name in order]
+            if found != [name for name in order if name in found]:
+                return f"{place} has its modules in the order {', '.join(found)}"
+    return None
+
+
 def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, list[Watched], Watched | None]:
     """The shortcut's convolution and BatchNorm, None for the identity; all else, which has to be identities; a pool.
 
@@ -223,14 +236,15 @@ class _Kept(NamedTuple):
     """The parts of a module, and all children that were seen when they were found."""
 
     parts: BlockParts | StemParts | str
-    children: tuple[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]], ...]  # of a module, and a copy
+    # Of a module, and a copy; of a sequence also their order, which dicts are equal without.
+    children: tuple[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None], list[str] | None], ...]
 
     def hold(self, module: _Changed) -> bool:
         own = module.__dict__
         if self.children[0][0] is not own["_modules"]:  # as in a replica, which has its original's attributes
             return False
-        for now, then in self.children:
-            if now != then:
+        for now, then, order in self.children:
+            if now != then or (order is not None and [*now] != order):
                 return False
         # What is not None here is no module, which would be among the children, but perhaps a function.
         layout = module._layout
@@ -272,7 +286,7 @@ class _Changed:
     def _parts(self) -> BlockParts | StemParts | str:
         """What `_find_parts` gives. To find them takes longer than to see that no module has been replaced since."""
         if torch.compiler.is_compiling():
-            return self._find_parts()
+            return _out_of_order(self) or self._find_parts()
         kept = _kept.get(self)
         if kept is None or not kept.hold(self):
             places = [*(name for name, _ in self._layout.containers), self._layout.perhaps_container]
@@ -280,8 +294,12 @@ class _Changed:
             if isinstance(containers[-1], nn.Module):  # in which one of a library's own may lie, or a norm of its own
                 inner = [child for child in containers[-1]._modules.values() if child is not None]
                 containers += inner + [child for module in inner for child in module._modules.values()]
-            children = [module._modules for module in containers if isinstance(module, nn.Module)]
-            _kept[self] = kept = _Kept(self._find_parts(), tuple((now, dict(now)) for now in children))
+            children = []
+            for module in containers:
+                if isinstance(module, nn.Module):
+                    now = module._modules
+                    children.append((now, dict(now), [*now] if isinstance(module, nn.Sequential) else None))
+            _kept[self] = kept = _Kept(_out_of_order(self) or self._find_parts(), tuple(children))
         return kept.parts
 
 

@@ -6,6 +6,7 @@ import ast
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -377,6 +378,41 @@ def test_what_the_norm_behind_a_pool_of_timms_regnets_holds_is_watched():
     for block in (fused, eager):
         block.downsample[1].bn.act = nn.Softplus()
     torch.testing.assert_close(step(fused, x), step(eager, x))
+
+
+def _last(container: nn.Module, name: str) -> None:
+    """A child becomes the last one that a sequence calls."""
+    container._modules[name] = container._modules.pop(name)
+
+
+REORDERED = {
+    "torchvision's transform": (lambda: torchvision("regnet_x_400mf").trunk_output.block2[1], "f", "a"),
+    "torchvision's layer": (lambda: torchvision("regnet_x_400mf").trunk_output.block2[1], "f.b", "1"),
+    "torchvision's shortcut": (lambda: torchvision("resnet18").layer2[0], "downsample", "0"),
+    "transformers' layers": (lambda: transformers_regnet("x").regnet.encoder.stages[1].layers[1], "layer", "1"),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("case", REORDERED)
+@pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
+def test_a_sequence_in_another_order_is_run_in_that_order(case, called):
+    make, container, name = REORDERED[case]
+    eager = make().to(DEVICE, torch.float64).eval()
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(2, next(eager.parameters()).shape[1], 6, 6, dtype=torch.float64)
+    assert not fuse(fused).left
+    if called:
+        torch.testing.assert_close(fused(x), eager(x))
+    for block in (fused, eager):
+        _last(block.get_submodule(container), name)
+    try:
+        expected = eager(x)
+    except RuntimeError as error:
+        with pytest.raises(RuntimeError, match=re.escape(str(error))):
+            fused(x)
+    else:
+        torch.testing.assert_close(fused(x), expected)
 
 
 HOLDERS = {  # where timm's norm with an activation is none that the class is known for
