@@ -181,7 +181,13 @@ def _watched(module: _Changed) -> list[Watched]:
 
 
 def _out_of_order(module: _Changed) -> str | None:
-    """Which container calls its modules one after the other, and has them in another order than its class."""
+    """What calls its modules one after the other, and has them in another order than its class: it, or a container."""
+    if (
+        isinstance(module, nn.Sequential)
+        and not isinstance(module, _Network)
+        and (*module._modules,) != module._layout.names
+    ):
+        return f"it has the modules {', '.join(module._modules)}, not {', '.join(module._layout.names)}"
     for place, _ in module._layout.containers:
         container = _held(module, place)
         if isinstance(container, nn.Sequential):

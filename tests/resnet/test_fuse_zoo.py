@@ -393,6 +393,29 @@ REORDERED = {
 }
 
 
+STEMS = {
+    "appended": lambda stem: stem.append(nn.Softplus()),
+    "inserted": lambda stem: stem.insert(1, nn.Softplus()),
+    "in another order": lambda stem: _last(stem, "1"),
+    "deleted": lambda stem: stem.pop(2),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("change", STEMS.values(), ids=STEMS)
+@pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
+def test_each_module_of_a_stem_that_is_a_sequence_is_called(change, called):
+    eager = torchvision("regnet_x_400mf").stem.to(DEVICE, torch.float64).eval()
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(2, 3, 9, 8, dtype=torch.float64)
+    assert not fuse(fused).left
+    if called:
+        torch.testing.assert_close(fused(x), eager(x))
+    for stem in (fused, eager):
+        change(stem)
+    torch.testing.assert_close(fused(x), eager(x))
+
+
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("case", REORDERED)
 @pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
