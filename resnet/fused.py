@@ -267,7 +267,8 @@ def _unit_arguments(
     weights, masters = _weights(convs, x, cast)
     flat = [x]
     for conv, norm, weight, master in zip(convs, norms, weights, masters):
-        flat += (weight, geometry_of(conv), *norm, master)
+        geometry = conv.stride[0], conv.padding[0], conv.dilation[0]  # `geometry_of`, without a call
+        flat += (weight, geometry, *norm, master)
     return flat, weights, masters
 
 
