@@ -115,6 +115,7 @@ BULKS = {
     "prologue in steps, moments": bulk(
         "prologue", "moments", shape=(2, 128, 16, 16), K=128, tile=tuning.Config(128, 128, 64, 8, 3)
     ),
+    "prologue, moments, dilation": bulk("prologue", "moments", padding=2, dilation=2),
     "shortcut, moments": bulk("shortcut", "moments", K=128, stride=2),
     "inference": bulk("frozen", "skip", "relu"),
 }

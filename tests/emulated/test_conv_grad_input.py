@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton.language as tl
@@ -46,10 +48,14 @@ def launch(emulate, case: Case):
 
 
 @per_epilogue
-def test_a_launch_is_at_the_floor_of_traffic_and_within_the_budget_of_instructions(emulate, monkeypatch, epilogue):
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_launch_is_at_the_floor_of_traffic_and_within_the_budget_of_instructions(
+    emulate, monkeypatch, epilogue, dilation
+):
     tile = Config(128, 64, 32, 4, 4) if epilogue == "shortcut" else Config(128, 64, 64, 4, 3)
     monkeypatch.setattr(tuning.choice, "candidates", lambda *_: (tile,))
-    report = launch(emulate, Case.of(STAGE, epilogue, torch.float16))
+    shape = replace(STAGE, padding=dilation, dilation=dilation)
+    report = launch(emulate, Case.of(shape, epilogue, torch.float16))
     activation = 2 * STAGE.N * STAGE.H * STAGE.W * STAGE.C
     weights = 2 * STAGE.C * STAGE.K * (9 + epilogue.startswith("shortcut"))
     reads, writes = PASSES[epilogue]

@@ -26,6 +26,7 @@ KERNEL = "conv_grad_weight_kernel"
 STAGES = {
     "64 channels": ConvShape(2, 24, 24, 64, 64, 3, 3, 1, 1),
     "128 channels": ConvShape(8, 12, 12, 128, 128, 3, 3, 1, 1),
+    "dilation": ConvShape(2, 24, 24, 64, 64, 3, 3, 1, 2, 2),
     "stride 2": ConvShape(4, 24, 24, 64, 128, 3, 3, 2, 1),
     "shortcut": ConvShape(4, 24, 24, 64, 128, 1, 1, 2, 0),
 }

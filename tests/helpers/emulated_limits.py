@@ -32,6 +32,7 @@ INSTRUCTIONS_PER_PRODUCT = {
     "forward": {
         "plain": {80: 4.45, 90: 3.49},
         "prologue, moments": {80: 12.2, 90: 11.4},
+        "prologue, moments, dilation": {80: 12.2, 90: 11.4},
         "prologue in steps, moments": {80: 7.53, 90: 6.71},
         "shortcut, moments": {80: 6.56, 90: 5.4},
         "inference": {80: 5.53, 90: 4.58},
