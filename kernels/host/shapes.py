@@ -50,10 +50,14 @@ class ConvShape:
 _MAX_REACH = 2**30  # elements, half of what 32-bit offsets reach
 
 
+def taps_fit(width: int, channels: int, R: int, S: int, dilation: int) -> bool:
+    """Whether 32-bit offsets reach from tap to tap of a window, in a map of so many columns and channels."""
+    return dilation == 1 or dilation * (R * width + S) * channels <= _MAX_REACH
+
+
 def check_taps(shape: ConvShape) -> None:
-    """ValueError where a dilation puts the taps of a window too far apart in memory for 32-bit offsets."""
-    reach = shape.dilation * (shape.R * max(shape.W, shape.Q) + shape.S) * max(shape.C, shape.K)
-    if shape.dilation > 1 and reach > _MAX_REACH:
+    """ValueError unless `taps_fit` in both maps."""
+    if not taps_fit(max(shape.W, shape.Q), max(shape.C, shape.K), shape.R, shape.S, shape.dilation):
         raise ValueError(f"dilation: {shape.dilation} is too large for 32-bit offsets between a window's taps: {shape}")
 
 

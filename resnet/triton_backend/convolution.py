@@ -22,7 +22,7 @@ from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
 from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, KeptMask, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
-from resnet.kernels.host.shapes import conv_shape
+from resnet.kernels.host.shapes import conv_shape, taps_fit
 from resnet.kernels.tuning import bucket, memory
 from resnet.operands import POINTWISE, Geometry, Pooled, Projection, Unit
 from resnet.torch_backend.block import pool_backward
@@ -76,16 +76,16 @@ def run_picked(
     fused: tuple,
     **variants: Callable[[], object],
 ) -> object:
-    """The result of the variant that `pick` chooses; PyTorch's where the convolution has groups, or both a stride and
-    a dilation, which the kernels do not know.
+    """The result of the variant that `pick` chooses; PyTorch's where the convolution has groups, both a stride and a
+    dilation, or a dilation that is too large, which the kernels do not know.
 
     Args:
         x: what the variants read.
         channels: those of the convolution's input.
         fused: what else the variants do.
     """
-    stride, _, dilation = geometry
-    if channels > weight.shape[1] or stride > 1 < dilation:
+    (K, C, R, S), (stride, _, dilation) = weight.shape, geometry
+    if channels > C or stride > 1 < dilation or not taps_fit(x.shape[3], max(C, K), R, S, dilation):
         return variants["pytorch"]()
     N, *image = x.shape
     key = (bucket(N), *image, tuple(weight.shape), *geometry, x.dtype, tf32(x), *fused)

@@ -41,6 +41,7 @@ CASES = {
     "bottleneck, groups and a pooled shortcut": (Bottleneck, (8, 8, 2, {"groups": 2, **POOLED})),
     "bottleneck, dilation": (Bottleneck, (16, 4, 1, {"dilation": 2})),
     "bottleneck, dilation and a stride": (Bottleneck, (8, 4, 2, {"dilation": 3})),
+    "bottleneck, a dilation beyond 32-bit offsets": (Bottleneck, (16, 4, 1, {"dilation": 10**7})),
     "bottleneck, groups and dilation": (Bottleneck, (16, 4, 1, {"groups": 2, "dilation": 2})),
     "textbook's bottleneck, identity": (ResidualBottleneck, (16, 16)),
     "textbook's bottleneck, 1x1": (ResidualBottleneck, (8, 16, True)),
