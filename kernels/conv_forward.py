@@ -463,7 +463,7 @@ def _check(x: Tensor, shape: ConvShape, fusions: Fusions) -> None:
         check_nhwc("shortcut.weight", fusions.shortcut.weight, x, (shape.K, shape.C, 1, 1))
         check_vector("shortcut.bias", fusions.shortcut.bias, shape.K, x)
         width = 2 * shape.padding + 1
-        if not (shape.R - 1) * shape.dilation + 1 == (shape.S - 1) * shape.dilation + 1 == width:
+        if shape.R != shape.S or (shape.R - 1) * shape.dilation + 1 != width:
             dilated = f" with dilation {shape.dilation}" * (shape.dilation > 1)
             raise ValueError(
                 f"shortcut: expected a window with its centre at the padding, that is {width} wide, "

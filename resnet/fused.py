@@ -439,7 +439,6 @@ class FusedBlock(_Fused):
     def _check(self, parts: BlockParts, X: Tensor, flat: list, norms: list[Norm], cast: bool) -> str | None:
         (units, shortcut, _, pool), x = parts, flat[0]
         count, every = len(units), units if shortcut is None else (*units, shortcut)
-
         groups = [part.conv.groups for part in every]
 
         def channels(shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:

@@ -172,15 +172,11 @@ def _results(block: nn.Module, x: Tensor, dout: Tensor, task: Task, scale: Scale
         out = block(x)
     if not wants_grads:
         return {"out": out}
-    leaves = {"dx": x, **dict(block.named_parameters())}
-    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    leaves = {name: leaf for name, leaf in (("dx", x), *block.named_parameters()) if leaf.requires_grad}
     grads = torch.autograd.grad(out, tuple(leaves.values()), dout.to(scale.device, out.dtype))
-    found = {name: grad for name, grad in zip(leaves, grads, strict=True) if name not in _CANCELLED}
-    return (
-        {"out": out.detach()}
-        | found
-        | {name: value.clone() for name, value in block.named_buffers() if value.is_floating_point()}
-    )
+    found = {"out": out.detach()}
+    found |= {name: grad for name, grad in zip(leaves, grads, strict=True) if name not in _CANCELLED}
+    return found | {name: value.clone() for name, value in block.named_buffers() if value.is_floating_point()}
 
 
 def _error(got: Tensor, exact: Tensor) -> float:

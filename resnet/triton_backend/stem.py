@@ -62,9 +62,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
         return batch_norm_max_pool_backward_apply(dout, y, out, tap, stats, used)
 
     def epilogue() -> Tensor:
-        return conv_grad_weight(
-            stored_dy(), x, weight.shape[2:], stride, padding, tf32=tf32, dtype=dtype, dilation=dilation
-        )
+        return conv_grad_weight(stored_dy(), x, weight.shape[2:], stride, padding, tf32=tf32, dtype=dtype)
 
     def pytorch() -> Tensor:
         return convolve_backward(stored_dy(), x, weight, geometry, False, True)[1].to(dtype)
