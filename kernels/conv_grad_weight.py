@@ -425,11 +425,12 @@ def conv_grad_weight(
     kernel_size: tuple[int, int],
     stride: int,
     padding: int,
+    dilation: int = 1,
+    *,
     stats: Tensor | None = None,
     out: Tensor | None = None,
     tf32: bool = False,
     dtype: torch.dtype | None = None,
-    dilation: int = 1,
 ) -> Tensor:
     """dW (K, C, R, S) from dy (N, K, P, Q) and x (N, C, H, W), all channels_last; of `dtype`, x's by default.
 

@@ -56,7 +56,7 @@ class Task:
         if self.kind == "Stem":
             return Stem(C, K)
         if self.kind == _DEEP_STEM:
-            return _deep_stem(C, K)
+            return deep_stem(C, K)
         name, _, variant = self.kind.partition("-")
         return getattr(resnet, name)(C, K, stride, **_VARIANTS.get(variant, {}))
 
@@ -70,9 +70,9 @@ class Task:
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
 
-def _deep_stem(in_channels: int, channels: int) -> nn.Module:
+def deep_stem(in_channels: int, channels: int) -> nn.Module:
     """The stem of a ResNet-D, in a network that is nothing else."""
-    net = ResNet(BasicBlock, depths=(1,), widths=(channels,), in_channels=in_channels, stem="deep")
+    net = ResNet(BasicBlock, depths=(1,), widths=(channels,), num_classes=1, in_channels=in_channels, stem="deep")
     for name in ("layer1", "avgpool", "flatten", "fc"):
         setattr(net, name, nn.Identity())
     return net

@@ -64,7 +64,7 @@ def block_forward(
     )
     if riding is None and shortcut.weight is not None:
         read = x if pooled is None else pooled.map
-        z, z_moments, *_ = convolution.forward(read, *convolution.shortcut_of(shortcut), z_training)
+        z, z_moments, *_ = convolution.forward(read, shortcut.weight, shortcut.geometry, z_training)
     ys, stats = [y], [norm_stats(y, moments, first.norm)]
     for unit in rest:
         y, moments, *_ = convolution.forward(y, *unit[:2], unit.norm.training, stats[-1])
@@ -119,7 +119,7 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     grad = UnitGrad(None, *vectors[:2], sums[0], vectors[2])
     dx, grads = chain_backward(dys, grad, x, ys, stats, units, needs, grad_input)
     if needs.shortcut.weight:
-        read, conv = shortcut_input(kept), convolution.shortcut_of(shortcut)
+        read, conv = shortcut_input(kept), (shortcut.weight, shortcut.geometry)
         dconv = convolution.grad_weight(g, read, *conv, out=mask, dtype=trained_dtype(shortcut))
         shortcut_grad = shortcut_grad._replace(conv=dconv)
     return BlockGrad(dx, grads, shortcut_grad)

@@ -215,7 +215,7 @@ def grad_input_add(
         if shortcut.weight is None:
             return dx.add_(g) if out is None else add_masked_grad(dx, g, out)
         passed = g if out is None else torch.ops.aten.threshold_backward(g, out, 0)
-        return dx.add_(convolve_backward(passed, x, *shortcut_of(shortcut), True, False)[0])
+        return dx.add_(convolve_backward(passed, x, shortcut.weight, shortcut.geometry, True, False)[0])
 
     projected = None if shortcut.weight is None else (shortcut.geometry[0], shortcut.weight.shape[0])
     key = ("add", projected, out is not None)
@@ -243,11 +243,6 @@ def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[
     return Projection(None, None, POINTWISE), pool_backward(dmap, x, pooled), None
 
 
-def shortcut_of(part: Unit | Projection) -> tuple[Tensor, Geometry]:
-    """(weight, geometry) of a shortcut's convolution."""
-    return part.weight, part.geometry
-
-
 def grad_weight(
     dy: Tensor,
     x: Tensor,
@@ -264,8 +259,7 @@ def grad_weight(
     dtype = dtype or x.dtype
 
     def fused(x: Tensor, stats: Tensor | None) -> Tensor:
-        stride, padding, dilation = geometry
-        return conv_grad_weight(dy, x, weight.shape[2:], stride, padding, stats, out, tf32(dy), dtype, dilation)
+        return conv_grad_weight(dy, x, weight.shape[2:], *geometry, stats=stats, out=out, tf32=tf32(dy), dtype=dtype)
 
     def pytorch() -> Tensor:
         g = dy if out is None else torch.ops.aten.threshold_backward(dy, out, 0)
@@ -315,7 +309,7 @@ def inference(
 
 def projection(x: Tensor, shortcut: Projection) -> Tensor:
     """conv(x) + bias of a shortcut without a norm, in a launch of its own."""
-    weight, geometry = shortcut_of(shortcut)
+    weight, geometry = shortcut.weight, shortcut.geometry
     bias = None if shortcut.bias is None else shortcut.bias.contiguous()
 
     def fused() -> Tensor:

@@ -61,7 +61,7 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
             dx = convolution.grad_input_add(g, *scaled[:2], x, *added)
     read = shortcut_input(kept)
     if needs.shortcut.weight:
-        conv = convolution.shortcut_of(shortcut)
+        conv = shortcut.weight, shortcut.geometry
         if shortcut_scale is None:
             dconv = convolution.grad_weight(dz, read, *conv, dtype=trained_dtype(shortcut))
         else:

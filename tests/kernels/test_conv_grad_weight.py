@@ -57,8 +57,8 @@ def operands(shape: ConvShape, dtype: torch.dtype, prologue: str, seed: int = 0)
 def grad_weight(
     shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out: Tensor | None, tf32: bool = False
 ) -> Tensor:
-    size, geometry = (shape.R, shape.S), (shape.stride, shape.padding)
-    return kernels.conv_grad_weight(dy, x, size, *geometry, stats, out, tf32, dilation=shape.dilation)
+    size, geometry = (shape.R, shape.S), (shape.stride, shape.padding, shape.dilation)
+    return kernels.conv_grad_weight(dy, x, size, *geometry, stats=stats, out=out, tf32=tf32)
 
 
 def reference(shape: ConvShape, dy: Tensor, x: Tensor, stats: Tensor | None, out: Tensor | None, dtype: torch.dtype):
@@ -181,7 +181,7 @@ def test_padding_is_zero_after_the_activation():
     dy, x, stats, _ = operands(shape, torch.float32, "activated")
     stats[3] = 5.0
     for stride in (1, 2):  # dy moves, x moves
-        dw = kernels.conv_grad_weight(dy, x, (3, 3), stride, 1, stats)
+        dw = kernels.conv_grad_weight(dy, x, (3, 3), stride, 1, stats=stats)
         expected = torch.zeros_like(dw)
         expected[:, :, 1, 1] = dy[0, :, 0, 0, None] * torch.relu(x[0, :, 0, 0] * stats[2] + stats[3])
         torch.testing.assert_close(dw, expected)

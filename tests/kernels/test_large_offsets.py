@@ -78,7 +78,7 @@ LAUNCHERS: dict[str, Callable[[], object]] = {
     "grad-input beside an identity": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, IdentityGrad(IMAGES, IMAGES)),
     "grad-input beside a 1x1": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ShortcutGrad(IMAGES, IMAGES, POINTWISE)),
     "grad-weight": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1),
-    "grad-weight of an activation": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1, STATS, IMAGES),
+    "grad-weight of an activation": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1, stats=STATS, out=IMAGES),
     "grad-weight of the stem": lambda: conv_grad_weight_max_pool(
         POOLED, POOLED, TAP, Y, STATS, SUMS, PIXELS, (7, 7), 2, 3
     ),
