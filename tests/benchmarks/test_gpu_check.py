@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,20 @@ class Lost:
 def test_a_task_whose_process_has_ended_is_an_error_that_says_so():
     with pytest.raises(TimeoutError, match=r"no result in another 3 s.*its process has ended"):
         parity._waited(Lost(), 3.0)
+
+
+OTHERS = [task for task in parity.tasks(scale.rehearsal()) if task.kind != "Residual"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("task", OTHERS, ids=[task.name for task in OTHERS])
+def test_a_task_of_another_module_runs_each_of_its_tiles_on_the_kernels(monkeypatch, task):
+    """A rehearsal runs PyTorch's operators. So few images leave the error to luck, so it is asked to be small alone."""
+    monkeypatch.setattr(scale.Scale, "on_gpu", True)
+    result = parity.check(task, replace(scale.rehearsal(), block_batch=4))
+    assert "error" not in result, result
+    assert result["with"], "no product was launched with a tile"
+    assert result["share_of_allowed"] < 4, result
 
 
 def test_each_candidate_of_a_product_is_taken_in_turn():
