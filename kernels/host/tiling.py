@@ -83,6 +83,25 @@ def tiling(M: int, C: int, elements: int = ELEMENTS) -> Tiling:
     )
 
 
+@cache
+def image_tiling(N: int, pixels: int, C: int, elements: int = ELEMENTS) -> Tiling:
+    """Tiles of a reduction over each of N images of `pixels` rows and C columns: a partial is an image.
+
+    Where the images are few, column tiles are narrower, down to a sector of 16-bit values: more programs share them.
+    """
+    BLOCK_C = tiling(pixels, C, elements).BLOCK_C
+    while BLOCK_C > 16 and C % 16 == 0 and N * triton.cdiv(C, BLOCK_C) < SPLIT_PROGRAMS:
+        BLOCK_C //= 2
+    BLOCK_M = min(elements // BLOCK_C, triton.next_power_of_2(pixels))
+    return Tiling(
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=BLOCK_C,
+        tiles=triton.cdiv(pixels, BLOCK_M),
+        partials=N,
+        num_warps=max(1, 4 * BLOCK_M * BLOCK_C // elements),
+    )
+
+
 def reduction_splits(tiles: int, steps: int, activations: int, partial: int) -> int:
     """Splits that the reduction of a product over pixels should make, of which `tiles` tiles need `steps` steps.
 

@@ -1,0 +1,136 @@
+"""The gradient through the tail of a block with squeeze-and-excitation, as far as it is known before the gate's.
+
+    g     = dout * (out > 0)                    the shortcut's gradient, and behind the gate h's
+    dgate = sum g * h over an image
+    sums  = sum g, sum g * xhat over an image   where the inner ReLU lets g pass: what BatchNorm' needs
+
+dout, out, y and g are dense NHWC, N images of H*W rows and C columns; dgate is (N, C). Grid (images, column tiles).
+Reads dout, out and y, writes g. Without a ReLU at the end g is dout, and `out` is not read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .batch_norm_excite import check_gate
+from .batch_norm_squeeze import LINK, check_images
+from .device.batch_norm import load_masked_grad
+from .device.pointwise import recomputed_relu_passes
+from .device.reductions import column_sums
+from .host.launch import SIZES, accumulator, check_nhwc, check_vectors
+from .host.launcher import launch
+from .host.tiling import elements_of, image_tiling
+
+
+@triton.jit(do_not_specialize=SIZES)
+def excite_backward_kernel(
+    dout,  # (N, ROWS, C)
+    y,  # (N, ROWS, C)
+    out,  # (N, ROWS, C) or None: no ReLU at the end
+    stats,  # (4, C)
+    gate,  # (N, C)
+    g_stored,  # (N, ROWS, C) or None
+    dgate,  # (N, C)
+    link,  # (3, N, C): sum g and sum g * xhat of each image, and the gate
+    N,
+    ROWS,  # pixels of an image
+    INNER: tl.constexpr,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """g, and over image n dgate and the two sums. Grid (N, column tiles)."""
+    n = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    live = cols < C
+    mean = tl.load(stats + cols, mask=live)
+    invstd = tl.load(stats + C + cols, mask=live)
+    scale = tl.load(stats + 2 * C + cols, mask=live)
+    shift = tl.load(stats + 3 * C + cols, mask=live)
+    offsets = rows[:, None] * C + cols[None, :]
+    dout += n * ROWS * C
+    y += n * ROWS * C
+    if out is not None:
+        out += n * ROWS * C
+        g_stored += n * ROWS * C
+    sum_g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    sum_gx = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    for i in range(tl.cdiv(ROWS, BLOCK_M)):
+        mask = (rows < ROWS - i * BLOCK_M)[:, None] & live[None, :]
+        value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
+        g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, out is not None, y.dtype.element_ty, ACC)
+        if out is not None:
+            tl.store(g_stored + offsets, g, mask=mask)
+        if INNER:
+            passes = recomputed_relu_passes(value, scale[None, :], shift[None, :], y.dtype.element_ty)
+            g = tl.where(passes, g, 0.0)
+        sum_g += g
+        sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond ROWS
+        offsets += BLOCK_M * C
+    index = n * C + cols
+    plane = N.to(tl.int64) * C
+    total_g = column_sums(sum_g)
+    total_gx = column_sums(sum_gx)
+    # h = scale * (y - mean) + beta, where the inner ReLU lets it pass
+    beta = tl.fma(mean, scale, shift)
+    tl.store(dgate + index, tl.fma(scale, total_gx, beta * total_g), mask=live)
+    tl.store(link + index, total_g, mask=live)
+    tl.store(link + plane + index, total_gx * invstd, mask=live)
+    tl.store(link + 2 * plane + index, tl.load(gate + index, mask=live).to(ACC), mask=live)
+
+
+def batch_norm_excite_backward(
+    dout: Tensor,
+    y: Tensor,
+    out: Tensor | None,
+    stats: Tensor,
+    gate: Tensor,
+    inner_relu: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(g, dgate, link): dgate (N, C) of gate's type, link (3, N, C) of the type of the statistics.
+
+    link has each image's sum g and sum g * xhat, where the inner ReLU lets g pass, and its gates: what
+    `batch_norm_squeeze_backward_reduce` and `batch_norm_squeeze_backward_apply` need to know of the excitation.
+
+    Args:
+        dout, y, out: (N, C, H, W) channels_last, of one type. `out` is None where no ReLU followed: g is then dout, and
+            None is returned in its place.
+        stats: (4, C); gate: (N, C) of y's type.
+        inner_relu: whether a ReLU followed the norm, before the gate.
+
+    Raises:
+        ValueError, TypeError: a shape, layout, type or device that does not fit, or an image of 2^31 elements or more.
+    """
+    check_images(y)
+    N, C, H, W = y.shape
+    check_nhwc("dout", dout, y, y.shape)
+    if out is not None:
+        check_nhwc("out", out, y, y.shape)
+    check_vectors("stats", stats, (4, C), y)
+    check_gate(gate, y)
+    g = None if out is None else torch.empty_like(y, memory_format=torch.channels_last)
+    dgate = torch.empty_like(gate)
+    link = torch.empty((LINK, N, C), dtype=accumulator(y)[0], device=y.device)
+    t = image_tiling(N, H * W, C, elements_of(C) // 2)  # as its vectors per channel would spill registers
+    launch(
+        excite_backward_kernel,
+        (N, triton.cdiv(C, t.BLOCK_C)),
+        dout,
+        y,
+        out,
+        stats,
+        gate,
+        g,
+        dgate,
+        link,
+        N,
+        H * W,
+        INNER=inner_relu,
+        **t.options(y),
+    )
+    return g, dgate, link
