@@ -261,7 +261,80 @@ class BlockGrad(NamedTuple):
     shortcut: UnitGrad  # a Projection's: its convolution's alone, and the sum of g
 
 
-# `needs` has a flag in each place of a block's arguments, or of a deep stem's.
+# ---- squeeze-and-excitation ----------------------------------------------------------------------------------------
+
+# Between the squeeze and the excitation PyTorch computes the gates, by whatever modules there are: two operators, which
+# in backward are one fusion. What the norm before them gives is never stored; y and stats stand for it. So the
+# excitation does not give y's gradient, but g, that of gate * h, and as the gradient of `link` (3, N, C) what else the
+# squeeze needs of it: of each image the sums of g and of g * xhat, and the gates.
+
+
+def squeeze_operator(units: int) -> str:
+    """The name of the operator of a chain that ends in a squeeze."""
+    return f"squeeze_{units}"
+
+
+@cache
+def squeeze_kind(units: int) -> BlockKind:
+    """The kind of a chain of units with ReLU between them, at the end of which each image's means are taken.
+
+    arguments  x (N, C, H, W); units; relu: whether one follows the last norm, too; added: whether x is the shortcut of
+               what the excitation gives
+    output     y (N, K, P, Q): the last convolution; pooled (N, K): the means of [relu](norm(y)); link (3, N, K): see
+               `batch_norm_squeeze`; stats (4, K) of the last norm; ys and inner_stats: those of the other units
+    kept       x, all ys, stats and units, link, relu and added
+    """
+    before, all_ = tuple[(Tensor,) * (units - 1)], tuple[(Tensor,) * units]
+    outputs = [("y", Tensor), ("pooled", Tensor), ("link", Tensor), ("stats", Tensor)]
+    flags = [("relu", bool), ("added", bool)]
+    kept = [("x", Tensor), ("ys", all_), ("stats", all_), ("link", Tensor), ("units", tuple[(KeptUnit,) * units])]
+    return BlockKind(
+        squeeze_operator(units),
+        NamedTuple("Squeeze", [("x", Tensor), ("units", tuple[(Unit,) * units]), *flags]),
+        NamedTuple("SqueezeOutput", [*outputs, ("ys", before), ("inner_stats", before)]),
+        NamedTuple("SqueezeKept", [*kept, *flags]),
+    )
+
+
+SQUEEZE_KINDS = tuple(map(squeeze_kind, (2, 3)))
+
+
+class SqueezeGrad(NamedTuple):
+    x: Tensor | None
+    units: tuple[UnitGrad, ...]
+
+
+class Excite(NamedTuple):
+    """[relu](gate * [relu](norm(y)) [+ shortcut])."""
+
+    y: Tensor  # (N, C, H, W)
+    stats: Tensor  # (4, C)
+    link: Alike  # (3, N, C)
+    gate: Tensor  # (N, C)
+    shortcut: Tensor | None  # (N, C, H, W)
+    inner_relu: bool  # whether one follows the norm
+    relu: bool  # whether one ends it
+
+
+class ExciteOutput(NamedTuple):
+    out: Tensor  # (N, C, H, W)
+
+
+class ExciteKept(NamedTuple):
+    y: Tensor
+    out: Tensor | None  # None without a ReLU at the end
+    stats: Tensor
+    gate: Tensor
+    inner_relu: bool
+
+
+class ExciteGrad(NamedTuple):
+    g: Tensor | None  # that of the shortcut, and, before the gate, of the norm; None: dout itself
+    gate: Tensor
+    link: Tensor
+
+
+# `needs` has a flag in each place of a block's arguments, or of another chain's.
 
 
 def all_wanted(needs: tuple) -> tuple:

@@ -1,6 +1,8 @@
 """The fused operators. Activations here are channels_last and checked; `resnet.functional` converts and checks.
 
     fused_residual::batch_norm_add_relu        out = relu(batch_norm(x) [+ shortcut])
+    fused_residual::squeeze_2, squeeze_3       a chain of units up to the means from which gates are computed
+    fused_residual::excite                     out = [relu](gate * [relu](batch_norm(y)) [+ shortcut]), y a chain's last
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
     fused_residual::deep_stem                  the stem of three convolutions, with BatchNorm and ReLU between them
     fused_residual::residual_block_2           a block of two units in training, or in evaluation where gradients are
@@ -24,6 +26,7 @@ from resnet.norm import KeptNorm, Norm, statistics_dtype
 from resnet.operands import (
     BLOCK_KINDS,
     FROZEN_KINDS,
+    SQUEEZE_KINDS,
     BatchNormAddRelu,
     BatchNormAddReluKept,
     BatchNormAddReluOutput,
@@ -31,6 +34,9 @@ from resnet.operands import (
     DeepStem,
     DeepStemKept,
     DeepStemOutput,
+    Excite,
+    ExciteKept,
+    ExciteOutput,
     KeptConv,
     KeptUnit,
     Pooled,
@@ -157,7 +163,7 @@ Differentiable(
     backward=_batch_norm_add_relu_backward,
     norms=lambda a, o: [(a.norm, o.stats)],
     summed=lambda kept, needs: [(kept.norm, kept.stats)],
-    passed_on=lambda kept: () if kept.relu else ("shortcut",),
+    same=lambda kept: {} if kept.relu else {"shortcut": "dout"},
 ).register()
 
 # ---- the stem: max_pool(relu(batch_norm(conv(x)))) ----------------------------------------------------------------
@@ -394,6 +400,79 @@ def _frozen_operator(kind: BlockKind) -> Differentiable:
 
 for _kind in FROZEN_KINDS:
     _frozen_operator(_kind).register()
+
+# ---- squeeze-and-excitation ---------------------------------------------------------------------------------------
+
+
+def _squeeze_operator(kind: BlockKind) -> Differentiable:
+    """The operator of a chain that ends in a squeeze, by its number of units."""
+
+    def fake(arguments: tuple) -> tuple:
+        x, units, *_ = arguments
+        *ys, y = _empty_maps(x, units)
+        *inner_stats, stats = (_empty_stats(x, unit.weight.shape[0]) for unit in units)
+        N, K = y.shape[:2]
+        return kind.output(y, x.new_empty((N, K)), stats.new_empty((3, N, K)), stats, tuple(ys), tuple(inner_stats))
+
+    def forward(arguments: tuple) -> tuple:
+        return kind.output(*backends.implementation(arguments.x).squeeze_forward(*arguments))
+
+    def keep(arguments: tuple, output: tuple) -> tuple:
+        x, units, relu, added = arguments
+        ys, stats = (*output.ys, output.y), (*output.inner_stats, output.stats)
+        return kind.kept(x, ys, stats, output.link, tuple(unit.kept() for unit in units), relu, added)
+
+    def backward(dy: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, needs: tuple) -> tuple:
+        needs = all_wanted(needs)
+        grad = backends.implementation(kept.x).squeeze_backward(dy, dpooled, dlink, kept, needs)
+        units = map(_unit_grads, kept.units, grad.units, kept.stats, needs.units)
+        return kind.arguments(grad.x, tuple(units), None, None)
+
+    return Differentiable(
+        kind.name,
+        kind.arguments,
+        kind.output,
+        kind.kept,
+        fake=fake,
+        forward=forward,
+        keep=keep,
+        keep_moves=True,
+        like=lambda kept: kind.arguments(kept.x, tuple(map(_like_part, kept.units)), None, None),
+        backward=backward,
+        norms=lambda a, o: zip([unit.norm for unit in a.units], (*o.inner_stats, o.stats), strict=True),
+        summed=lambda kept, needs: _chain_summed(
+            [(unit.norm, stats) for unit, stats in zip(kept.units, kept.stats, strict=True)], all_wanted(needs)
+        ),
+        results=3,
+        given=4,
+        like_results=lambda kept: (kept.ys[-1], kept.x.new_empty(kept.link.shape[1:]), kept.link),
+    )
+
+
+for _kind in SQUEEZE_KINDS:
+    _squeeze_operator(_kind).register()
+
+
+def _excite_backward(dout: Tensor, kept: ExciteKept, needs: Excite) -> Excite:
+    grad = backends.implementation(kept.y).excite_backward(dout, kept)
+    return Excite(grad.g, None, grad.link, grad.gate, None, None, None)
+
+
+Differentiable(
+    "excite",
+    Excite,
+    ExciteOutput,
+    ExciteKept,
+    fake=lambda a: ExciteOutput(like_of(a.y)),
+    forward=lambda a: ExciteOutput(backends.implementation(a.y).excite_forward(*a)),
+    keep=lambda a, output: ExciteKept(a.y, output.out if a.relu else None, a.stats, a.gate, a.inner_relu),
+    keep_moves=False,
+    like=lambda kept: Excite(kept.y, None, kept.stats.new_empty((3, *kept.gate.shape)), kept.gate, kept.y, None, None),
+    backward=_excite_backward,
+    norms=lambda a, o: [],
+    summed=lambda kept, needs: [],
+    same=lambda kept: {"shortcut": "dout", "y": "dout"} if kept.out is None else {"shortcut": "y"},
+).register()
 
 # ---- frozen, without gradients: inference -------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ The one place where kernels meet autograd. `torch.compile` and `torch.library.op
 what is exported, traced or scripted has none of them.
 
 The named tuples of `operands` describe an operator; its schema, what is wanted and what is returned follow from them.
-One with a derivative has a backward operator, which takes the output's gradient, what was kept, and a flag for each
+One with a derivative has a backward operator, which takes the results' gradients, what was kept, and a flag for each
 argument of the forward operator; it gives the gradients of those that are flagged.
 
 Operators that take running statistics update them in place, which `torch.library.custom_op` does not allow together
@@ -38,6 +38,7 @@ _NAMESPACE = "fused_residual"
 _LIBRARY = Library(_NAMESPACE, "DEF")
 _ops = getattr(torch.ops, _NAMESPACE)
 _DIRECT: dict[str, tuple] = {}  # by name: what runs an operator, and its formula's `apply` or None
+_GIVEN: dict[str, int] = {}  # by name, how many outputs an operator gives whoever calls it; 1 where it is not here
 
 
 def _register(schema: str, implementation: Callable, fake: Callable) -> str:
@@ -124,19 +125,24 @@ def function_mode() -> str | None:
     return next((kind.__name__ for kind in kinds if kind not in (DeviceContext, BaseTorchFunctionMode)), None)
 
 
-def call(name: str, flat: Sequence, known: Known | None) -> Tensor:
-    """The first output of the operator `fused_residual::name`.
+def call(name: str, flat: Sequence, known: Known | None) -> Tensor | tuple[Tensor, ...]:
+    """What the operator `fused_residual::name` gives: its result, or several and what another operator needs of it.
 
     Args:
         known: the facts of `flat` where `is_direct` holds, else None.
     """
+    given = _GIVEN.get(name)
     if known is None:
         outputs = getattr(_ops, name)(*flat)
-        return outputs if isinstance(outputs, Tensor) else outputs[0]
-    operator, apply = _DIRECT[name]
-    if apply is not None and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
-        return apply(known, *flat)
-    return operator.run(flat, known)[0]
+        if isinstance(outputs, Tensor):
+            return outputs
+    else:
+        operator, apply = _DIRECT[name]
+        if apply is not None and torch.is_grad_enabled():
+            if any(isinstance(a, Tensor) and a.requires_grad for a in flat):
+                return apply(known, *flat)
+        outputs = operator.run(flat, known)
+    return outputs[0] if given is None else tuple(outputs[:given])
 
 
 def like_of(t: Tensor) -> Tensor:
@@ -154,34 +160,42 @@ class Differentiable:
 
     name: str
     arguments: type[tuple]
-    output: type[tuple]  # the first field is the result, the others are kept for backward
+    output: type[tuple]  # the first fields are the results, the others are for backward
     kept: type[tuple]
     fake: Callable  # of arguments: an output of uninitialised memory
     forward: Callable  # of arguments: the output
     keep: Callable  # of arguments and output: what is kept
     keep_moves: bool  # whether `keep` leaves out and moves values alone, whatever they are
     like: Callable  # of what is kept: arguments of the shapes of their gradients
-    backward: Callable  # of dout, what is kept, and which gradients are wanted: the gradients, in the arguments' places
+    backward: (
+        Callable  # of the results' gradients, what is kept, and which gradients are wanted: these, in their places
+    )
     norms: Callable  # of arguments and output: each norm and its stats, as `forward` takes them
     summed: Callable  # of what is kept, and which gradients are wanted: those whose sums `backward` takes, in its order
-    passed_on: Callable | None = None  # of what is kept: names of the arguments whose gradient is dout itself
+    same: Callable | None = None  # of what is kept: arguments whose gradient is another's, or that of the result
+    results: int = 1  # how many outputs have a gradient
+    given: int = 1  # how many are given to whoever calls: the results, and constants that another operator needs
+    like_results: Callable | None = None  # of what is kept: tensors of the results' shapes, where there are several
 
     def register(self) -> None:
         results = ", ".join(f"{leaf.type} {leaf.name}" for leaf in leaves(self.output))
         _register(f"{self.name}({parameters(self.arguments)}) -> ({results})", self._forward, self._fake)
-        schema = f"{self.name}_backward(Tensor dout, {parameters(self.kept, updates=False)}, bool[] needs) -> Tensor[]"
+        grads = ", ".join(f"Tensor d{leaf.name}" for leaf in leaves(self.output)[: self.results])
+        schema = f"{self.name}_backward({grads}, {parameters(self.kept, updates=False)}, bool[] needs) -> Tensor[]"
         backward = _register(schema, self._backward, self._backward_fake)
         formula = self._formula()
         _differentiate(self.name, formula)
         _differentiate(backward, _once(backward))
         # What `Function.apply` does before this one is for functorch.
         _DIRECT[self.name] = self, super(torch.autograd.Function, formula).apply
+        if self.given > 1:
+            _GIVEN[self.name] = self.given
 
-    def _fake(self, *flat) -> tuple:
-        return tuple(pack(self.fake(unpack(self.arguments, flat))))
+    def _fake(self, *flat) -> Tensor | tuple[Tensor, ...]:
+        return _returned(pack(self.fake(unpack(self.arguments, flat))))
 
-    def _forward(self, *flat) -> tuple:
-        return self.run(received(flat))
+    def _forward(self, *flat) -> Tensor | tuple[Tensor, ...]:
+        return _returned(self.run(received(flat)))
 
     def run(self, flat: Sequence, known: Known | None = None) -> tuple:
         if flat[0].numel() == 0:
@@ -195,7 +209,7 @@ class Differentiable:
 
     def _run_empty(self, flat: Sequence) -> tuple:
         """An empty batch is one that counts. Other processes of a norm's group may have more, and wait for this one."""
-        outputs = tuple(t.zero_() for t in self._fake(*flat))
+        outputs = tuple(t.zero_() for t in pack(self.fake(unpack(self.arguments, flat))))
         for norm, stats in self.norms(unpack(self.arguments, flat), unpack(self.output, outputs)):
             if norm.training and norm.group:
                 with torch._C._AutoDispatchBelowAutograd():
@@ -208,8 +222,8 @@ class Differentiable:
         with torch._C._AutoDispatchBelowAutograd():
             return pack(self.forward(unpack(self.arguments, flat)))
 
-    def _backward_fake(self, dout: Tensor, *rest) -> list[Tensor]:
-        *kept, needs = rest
+    def _backward_fake(self, *flat) -> list[Tensor]:
+        *kept, needs = flat[self.results :]
         like = pack(self.like(unpack(self.kept, kept)))
         return [like_of(t) for t, need in zip(like, needs, strict=True) if need]
 
@@ -222,16 +236,16 @@ class Differentiable:
         return backends.implementation(flat[0]).run(self._compute_grads, flat, known)
 
     def _run_empty_backward(self, flat: Sequence) -> list[Tensor]:
-        _, *kept, needs = flat
+        *kept, needs = flat[self.results :]
         for norm, stats in self.summed(unpack(self.kept, kept), unpack(self.arguments, needs)):
             if norm.training and norm.group:
                 merge_sums(torch.zeros_like(stats[:2]), 0, norm.group)
         return [t.zero_() for t in self._backward_fake(*flat)]
 
-    def _compute_grads(self, dout: Tensor, *rest) -> list[Tensor]:
-        *kept, needs = rest
+    def _compute_grads(self, *flat) -> list[Tensor]:
+        *kept, needs = flat[self.results :]
         with torch._C._AutoDispatchBelowAutograd():
-            grads = self.backward(dout, unpack(self.kept, kept), unpack(self.arguments, needs))
+            grads = self.backward(*flat[: self.results], unpack(self.kept, kept), unpack(self.arguments, needs))
         return [grad for grad, need in zip(pack(grads), needs, strict=True) if need]
 
     def _keeper(self) -> Callable[[Sequence, Sequence], Sequence]:
@@ -244,8 +258,16 @@ class Differentiable:
         move = itemgetter(*[-1 if place is None else place for place in places])
         return lambda flat, outputs: move((*flat, *outputs, None))
 
+    def _in_full(self, douts: Sequence[Tensor | None], kept: Sequence) -> list[Tensor]:
+        """The results' gradients, dense: zeros where nothing reached one."""
+        if any(dout is None for dout in douts):
+            like = self.like_results(unpack(self.kept, kept))
+            douts = [torch.zeros_like(t) if dout is None else dout for dout, t in zip(douts, like, strict=True)]
+        return [dense(dout) if dout.dim() == 4 else dout.contiguous() for dout in douts]
+
     def _formula(self) -> type[torch.autograd.Function]:
         names = [leaf.name for leaf in leaves(self.arguments)]
+        results, given = self.results, self.given
         ops = [getattr(_ops, name).default for name in (self.name, f"{self.name}_backward")]
         # What is not read is not saved as autograd saves: who writes to it before backward changes nothing.
         tensors = [leaf.read for leaf in leaves(self.kept)]
@@ -259,41 +281,47 @@ class Differentiable:
                 outputs = self.run(flat, by)
             else:
                 outputs = _below_autograd(ops[0], by, flat)
-                ctx.mark_non_differentiable(*outputs[1:])
+                outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+                ctx.mark_non_differentiable(*outputs[results:])
             kept = keep(flat, outputs)
             ctx.chosen = settings.in_force()
             ctx.settings = pick_settings(kept)
             ctx.save_for_backward(*pick_tensors(kept))
             ctx.set_materialize_grads(False)
-            return outputs[0] if direct else tuple(outputs)
+            if not direct:
+                return _returned(outputs)
+            if given == 1:
+                return outputs[0]
+            ctx.mark_non_differentiable(*outputs[results:given])
+            return tuple(outputs[:given])
 
-        def backward(ctx, dout, *_):
-            if dout is None:
+        def backward(ctx, *douts):
+            douts = douts[:results]
+            if douts.count(None) == results:
                 return (None,) * len(ctx.needs_input_grad)
             if ctx.chosen == settings.in_force():
-                return gradients(ctx, dout)
+                return gradients(ctx, *douts)
             with settings.both(ctx.chosen):  # a GPU's backward has a thread of its own, without our context
-                return gradients(ctx, dout)
+                return gradients(ctx, *douts)
 
-        def gradients(ctx, dout):
+        def gradients(ctx, *douts):
             kept = in_order((*ctx.saved_tensors, *ctx.settings))
-            passed_on = self.passed_on and self.passed_on(unpack(self.kept, kept))
+            same = self.same and self.same(unpack(self.kept, kept))
             wanted = ctx.needs_input_grad[1:]
             needs = wanted
-            if passed_on:
-                needs = tuple(need and name not in passed_on for name, need in zip(names, wanted))
+            if same:
+                others = {same[name] for name, need in zip(names, wanted) if need and name in same}
+                needs = tuple(name not in same and (need or name in others) for name, need in zip(names, wanted))
             try:
-                flat = (dense(dout), *kept, needs)
+                flat = (*self._in_full(douts, kept), *kept, needs)
             except RuntimeError:  # a batch of gradients has no layout
-                return _of_each(dout, partial(gradients, ctx))
+                return _of_each(douts, partial(gradients, ctx))
             known = ctx.recent.known(flat) if ctx.recent and not torch.is_grad_enabled() and is_direct() else None
             grads = ops[1](*flat) if known is None else self._run_backward(flat, known)
             computed = _in_places(needs)((None, *grads))
-            if passed_on:
-                computed = [
-                    dout if need and name in passed_on else grad
-                    for name, need, grad in zip(names, wanted, computed, strict=True)
-                ]
+            if same:
+                found = {"dout": douts[0], **dict(zip(names, computed, strict=True))}
+                computed = [found[same.get(name, name)] if need else None for name, need in zip(names, wanted)]
             return None, *computed
 
         name = self.name.title().replace("_", "")  # ResidualBlock: what a user sees in grad_fn
@@ -319,6 +347,11 @@ class Inference:
             return [dense(self._implementation(unpack(self._arguments, flat)))]
 
 
+def _returned(outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    """Outputs as PyTorch's dispatcher takes them: one alone is no tuple."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
 @cache
 def _in_places(needs: tuple[bool, ...]) -> Callable[[Sequence], tuple]:
     """A function of None and values: the values in the places that `needs` marks, None in the others."""
@@ -326,21 +359,36 @@ def _in_places(needs: tuple[bool, ...]) -> Callable[[Sequence], tuple]:
     return itemgetter(*[count if need else 0 for need, count in zip(needs, counts)])
 
 
-def _of_each(batched: Tensor, function: Callable[[Tensor], Sequence[Tensor | None]]) -> tuple[Tensor | None, ...]:
-    """What a function gives for each tensor of a batch that `vmap` has made: that of `torch.func`, and the one behind
-    `is_grads_batched` and `jacobian(vectorize=True)`, which is older. It is for what was recorded outside of them.
+def _of_each(
+    given: Sequence[Tensor | None], function: Callable[..., Sequence[Tensor | None]]
+) -> tuple[Tensor | None, ...]:
+    """What a function gives for each of the tensors that are batches of `vmap`, and for the others with each: batches
+    of that of `torch.func`, or of the one behind `is_grads_batched` and `jacobian(vectorize=True)`, which is older. It
+    is for what was recorded outside of them.
     """
     functorch = torch._C._functorch
-    if functorch.is_batchedtensor(batched):
+    tensors = [t for t in given if t is not None]
+    batched = next(filter(functorch.is_batchedtensor, tensors), None)
+    legacy = next(filter(functorch.is_legacy_batchedtensor, tensors), None)
+    if batched is not None:
         add, level = functorch._add_batch_dim, functorch.maybe_get_level(batched)
-        tensors = functorch.get_unwrapped(batched).movedim(functorch.maybe_get_bdim(batched), 0)
-    elif functorch.is_legacy_batchedtensor(batched):
+        size = functorch.get_unwrapped(batched).shape[functorch.maybe_get_bdim(batched)]
+
+        def each_of(t: Tensor) -> Tensor:
+            if functorch.is_batchedtensor(t):
+                return functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0)
+            return t.expand(size, *t.shape)
+    elif legacy is not None:
         add, level = torch._add_batch_dim, torch._C._vmapmode_increment_nesting() - 1
         torch._C._vmapmode_decrement_nesting()
-        tensors = torch._remove_batch_dim(batched, level, 1, 0)
+        size = len(torch._remove_batch_dim(legacy, level, 1, 0))
+
+        def each_of(t: Tensor) -> Tensor:
+            return torch._remove_batch_dim(t, level, size, 0)
     else:
         raise
-    results = zip(*map(function, tensors))
+    parts = [[None] * size if t is None else each_of(t) for t in given]
+    results = zip(*map(function, *parts))
     return tuple(None if each[0] is None else add(torch.stack(each), 0, level) for each in results)
 
 
@@ -351,7 +399,12 @@ def _split(first: Sequence[bool]) -> tuple[Callable, Callable, Callable]:
         [i for i, is_first in enumerate(first) if not is_first],
     )
     back = sorted(range(len(first)), key=lambda place: (places[0] + places[1])[place])
-    return itemgetter(*places[0]), itemgetter(*places[1]), itemgetter(*back)
+    return _getter(places[0]), _getter(places[1]), _getter(back)
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence], Sequence]:
+    """`itemgetter`, which of one place gives a tuple, too."""
+    return itemgetter(*places) if len(places) > 1 else itemgetter(slice(places[0], places[0] + 1))
 
 
 def _once(name: str) -> type[torch.autograd.Function]:

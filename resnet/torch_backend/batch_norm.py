@@ -43,7 +43,7 @@ def _group(count: int, most: int) -> int:
     return next((size for size in range(most, most // 2, -1) if count % size == 0), most)
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """x (N, C, H, W) as (N, H, W, C), with which values per channel (C,) go together."""
     return x.permute(0, 2, 3, 1)
 
@@ -84,6 +84,11 @@ def _is_far(mean: Tensor, variance: Tensor, deviations: float) -> bool:
 def _is_far_by(mean: Tensor, invstd: Tensor, deviations: float) -> bool:
     """`_is_far` where invstd, which eps keeps finite, is there already."""
     return (mean * invstd).abs_().max().item() > deviations
+
+
+def is_far_for_grad(mean: Tensor, invstd: Tensor) -> bool:
+    """Whether dx needs the differences from the mean. A GPU is not waited for."""
+    return not mean.is_cpu or _is_far_by(mean, invstd, _FAR_FOR_GRAD)
 
 
 def _moments(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -197,7 +202,7 @@ def scale_shift(mean: Tensor, invstd: Tensor, norm: Norm) -> tuple[Tensor, Tenso
     return scale, -mean * scale if norm.bias is None else torch.addcmul(norm.bias, mean, scale, value=-1)
 
 
-def _stats(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
+def norm_stats(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     """Stats (4, C) = mean, invstd, scale, shift of x's norm, and scale and shift by themselves.
 
     Updates the running statistics when `norm.training`.
@@ -207,13 +212,13 @@ def _stats(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack((mean, invstd, scale, shift)), scale, shift
 
 
-def _affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+def affine(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
     """x * scale + shift per channel in one pass, channels_last."""
     if out is None:
         out = torch.empty_like(x, memory_format=torch.channels_last)
     if x.is_cpu and (x.dtype == scale.dtype or not scale.isfinite().all()):
         # In half the time of BatchNorm's frozen form, whose own shift would be NaN, too: mean * scale, 0 * inf.
-        torch.addcmul(shift, _rows(x), scale, out=_rows(out))
+        torch.addcmul(shift, rows_of(x), scale, out=rows_of(out))
         return out
     unused = scale.new_empty(0), scale.new_empty(0)
     mean, var = torch.zeros_like(scale), torch.ones_like(scale)
@@ -233,8 +238,8 @@ def forward(
     x, shortcut and out are (N, C, H, W) channels_last of one type; shortcut_shift is (C,). Running statistics are
     updated in place when `norm.training`. `into`, a tensor like x that is no longer needed, becomes out.
     """
-    own, scale, shift = _stats(x, norm)
-    out = _affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift, into)
+    own, scale, shift = norm_stats(x, norm)
+    out = affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift, into)
     if shortcut is not None:
         out.add_(shortcut)
     return out.relu_() if relu else out, own
@@ -244,9 +249,9 @@ def forward_normed(
     x: Tensor, norm: Norm, shortcut: Tensor, shortcut_norm: Norm, into: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out = relu(batch_norm(x) + batch_norm(shortcut)), and the stats (4, C) of both: see `forward`."""
-    own, scale, shift = _stats(x, norm)
-    other, other_scale, other_shift = _stats(shortcut, shortcut_norm)
-    out = _affine(x, scale, shift + other_shift, into)
+    own, scale, shift = norm_stats(x, norm)
+    other, other_scale, other_shift = norm_stats(shortcut, shortcut_norm)
+    out = affine(x, scale, shift + other_shift, into)
     _add_scaled(out, shortcut, other_scale)
     return out.relu_(), own, other
 
@@ -254,10 +259,10 @@ def forward_normed(
 def _add_scaled(out: Tensor, x: Tensor, scale: Tensor) -> None:
     """out += x * scale per channel."""
     if out.dtype == scale.dtype:
-        rows = _rows(out)
-        torch.addcmul(rows, _rows(x), scale, out=rows)
+        rows = rows_of(out)
+        torch.addcmul(rows, rows_of(x), scale, out=rows)
     else:
-        out.add_(_affine(x, scale, torch.zeros_like(scale)))
+        out.add_(affine(x, scale, torch.zeros_like(scale)))
 
 
 EAGER_DTYPES = (torch.float32, torch.float64)
@@ -304,7 +309,7 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
 
 def recompute(x: Tensor, stats: Tensor) -> Tensor:
     """relu(x * scale + shift), bit-equal to what `forward` gave."""
-    return _affine(x, stats[2], stats[3]).relu_()
+    return affine(x, stats[2], stats[3]).relu_()
 
 
 def backward(
@@ -330,7 +335,7 @@ def backward(
         g = aten.threshold_backward.default(dout, out, 0)
     if not summed:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
-        torch.mul(_rows(g), stats[2], out=_rows(dx))
+        torch.mul(rows_of(g), stats[2], out=rows_of(dx))
         return NormGrad(dx, None, None, None, g if shortcut and relu else None)
     if are_few(x) and not norm.group:
         dx, dweight, sum_g = _backward_of_few(g, x, stats, norm)
@@ -366,7 +371,7 @@ def _backward_of_many(
     With `consume` dx is written over g.
     """
     mean, invstd, scale, _ = stats.unbind()
-    C, rows_g, rows, sums = x.shape[1], _rows(g), _rows(x), []
+    C, rows_g, rows, sums = x.shape[1], rows_of(g), rows_of(x), []
     for some_g, some_x in [(g, x)] if are_few(x) else zip(*(_maps(t, _most(x.dtype)) for t in (g, x))):
         saved = (v.repeat(some_x.shape[1] // C) for v in (mean, invstd))
         operands = some_g, some_x, None, None, None, *saved
@@ -374,7 +379,7 @@ def _backward_of_many(
         sums.append([v.view(-1, C) for v in some])
     dweight, sum_g = (_joined(some).sum(0) for some in zip(*sums))
     dx = g if consume else torch.empty_like(x, memory_format=torch.channels_last)
-    rows_dx = _rows(dx)
+    rows_dx = rows_of(dx)
     if not norm.training:
         torch.mul(rows_g, scale, out=rows_dx)
         return dx, dweight, sum_g
@@ -384,7 +389,7 @@ def _backward_of_many(
         summed_g, summed_weight = merge_sums(torch.stack((sum_g, dweight)), x.numel() // C, norm.group).unbind()
     share = scale * (-C / x.numel())
     slope, level = invstd * summed_weight * share, summed_g * share
-    if not x.is_cpu or _is_far_by(mean, invstd, _FAR_FOR_GRAD):  # a GPU is not waited for
+    if is_far_for_grad(mean, invstd):
         rows = rows - mean
     else:
         level.addcmul_(mean, slope, value=-1)
@@ -405,8 +410,8 @@ def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
 
     out is (N, C, P, Q); tap is of its shape, uint8: which of its window's nine pixels was the maximum.
     """
-    stats, scale, shift = _stats(x, norm)
-    z = _affine(x, scale, shift)
+    stats, scale, shift = norm_stats(x, norm)
+    z = affine(x, scale, shift)
     out, index = aten.max_pool2d_with_indices(z, [3, 3], [2, 2], [1, 1])
     width = x.shape[3]
     place = index.int().sub_(_window_origins(out.shape[2:], width, x.device).int())

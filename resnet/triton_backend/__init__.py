@@ -6,6 +6,7 @@ from resnet.triton_backend.batch_norm import forward as batch_norm_add_relu
 from resnet.triton_backend.block import block_backward, block_forward, block_inference
 from resnet.triton_backend.frozen import frozen_block_backward, frozen_block_forward
 from resnet.triton_backend.plans import run
+from resnet.triton_backend.squeeze_excite import excite_backward, excite_forward, squeeze_backward, squeeze_forward
 from resnet.triton_backend.stem import (
     deep_stem_backward,
     deep_stem_forward,
@@ -31,4 +32,8 @@ __all__ = [
     "deep_stem_forward",
     "deep_stem_backward",
     "deep_stem_inference",
+    "squeeze_forward",
+    "squeeze_backward",
+    "excite_forward",
+    "excite_backward",
 ]

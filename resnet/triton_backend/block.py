@@ -65,17 +65,28 @@ def block_forward(
     if riding is None and shortcut.weight is not None:
         read = x if pooled is None else pooled.map
         z, z_moments, *_ = convolution.forward(read, shortcut.weight, shortcut.geometry, z_training)
-    ys, stats = [y], [norm_stats(y, moments, first.norm)]
-    for unit in rest:
-        y, moments, *_ = convolution.forward(y, *unit[:2], unit.norm.training, stats[-1])
-        ys.append(y)
-        stats.append(norm_stats(y, moments, unit.norm))
+    ys, stats = chain_forward(y, rest, norm_stats(y, moments, first.norm))
     if normed:
         z_stats = norm_stats(z, z_moments, shortcut.norm)
-        out = batch_norm_add_relu(y, stats[-1], z, z_stats[2], z_stats[3])
-        return out, tuple(ys), tuple(stats), (z, z_stats)
-    out = batch_norm_add_relu(y, stats[-1], x if z is None else z, shortcut_shift=_dense(shortcut.bias))
-    return out, tuple(ys), tuple(stats), ()
+        out = batch_norm_add_relu(ys[-1], stats[-1], z, z_stats[2], z_stats[3])
+        return out, ys, stats, (z, z_stats)
+    out = batch_norm_add_relu(ys[-1], stats[-1], x if z is None else z, shortcut_shift=_dense(shortcut.bias))
+    return out, ys, stats, ()
+
+
+def chain_forward(
+    x: Tensor, units: Sequence[Unit], before: Tensor | None = None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The convolutions of a chain of units, whose weights are as the kernels read them, and the stats of their norms.
+
+    With `before`, stats (4, C), x is itself the convolution of a unit, and both have its results first.
+    """
+    ys, stats = ([], []) if before is None else ([x], [before])
+    for unit in units:
+        x, moments, *_ = convolution.forward(x, *unit[:2], unit.norm.training, stats[-1] if stats else None)
+        ys.append(x)
+        stats.append(norm_stats(x, moments, unit.norm))
+    return tuple(ys), tuple(stats)
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:

@@ -32,7 +32,7 @@ from resnet.operands import (
 from resnet.torch_backend.convolution import chain_shapes, convolve_backward
 from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import applied_sums, frozen_stats, norm_stats
-from resnet.triton_backend.block import chain_backward
+from resnet.triton_backend.block import chain_backward, chain_forward
 
 
 def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
@@ -98,13 +98,9 @@ def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutp
     units = tuple(map(convolution.as_read, units))
     size = chain_shapes(x.shape, units)[-1]
     check_pooled(torch.empty(size, device="meta", memory_format=torch.channels_last))  # before any statistics change
-    y, ys, stats = x, [], []
-    for unit in units:
-        y, moments, *_ = convolution.forward(y, *unit[:2], unit.norm.training, stats[-1] if stats else None)
-        ys.append(y)
-        stats.append(norm_stats(y, moments, unit.norm))
-    out, tap = batch_norm_max_pool(y, stats[-1])
-    return DeepStemOutput(out, tuple(ys), tap, tuple(stats))
+    ys, stats = chain_forward(x, units)
+    out, tap = batch_norm_max_pool(ys[-1], stats[-1])
+    return DeepStemOutput(out, ys, tap, stats)
 
 
 def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> DeepStemGrad:
