@@ -131,18 +131,18 @@ def call(name: str, flat: Sequence, known: Known | None) -> Tensor | tuple[Tenso
     Args:
         known: the facts of `flat` where `is_direct` holds, else None.
     """
-    given = _GIVEN.get(name)
     if known is None:
-        outputs = getattr(_ops, name)(*flat)
+        outputs, given = getattr(_ops, name)(*flat), _GIVEN.get(name, 1)
         if isinstance(outputs, Tensor):
             return outputs
     else:
         operator, apply = _DIRECT[name]
+        given = operator.given
         if apply is not None and torch.is_grad_enabled():
             if any(isinstance(a, Tensor) and a.requires_grad for a in flat):
                 return apply(known, *flat)
         outputs = operator.run(flat, known)
-    return outputs[0] if given is None else tuple(outputs[:given])
+    return outputs[0] if given == 1 else tuple(outputs[:given])
 
 
 def like_of(t: Tensor) -> Tensor:
@@ -259,7 +259,7 @@ class Differentiable:
         return lambda flat, outputs: move((*flat, *outputs, None))
 
     def _in_full(self, douts: Sequence[Tensor | None], kept: Sequence) -> list[Tensor]:
-        """The results' gradients, dense: zeros where nothing reached one."""
+        """The gradients of several results, dense: zeros where nothing reached one."""
         if any(dout is None for dout in douts):
             like = self.like_results(unpack(self.kept, kept))
             douts = [torch.zeros_like(t) if dout is None else dout for dout, t in zip(douts, like, strict=True)]
@@ -313,7 +313,8 @@ class Differentiable:
                 others = {same[name] for name, need in zip(names, wanted) if need and name in same}
                 needs = tuple(name not in same and (need or name in others) for name, need in zip(names, wanted))
             try:
-                flat = (*self._in_full(douts, kept), *kept, needs)
+                grads = (dense(douts[0]),) if results == 1 else self._in_full(douts, kept)
+                flat = (*grads, *kept, needs)
             except RuntimeError:  # a batch of gradients has no layout
                 return _of_each(douts, partial(gradients, ctx))
             known = ctx.recent.known(flat) if ctx.recent and not torch.is_grad_enabled() and is_direct() else None
@@ -330,6 +331,8 @@ class Differentiable:
 
 class Inference:
     """An operator without a derivative."""
+
+    given = 1
 
     def __init__(self, name: str, arguments: type[tuple], fake: Callable, implementation: Callable):
         self._arguments, self._fake, self._implementation = arguments, fake, implementation
