@@ -33,6 +33,17 @@ class Watched(NamedTuple):
     kind: type[nn.Module]  # what it has to be, exactly
 
 
+class GateParts(NamedTuple):
+    """Squeeze-and-excitation in a block. What makes gates of each image's means is called as it is, one by one."""
+
+    watched: tuple[Watched, ...]  # the module, and its pool where it has one
+    called: tuple[nn.Module, ...]
+    unset: tuple[str, ...]  # attributes of the module that have to be false
+    row: bool  # whether they are called on (N, 1, C), in place of (N, C, 1, 1)
+    place: int  # how many units precede it: all, or all but one
+    shortcut: nn.Module | None  # of the block, called as it is; None: the identity
+
+
 class BlockParts(NamedTuple):
     """The modules of a residual block."""
 
@@ -40,6 +51,7 @@ class BlockParts(NamedTuple):
     shortcut: UnitParts | None  # None: the identity
     others: tuple[Watched, ...] = ()
     pool: Watched | None = None  # which the shortcut's convolution follows
+    gate: GateParts | None = None  # with one, the shortcut is its own
 
 
 class StemParts(NamedTuple):
@@ -54,7 +66,17 @@ class StemParts(NamedTuple):
 
 # ---- why not -----------------------------------------------------------------------------------------------------
 
-_KINDS = (nn.Conv2d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Identity, nn.Sequential)
+_KINDS = (
+    nn.Conv2d,
+    nn.BatchNorm2d,
+    nn.SyncBatchNorm,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Identity,
+    nn.Sequential,
+)
 _FORWARD = {kind: kind.forward for kind in _KINDS}
 _CONV_FORWARD = nn.Conv2d._conv_forward
 
@@ -78,6 +100,27 @@ _FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d"} | {
         ("rt_detr_v2", "RTDetrV2"),
         ("table_transformer", "TableTransformer"),
     )
+}
+
+
+class _Attention(NamedTuple):
+    """A class of modules that multiply each map with a gate, which they make of the means of all maps."""
+
+    called: tuple[str, ...]  # what they call on the means, in its order
+    pool: str = ""  # what takes the means, where it is a module
+    unset: tuple[str, ...] = ()  # attributes with which they would do something else
+    row: bool = False  # whether the means lie in a row (N, 1, C)
+
+
+_ATTENTION = {
+    "resnet.reference.SqueezeExcite": _Attention(("fc1", "act", "fc2", "gate")),
+    "timm.layers.squeeze_excite.SEModule": _Attention(("fc1", "bn", "act", "fc2", "gate"), unset=("add_maxpool",)),
+    "timm.layers.squeeze_excite.EffectiveSEModule": _Attention(("fc", "gate"), unset=("add_maxpool",)),
+    "timm.layers.eca.EcaModule": _Attention(("conv", "gate"), unset=("conv2",), row=True),
+    "torchvision.ops.misc.SqueezeExcitation": _Attention(
+        ("fc1", "activation", "fc2", "scale_activation"), pool="avgpool"
+    ),
+    "transformers.models.regnet.modeling_regnet.RegNetSELayer": _Attention(("attention",), pool="pooler"),
 }
 
 
@@ -114,6 +157,44 @@ def _is_as_written(kind: type) -> bool:
 
 def is_norm(module: nn.Module | None) -> bool:
     return isinstance(module, _BatchNorm) or is_frozen(module)
+
+
+def gate_parts(name: str, module: object, place: int, shortcut: nn.Module | None) -> GateParts | None:
+    """The parts of squeeze-and-excitation after `place` units; None where the module is of no class that is known."""
+    known = _ATTENTION.get(full_name(type(module)))
+    if known is None or not _is_as_written(type(module)):
+        return None
+    own, kind = module._modules, type(module)
+    called = tuple(own.get(each) for each in known.called)
+    if None in called:
+        return None
+    watched = Watched(name, module, kind)
+    pools = (Watched(f"{name}.{known.pool}", own.get(known.pool), nn.AdaptiveAvgPool2d),) if known.pool else ()
+    return GateParts((watched, *pools), called, known.unset, known.row, place, shortcut)
+
+
+def gate_state(gate: GateParts) -> tuple:
+    """All that fusing asks of squeeze-and-excitation, but for what is called as it is."""
+    (_, module, _), *pools = gate.watched
+    return (
+        gate.place,
+        gate.shortcut is None,
+        *module_state(module),
+        *[getattr(module, name, None) for name in gate.unset],
+        *[(module_state(pool), getattr(pool, "output_size", None)) for _, pool, _ in pools],
+    )
+
+
+def unfusable_gate(gate: GateParts) -> str | None:
+    """Why squeeze-and-excitation cannot be fused."""
+    reason, ((name, module, _), *pools) = unfusable_other(gate.watched), gate.watched
+    for field in gate.unset:
+        if getattr(module, field, None):
+            reason = reason or f"{name}.{field} is {getattr(module, field)}"
+    for pool_name, pool, _ in pools:
+        if getattr(pool, "output_size", None) not in (1, (1, 1)):
+            reason = reason or f"{pool_name}.output_size is {getattr(pool, 'output_size', None)}, not 1"
+    return reason
 
 
 def passed_over(module: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
-from torch.nn import functional as F  # noqa: F401, a name in the eager block's source, which TorchScript compiles
+from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from resnet import ops
@@ -34,6 +34,8 @@ from resnet.fusable import (
     Watched,
     average_of,
     conv_state,
+    gate_parts,
+    gate_state,
     geometry_of,
     hashable,
     module_state,
@@ -41,15 +43,16 @@ from resnet.fusable import (
     unfusable,
     unfusable_average,
     unfusable_conv,
+    unfusable_gate,
     unfusable_norm,
     unfusable_other,
     unfusable_pool,
     unfusable_unit,
     unlike_input,
 )
-from resnet.kernels.host.facts import Recent
+from resnet.kernels.host.facts import Recent, known
 from resnet.norm import VECTORS, Norm, held, norm_of
-from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator
+from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator, squeeze_operator
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
 from resnet.torch_backend.convolution import out_size
 
@@ -213,20 +216,22 @@ class _Fused:
                 known = known and recent.known(flat)
         name = self._operator(parts)
         if not batch_statistics:
-            name += self._without_statistics(flat)
+            name += self._without_statistics(parts, flat)
         if known is None or x.dtype == torch.float64:
             with _without_autocast(x):
-                return ops.call(name, flat, known)
-        if dtype is None:
-            return ops.call(name, flat, known)
-        kind = x.device.type
-        torch.set_autocast_enabled(kind, False)  # the context manager takes 2 us longer
-        try:
-            return ops.call(name, flat, known)
-        finally:
-            torch.set_autocast_enabled(kind, True)
+                out = ops.call(name, flat, known)
+        elif dtype is None:
+            out = ops.call(name, flat, known)
+        else:
+            kind = x.device.type
+            torch.set_autocast_enabled(kind, False)  # the context manager takes 2 us longer
+            try:
+                out = ops.call(name, flat, known)
+            finally:
+                torch.set_autocast_enabled(kind, True)
+        return self._excite(parts, X, x, *out) if type(out) is tuple else out
 
-    def _without_statistics(self, flat: list) -> str:
+    def _without_statistics(self, parts: BlockParts | StemParts, flat: list) -> str:
         """The end of the operator's name where the norms take no batch statistics."""
         return "" if _records_gradient(flat) else "_inference"
 
@@ -385,24 +390,30 @@ class FusedBlock(_Fused):
         raise NotImplementedError
 
     def _operator(self, parts: BlockParts) -> str:
-        units, shortcut, _, pool = parts
+        units, shortcut, _, pool, gate = parts
+        if gate is not None:
+            return squeeze_operator(gate.place)
         return _OPERATORS[units[2:] != (), shortcut is not None and shortcut.bn is not None, pool is not None]
 
     def _state(self, parts: BlockParts | str) -> tuple:
         if type(parts) is str:
             return "block", parts
-        units, shortcut, others, pool = parts
+        units, shortcut, others, pool, gate = parts
         state = ["block", len(units)]
         for conv, bn, *_ in units if shortcut is None else (*units, shortcut):
             state += (conv_state(conv), module_state(bn))
+        if gate is not None:
+            state += gate_state(gate)
         for other in others:
             state.append((other.kind, module_state(other.module)))
         if pool is not None:
             state.append(pool_state(pool.module, AVERAGE))
         return tuple(state)
 
-    def _without_statistics(self, flat: list) -> str:
-        form = super()._without_statistics(flat)
+    def _without_statistics(self, parts: BlockParts, flat: list) -> str:
+        if parts.gate is not None:  # its operators are the same
+            return ""
+        form = super()._without_statistics(parts, flat)
         if form or flat[0].dtype == torch.float16:  # its range is too small for weights that are scaled
             return form
         trained = any(isinstance(t, Tensor) and t.requires_grad and t.dim() == 1 for t in flat)
@@ -410,6 +421,8 @@ class FusedBlock(_Fused):
 
     def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
         reason, shortcut, pool = unfusable_other(parts.others), parts.shortcut, parts.pool
+        if parts.gate is not None:
+            reason = reason or unfusable_gate(parts.gate)
         if reason is None and pool is not None:
             reason = unfusable_average(pool.name, pool.module)
             if shortcut is None or shortcut.bn is None:
@@ -431,13 +444,16 @@ class FusedBlock(_Fused):
         return None
 
     def _norm_pairs(self, parts: BlockParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
-        pairs = [(unit.bn, unit.conv) for unit in parts.units]
+        units = parts.units if parts.gate is None else parts.units[: parts.gate.place]
+        pairs = [(unit.bn, unit.conv) for unit in units]
         if parts.shortcut is not None and parts.shortcut.bn is not None:
             pairs.append((parts.shortcut.bn, parts.shortcut.conv))
         return pairs
 
     def _check(self, parts: BlockParts, X: Tensor, flat: list, norms: list[Norm], cast: bool) -> str | None:
-        (units, shortcut, _, pool), x = parts, flat[0]
+        (units, shortcut, _, pool, gate), x = parts, flat[0]
+        if gate is not None:
+            units = units[: gate.place]
         count, every = len(units), units if shortcut is None else (*units, shortcut)
         groups = [part.conv.groups for part in every]
 
@@ -480,7 +496,7 @@ class FusedBlock(_Fused):
             P, Q = out_size(P, size, *geometry), out_size(Q, size, *geometry)
             maps.append((N, width, P, Q))
             strides *= geometry[0]
-        if shortcut is None and (C != K or strides != 1):
+        if (shortcut is None if gate is None else _is_added(parts)) and (C != K or strides != 1):
             return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {strides}"
         if pool is not None and (pooled := flat[_MAP].shape) != (N, C, P, Q):
             return f"{pool.name} gives {tuple(pooled)}, and the convolutions give maps of {P}x{Q}"
@@ -489,7 +505,10 @@ class FusedBlock(_Fused):
         return None
 
     def _arguments(self, parts: BlockParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> list:
-        units, shortcut, _, pool = parts
+        units, shortcut, _, pool, gate = parts
+        if gate is not None:
+            convs = [unit.conv for unit in units[: gate.place]]
+            return [*_unit_arguments(x, convs, norms, cast)[0], gate.place < len(units), _is_added(parts)]
         convs = [unit.conv for unit in (units if shortcut is None else (*units, shortcut))]
         flat, weights, masters = _unit_arguments(x, convs, norms, cast)
         if shortcut is None:
@@ -503,6 +522,51 @@ class FusedBlock(_Fused):
                 map_ = channels_last(pool.module(X).to(x.dtype))
             flat += (map_, *average_of(pool.module))
         return flat
+
+    def _excite(
+        self, parts: BlockParts, X: Tensor, x: Tensor, y: Tensor, pooled: Tensor, link: Tensor, stats: Tensor
+    ) -> Tensor:
+        """What follows the squeeze, by its results: the gates, and the rest of the block."""
+        gate, (N, C) = parts.gate, pooled.shape
+        factor = pooled.view(N, 1, C) if gate.row else pooled.view(N, C, 1, 1)
+        for module in gate.called:
+            factor = module(factor)
+        factor = factor.reshape(N, -1).to(y.dtype).expand(N, C).contiguous()
+        if gate.place < len(parts.units):
+            return self._last_unit(parts, X, _excited(y, stats, link, factor, None, True, False))
+        if gate.shortcut is None:
+            return _excited(y, stats, link, factor, x.detach(), False, True)  # x has its gradient by the squeeze
+        shortcut = gate.shortcut(X)
+        if type(shortcut) is Tensor and shortcut.shape == y.shape and shortcut.dtype == y.dtype:
+            return _excited(y, stats, link, factor, channels_last(shortcut), False, True)
+        return F.relu(_excited(y, stats, link, factor, None, False, False) + shortcut)
+
+    def _last_unit(self, parts: BlockParts, X: Tensor, a: Tensor) -> Tensor:
+        """relu(norm(conv(a)) + shortcut), the convolution PyTorch's."""
+        (conv, bn, _, bn_name), shortcut = parts.units[-1], parts.gate.shortcut
+        shortcut = X if shortcut is None else shortcut(X)
+        norm = norm_of(bn, conv.bias)
+        if unlike_input(bn_name, bn, a.dtype) or _trained_statistics([norm]):
+            return F.relu(bn(conv(a)) + shortcut)
+        y = conv._conv_forward(a, conv.weight, None)
+        shortcut = shortcut.to(y.dtype)
+        out = unchecked(y, shortcut, norm, True)
+        return checked(y, shortcut, norm, True, bn_name) if out is None else out
+
+
+def _is_added(parts: BlockParts) -> bool:
+    """Whether the input of a block with squeeze-and-excitation at its end is its shortcut, too."""
+    return parts.gate.shortcut is None and parts.gate.place == len(parts.units)
+
+
+def _excited(
+    y: Tensor, stats: Tensor, link: Tensor, gate: Tensor, shortcut: Tensor | None, inner_relu: bool, relu: bool
+) -> Tensor:
+    """[relu](gate * [relu](norm(y)) [+ shortcut])."""
+    flat = (y, stats, link, gate, shortcut, inner_relu, relu)
+    direct = not torch.compiler.is_compiling() and ops.is_direct()
+    with _without_autocast(y):
+        return ops.call("excite", flat, known(flat) if direct else None)
 
 
 class _FusedTextbookStem(FusedStemBase):
@@ -616,6 +680,12 @@ def _parts_of_textbook(block: nn.Module, units: int, shortcut: str) -> BlockPart
 def _parts_of_published(block: nn.Module, units: int) -> BlockParts | str:
     own = block._modules
     relu, downsample = Watched("relu", own.get("relu"), nn.ReLU), own.get("downsample")
+    se = own.get("se")
+    if se is not None:
+        gate = gate_parts("se", se, units, downsample)
+        if gate is None:
+            return f"se is a {type(se).__name__}, not a SqueezeExcite"
+        return BlockParts(_units(block, units), None, (relu,), None, gate)
     if downsample is None:
         return BlockParts(_units(block, units), None, (relu,))
     children = tuple(downsample._modules.values())
@@ -652,11 +722,19 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
         ValueError: channels or strides that are no whole numbers, or negative, or a stride of 0.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int | tuple[int, int] = 1, *, avg_down: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int | tuple[int, int] = 1,
+        *,
+        avg_down: bool = False,
+        squeeze_excite: bool = False,
+    ):
         check_whole("in_channels", in_channels, 0)
         check_whole("channels", channels, 0)
         check_strides("stride", stride)
-        super().__init__(in_channels, channels, stride, avg_down=avg_down)
+        super().__init__(in_channels, channels, stride, avg_down=avg_down, squeeze_excite=squeeze_excite)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x)
@@ -680,6 +758,7 @@ class FusedBottleneck(FusedBlock, Bottleneck):
         avg_down: bool = False,
         groups: int = 1,
         dilation: int = 1,
+        squeeze_excite: bool = False,
     ):
         check_whole("in_channels", in_channels, 0)
         check_whole("width", width, 0)
@@ -689,7 +768,14 @@ class FusedBottleneck(FusedBlock, Bottleneck):
         check_whole("groups", groups, 1)
         check_whole("dilation", dilation, 1)
         super().__init__(
-            in_channels, width, stride, mid_width=mid_width, avg_down=avg_down, groups=groups, dilation=dilation
+            in_channels,
+            width,
+            stride,
+            mid_width=mid_width,
+            avg_down=avg_down,
+            groups=groups,
+            dilation=dilation,
+            squeeze_excite=squeeze_excite,
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from resnet.fusable import (
     UnitParts,
     Watched,
     full_name,
+    gate_parts,
     is_norm,
     was_replaced,
 )
@@ -57,14 +58,17 @@ class BlockLayout(NamedTuple):
     optional: tuple[str, ...] = ()  # what other kinds of blocks have, and this one must not
     containers: tuple[tuple[str, type | str], ...] = ()  # and their classes: see `_neighbour`
     shortcut_class: type | str = nn.Sequential
+    gate: str = ""  # squeeze-and-excitation, where a block may have it, else an identity or nothing
+    place: int = 0  # how many units precede it
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*sum(self.units, ()), *self.relus, self.shortcut, *self.optional)
+        units = [*self.units[: self.place], *[(self.gate,)] * bool(self.gate), *self.units[self.place :]]
+        return (*sum(units, ()), *self.relus, self.shortcut, *self.optional)
 
     @property
-    def perhaps_container(self) -> str:
-        return self.shortcut
+    def perhaps_containers(self) -> tuple[str, ...]:
+        return (self.gate, self.shortcut) if self.gate else (self.shortcut,)
 
 
 class StemLayout(NamedTuple):
@@ -84,8 +88,8 @@ class StemLayout(NamedTuple):
         return (*sum(self.before, ()), self.conv, self.bn, self.relu, *filter(None, [self.pool]))
 
     @property
-    def perhaps_container(self) -> str:
-        return self.conv
+    def perhaps_containers(self) -> tuple[str, ...]:
+        return (self.conv,)
 
 
 def _numbered(count: int) -> tuple[tuple[str, str], ...]:
@@ -98,12 +102,16 @@ def _torchvision(count: int) -> BlockLayout:
 
 def _timm(count: int) -> BlockLayout:
     relus = tuple(f"act{i}" for i in range(1, count + 1))
-    return BlockLayout(_numbered(count), relus, "downsample", ("drop_block", "aa", "se", "drop_path"))
+    optional = ("drop_block", "aa", "drop_path")
+    return BlockLayout(_numbered(count), relus, "downsample", optional, gate="se", place=count)
 
 
-def _transformers(count: int, prefix: str = "ResNet") -> BlockLayout:
-    """`prefix` is that of the library's classes. RT-DETR's shortcut may lie beside a pool in a container."""
-    layers = [f"layer.{i}" for i in range(count)]
+def _transformers(count: int, prefix: str = "ResNet", gate: int | None = None) -> BlockLayout:
+    """`prefix` is that of the library's classes; `gate` the place of squeeze-and-excitation among the layers.
+
+    RT-DETR's shortcut may lie beside a pool in a container.
+    """
+    layers = [f"layer.{i}" for i in range(count + (gate is not None)) if i != gate]
     return BlockLayout(
         units=tuple((f"{layer}.convolution", f"{layer}.normalization") for layer in layers),
         relus=(*(f"{layer}.activation" for layer in layers[:-1]), "activation"),
@@ -111,6 +119,8 @@ def _transformers(count: int, prefix: str = "ResNet") -> BlockLayout:
         optional=(f"{layers[-1]}.activation",),
         containers=(("layer", nn.Sequential), *((layer, f"{prefix}ConvLayer") for layer in layers)),
         shortcut_class=f"{prefix}ShortCut",
+        gate="" if gate is None else f"layer.{gate}",
+        place=gate or 0,
     )
 
 
@@ -122,6 +132,8 @@ def _torchvision_regnet() -> BlockLayout:
         shortcut="proj",
         containers=(("f", "BottleneckTransform"), *((layer, "Conv2dNormActivation") for layer in layers)),
         shortcut_class="Conv2dNormActivation",
+        gate="f.se",
+        place=2,
     )
 
 
@@ -132,12 +144,14 @@ def _timm_regnet() -> BlockLayout:
         units=tuple((f"{layer}.conv", f"{layer}.bn") for layer in layers),
         relus=("conv1.bn.act", "conv2.bn.act", "act3"),
         shortcut="downsample",
-        optional=("se", "drop_path"),
+        optional=("drop_path",),
         containers=(
             *((layer, "ConvNormAct") for layer in layers),
             *((f"{layer}.bn", NORM_WITH_ACTIVATION) for layer in layers),
         ),
         shortcut_class="ConvNormAct",
+        gate="se",
+        place=2,
     )
 
 
@@ -295,7 +309,7 @@ class _Changed:
             return _out_of_order(self) or self._find_parts()
         kept = _kept.get(self)
         if kept is None or not kept.hold(self):
-            places = [*(name for name, _ in self._layout.containers), self._layout.perhaps_container]
+            places = [*(name for name, _ in self._layout.containers), *self._layout.perhaps_containers]
             containers = [self, *(_held(self, name) for name in places)]
             if isinstance(containers[-1], nn.Module):  # in which one of a library's own may lie, or a norm of its own
                 inner = [child for child in containers[-1]._modules.values() if child is not None]
@@ -315,14 +329,23 @@ class _Block(_Changed, FusedBlock):
     def _find_parts(self) -> BlockParts | str:
         layout = self._layout
         units = tuple(UnitParts(_held(self, conv), _held(self, bn), conv, bn) for conv, bn in layout.units)
-        shortcut, others, pool = _shortcut(layout.shortcut, _held(self, layout.shortcut), layout.shortcut_class)
+        gate, attention = None, _held(self, layout.gate) if layout.gate else None
+        shortcut, others, pool = _held(self, layout.shortcut), [], None
+        if attention is not None and type(attention) is not nn.Identity:
+            gate = gate_parts(layout.gate, attention, layout.place, None if type(shortcut) is nn.Identity else shortcut)
+        if gate is None:
+            shortcut, others, pool = _shortcut(layout.shortcut, shortcut, layout.shortcut_class)
+            if attention is not None:
+                others.append(Watched(layout.gate, attention, nn.Identity))
+        else:
+            shortcut = None
         others += [Watched(name, _held(self, name), nn.ReLU) for name in layout.relus]
         optional = (Watched(name, _held(self, name), nn.Identity) for name in layout.optional)
         others += [other for other in optional if other.module is not None]
         for name, module, _ in others:
             if module is not None and not isinstance(module, nn.Module):
                 return f"{name} is a {type(module).__name__} and no module"
-        return BlockParts(units, shortcut, (*others, *_watched(self)), pool)
+        return BlockParts(units, shortcut, (*others, *_watched(self)), pool, gate)
 
 
 class _Stem(_Changed, FusedStemBase):
@@ -475,6 +498,7 @@ _KNOWN = {
     "transformers.models.resnet.modeling_resnet.ResNetBasicLayer": _Known(_Block, _transformers(2)),
     "transformers.models.resnet.modeling_resnet.ResNetBottleNeckLayer": _Known(_Block, _transformers(3)),
     "transformers.models.regnet.modeling_regnet.RegNetXLayer": _Known(_Block, _transformers(3, "RegNet")),
+    "transformers.models.regnet.modeling_regnet.RegNetYLayer": _Known(_Block, _transformers(3, "RegNet", gate=2)),
     "transformers.models.regnet.modeling_regnet.RegNetEmbeddings": _Known(
         _Embeddings,
         StemLayout(

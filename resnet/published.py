@@ -23,6 +23,7 @@ class ResNet(nn.Sequential):
         ResNet(Bottleneck, depths=(3, 4, 6, 3), mid_widths=(128, 256, 512, 1024), groups=32)  # resnext50_32x4d
         ResNet(Bottleneck, depths=(3, 4, 6, 3), output_stride=8)  # the backbone of DeepLab and FCN
         ResNet(Bottleneck, depths=(3, 4, 6, 3), stem="deep", avg_down=True)  # ResNet-50-D, with timm's keys
+        ResNet(Bottleneck, depths=(3, 4, 6, 3), squeeze_excite=True)  # SE-ResNet-50, with timm's keys
 
     Args:
         block: `BasicBlock`, `Bottleneck`, or any class with their constructor and their attribute `expansion`.
@@ -39,6 +40,7 @@ class ResNet(nn.Sequential):
         output_stride: pixels of the image along an axis to one of the last stage's maps, a power of two, at most: from
             there on a stage has a dilation in place of its stride, as in torchvision's and timm's nets. The first
             block of such a stage keeps the dilation of the one before it.
+        squeeze_excite: the blocks' `squeeze_excite`.
 
     Raises:
         ValueError: an argument is out of its range, or the lists are not as long as each other.
@@ -57,6 +59,7 @@ class ResNet(nn.Sequential):
         avg_down: bool = False,
         groups: int = 1,
         output_stride: int | None = None,
+        squeeze_excite: bool = False,
     ):
         if not hasattr(block, "expansion"):
             raise ValueError(f"block: expected a class with an expansion, as BasicBlock has, got {block!r}")
@@ -87,6 +90,8 @@ class ResNet(nn.Sequential):
         channels, dilation, options = widths[0], 1, {"avg_down": True} if avg_down else {}
         if groups > 1:
             options["groups"] = groups
+        if squeeze_excite:
+            options["squeeze_excite"] = True
         for i, (depth, width) in enumerate(zip(depths, widths)):
             if mid_widths is not None:
                 options["mid_width"] = mid_widths[i]

@@ -108,6 +108,29 @@ def _downsample(in_channels: int, channels: int, stride: int | tuple[int, int], 
     )
 
 
+class SqueezeExcite(nn.Module):
+    """x * gate, a gate for each image and channel: sigmoid(fc2(relu(fc1(mean of x over H and W)))).
+
+    From "Squeeze-and-Excitation Networks" (Hu et al., 2018), with the keys of timm's `SEModule`.
+
+    Args:
+        channels: C of the input (N, C, H, W).
+        reduced: channels between the two 1x1 convolutions; by default a sixteenth of C, rounded to a multiple of 8.
+    """
+
+    def __init__(self, channels: int, reduced: int | None = None):
+        super().__init__()
+        if reduced is None:
+            reduced = max(8, (channels // 16 + 4) // 8 * 8)
+        self.fc1 = nn.Conv2d(channels, reduced, kernel_size=1)
+        self.act = nn.ReLU(inplace=True)
+        self.fc2 = nn.Conv2d(reduced, channels, kernel_size=1)
+        self.gate = nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
 class BasicBlock(nn.Module):
     """The published block of ResNet-18 and 34: two 3x3 convolutions without bias, BatchNorm on the shortcut too.
 
@@ -116,22 +139,34 @@ class BasicBlock(nn.Module):
         channels: channels K of the output (N, K, P, Q).
         stride: stride of conv1 and of the shortcut's convolution.
         avg_down: the shortcut averages 2x2 pixels, with the stride, before its convolution, as in ResNet-D.
+        squeeze_excite: a `SqueezeExcite`, `se`, follows the last norm.
     """
 
     expansion = 1  # channels of the output over the width
 
-    def __init__(self, in_channels: int, channels: int, stride: int | tuple[int, int] = 1, *, avg_down: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int | tuple[int, int] = 1,
+        *,
+        avg_down: bool = False,
+        squeeze_excite: bool = False,
+    ):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, stride=stride, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.se = SqueezeExcite(channels) if squeeze_excite else None
         self.downsample = _downsample(in_channels, channels, stride, avg_down)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
+        if self.se is not None:
+            y = self.se(y)
         if self.downsample is not None:
             x = self.downsample(x)
         y += x
@@ -151,6 +186,7 @@ class Bottleneck(nn.Module):
         avg_down: see `BasicBlock`.
         groups: of the 3x3 convolution, as in ResNeXt; they divide the channels around it.
         dilation: of the 3x3 convolution, whose padding is the same.
+        squeeze_excite: see `BasicBlock`.
     """
 
     expansion = 4  # channels of the output over the width
@@ -165,6 +201,7 @@ class Bottleneck(nn.Module):
         avg_down: bool = False,
         groups: int = 1,
         dilation: int = 1,
+        squeeze_excite: bool = False,
     ):
         super().__init__()
         mid, channels = width if mid_width is None else mid_width, self.expansion * width
@@ -175,12 +212,15 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(mid, channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
+        self.se = SqueezeExcite(channels) if squeeze_excite else None
         self.downsample = _downsample(in_channels, channels, stride, avg_down)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
+        if self.se is not None:
+            y = self.se(y)
         if self.downsample is not None:
             x = self.downsample(x)
         y += x
