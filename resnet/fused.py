@@ -531,7 +531,7 @@ class FusedBlock(_Fused):
         factor = pooled.view(N, 1, C) if gate.row else pooled.view(N, C, 1, 1)
         for module in gate.called:
             factor = module(factor)
-        factor = factor.reshape(N, -1).to(y.dtype).expand(N, C).contiguous()
+        factor = factor.flatten(1).to(y.dtype).expand(N, C).contiguous()
         if gate.place < len(parts.units):
             return self._last_unit(parts, X, _excited(y, stats, link, factor, None, True, False))
         if gate.shortcut is None:
@@ -549,9 +549,12 @@ class FusedBlock(_Fused):
         if unlike_input(bn_name, bn, a.dtype) or _trained_statistics([norm]):
             return F.relu(bn(conv(a)) + shortcut)
         y = conv._conv_forward(a, conv.weight, None)
-        shortcut = shortcut.to(y.dtype)
-        out = unchecked(y, shortcut, norm, True)
-        return checked(y, shortcut, norm, True, bn_name) if out is None else out
+        fits = type(shortcut) is Tensor and shortcut.shape == y.shape
+        added = shortcut.to(y.dtype) if fits else None
+        out = unchecked(y, added, norm, fits)
+        if out is None:
+            out = checked(y, added, norm, fits, bn_name)
+        return out if fits else F.relu(out + shortcut)
 
 
 def _is_added(parts: BlockParts) -> bool:

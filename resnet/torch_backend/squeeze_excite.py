@@ -26,6 +26,12 @@ def _sums(x: Tensor) -> Tensor:
     return x.sum((2, 3), dtype=statistics_dtype(x.dtype))
 
 
+def _beta(stats: Tensor) -> Tensor:
+    """(C,): norm(y) is scale * (y - mean) + beta."""
+    mean, _, scale, shift = stats
+    return torch.addcmul(shift, mean, scale)
+
+
 def squeeze_forward(x: Tensor, units: tuple[Unit, ...], relu: bool, added: bool) -> tuple:
     """A chain of units up to the means of [relu](norm(y)): the fields of a squeeze's output.
 
@@ -40,16 +46,16 @@ def squeeze_forward(x: Tensor, units: tuple[Unit, ...], relu: bool, added: bool)
         inner_stats.append(unit_stats)
     y = convolve(a, last.weight, None, last.geometry)
     stats, scale, shift = batch_norm.norm_stats(y, last.norm)
-    (mean, invstd, *_), pixels = stats, y.shape[2] * y.shape[3]
+    (mean, invstd, *_), pixels, rows = stats, y.shape[2] * y.shape[3], y - stats[0][:, None, None]
     if relu:
         h = affine(y, scale, shift).relu_()
         passed = aten.threshold_backward(torch.ones_like(h), h, 0)
-        share = _sums(passed) / pixels
-        pooled, centered = _sums(h) / pixels, _sums(passed.mul_(y - mean[:, None, None]).to(stats.dtype))
+        share, rows = _sums(passed) / pixels, rows.mul_(passed)
     else:
-        pooled = torch.addcmul(shift, _sums(y) / pixels, scale)
-        share, centered = torch.ones_like(pooled), _sums(y - mean[:, None, None])
-    link = torch.stack((share, centered * invstd / pixels, torch.zeros_like(share)))
+        share = torch.ones_like(stats[0]).expand(y.shape[:2])
+    centered = _sums(rows) / pixels
+    pooled = torch.addcmul(_beta(stats) * share, centered, scale)
+    link = torch.stack((share, centered * invstd, torch.zeros_like(share)))
     return y, pooled.to(y.dtype), link, stats, tuple(ys), tuple(inner_stats)
 
 
@@ -124,5 +130,5 @@ def excite_backward(dout: Tensor, kept: ExciteKept) -> ExciteGrad:
     if inner_relu:
         passed = aten.threshold_backward(passed, affine(y, scale, shift).relu_(), 0)
     sum_g, sum_gx = _sums(passed), _sums((y - mean[:, None, None]).mul_(passed))
-    dgate = torch.addcmul(torch.addcmul(shift, mean, scale) * sum_g, sum_gx, scale)  # h is scale * (y - mean) + beta
+    dgate = torch.addcmul(_beta(stats) * sum_g, sum_gx, scale)
     return ExciteGrad(g, dgate.to(gate.dtype), torch.stack((sum_g, sum_gx * invstd, gate.to(stats.dtype))))

@@ -22,6 +22,7 @@ from resnet import (
     Residual,
     ResidualBottleneck,
     SmallStem,
+    SqueezeExcite,
     Stem,
     fuse,
 )
@@ -69,8 +70,14 @@ def named(option: str) -> Callable[[object], str]:
 
 
 def randomize(module: nn.Module) -> None:
-    """Draw what training moves in a BatchNorm, some weights negative: fresh, all of it is ones and zeros."""
+    """Draw what training moves in a BatchNorm, some weights negative: fresh, all of it is ones and zeros.
+
+    What makes the gates of a few channels has a ReLU, too. It is kept from its kink, where one value would decide the
+    error of all.
+    """
     for bn in module.modules():
+        if isinstance(bn, SqueezeExcite):
+            bn.fc1.bias.data = (torch.arange(len(bn.fc1.bias)) % 2 * 4.0 - 2).to(bn.fc1.bias)
         if isinstance(bn, nn.BatchNorm2d):
             if bn.affine:
                 nn.init.uniform_(bn.weight, -1.5, 1.5)
@@ -98,6 +105,7 @@ def averaged(module: nn.Module) -> None:
 
 
 POOLED = {"avg_down": True}  # of the published blocks: the shortcut pools its input
+GATED = {"squeeze_excite": True}
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import nn
 import resnet
 from resnet import BasicBlock, Bottleneck, ResidualBottleneck
 from tests.helpers.blocks import (
+    GATED,
     POOLED,
     SIXTEEN_BIT,
     draw,
@@ -43,6 +44,10 @@ CASES = {
     "bottleneck, dilation and a stride": (Bottleneck, (8, 4, 2, {"dilation": 3})),
     "bottleneck, a dilation beyond 32-bit offsets": (Bottleneck, (16, 4, 1, {"dilation": 10**7})),
     "bottleneck, groups and dilation": (Bottleneck, (16, 4, 1, {"groups": 2, "dilation": 2})),
+    "basic, gates": (BasicBlock, (8, 8, GATED)),
+    "basic, gates and a normed shortcut of stride 2": (BasicBlock, (8, 12, 2, GATED)),
+    "bottleneck, gates": (Bottleneck, (16, 4, GATED)),
+    "bottleneck, gates and a pooled shortcut": (Bottleneck, (8, 4, 2, {**GATED, **POOLED})),
     "textbook's bottleneck, identity": (ResidualBottleneck, (16, 16)),
     "textbook's bottleneck, 1x1": (ResidualBottleneck, (8, 16, True)),
     "textbook's bottleneck, 1x1 of stride 2": (ResidualBottleneck, (8, 16, True, 2)),
@@ -93,6 +98,8 @@ WIDE = {
     "bottleneck, pooled shortcut": (Bottleneck, (16, 8, 2, POOLED)),
     "bottleneck, groups": (Bottleneck, (16, 8, 2, {"groups": 2})),
     "bottleneck, dilation": (Bottleneck, (16, 8, 1, {"dilation": 2})),
+    "basic, gates": (BasicBlock, (16, 16, GATED)),
+    "bottleneck, gates and a normed shortcut": (Bottleneck, (16, 8, 2, GATED)),
     "textbook's bottleneck": (ResidualBottleneck, (16, 32, True, 2)),
 }
 

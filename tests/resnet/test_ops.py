@@ -12,10 +12,13 @@ from resnet import FusedBottleneck, FusedResidual, FusedStem, resnet_block
 from resnet.norm import Norm
 from resnet.operands import (
     BLOCK_KINDS,
+    SQUEEZE_KINDS,
     BatchNormAddReluKept,
     DeepStem,
     DeepStemKept,
     DeepStemOutput,
+    Excite,
+    ExciteKept,
     KeptConv,
     Pooled,
     Projection,
@@ -25,6 +28,7 @@ from resnet.operands import (
     Unit,
     block_kind,
     frozen_kind,
+    squeeze_kind,
 )
 from resnet.schema import pack, unpack
 from resnet.torch_backend import inference
@@ -292,6 +296,60 @@ def test_inference_of_a_block_passes_opcheck(any_backend, options):
         opcheck(getattr(ops, f"{kind_of(arguments).name}_inference"), flat)
 
 
+def squeeze_arguments(options: dict) -> tuple:
+    """The arguments of a chain up to its squeeze: those of a block without a shortcut, which may be added later."""
+    x, units, *_ = block_arguments({**options, "block": "identity" if options["added"] else "1x1, stride 2"})
+    return squeeze_kind(options["units"]).arguments(x, units, options["relu"], options["added"])
+
+
+def link_of(N: int, K: int, seed: int) -> Tensor:
+    return draw(3 * N, K, seed=seed).view(3, N, K)
+
+
+@each(pairwise(units=(2, 3), window=WINDOWS, relu=BOTH, added=BOTH, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS))
+def test_squeeze_passes_opcheck(any_backend, options):
+    arguments = squeeze_arguments(options)
+    opcheck(getattr(ops, squeeze_kind(options["units"]).name), pack(arguments))
+
+
+@each(pairwise(units=(2, 3), window=WINDOWS, relu=BOTH, added=BOTH, cast=BOTH, all_needed=BOTH, **NORMS))
+def test_squeeze_backward_passes_opcheck(any_backend, options):
+    arguments, kind = squeeze_arguments(options), squeeze_kind(options["units"])
+    flat, (x, units, relu, added) = pack(arguments), arguments
+    with torch.no_grad():
+        output = unpack(kind.output, getattr(ops, kind.name)(*flat))
+    ys, stats = (*output.ys, output.y), (*output.inner_stats, output.stats)
+    kept = kind.kept(x, ys, stats, output.link, tuple(unit.kept() for unit in units), relu, added)
+    dy, *rest = backward_arguments(draw(*output.y.shape, seed=5), kept, flat, options["all_needed"])
+    dpooled, dlink = draw(*output.pooled.shape, seed=6), link_of(*output.pooled.shape, seed=7)
+    opcheck(getattr(ops, f"{kind.name}_backward"), [dy, dpooled, dlink, *rest])
+
+
+def excite_arguments(options: dict) -> Excite:
+    y, gate = draw(2, 3, 4, 5).requires_grad_(), draw(2, 3, seed=2).requires_grad_()
+    shortcut = draw(2, 3, 4, 5, seed=3).requires_grad_() if options.get("shortcut") else None
+    stats, link = draw(4, 3, seed=1), link_of(2, 3, seed=4).requires_grad_()
+    return Excite(y, stats, link, gate, shortcut, options["inner_relu"], options["relu"])
+
+
+@each(pairwise(shortcut=BOTH, inner_relu=BOTH, relu=BOTH))
+def test_excite_passes_opcheck(any_backend, options):
+    opcheck(ops.excite, pack(excite_arguments(options)))
+
+
+@each(pairwise(inner_relu=BOTH, relu=BOTH, all_needed=BOTH))
+def test_excite_backward_passes_opcheck(any_backend, options):
+    arguments = excite_arguments(options)
+    with torch.no_grad():
+        out = ops.excite(*pack(arguments)) if options["relu"] else None
+    y, stats, _, gate, _, inner_relu, _ = arguments
+    # Without a ReLU at the end y's gradient is dout itself; the shortcut's is y's or dout.
+    given = arguments._replace(y=y if options["relu"] else y.detach(), shortcut=None)
+    kept = ExciteKept(y, out, stats, gate, inner_relu)
+    dout = draw(2, 3, 4, 5, seed=5)
+    opcheck(ops.excite_backward, backward_arguments(dout, kept, pack(given), options["all_needed"]))
+
+
 @each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), folds=BOTH, C=(1, 2)))
 def test_stem_inference_passes_opcheck(any_backend, monkeypatch, options):
     (size, *geometry), C = options["geometry"], options["C"]
@@ -311,6 +369,8 @@ def test_every_registered_operator_has_an_opcheck_here():
     tests = [name.removeprefix("test_") for name in globals() if name.endswith("_passes_opcheck")]
     named = {name.removesuffix("_passes_opcheck") for name in tests if "a_block" not in name}
     blocks = {kind.name for kind in BLOCK_KINDS}
+    named |= {name.replace("squeeze", kind.name) for kind in SQUEEZE_KINDS for name in named if "squeeze" in name}
+    named -= {"squeeze", "squeeze_backward"}
     ends = ("", "_backward", "_inference", "_frozen", "_frozen_backward")
     assert registered == named | {f"{block}{end}" for block in blocks for end in ends}
 

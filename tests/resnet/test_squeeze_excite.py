@@ -1,0 +1,359 @@
+"""Blocks with squeeze-and-excitation: fused operators around the modules that make the gates, beside eager.
+
+The gates of SE-ResNets stand at the end of a block; those of RegNets before its last convolution.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from resnet import BasicBlock, Bottleneck, SqueezeExcite, fuse
+from resnet.fusable import BlockParts, UnitParts, Watched, gate_parts
+from resnet.fused import FusedBlock
+from tests.conftest import DEVICE
+from tests.helpers.blocks import (
+    GATED,
+    SIXTEEN_BIT,
+    Trio,
+    averaged,
+    draw,
+    infer,
+    keep_norms_constant,
+    name_of,
+    randomize,
+    same,
+    snapshot,
+    step,
+    trio,
+)
+from tests.helpers.fused_cases import assert_exact, assert_refused, assert_trios_parity, train_and_eval
+
+
+@pytest.fixture(autouse=True)
+def fused_alone():
+    """What falls back to PyTorch's operators warns, which is an error here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* runs PyTorch's operators one by one")
+        yield
+
+
+class Inner(nn.Module):
+    """A bottleneck with groups whose gates stand before its last convolution, as in a RegNetY."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=2, bias=False)
+        self.bn2, self.se = nn.BatchNorm2d(channels), SqueezeExcite(channels)
+        self.conv3, self.bn3 = nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.se(self.relu(self.bn2(self.conv2(y))))
+        y = self.bn3(self.conv3(y))
+        y += x if self.downsample is None else self.downsample(x)
+        return self.relu(y)
+
+
+class FusedInner(FusedBlock, Inner):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._run(x)
+
+    def _parts(self) -> BlockParts:
+        own = self._modules
+        units = tuple(UnitParts(own[f"conv{i}"], own[f"bn{i}"], f"conv{i}", f"bn{i}") for i in (1, 2, 3))
+        gate = gate_parts("se", own["se"], 2, own.get("downsample"))
+        return BlockParts(units, None, (Watched("relu", own["relu"], nn.ReLU),), None, gate)
+
+
+def trio_of(case: tuple, seed: int = 0, dtype: torch.dtype = torch.float32, train: bool = True) -> Trio:
+    kind, arguments = case
+    if kind is not Inner:
+        return trio(kind, *arguments, GATED, seed=seed, dtype=dtype, train=train)
+    torch.manual_seed(seed)
+    eager = Inner(*arguments)
+    randomize(eager)
+    eager = eager.to(DEVICE, dtype).train(train)
+    fused = copy.deepcopy(eager)
+    fused.__class__ = FusedInner
+    return Trio(eager, fused, copy.deepcopy(eager).double())
+
+
+CASES = {
+    "basic, identity": (BasicBlock, (8, 8)),
+    "basic, shortcut of stride 2": (BasicBlock, (8, 12, 2)),
+    "bottleneck, identity": (Bottleneck, (16, 4)),
+    "before the last convolution, identity": (Inner, (8, 8)),
+    "before the last convolution, shortcut of stride 2": (Inner, (8, 12, 2)),
+}
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+one = CASES["basic, identity"]
+
+
+def input_of(case: tuple, *size: int, **options) -> Tensor:
+    N, H, W = size or (3, 7, 6)
+    return draw(N, case[1][0], H, W, **options)
+
+
+# ---- values and gradients ------------------------------------------------------------------------------------------
+
+
+@cases
+@train_and_eval
+def test_a_block_gives_eagers_values_in_float64(any_backend, case, train):
+    t, x = trio_of(case, dtype=torch.float64, train=train), input_of(case, dtype=torch.float64)
+    assert_exact(t, x)
+    assert_exact(t.each(nn.Module.eval), x, infer)
+
+
+@cases
+@train_and_eval
+def test_a_block_is_as_exact_as_eager(any_backend, case, train):
+    trios = [trio_of(case, seed=seed, train=train) for seed in range(4)]
+    assert_trios_parity(trios, (4, case[1][0], 7, 6))
+
+
+@cases
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
+def test_a_block_of_a_16_bit_type_on_pytorchs_operators_is_as_exact_as_eager(dtype, case):
+    trios = [trio_of((case[0], [2 * n if n > 2 else n for n in case[1]]), seed, dtype) for seed in range(6)]
+    assert_trios_parity(trios, (8, 2 * case[1][0], 24, 24))
+
+
+TRAINED = {
+    "what makes the gates": ("se",),
+    "the first convolution": ("conv1",),
+    "the norm before the gates": ("bn2",),
+    "the last norm": ("bn3",),
+    "the shortcut": ("downsample",),
+    "all but the gates": ("conv", "bn", "downsample"),
+}
+
+
+@pytest.mark.parametrize("wants_dx", [True, False], ids=["dx", "no dx"])
+@pytest.mark.parametrize("trained", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize("case", [(Bottleneck, (16, 8, 2)), (Bottleneck, (16, 4)), (Inner, (8, 12, 2))], ids=name_of)
+def test_what_is_frozen_changes_no_other_gradient(any_backend, case, trained, wants_dx):
+    t, x = trio_of(case, dtype=torch.float64), input_of(case, dtype=torch.float64).requires_grad_(wants_dx)
+    grads = []
+    for block in (t.fused, t.exact):
+        for name, p in block.named_parameters():
+            p.requires_grad_(name.startswith(trained))
+        leaves = [p for p in block.parameters() if p.requires_grad] + [x] * wants_dx
+        if not leaves:
+            pytest.skip("its shortcut is the identity")
+        grads.append(torch.autograd.grad(block(x).square().sum(), leaves))
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-7)
+
+
+@cases
+def test_norms_of_constants_give_eagers_values(any_backend, case):
+    assert_exact(trio_of(case, dtype=torch.float64).each(keep_norms_constant), input_of(case, dtype=torch.float64))
+
+
+@cases
+def test_statistics_may_be_averages_over_all_batches(any_backend, case):
+    assert_exact(trio_of(case, dtype=torch.float64).each(averaged), input_of(case, dtype=torch.float64))
+
+
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x.detach())
+
+
+@cases
+def test_gates_may_stop_the_gradient(any_backend, case):
+    """Nothing reaches the means: the gradients without them are eager's."""
+    t = trio_of(case, dtype=torch.float64).each(lambda m: setattr(m.se, "gate", Detached()))
+    for block in t.all:
+        block.se.requires_grad_(False)
+    assert_exact(t, input_of(case, dtype=torch.float64))
+
+
+@cases
+def test_the_means_alone_may_have_a_gradient(any_backend, case):
+    """A loss on the gates, and none on what the block gives."""
+
+    def on_gates(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
+        seen = []
+        handle = block.se.gate.register_forward_hook(lambda module, args, out: seen.append(out))
+        block(x)
+        handle.remove()
+        leaves = [block.conv1.weight, block.bn2.weight, block.bn2.bias, block.se.fc1.weight]
+        return dict(enumerate(torch.autograd.grad(seen[0].square().sum(), leaves)))
+
+    assert_exact(trio_of(case, dtype=torch.float64), input_of(case, dtype=torch.float64), on_gates)
+
+
+def test_a_mean_far_from_zero_costs_no_digits(any_backend):
+    def shifted(m: nn.Module) -> None:
+        m.conv2.weight.data += 3.0
+
+    trios = [trio_of(one, seed=seed).each(shifted) for seed in range(4)]
+    assert_trios_parity(trios, (4, 8, 7, 6))
+
+
+@pytest.mark.parametrize("size", [(0, 7, 6), (1, 1, 2), (2, 1, 1)], ids=name_of)
+def test_batches_of_few_pixels_and_of_none_are_eagers(any_backend, size):
+    assert_exact(trio_of(one, dtype=torch.float64), input_of(one, *size, dtype=torch.float64))
+
+
+def test_a_second_step_gives_the_same_bits(any_backend):
+    block, x = trio_of(one).fused, input_of(one)
+    state = snapshot(block)
+    first = step(block, x)
+    block.load_state_dict(state)
+    same(first, step(block, x))
+
+
+def test_backward_keeps_the_input_the_convolutions_and_the_output():
+    block, saved = trio_of(one).fused, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = block(input_of(one, 2, 32, 32).requires_grad_())
+    maps = {t.data_ptr(): t.shape for t in saved if t.dim() == 4 and t.shape[2:] == (32, 32)}
+    assert out.data_ptr() in maps and list(maps.values()) == [(2, 8, 32, 32)] * 4
+
+
+# ---- the modules that make the gates -------------------------------------------------------------------------------
+
+
+@cases
+def test_hooks_on_what_makes_the_gates_are_called(case):
+    block, seen = trio_of(case).fused, []
+    block.se.fc1.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+    block(input_of(case))
+    assert seen == [(3, block.se.fc1.in_channels, 1, 1)]
+
+
+@cases
+def test_what_makes_the_gates_may_be_replaced(any_backend, case):
+    def replace(m: nn.Module) -> None:
+        torch.manual_seed(5)
+        m.se.act = nn.SiLU()
+        m.se.fc1 = nn.utils.parametrizations.weight_norm(nn.Conv2d(m.se.fc1.in_channels, 8, 1)).to(m.conv1.weight)
+
+    assert_exact(trio_of(case, dtype=torch.float64).each(replace), input_of(case, dtype=torch.float64))
+
+
+def hooked(block: nn.Module) -> None:
+    block.se.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def of_another_class(block: nn.Module) -> None:
+    block.se = nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid()).to(block.conv1.weight)
+
+
+def with_a_forward_of_its_own(block: nn.Module) -> None:
+    block.se.forward = lambda x: x * 0.5
+
+
+UNLIKE = {
+    "se has hooks": hooked,
+    "se is a Sequential": of_another_class,
+    "se has a forward of": with_a_forward_of_its_own,
+}
+
+
+@pytest.mark.parametrize("reason", UNLIKE)
+def test_a_block_whose_module_does_something_else_runs_pytorchs_operators(reason):
+    t = trio_of(one, dtype=torch.float64)
+    for block in t.all:
+        torch.manual_seed(3)
+        UNLIKE[reason](block)
+    x = input_of(one, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=reason):
+        out = t.fused(x)
+    torch.testing.assert_close(out, t.exact(x), atol=1e-12, rtol=1e-12)
+    report = fuse(copy.deepcopy(t.eager))
+    assert not report.fused and report.left[0].reason.startswith(reason)
+
+
+def test_gates_are_dropped_with_their_module(any_backend):
+    """The block is then one operator, as any other is."""
+    t = trio_of(one, dtype=torch.float64).each(lambda m: setattr(m, "se", None))
+    assert_exact(t, input_of(one, dtype=torch.float64))
+    assert "residual_block" in str(t.fused(input_of(one, dtype=torch.float64)).grad_fn).lower().replace(
+        "block2", "_block"
+    )
+
+
+class OfOnePixel(nn.Module):
+    """A shortcut that eager adds to all pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("case", [one, CASES["before the last convolution, identity"]], ids=name_of)
+def test_a_shortcut_of_another_shape_or_type_is_eagers(any_backend, case):
+    t = trio_of(case, dtype=torch.float64).each(lambda m: setattr(m, "downsample", OfOnePixel()))
+    assert_exact(t, input_of(case, dtype=torch.float64))
+
+
+# ---- the rest of PyTorch -------------------------------------------------------------------------------------------
+
+
+@cases
+def test_a_block_under_autocast_trains_its_own_weights(case):
+    t = trio_of(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [block(input_of(case, 2, 16, 16)) for block in (t.fused, t.eager)]
+    assert outs[0].dtype == torch.bfloat16
+    torch.testing.assert_close(outs[0].float(), outs[1].float(), atol=0.1, rtol=0.1)
+    outs[0].float().square().sum().backward()
+    assert all(p.grad.dtype == p.dtype == torch.float32 for p in t.fused.parameters())
+
+
+@cases
+def test_a_block_compiles_in_one_graph(case):
+    t, x = trio_of(case, dtype=torch.float64), input_of(case, dtype=torch.float64)
+    compiled = torch.compile(t.fused, backend="aot_eager", fullgraph=True)
+    found = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x).items()}
+    torch.testing.assert_close(found, step(t.exact, x), atol=1e-9, rtol=1e-7)
+
+
+@cases
+def test_a_block_under_a_checkpoint_gives_eagers_gradients(case):
+    t, x = trio_of(case, dtype=torch.float64), input_of(case, dtype=torch.float64).requires_grad_()
+    grads = []
+    for block in (t.fused, t.exact):
+        out = checkpoint(block, x, use_reentrant=False)
+        grads.append(torch.autograd.grad(out.square().sum(), [x, *block.parameters()]))
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-7)
+
+
+@cases
+def test_a_batch_of_gradients_is_taken_one_by_one(case):
+    t, x = trio_of(case, dtype=torch.float64), input_of(case, dtype=torch.float64).requires_grad_()
+    grads = []
+    for block in (t.fused, t.exact):
+        out = block(x)
+        douts = draw(3, *out.shape, seed=4, dtype=torch.float64)
+        grads.append(torch.autograd.grad(out, [x, *block.parameters()], douts, is_grads_batched=True))
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-7)
+
+
+def test_a_second_derivative_is_refused():
+    block, x = trio_of(one).fused, input_of(one).requires_grad_()
+    (dx,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward through the fused operators is not supported"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("case", [one, CASES["before the last convolution, identity"]], ids=name_of)
+def test_bad_input_is_refused_before_anything_changes(case):
+    block = trio_of(case).fused
+    assert_refused(block, draw(2, 5, 7, 6), ValueError, "channels")
+    assert_refused(block, draw(2, 8, 7, 6, dtype=torch.float64), TypeError, "float64")
+    assert_refused(block, draw(1, 8, 1, 1), ValueError, "bn1")
