@@ -7,7 +7,8 @@ their gradients and vectors per channel do not count. A strided 1x1 convolution 
 H and W, and only these are read.
 
 The names are those of docs/how-it-works.md: y1, y2, ... are what the convolutions write and ys what the shortcut's
-does; p is a pooled x; z is BatchNorm's output, a = ReLU(z), g the gradient behind a ReLU; d stands before a gradient.
+does; p is a pooled x; z is BatchNorm's output, a = ReLU(z), e = z times its gates, of which a map has one; g is the
+gradient behind a ReLU; d stands before a gradient.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ BLOCKS = {
     "bottleneck-strided": Block(FusedBottleneck, Bottleneck, (4, 2), 2),
     "bottleneck-pooled": Block(*(partial(kind, avg_down=True) for kind in (FusedBottleneck, Bottleneck)), (4, 2), 2),
     "bottleneck-grouped": Block(*(partial(kind, groups=4) for kind in (FusedBottleneck, Bottleneck)), (4, 1)),
+    "basic-gated": Block(*(partial(kind, squeeze_excite=True) for kind in (FusedBasicBlock, BasicBlock)), (1, 1)),
+    "bottleneck-gated": Block(*(partial(kind, squeeze_excite=True) for kind in (FusedBottleneck, Bottleneck)), (4, 1)),
 }
 
 
@@ -90,6 +93,7 @@ class Chain:
     shortcut: ConvShape | None  # None: the identity
     pooled: bool = False  # whether the shortcut's reads a pooled x
     grouped: frozenset[int] = frozenset()  # the units with groups, by number
+    gated: bool = False  # whether squeeze-and-excitation follows the last norm
 
     @staticmethod
     def of(block: nn.Module, shape: Sequence[int]) -> Chain:
@@ -102,6 +106,8 @@ class Chain:
         shortcut = parts.shortcut
         if shortcut is not None and shortcut.bn is None:
             raise ValueError("the passes of a shortcut without a BatchNorm are not counted")
+        if parts.gate is not None and parts.gate.shortcut is not None:
+            raise ValueError("the passes of a shortcut beside gates are not counted, but for the identity's")
         if parts.pool is not None:
             H, W = height, width
         return Chain(
@@ -109,6 +115,7 @@ class Chain:
             None if shortcut is None else _shape(shortcut.conv, N, H, W),
             parts.pool is not None,
             frozenset(i for i, part in enumerate(parts.units, 1) if part.conv.groups > 1),
+            parts.gate is not None,
         )
 
     @property
@@ -130,7 +137,7 @@ class Chain:
         return maps
 
     def elements(self, *names: str) -> int:
-        """Of tensors: a gradient is as large as what it belongs to; z, a and g of a unit are as large as its y."""
+        """Of tensors: a gradient is as large as what it belongs to; z, a, e and g of a unit are as large as its y."""
         found = 0
         for name in names:
             name = name.removeprefix("d")
@@ -170,7 +177,12 @@ def eager_forward(chain: Chain) -> Iterator[Step]:
         yield POOL
     if chain.shortcut is not None:
         yield from _eager_unit("shortcut's convolution", "its norm", chain.met, "s")
-    yield Step("add", (f"z{last}", "x" if chain.shortcut is None else "zs"), ("s",))
+    z = f"z{last}"
+    if chain.gated:
+        z = f"e{last}"
+        yield Step("squeeze", (f"z{last}",))
+        yield Step("gates", (f"z{last}",), (z,))
+    yield Step("add", (z, "x" if chain.shortcut is None else "zs"), ("s",))
     yield Step("ReLU", ("s",), ("out",))
 
 
@@ -184,8 +196,14 @@ def _eager_unit(conv: str, norm: str, x: str, index: str) -> Iterator[Step]:
 def eager_backward(chain: Chain) -> Iterator[Step]:
     last = len(chain.units)
     yield Step("ReLU'", ("dout", "out"), ("g",))
+    if chain.gated:
+        z, product = f"z{last}", f"e{last}"
+        yield Step("gates'", ("g",), (f"d{z}",))
+        yield Step("the gates' gradient: product", ("g", z), (product,))
+        yield Step("the gates' gradient: sum", (product,))
+        yield Step("squeeze', added", (f"d{z}",), (f"d{z}",))
     for i in range(last, 0, -1):
-        g, a = "g" if i == last else f"dz{i}", f"a{i - 1}" if i > 1 else "x"
+        g, a = "g" if i == last and not chain.gated else f"dz{i}", f"a{i - 1}" if i > 1 else "x"
         yield from _eager_unit_backward(f"conv{i}", f"bn{i}", g, str(i), a, f"d{a}")
         if i > 1:
             yield Step("ReLU'", (f"d{a}", a), (f"dz{i - 1}",))
@@ -211,6 +229,8 @@ def _eager_unit_backward(conv: str, norm: str, g: str, index: str, x: str, dx: s
 
 CONV, GRAD_INPUT, GRAD_WEIGHT = "conv_forward_kernel", "grad_input_kernel", "conv_grad_weight_kernel"
 STATISTICS, APPLY = "statistics_kernel", "apply_kernel"
+SQUEEZE, SQUEEZE_BACKWARD = "squeeze_kernel", "squeeze_backward_apply_kernel"
+EXCITE, EXCITE_BACKWARD = "excite_kernel", "excite_backward_kernel"
 BACKWARD_REDUCE, BACKWARD_APPLY = "backward_reduce_kernel", "backward_apply_kernel"
 
 
@@ -240,6 +260,10 @@ def fused_forward(chain: Chain) -> Iterator[Step]:
             continue
         name = f"bn{i - 1} + ReLU + conv{i} + statistics"
         yield Step(name, (f"y{i - 1}",), (f"y{i}",), CONV, _weight(unit), (f"y{i}",))
+    if chain.gated:
+        yield Step("squeeze", (f"y{last}",), (), SQUEEZE, sums=(f"y{last}",))
+        yield Step(f"bn{last} + gates + add + ReLU", (f"y{last}", "x"), ("out",), EXCITE)
+        return
     name = f"bn{last} + add + ReLU" if shortcut is None else f"bn{last} + shortcut's norm + add + ReLU"
     yield Step(name, (f"y{last}", "x" if shortcut is None else "ys"), ("out",), APPLY)
 
@@ -249,8 +273,12 @@ def fused_backward(chain: Chain) -> Iterator[Step]:
     shortcut, last = chain.shortcut, len(chain.units)
     y, also = f"y{last}", "" if shortcut is None else ", shortcut's too"
     z, dz = ((), ()) if shortcut is None else (("ys",), ("dys",))
-    yield Step(f"ReLU', bn{last} reduce{also}", ("dout", "out", y, *z), (), BACKWARD_REDUCE, sums=(y, *z))
-    yield Step(f"bn{last} apply'{also}", ("dout", "out", y, *z), (f"d{y}", *dz), BACKWARD_APPLY)
+    if chain.gated:
+        yield Step("ReLU', gates', sums of each image", ("dout", "out", y), ("g",), EXCITE_BACKWARD, sums=(y,))
+        yield Step(f"gates', squeeze', bn{last} apply'", ("g", y), (f"d{y}",), SQUEEZE_BACKWARD)
+    else:
+        yield Step(f"ReLU', bn{last} reduce{also}", ("dout", "out", y, *z), (), BACKWARD_REDUCE, sums=(y, *z))
+        yield Step(f"bn{last} apply'{also}", ("dout", "out", y, *z), (f"d{y}", *dz), BACKWARD_APPLY)
     for i in range(last, 1, -1):
         y, dy, g, weight = f"y{i - 1}", f"dy{i}", f"g{i - 1}", _weight(chain.units[i - 1])
         if i in chain.grouped:
@@ -274,7 +302,7 @@ def _fused_input_gradient(chain: Chain) -> Iterator[Step]:
     first, shortcut = chain.units[0], chain.shortcut
     name, weight = "conv1 grad-input + shortcut's gradient", _weight(first)
     if shortcut is None:
-        yield Step(name, ("dy1", "dout", "out"), ("dx",), GRAD_INPUT, weight)
+        yield Step(name, ("dy1", *(("g",) if chain.gated else ("dout", "out"))), ("dx",), GRAD_INPUT, weight)
     elif chain.pooled:
         yield Step("shortcut's grad-input", ("dys",), ("dp",), GRAD_INPUT, _weight(shortcut))
         yield POOL_BACKWARD
@@ -410,7 +438,8 @@ def described(chain: Chain) -> str:
     widths = " → ".join(str(width) for width in (chain.units[0].C, *(unit.K for unit in chain.units)))
     stride = math.prod(unit.stride for unit in chain.units)
     shortcut = "identity" if chain.shortcut is None else "normed 1x1, pooled" if chain.pooled else "normed 1x1"
-    return widths + f", stride {stride}" * (stride > 1) + ", groups" * bool(chain.grouped) + f", {shortcut}"
+    also = ", groups" * bool(chain.grouped) + ", gates" * chain.gated
+    return widths + f", stride {stride}" * (stride > 1) + also + f", {shortcut}"
 
 
 def number(passes: float) -> str:

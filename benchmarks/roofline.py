@@ -28,7 +28,13 @@ from resnet.kernels import tuning
 from resnet.kernels.host.command import Parser
 
 DEVICES = {80: tuning.SM_80, 90: tuning.SM_90}
-MERGES = ("finalize_kernel", "backward_finalize_kernel", "merge_splits_kernel")  # of per-channel or weight size
+# Of per-channel or weight size.
+MERGES = (
+    "finalize_kernel",
+    "backward_finalize_kernel",
+    "squeeze_backward_reduce_kernel",
+    "merge_splits_kernel",
+)
 SECTOR = 32  # bytes
 PRODUCTS = 16 * 8 * 16  # multiply-adds of a tensor-core instruction as the emulator counts them, in float16 or bfloat16
 

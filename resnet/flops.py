@@ -17,6 +17,7 @@ import torch
 from resnet.operands import (
     BLOCK_KINDS,
     FROZEN_KINDS,
+    SQUEEZE_KINDS,
     BlockKind,
     DeepStem,
     DeepStemKept,
@@ -83,6 +84,19 @@ def _stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -
     return _unit(kept.x, kept.unit) * (needs.x + wanted(needs.unit).weight)
 
 
+def _squeeze_formulas(kind: BlockKind) -> dict[str, Callable]:
+    def forward(*flat, out_shape: object = None) -> int:
+        return _chain_forward(unpack(kind.arguments, flat))
+
+    def backward(
+        dy: Sequence[int], dpooled: Sequence[int], dlink: Sequence[int], *rest, out_shape: object = None
+    ) -> int:
+        *kept, needs = rest
+        return _chain_backward(unpack(kind.kept, kept), all_wanted(unpack(kind.arguments, needs)))
+
+    return {kind.name: forward, f"{kind.name}_backward": backward}
+
+
 def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
     def forward(*flat, out_shape: object = None) -> int:
         block = unpack(kind.arguments, flat)
@@ -114,6 +128,7 @@ _FORMULAS = {
     "stem_backward": _stem_backward_flops,
     **{name: formula for kind in BLOCK_KINDS + FROZEN_KINDS for name, formula in _block_formulas(kind).items()},
     **{f"{kind.name}_inference": _block_formulas(kind)[kind.name] for kind in BLOCK_KINDS},
+    **{name: formula for kind in SQUEEZE_KINDS for name, formula in _squeeze_formulas(kind).items()},
 }
 
 

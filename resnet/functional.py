@@ -111,7 +111,9 @@ def checked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool, name: st
         norm.num_batches_tracked.add_(1)
     if backend is torch_backend and relu and is_eager_as_good(x, norm):
         return eager(x, norm, shortcut)
-    return torch.ops.fused_residual.batch_norm_add_relu(x, shortcut, *norm, relu)[0]
+    flat = (x, shortcut, *norm, relu)
+    direct = backend is not None and ops.is_direct()
+    return ops.call("batch_norm_add_relu", flat, known(flat) if direct else None)
 
 
 def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:

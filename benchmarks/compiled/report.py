@@ -102,7 +102,7 @@ def _resnet18(dtype: torch.dtype, autocast: bool) -> None:
 def _resnet50(dtype: torch.dtype) -> None:
     """Its blocks, as the first stages have them, a basic one whose shortcut has a norm; those of nets derived from it.
 
-    ResNet-D's blocks and stem, a dilated one, and a ResNeXt's.
+    ResNet-D's blocks and stem, a dilated one, a ResNeXt's, and those of an SE-ResNet.
     """
     from resnet import FusedBasicBlock, FusedBottleneck, ResNet, fuse
 
@@ -116,6 +116,8 @@ def _resnet50(dtype: torch.dtype) -> None:
         (FusedBottleneck(256, 64), 256),
         (FusedBottleneck(256, 64, dilation=2), 256),
         (FusedBottleneck(256, 128, 2, groups=32), 256),
+        (FusedBottleneck(256, 64, squeeze_excite=True), 256),
+        (FusedBasicBlock(64, 128, 2, squeeze_excite=True), 64),
         (FusedBottleneck(256, 128, 2), 256),
         (FusedBasicBlock(64, 128, 2), 64),
     ):
@@ -143,6 +145,7 @@ def _odd_shapes(dtype: torch.dtype) -> None:
             FusedBasicBlock(C, 2 * C, 2, avg_down=True),
             FusedResidualBottleneck(C, 4 * C, True, 2),
             FusedBottleneck(C, C, dilation=3),
+            FusedBasicBlock(C, C, squeeze_excite=True),
         ):
             _step(block.to(dtype), 2, C, 7, 5, dtype=dtype)
     for variant in ("epilogue", "pytorch"):

@@ -30,7 +30,12 @@ _CANCELLED = ("conv1.bias", "conv2.bias", "0.bias")  # their gradients are round
 _DTYPES = ("bfloat16", "float16", "float32", "tf32")
 _TRAINING, _EVALUATION, _CONSTANT = "training", "evaluation", "norms of constants"
 _DEEP_STEM = "deep stem"
-_VARIANTS = {"D": {"avg_down": True}, "dilated": {"dilation": 2}, "grouped": {"groups": 2}}
+_VARIANTS = {
+    "D": {"avg_down": True},
+    "dilated": {"dilation": 2},
+    "grouped": {"groups": 2},
+    "gated": {"squeeze_excite": True},
+}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ _OTHERS = (
     *(("Bottleneck", 64, 64, 1, 24), ("Bottleneck", 256, 64, 1, 24), ("Bottleneck", 256, 128, 2, 24)),
     *(("Bottleneck", 2048, 512, 1, 3), ("BasicBlock", 64, 128, 2, 24), ("Bottleneck-D", 256, 128, 2, 24)),
     *(("Bottleneck-dilated", 512, 128, 1, 24), ("Bottleneck-grouped", 256, 128, 2, 24)),
+    *(("Bottleneck-gated", 256, 64, 1, 24), ("BasicBlock-gated", 64, 128, 2, 24)),
     *(("Stem", 1, 64, 4, 96), ("Stem", 3, 64, 4, 96), ("deep stem", 3, 64, 4, 96)),
 )
 
@@ -49,8 +50,9 @@ def rehearsal() -> Scale:
     small = ("--epochs", "1", "--limit-train", "16", "--limit-test", "8", "--batch-size", "8", "--resize", "32")
     strided = ("Bottleneck", "Bottleneck-D", "Bottleneck-grouped")
     stems = (("Stem", 3, 8, 4, 13), ("deep stem", 3, 8, 4, 13))
-    # A dilation is the kernels' own without a stride.
-    others = (*((kind, 8, 4, 2, 5) for kind in strided), ("Bottleneck-dilated", 8, 4, 1, 5), *stems)
+    # A dilation is the kernels' own without a stride, and an identity is what gates have beside them most often.
+    one = ("Bottleneck-dilated", 8, 4, 1, 5), ("Bottleneck-gated", 16, 4, 1, 5)
+    others = (*((kind, 8, 4, 2, 5) for kind in strided), *one, *stems)
     return Scale(
         torch.device("cpu"), 4, 32, "resnet18", 512, ((8, 8, 1, 5), (8, 16, 2, 5)), others, 3, 1, 2**20, 64, small
     )

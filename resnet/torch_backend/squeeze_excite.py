@@ -46,13 +46,14 @@ def squeeze_forward(x: Tensor, units: tuple[Unit, ...], relu: bool, added: bool)
         inner_stats.append(unit_stats)
     y = convolve(a, last.weight, None, last.geometry)
     stats, scale, shift = batch_norm.norm_stats(y, last.norm)
-    (mean, invstd, *_), pixels, rows = stats, y.shape[2] * y.shape[3], y - stats[0][:, None, None]
+    mean, invstd, *_ = stats
+    rows, pixels = y - mean[:, None, None], y.shape[2] * y.shape[3]
     if relu:
         h = affine(y, scale, shift).relu_()
         passed = aten.threshold_backward(torch.ones_like(h), h, 0)
         share, rows = _sums(passed) / pixels, rows.mul_(passed)
     else:
-        share = torch.ones_like(stats[0]).expand(y.shape[:2])
+        share = torch.ones_like(mean).expand(y.shape[:2])
     centered = _sums(rows) / pixels
     pooled = torch.addcmul(_beta(stats) * share, centered, scale)
     link = torch.stack((share, centered * invstd, torch.zeros_like(share)))

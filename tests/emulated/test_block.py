@@ -13,6 +13,7 @@ from benchmarks import passes, roofline
 from resnet import BasicBlock, Bottleneck, Residual, ResidualBottleneck, resnet18
 from tests.helpers.blocks import (
     DTYPES,
+    GATED,
     POOLED,
     assert_parity,
     draw,
@@ -46,6 +47,10 @@ BLOCKS = {
     "textbook's bottleneck, 1x1 of stride 2": (ResidualBottleneck, (16, 32, True, 2), (4, 16, 12, 11)),
 }
 GROUPED = {"bottleneck, groups": (Bottleneck, (8, 8, 1, {"groups": 2}), (2, 8, 6, 5))}  # a convolution is PyTorch's
+GATED_BLOCKS = {  # what makes the gates is PyTorch's
+    "basic, gates": (BasicBlock, (8, 8, GATED), (2, 8, 6, 5)),
+    "bottleneck, gates and a normed shortcut of stride 2": (Bottleneck, (8, 8, 2, GATED), (2, 8, 7, 6)),
+}
 
 
 def emulator_options(kind: type, arguments: tuple) -> dict[str, object]:
@@ -58,7 +63,9 @@ per_block = pytest.mark.parametrize("kind, arguments, shape", FEWER.values(), id
 
 
 @pytest.mark.core
-@each_pair_compiled(dtype=DTYPES, block={**BLOCKS, **GROUPED}, train={"training": True, "frozen statistics": False})
+@each_pair_compiled(
+    dtype=DTYPES, block={**BLOCKS, **GROUPED, **GATED_BLOCKS}, train={"training": True, "frozen statistics": False}
+)
 def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
     (kind, arguments, shape), draws = block, []
     options = emulator_options(kind, arguments)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resnet import Bottleneck, FusedResidual, Residual, fused, resnet18
 from tests.conftest import DEVICE, ROOT
-from tests.helpers.blocks import POOLED, deep_stems, draw, trio
+from tests.helpers.blocks import GATED, POOLED, deep_stems, draw, trio
 from tests.helpers.fused_cases import images, inference_trio, kinds, train_and_eval
 
 PASSES = ("inference", "forward", "forward and backward")
@@ -65,8 +65,8 @@ def test_the_count_is_eagers(kind, train, what, frozen, wants_dx):
 @pytest.mark.usefixtures("whichever_is_counted")
 @pytest.mark.parametrize(
     "options",
-    [{}, POOLED, {"groups": 2}, {"dilation": 2}],
-    ids=["strided shortcut", "pooled shortcut", "groups", "dilation"],
+    [{}, POOLED, {"groups": 2}, {"dilation": 2}, GATED],
+    ids=["strided shortcut", "pooled shortcut", "groups", "dilation", "gates"],
 )
 def test_the_count_of_a_bottleneck_is_eagers(frozen, options):
     t = trio(Bottleneck, 8, 4, 2, **options)
