@@ -50,12 +50,16 @@ def squeeze_backward_reduce_kernel(
         images = first + tl.arange(0, BLOCK_T)
         mask = (images < N)[:, None] & live[None, :]
         offsets = images.to(tl.int64)[:, None] * C + cols[None, :]
+        # A map that the ReLU stops in full adds nothing, though its gate or its gradient be infinite.
+        passed = tl.load(link + offsets, mask=mask, other=0.0)
         factor = tl.load(dlink + 2 * plane + offsets, mask=mask, other=0.0)
+        factor = tl.where(passed > 0, factor, 0.0)
         total_g = tl.fma(factor, tl.load(dlink + offsets, mask=mask, other=0.0), total_g)
         total_gx = tl.fma(factor, tl.load(dlink + plane + offsets, mask=mask, other=0.0), total_gx)
         if dpooled is not None:
             added = tl.load(dpooled + offsets, mask=mask, other=0.0).to(ACC)
-            total_g = tl.fma(added, tl.load(link + offsets, mask=mask, other=0.0), total_g)
+            added = tl.where(passed > 0, added, 0.0)
+            total_g = tl.fma(added, passed, total_g)
             total_gx = tl.fma(added, tl.load(link + plane + offsets, mask=mask, other=0.0), total_gx)
     sum_g = tl.sum(total_g, 0)
     sum_gx = tl.sum(total_gx, 0)
