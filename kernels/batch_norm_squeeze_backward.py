@@ -22,7 +22,7 @@ from .device.batch_norm import center_grad, load_center
 from .device.pointwise import recomputed_relu_passes
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors
 from .host.launcher import launch
-from .host.tiling import ELEMENTS, merge_blocks, tiling
+from .host.tiling import elements_of, merge_blocks, tiling
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -199,7 +199,7 @@ def batch_norm_squeeze_backward_apply(
     if sums is not None:
         check_vectors("sums", sums, (2, C), y)
     dy = torch.empty_like(y, memory_format=torch.channels_last)
-    t = tiling(H * W, C, ELEMENTS // 2)  # with more, the vectors per channel would spill registers
+    t = tiling(H * W, C, elements_of(C))
     tiles = triton.cdiv(H * W, t.BLOCK_M)
     launch(
         squeeze_backward_apply_kernel,
