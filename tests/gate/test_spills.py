@@ -49,11 +49,12 @@ def test_batch_norm_and_max_pool(device, dtype, C):
     assert_nothing_is_spilled(recorded, device)
 
 
-@pytest.mark.parametrize("C", [8, 64, 100, 512])
+@pytest.mark.parametrize(("N", "C"), [(2, 8), (2, 64), (256, 64), (2, 100), (2, 512)])
 @per_dtype
 @per_device
-def test_batch_norm_squeeze_and_excitation(device, dtype, C):
-    case = squeeze_excite_launches.Case.of((2, C, 16, 16), dtype)
+def test_batch_norm_squeeze_and_excitation(device, dtype, N, C):
+    """Tiles of 32 columns where the images are few, and of 64."""
+    case = squeeze_excite_launches.Case.of((N, C, 16, 16), dtype)
     with launches.record(DEVICES[device].target) as recorded:
         for launch in squeeze_excite_launches.LAUNCHES.values():
             launch(case)
