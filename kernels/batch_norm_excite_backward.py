@@ -116,7 +116,7 @@ def batch_norm_excite_backward(
     g = None if out is None else torch.empty_like(y, memory_format=torch.channels_last)
     dgate = torch.empty_like(gate)
     link = torch.empty((LINK, N, C), dtype=accumulator(y)[0], device=y.device)
-    t = image_tiling(N, H * W, C, elements_of(C) // 2)  # as its vectors per channel would spill registers
+    t = image_tiling(N, H * W, C, elements_of(C))
     launch(
         excite_backward_kernel,
         (N, triton.cdiv(C, t.BLOCK_C)),

@@ -96,7 +96,7 @@ def batch_norm_squeeze(y: Tensor, stats: Tensor, relu: bool = False) -> tuple[Te
     check_vectors("stats", stats, (4, C), y)
     pooled = torch.empty((N, C), dtype=y.dtype, device=y.device)
     link = torch.empty((LINK, N, C), dtype=accumulator(y)[0], device=y.device)
-    t = image_tiling(N, H * W, C, elements_of(C) // 2)  # three sums for an element
+    t = image_tiling(N, H * W, C, elements_of(C))
     launch(
         squeeze_kernel,
         (N, triton.cdiv(C, t.BLOCK_C)),

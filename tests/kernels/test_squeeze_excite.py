@@ -42,7 +42,8 @@ SHAPES = {
     "one pixel": (2, 6, 1, 1),
     "one image, one channel, several tiles": (1, 1, 41, 37),
     "one tile, padded columns": (2, 3, 5, 7),
-    "several tiles, ragged": (3, 16, 10, 20),
+    # with fewer than 32 columns NumPy would add the interpreted tile's rows one after the other
+    "several tiles, ragged": (3, 32, 10, 20),
     "several column tiles": (2, 64, 8, 8),
     "several tiles, padded columns": (2, 100, 5, 6),
     "several column tiles, the last ragged": (1, 300, 3, 3),
@@ -59,14 +60,15 @@ per_inner = pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 
 
 def stats_of(C: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """(4, C) whose scales and shifts are powers of two of both signs.
+    """(4, C) with means and spreads as training has them, and scales and shifts that are powers of two of both signs.
 
     y * scale + shift then has one rounding, with or without a fused multiply-add: masks are equal everywhere.
     """
     generator = torch.Generator().manual_seed(seed)
     affine = 2.0 ** torch.randint(-2, 2, (2, C), generator=generator)
     affine *= torch.randint(0, 2, (2, C), generator=generator).mul(2).sub(1)
-    return torch.cat((draw(2, C, seed=seed).cpu().abs(), affine)).to(DEVICE, statistics_dtype(dtype))
+    mean, spread = draw(2, C, seed=seed).cpu()
+    return torch.stack((0.3 * mean, spread.abs() + 0.5, *affine)).to(DEVICE, statistics_dtype(dtype))
 
 
 def per_map(x: Tensor) -> Tensor:
@@ -105,7 +107,7 @@ def same_bits(a: object, b: object) -> None:
 def test_shapes_are_cut_as_their_names_say():
     def cut(name: str) -> tuple:
         N, C, H, W = SHAPES[name]
-        return image_tiling(N, H * W, C, elements_of(C) // 2), tiling(H * W, C, elements_of(C)), H * W, C
+        return image_tiling(N, H * W, C, elements_of(C)), tiling(H * W, C, elements_of(C)), H * W, C
 
     for t in cut("one tile, padded columns")[:2]:
         assert t.BLOCK_M > 35 and t.BLOCK_C > 3
@@ -118,6 +120,18 @@ def test_shapes_are_cut_as_their_names_say():
     assert C >= 2 * t.BLOCK_C
     for t in cut("several column tiles, the last ragged")[:2]:
         assert t.BLOCK_C < 300 and 300 % t.BLOCK_C
+
+
+@pytest.mark.parametrize("pixels", [1, 49, 3136, 2**20])
+@pytest.mark.parametrize("C", [1, 3, 8, 16, 24, 64, 100, 2048])
+def test_an_images_tiles_cover_its_rows_and_few_images_have_more_programs(C, pixels):
+    few, many = (image_tiling(N, pixels, C, elements_of(C)) for N in (1, 2048))
+    for t in (few, many):
+        assert (t.tiles - 1) * t.BLOCK_M < pixels <= t.tiles * t.BLOCK_M
+        for size in (t.BLOCK_M, t.BLOCK_C, t.num_warps):
+            assert size & (size - 1) == 0
+    assert (few.partials, many.partials) == (1, 2048)
+    assert few.BLOCK_C == many.BLOCK_C or (few.BLOCK_C, many.BLOCK_C) == (32, 64)
 
 
 # ---- forward -----------------------------------------------------------------------------------------------------
