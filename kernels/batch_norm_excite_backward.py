@@ -18,7 +18,8 @@ from torch import Tensor
 from .batch_norm_excite import check_gate
 from .batch_norm_squeeze import LINK, check_images
 from .device.batch_norm import load_masked_grad
-from .device.pointwise import recomputed_relu_passes
+from .device.pointwise import affine, relu_passes
+from .device.pointwise import relu as relu_of
 from .device.reductions import column_sums
 from .host.launch import SIZES, accumulator, check_nhwc, check_vectors
 from .host.launcher import launch
@@ -60,27 +61,26 @@ def excite_backward_kernel(
         g_stored += n * ROWS * C
     sum_g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_M, BLOCK_C], ACC)
+    sum_gh = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     for i in range(tl.cdiv(ROWS, BLOCK_M)):
         mask = (rows < ROWS - i * BLOCK_M)[:, None] & live[None, :]
         value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
         g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, out is not None, y.dtype.element_ty, ACC)
         if out is not None:
             tl.store(g_stored + offsets, g, mask=mask)
+        h = affine(value, scale[None, :], shift[None, :])
+        # Before g is masked: as in PyTorch, dgate is NaN where g is infinite, though the inner ReLU stops g.
+        sum_gh = tl.fma(g, relu_of(h) if INNER else h, sum_gh)
         if INNER:
-            passes = recomputed_relu_passes(value, scale[None, :], shift[None, :], y.dtype.element_ty)
-            g = tl.where(passes, g, 0.0)
+            g = tl.where(relu_passes(h.to(y.dtype.element_ty)), g, 0.0)
         sum_g += g
         sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond ROWS
         offsets += BLOCK_M * C
     index = n * C + cols
     plane = N.to(tl.int64) * C
-    total_g = column_sums(sum_g)
-    total_gx = column_sums(sum_gx)
-    # h = scale * (y - mean) + beta, where the inner ReLU lets it pass
-    beta = tl.fma(mean, scale, shift)
-    tl.store(dgate + index, tl.fma(scale, total_gx, beta * total_g), mask=live)
-    tl.store(link + index, total_g, mask=live)
-    tl.store(link + plane + index, total_gx * invstd, mask=live)
+    tl.store(dgate + index, column_sums(sum_gh), mask=live)
+    tl.store(link + index, column_sums(sum_g), mask=live)
+    tl.store(link + plane + index, column_sums(sum_gx) * invstd, mask=live)
     tl.store(link + 2 * plane + index, tl.load(gate + index, mask=live).to(ACC), mask=live)
 
 
@@ -116,7 +116,7 @@ def batch_norm_excite_backward(
     g = None if out is None else torch.empty_like(y, memory_format=torch.channels_last)
     dgate = torch.empty_like(gate)
     link = torch.empty((LINK, N, C), dtype=accumulator(y)[0], device=y.device)
-    t = image_tiling(N, H * W, C, elements_of(C) // 2)  # as its vectors per channel would spill registers
+    t = image_tiling(N, H * W, C, elements_of(C))
     launch(
         excite_backward_kernel,
         (N, triton.cdiv(C, t.BLOCK_C)),

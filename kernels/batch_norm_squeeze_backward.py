@@ -22,7 +22,7 @@ from .device.batch_norm import center_grad, load_center
 from .device.pointwise import recomputed_relu_passes
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors
 from .host.launcher import launch
-from .host.tiling import ELEMENTS, merge_blocks, tiling
+from .host.tiling import elements_of, merge_blocks, tiling
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -50,12 +50,16 @@ def squeeze_backward_reduce_kernel(
         images = first + tl.arange(0, BLOCK_T)
         mask = (images < N)[:, None] & live[None, :]
         offsets = images.to(tl.int64)[:, None] * C + cols[None, :]
+        # A map that the ReLU stops in full adds nothing, though its gate or its gradient be infinite.
+        passed = tl.load(link + offsets, mask=mask, other=0.0)
         factor = tl.load(dlink + 2 * plane + offsets, mask=mask, other=0.0)
+        factor = tl.where(passed > 0, factor, 0.0)
         total_g = tl.fma(factor, tl.load(dlink + offsets, mask=mask, other=0.0), total_g)
         total_gx = tl.fma(factor, tl.load(dlink + plane + offsets, mask=mask, other=0.0), total_gx)
         if dpooled is not None:
             added = tl.load(dpooled + offsets, mask=mask, other=0.0).to(ACC)
-            total_g = tl.fma(added, tl.load(link + offsets, mask=mask, other=0.0), total_g)
+            added = tl.where(passed > 0, added, 0.0)
+            total_g = tl.fma(added, passed, total_g)
             total_gx = tl.fma(added, tl.load(link + plane + offsets, mask=mask, other=0.0), total_gx)
     sum_g = tl.sum(total_g, 0)
     sum_gx = tl.sum(total_gx, 0)
@@ -195,7 +199,7 @@ def batch_norm_squeeze_backward_apply(
     if sums is not None:
         check_vectors("sums", sums, (2, C), y)
     dy = torch.empty_like(y, memory_format=torch.channels_last)
-    t = tiling(H * W, C, ELEMENTS // 2)  # with more, the vectors per channel would spill registers
+    t = tiling(H * W, C, elements_of(C))
     tiles = triton.cdiv(H * W, t.BLOCK_M)
     launch(
         squeeze_backward_apply_kernel,

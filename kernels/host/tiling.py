@@ -87,10 +87,11 @@ def tiling(M: int, C: int, elements: int = ELEMENTS) -> Tiling:
 def image_tiling(N: int, pixels: int, C: int, elements: int = ELEMENTS) -> Tiling:
     """Tiles of a reduction over each of N images of `pixels` rows and C columns: a partial is an image.
 
-    Where the images are few, column tiles are narrower, down to a sector of 16-bit values: more programs share them.
+    Where the images are few, column tiles are narrower, and more programs share them. Below 32 columns the sums over a
+    tile's rows would have bank conflicts.
     """
     BLOCK_C = tiling(pixels, C, elements).BLOCK_C
-    while BLOCK_C > 16 and C % 16 == 0 and N * triton.cdiv(C, BLOCK_C) < SPLIT_PROGRAMS:
+    while BLOCK_C > 32 and C % 16 == 0 and N * triton.cdiv(C, BLOCK_C) < SPLIT_PROGRAMS:
         BLOCK_C //= 2
     BLOCK_M = min(elements // BLOCK_C, triton.next_power_of_2(pixels))
     return Tiling(

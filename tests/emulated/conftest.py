@@ -35,6 +35,11 @@ _RESULTS = {
         "shortcut_dconv_bias",
     ),
     "backward_apply_kernel": ("dshortcut",),
+    "squeeze_kernel": ("pooled", "link"),
+    "excite_kernel": ("out",),
+    "excite_backward_kernel": ("g_stored", "dgate", "link"),
+    "squeeze_backward_reduce_kernel": ("sums", "dweight", "dbias", "dconv_bias"),
+    "squeeze_backward_apply_kernel": ("dy",),
     "grad_input_kernel": ("dx", "partial"),
     "conv_forward_kernel": ("y", "partial", "shortcut_y", "shortcut_partial"),
 }

@@ -22,6 +22,7 @@ BATCH_NORM = "tests/kernels/test_batch_norm.py::"
 FORWARD = "tests/kernels/test_conv_forward.py::"
 GRAD_INPUT = "tests/kernels/test_conv_grad_input.py::"
 GRAD_WEIGHT = "tests/kernels/test_conv_grad_weight.py::"
+SQUEEZE_EXCITE = "tests/kernels/test_squeeze_excite.py::"
 EMULATED = "tests/emulated/"
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the faults are looked for in interpreted kernels")
@@ -117,6 +118,53 @@ FAULTS = {
         "tests/kernels/test_batch_norm_max_pool.py::test_out_and_tap_equal_pytorchs_ties_included",
         "assert",
         "float32",
+    ),
+    "a mean over tiles with rows beyond the image": Fault(
+        "kernels/batch_norm_squeeze.py",
+        "sum_h += tl.where(counted, h, 0.0)",
+        "sum_h += h",
+        SQUEEZE_EXCITE + "test_pooled_and_what_backward_needs_of_it_are_as_exact_as_eager",
+        "AssertionError: pooled: error .* against float64, eager's",
+        "float32",
+    ),
+    "every image gated as the first": Fault(
+        "kernels/batch_norm_excite.py",
+        "tl.load(gate + n * C + cols, mask=live)",
+        "tl.load(gate + cols, mask=live)",
+        SQUEEZE_EXCITE + "test_out_is_as_exact_as_eager",
+        "AssertionError: out: error .* against float64, eager's",
+        "float32",
+    ),
+    "a gate's gradient of what the inner ReLU stops": Fault(
+        "kernels/batch_norm_excite_backward.py",
+        "relu_of(h) if INNER else h",
+        "h",
+        SQUEEZE_EXCITE + "test_the_gates_gradient_and_the_sums_of_an_image_are_as_exact_as_eager",
+        "AssertionError: dgate: error .* against float64, eager's",
+        "float32",
+    ),
+    "a gate's gradient that leaves out what the inner ReLU stops": Fault(
+        "kernels/batch_norm_excite_backward.py",
+        "sum_gh = tl.fma(g, relu_of(h) if INNER else h, sum_gh)",
+        "sum_gh = tl.fma(tl.where(relu_passes(h), g, 0.0), h, sum_gh)",
+        SQUEEZE_EXCITE + "test_an_infinite_gradient_at_a_stopped_pixel_reaches_the_gate_and_not_the_norm",
+        "assert",
+    ),
+    "the gradient of pooled shared by no pixels": Fault(
+        "kernels/batch_norm_squeeze_backward.py",
+        ".to(ACC) * share)[None, :]",
+        ".to(ACC))[None, :]",
+        SQUEEZE_EXCITE + "test_sums_and_the_gradient_of_the_norms_input_are_as_exact_as_eager",
+        "AssertionError: dy: error .* against float64, eager's",
+        "float32",
+    ),
+    "a 32-bit offset of an image": Fault(
+        "kernels/batch_norm_excite_backward.py",
+        "n = tl.program_id(0).to(tl.int64)",
+        "n = tl.program_id(0)",
+        "tests/kernels/test_large_offsets.py",
+        "MemoryFault: excite_backward_kernel, program .* outside its tensor",
+        "large_tensor and excite and backward",
     ),
     "statistics of the first tile only": Fault(
         "kernels/batch_norm_statistics.py",

@@ -10,6 +10,7 @@ from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_reduce,
 )
 from resnet.kernels.tuning import DEVICES
+from tests.helpers import squeeze_excite_launches
 from tests.helpers.batch_norm_launches import LAUNCHES, Case
 
 per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])
@@ -45,4 +46,16 @@ def test_batch_norm_and_max_pool(device, dtype, C):
         out, tap = batch_norm_max_pool(y.x, y.stats)
         batch_norm_max_pool_backward_reduce(dout, y.x, out, tap, y.stats)
         batch_norm_max_pool_backward_apply(dout, y.x, out, tap, y.stats, y.sums)
+    assert_nothing_is_spilled(recorded, device)
+
+
+@pytest.mark.parametrize(("N", "C"), [(2, 8), (2, 64), (256, 64), (2, 100), (2, 512)])
+@per_dtype
+@per_device
+def test_batch_norm_squeeze_and_excitation(device, dtype, N, C):
+    """Tiles of 32 columns where the images are few, and of 64."""
+    case = squeeze_excite_launches.Case.of((N, C, 16, 16), dtype)
+    with launches.record(DEVICES[device].target) as recorded:
+        for launch in squeeze_excite_launches.LAUNCHES.values():
+            launch(case)
     assert_nothing_is_spilled(recorded, device)

@@ -59,4 +59,13 @@ INSTRUCTIONS_PER_PRODUCT = {
 }
 # Thread instructions for each element of y, in 16-bit types at 64 channels: measured, plus 3%. While an H100's memory
 # moves an element there is time for 24 to 28.
-INSTRUCTIONS_PER_ELEMENT = {"pool_kernel": 30.5, "pool_backward_reduce_kernel": 22, "pool_backward_apply_kernel": 28.4}
+INSTRUCTIONS_PER_ELEMENT = {
+    "pool_kernel": 30.5,
+    "pool_backward_reduce_kernel": 22,
+    "pool_backward_apply_kernel": 28.4,
+    # with each ReLU and with all that is added
+    "squeeze_kernel": 16.8,
+    "excite_kernel": 18.1,
+    "excite_backward_kernel": 22.3,
+    "squeeze_backward_apply_kernel": 26.4,
+}

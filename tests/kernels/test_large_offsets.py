@@ -18,10 +18,17 @@ from resnet.kernels.add_masked_grad import add_masked_grad
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_excite import batch_norm_excite
+from resnet.kernels.batch_norm_excite_backward import batch_norm_excite_backward
 from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
 from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_apply,
     batch_norm_max_pool_backward_reduce,
+)
+from resnet.kernels.batch_norm_squeeze import batch_norm_squeeze
+from resnet.kernels.batch_norm_squeeze_backward import (
+    batch_norm_squeeze_backward_apply,
+    batch_norm_squeeze_backward_reduce,
 )
 from resnet.kernels.conv_forward import Shortcut, conv_forward
 from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
@@ -56,6 +63,10 @@ STATS, SUMS = vectors(4, C), vectors(2, C)
 Y = activation(4 * LARGE // C // 1024 + 20_003, C, 32, 32)
 POOLED = activation(Y.shape[0], C, 16, 16)
 TAP = torch.empty_like(POOLED, dtype=torch.uint8)
+# squeeze-and-excitation, of images that are one tile
+MAPS = activation(LARGE // C // 16 + 1_000_003, C, 4, 4)
+GATE = torch.empty(MAPS.shape[:2], dtype=torch.float16, device="meta")
+LINK = torch.empty((3, *MAPS.shape[:2]), device="meta")
 # convolutions
 IMAGES = activation(LARGE // C // 1024 + 20_003, C, 32, 32)
 WEIGHT = activation(C, C, 3, 3)
@@ -72,6 +83,10 @@ LAUNCHERS: dict[str, Callable[[], object]] = {
     "pool": lambda: batch_norm_max_pool(Y, STATS),
     "pool, backward reduce": lambda: batch_norm_max_pool_backward_reduce(POOLED, Y, POOLED, TAP, STATS),
     "pool, backward apply": lambda: batch_norm_max_pool_backward_apply(POOLED, Y, POOLED, TAP, STATS, SUMS),
+    "squeeze": lambda: batch_norm_squeeze(MAPS, STATS),
+    "excite": lambda: batch_norm_excite(MAPS, STATS, GATE, MAPS),
+    "excite, backward": lambda: batch_norm_excite_backward(MAPS, MAPS, MAPS, STATS, GATE),
+    "squeeze, backward apply": lambda: batch_norm_squeeze_backward_apply(MAPS, MAPS, STATS, LINK, GATE, SUMS),
     "convolution": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, stats=STATS, skip=IMAGES, moments=True),
     "convolution with shortcut": lambda: conv_forward(IMAGES, WEIGHT, 1, 1, shortcut=Shortcut(POINTWISE, None)),
     "grad-input behind a ReLU": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ReluMask(IMAGES, STATS)),
@@ -109,3 +124,22 @@ def test_the_last_program_accesses_the_end_of_every_large_tensor(name):
                     expected = np.arange(numel - elements.size, numel)
                     assert np.array_equal(elements, expected), (launch.kernel, argument.name)
     assert checked, f"{name} accessed no tensor of more than 2^31 elements"
+
+
+def test_planes_of_images_and_channels_may_have_2_to_the_31_elements_each():
+    """As many images as pixels: what squeeze and excitation hand over is large too."""
+    plane = X.numel()
+    gate, link = torch.empty(X.shape[:2], dtype=X.dtype, device="meta"), torch.empty((3, *X.shape[:2]), device="meta")
+    with watching(last, _ACCESSES) as launches:
+        batch_norm_squeeze(X, STATS, relu=True)
+        batch_norm_excite_backward(X, X, X, STATS, gate)
+        batch_norm_squeeze_backward_apply(X, X, STATS, link, gate, SUMS)
+        batch_norm_squeeze_backward_reduce(link, link, gate, X)
+    squeeze, excite, apply, reduce = launches
+    ends = np.arange(plane - C, plane) + plane * np.arange(3)[:, None]  # of the last image
+    assert np.array_equal(squeeze.accessed("link", WRITES), ends.ravel())
+    assert np.array_equal(excite.accessed("link", WRITES), ends.ravel())
+    assert np.array_equal(apply.accessed("dlink", READS), ends[2])
+    # A reduction over all images, of which the first steps ran
+    assert np.unique(reduce.accessed("dlink", READS) // plane).tolist() == [0, 1, 2]
+    assert np.unique(reduce.accessed("link", READS) // plane).tolist() == [0, 1]
