@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device.pointwise import recomputed_relu_passes
+from .device.pointwise import affine, relu_passes
 from .device.reductions import column_sums
 from .host.launch import SIZES, accumulator, check_span, check_vectors, nhwc_shape
 from .host.launcher import launch
@@ -43,35 +43,35 @@ def squeeze_kernel(
     rows = tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = cols < C
-    mean = tl.load(stats + cols, mask=live)
+    mean = tl.load(stats + cols, mask=live)[None, :]
     invstd = tl.load(stats + C + cols, mask=live)
-    scale = tl.load(stats + 2 * C + cols, mask=live)
-    shift = tl.load(stats + 3 * C + cols, mask=live)
+    scale = tl.load(stats + 2 * C + cols, mask=live)[None, :]
+    shift = tl.load(stats + 3 * C + cols, mask=live)[None, :]
     offsets = rows[:, None] * C + cols[None, :]
     y += n * ROWS * C
+    sum_h = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     sum_x = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     passed = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     for i in range(tl.cdiv(ROWS, BLOCK_M)):
         mask = (rows < ROWS - i * BLOCK_M)[:, None] & live[None, :]
         value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
+        h = affine(value, scale, shift)
         counted = mask
         if RELU:
-            counted = mask & recomputed_relu_passes(value, scale[None, :], shift[None, :], y.dtype.element_ty)
+            counted = mask & relu_passes(h.to(y.dtype.element_ty))
             passed += counted.to(ACC)
-        sum_x += tl.where(counted, value - mean[None, :], 0.0)
+        sum_h += tl.where(counted, h, 0.0)
+        sum_x += tl.where(counted, value - mean, 0.0)
         offsets += BLOCK_M * C
     share = 1.0 / (ROWS + tl.zeros([1], tl.int64)).to(ACC)
     index = n * C + cols
     plane = N.to(tl.int64) * C
-    passing = tl.full([BLOCK_C], 1.0, ACC)
+    tl.store(pooled + index, column_sums(sum_h) * share, mask=live)
     if RELU:
-        passing = column_sums(passed) * share
-    mean_x = column_sums(sum_x) * share
-    # h = scale * (y - mean) + beta, where the ReLU lets it pass
-    beta = tl.fma(mean, scale, shift)
-    tl.store(pooled + index, tl.fma(scale, mean_x, beta * passing), mask=live)
-    tl.store(link + index, passing, mask=live)
-    tl.store(link + plane + index, mean_x * invstd, mask=live)
+        tl.store(link + index, column_sums(passed) * share, mask=live)
+    else:
+        tl.store(link + index, tl.full([BLOCK_C], 1.0, ACC), mask=live)
+    tl.store(link + plane + index, column_sums(sum_x) * share * invstd, mask=live)
     tl.store(link + 2 * plane + index, tl.zeros([BLOCK_C], ACC), mask=live)
 
 
