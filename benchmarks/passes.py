@@ -277,8 +277,8 @@ def fused_backward(chain: Chain) -> Iterator[Step]:
         yield Step("ReLU', gates', sums of each image", ("dout", "out", y), ("g",), EXCITE_BACKWARD, sums=(y,))
         yield Step(f"gates', squeeze', bn{last} apply'", ("g", y), (f"d{y}",), SQUEEZE_BACKWARD)
     else:
-        yield Step(f"ReLU', bn{last} reduce{also}", ("dout", "out", y, *z), (), BACKWARD_REDUCE, sums=(y, *z))
-        yield Step(f"bn{last} apply'{also}", ("dout", "out", y, *z), (f"d{y}", *dz), BACKWARD_APPLY)
+        yield Step(f"ReLU', bn{last} reduce{also}", ("dout", "out", y, *z), ("g",), BACKWARD_REDUCE, sums=(y, *z))
+        yield Step(f"bn{last} apply'{also}", ("g", y, *z), (f"d{y}", *dz), BACKWARD_APPLY)
     for i in range(last, 1, -1):
         y, dy, g, weight = f"y{i - 1}", f"dy{i}", f"g{i - 1}", _weight(chain.units[i - 1])
         if i in chain.grouped:
@@ -302,7 +302,7 @@ def _fused_input_gradient(chain: Chain) -> Iterator[Step]:
     first, shortcut = chain.units[0], chain.shortcut
     name, weight = "conv1 grad-input + shortcut's gradient", _weight(first)
     if shortcut is None:
-        yield Step(name, ("dy1", *(("g",) if chain.gated else ("dout", "out"))), ("dx",), GRAD_INPUT, weight)
+        yield Step(name, ("dy1", "g"), ("dx",), GRAD_INPUT, weight)
     elif chain.pooled:
         yield Step("shortcut's grad-input", ("dys",), ("dp",), GRAD_INPUT, _weight(shortcut))
         yield POOL_BACKWARD

@@ -1,12 +1,12 @@
 """BatchNorm's backward, its apply pass: the gradient of the input, and the shortcut's where it is wanted.
 
-    g  = dout * (out > 0)
+    g  = dout [* (x * scale + shift > 0)]
     dx = scale * (g - sum_g / M - xhat * sum_gx / M) with the batch's statistics, scale * g with frozen ones
 
-The shortcut's gradient is g, or where it has a norm of its own the same as dx, of its convolution's output z.
+A shortcut with a norm of its own has the same g, and its convolution's output z a gradient like dx.
 
-dout, x, out and dx are dense NHWC, read as matrices of M = N*H*W rows and C columns. Grid (row tiles, column tiles).
-Moves 3 activations, 4 with `out`, one more where the shortcut's gradient is stored, and one for z.
+dout, x and dx are dense NHWC, read as matrices of M = N*H*W rows and C columns. Grid (row tiles, column tiles). Moves 3
+activations, 5 with z.
 """
 
 from __future__ import annotations
@@ -26,13 +26,12 @@ from .host.tiling import ELEMENTS, tiling
 @triton.jit(do_not_specialize=SIZES)
 def backward_apply_kernel(
     dout,  # (M, C)
-    x,  # (M, C); not read with frozen statistics and a given mask
-    out,  # (M, C) or None: the ReLU mask is recomputed from x
+    x,  # (M, C); not read with frozen statistics and without a ReLU
     stats,  # (4, C)
     sums,  # (2, C); None: frozen statistics
     dx,  # (M, C)
-    dshortcut,  # (M, C) or None: the shortcut's gradient is not stored
-    shortcut,  # (M, C) or None: the shortcut's gradient is g
+    dshortcut,  # (M, C) or None: z's gradient is not stored
+    shortcut,  # (M, C) or None: z
     shortcut_stats,  # (4, C) of the shortcut's norm
     shortcut_sums,  # (3, C): sum g and, last, sum g * zhat; None: frozen statistics
     M,
@@ -55,20 +54,17 @@ def backward_apply_kernel(
     dout += row0 * C
     x += row0 * C
     dx += row0 * C
-    if out is not None:
-        out += row0 * C
     scale = tl.load(stats + 2 * C + cols, mask=live)
     shift = tl.load(stats + 3 * C + cols, mask=live)
     value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
-    g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, RELU, x.dtype.element_ty, ACC)
+    g = load_masked_grad(dout, value, None, scale, shift, offsets, mask, RELU, x.dtype.element_ty, ACC)
     if dshortcut is not None:
         grad = g
-        if shortcut is not None:
-            if shortcut_sums is not None:
-                z = tl.load(shortcut + row0 * C + offsets, mask=mask, other=0.0).to(ACC)
-                grad = center_grad(g, z, load_center(shortcut_stats, shortcut_sums, 2, cols, M, C, ACC))
-            grad = tl.load(shortcut_stats + 2 * C + cols, mask=live)[None, :] * grad
-        tl.store(dshortcut + row0 * C + offsets, grad, mask=mask)
+        if shortcut_sums is not None:
+            z = tl.load(shortcut + row0 * C + offsets, mask=mask, other=0.0).to(ACC)
+            grad = center_grad(g, z, load_center(shortcut_stats, shortcut_sums, 2, cols, M, C, ACC))
+        shortcut_scale = tl.load(shortcut_stats + 2 * C + cols, mask=live)
+        tl.store(dshortcut + row0 * C + offsets, shortcut_scale[None, :] * grad, mask=mask)
     if sums is not None:
         g = center_grad(g, value, load_center(stats, sums, 1, cols, M, C, ACC))
     tl.store(dx + offsets, scale[None, :] * g, mask=mask)
@@ -77,25 +73,23 @@ def backward_apply_kernel(
 def batch_norm_backward_apply(
     dout: Tensor,
     x: Tensor,
-    out: Tensor | None,
     stats: Tensor,
     sums: Tensor | None,
     relu: bool = True,
-    dshortcut: Tensor | None = None,
     dx: Tensor | None = None,
     shortcut: NormedShortcut | None = None,
     shortcut_sums: Tensor | None = None,
+    dshortcut: Tensor | None = None,
 ) -> Tensor:
-    """dx, the gradient of BatchNorm's input. The shortcut's is written to `dshortcut` where that is given.
+    """dx, the gradient of BatchNorm's input. That of a shortcut's norm is written to `dshortcut`.
 
     Args:
-        dout, x, out, dshortcut, dx: (N, C, H, W) channels_last, of one type. Without `out` the ReLU mask is recomputed
-            from x. dx is where the result goes. It may be dout itself: every program reads its elements before it
-            writes them.
+        dout, x, dx, dshortcut: (N, C, H, W) channels_last, of one type. dx is where the result goes. It may be dout
+            itself: every program reads its elements before it writes them.
         stats: (4, C); sums: (2 or 3, C) of `batch_norm_backward_reduce`, None for frozen statistics.
-        relu: whether a ReLU followed.
-        shortcut: what was added, after a norm of its own. `dshortcut` is then the gradient of that norm's input, else
-            that of what was added, g.
+        relu: whether a ReLU followed the norm, and dout is the gradient behind it: the mask is recomputed from x. It
+            is not where dout is what `batch_norm_backward_reduce` has written.
+        shortcut: what was added, after a norm of its own, with whose sums `sums` was taken.
         shortcut_sums: (3, C) of `batch_norm_backward_reduce`, None where the shortcut's statistics are frozen.
 
     Raises:
@@ -103,8 +97,6 @@ def batch_norm_backward_apply(
     """
     M, C = nhwc_shape(x)
     check_nhwc("dout", dout, x, x.shape)
-    if out is not None:
-        check_nhwc("out", out, x, x.shape)
     check_vectors("stats", stats, (4, C), x)
     for name, given, rows in (("sums", sums, 2 if shortcut is None else 3), ("shortcut_sums", shortcut_sums, 3)):
         if given is not None:
@@ -113,6 +105,8 @@ def batch_norm_backward_apply(
         check_shortcut(shortcut, x)
     if dshortcut is not None:
         check_nhwc("dshortcut", dshortcut, x, x.shape)
+        if shortcut is None:
+            raise ValueError("dshortcut: expected None without a shortcut, which has the gradient dout")
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
     elif dx is not dout:
@@ -123,7 +117,6 @@ def batch_norm_backward_apply(
         (triton.cdiv(M, t.BLOCK_M), triton.cdiv(C, t.BLOCK_C)),
         dout,
         x,
-        out,
         stats,
         sums,
         dx,

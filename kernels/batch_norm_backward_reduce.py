@@ -2,11 +2,12 @@
 
     g = dout * (out > 0),  xhat = (x - mean) * invstd,  sum_g = sum g,  sum_gx = sum g * xhat
 
-A shortcut z with a BatchNorm of its own has the same g, so that one sum more serves both: sum_gz = sum g * zhat.
+A shortcut z with a BatchNorm of its own has the same g, so that one sum more serves both: sum_gz = sum g * zhat. All
+that follows in backward reads g, the shortcut's gradient, which is written here: one map for dout and out.
 
-dout, x, out and z are dense NHWC, read as matrices of M = N*H*W rows and C columns. Grid (row tiles, column tiles),
+dout, x, out, g and z are dense NHWC, read as matrices of M = N*H*W rows and C columns. Grid (row tiles, column tiles),
 then a merge of the partials on a grid (column tiles, groups), in a fixed order. Reads 2 activations, 3 where the ReLU
-mask is read from `out`, one more with z; without `out` the mask is recomputed from x.
+mask is read from `out`, one more with z; without `out` the mask is recomputed from x. Writes g where that is wanted.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def backward_reduce_kernel(
     stats,  # (4, C)
     shortcut,  # (M, C) or None: z
     shortcut_stats,  # (4, C) of z
+    g_stored,  # (M, C) or None: g is not stored
     partial,  # (2 or 3, T, C): sum g, sum g * xhat and sum g * zhat of each row tile
     M,
     T,
@@ -58,6 +60,8 @@ def backward_reduce_kernel(
     x += row0 * C
     if out is not None:
         out += row0 * C
+    if g_stored is not None:
+        g_stored += row0 * C
     sum_g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     if shortcut is not None:
@@ -68,6 +72,8 @@ def backward_reduce_kernel(
         mask = (rows < valid - i * BLOCK_M)[:, None] & live[None, :]
         value = tl.load(x + offsets, mask=mask, other=0.0).to(ACC)
         g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, RELU, x.dtype.element_ty, ACC)
+        if g_stored is not None:
+            tl.store(g_stored + offsets, g, mask=mask)
         sum_g += g
         sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond M
         if shortcut is not None:
@@ -165,13 +171,15 @@ def batch_norm_backward_reduce(
     dbias: Tensor | None = None,
     dconv_bias: Tensor | None = None,
     shortcut: NormedShortcut | None = None,
+    g: Tensor | None = None,
 ) -> Tensor:
     """sums (2, C) = sum g, sum g * xhat; also written to `dbias` and `dweight` (C,), rounded to their types.
 
-    `dconv_bias` (C,) is zeroed: the gradient of a bias of the convolution that made x, under batch statistics.
+    `dconv_bias` (C,) is zeroed: the gradient of a bias of the convolution that made x, under batch statistics. dout
+    behind the ReLU, the gradient of what was added to the norm's output, is written to `g`.
 
     Args:
-        dout, x, out: (N, C, H, W) channels_last, of one type. Without `out` the ReLU mask is recomputed from x.
+        dout, x, out, g: (N, C, H, W) channels_last, of one type. Without `out` the ReLU mask is recomputed from x.
         stats: (4, C).
         relu: whether a ReLU followed.
         shortcut: what was added to the norm's output, after a norm of its own. The sums are then (3, C), the last one
@@ -184,6 +192,8 @@ def batch_norm_backward_reduce(
     check_nhwc("dout", dout, x, x.shape)
     if out is not None:
         check_nhwc("out", out, x, x.shape)
+    if g is not None:
+        check_nhwc("g", g, x, x.shape)
     check_vectors("stats", stats, (4, C), x)
     if shortcut is not None:
         check_shortcut(shortcut, x)
@@ -199,6 +209,7 @@ def batch_norm_backward_reduce(
         stats,
         shortcut and shortcut.y,
         shortcut and shortcut.stats,
+        g,
         partial,
         M,
         t.partials,

@@ -110,9 +110,9 @@ def backward(
     shortcut: bool = False,
 ) -> NormGrad:
     """Gradients of `forward`, as `torch_backend.batch_norm.backward`. Without a shortcut x gives out's sign."""
-    mask = out if shortcut else None
     dweight, dbias, zeros = empty_grads(norm)
-    sums = batch_norm_backward_reduce(dout, x, mask, stats, relu, dweight, dbias, zeros)
     g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
-    dx = batch_norm_backward_apply(dout, x, mask, stats, applied_sums(sums, x, norm), relu, g)
+    sums = batch_norm_backward_reduce(dout, x, out if shortcut else None, stats, relu, dweight, dbias, zeros, g=g)
+    behind = (dout, relu) if g is None else (g, False)
+    dx = batch_norm_backward_apply(behind[0], x, stats, applied_sums(sums, x, norm), behind[1])
     return NormGrad(dx, dweight, dbias, sums[0], g, zeros)

@@ -3,8 +3,8 @@
 A block of two units launches, in this order (training, identity shortcut; the passes over an activation of each):
 
     forward   conv1 + statistics 2, conv2 with bn1 and ReLU in its prologue + statistics 2, bn2 + add + ReLU 3
-    backward  bn2 reduce 3, bn2 apply' 4, conv2 grad-input + ReLU' + bn1 reduce 3, conv2 grad-weight 2,
-              bn1 apply' 3, conv1 grad-input + shortcut's gradient 4, conv1 grad-weight 2
+    backward  ReLU' + bn2 reduce 4, bn2 apply' 3, conv2 grad-input + ReLU' + bn1 reduce 3, conv2 grad-weight 2,
+              bn1 apply' 3, conv1 grad-input + shortcut's gradient 3, conv1 grad-weight 2
 
 A third unit launches what conv2 does. A shortcut's convolution is part of conv1's launches where both have the same
 input and stride and as many channels; its own norm is part of the last norm's. A pool before it is PyTorch's, whose
@@ -102,36 +102,29 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     if projected:
         z_vectors = empty_grads(shortcut.norm)
         normed = NormedShortcut(*projected, *z_vectors)
-    vectors = empty_grads(units[last].norm)
-    sums = batch_norm_backward_reduce(dout, ys[last], out, stats[last], True, *vectors, shortcut=normed)
+    vectors, dys = empty_grads(units[last].norm), []
+    needs_dy, needs_dshortcut = asked[last] or needs.units[last].weight, needs.x or needs.shortcut.weight
+    g = torch.empty_like(dout) if needs_dy or needs_dshortcut else None
+    sums = batch_norm_backward_reduce(dout, ys[last], out, stats[last], True, *vectors, shortcut=normed, g=g)
     shortcut_grad = UnitGrad(None, *z_vectors[:2], sums[0], z_vectors[2])
-
-    # The shortcut's gradient is stored where it is not dout and out together, or where these would be masked twice.
-    g, mask = dout, out
-    needs_g = shortcut.weight is not None and (needs.x or needs.shortcut.weight)
-    if needs_g and (projected or not _rides(shortcut, units[0])):
-        g, mask = torch.empty_like(dout), None
-    dys = []
     used, z_used = applied_sums(sums, dout, units[last].norm), None
     if projected and shortcut_reached(needs):
         z_used = applied_sums(sums, dout, shortcut.norm, plane=2)
-    if asked[last] or needs.units[last].weight or mask is None:
-        dshortcut = g if mask is None else None
-        dys.append(
-            batch_norm_backward_apply(
-                dout, ys[last], out, stats[last], used, dshortcut=dshortcut, shortcut=normed, shortcut_sums=z_used
-            )
-        )
+    dz = torch.empty_like(dout) if projected and needs_dshortcut else None
+    if needs_dy or dz is not None:
+        into = None if dz is None else g  # which nothing else reads then
+        dys.append(batch_norm_backward_apply(g, ys[last], stats[last], used, False, into, normed, z_used, dz))
+    g = g if dz is None else dz
 
     def grad_input(dy: Tensor) -> Tensor:
-        added = convolution.pooled_grad(g, shortcut.weight, x, *pooled) if pooled else (shortcut, g, mask)
+        added = convolution.pooled_grad(g, shortcut.weight, x, *pooled) if pooled else (shortcut, g)
         return convolution.grad_input_add(dy, *units[0][:2], x, *added)
 
     grad = UnitGrad(None, *vectors[:2], sums[0], vectors[2])
     dx, grads = chain_backward(dys, grad, x, ys, stats, units, needs, grad_input)
     if needs.shortcut.weight:
         read, conv = shortcut_input(kept), (shortcut.weight, shortcut.geometry)
-        dconv = convolution.grad_weight(g, read, *conv, out=mask, dtype=trained_dtype(shortcut))
+        dconv = convolution.grad_weight(g, read, *conv, dtype=trained_dtype(shortcut))
         shortcut_grad = shortcut_grad._replace(conv=dconv)
     return BlockGrad(dx, grads, shortcut_grad)
 
@@ -169,7 +162,7 @@ def chain_backward(
         if i == 0 or not asked[i]:
             break
         if asked[i - 1] or needs.units[i - 1].weight:
-            dy = batch_norm_backward_apply(inner, ys[i - 1], None, stats[i - 1], used, dx=inner)
+            dy = batch_norm_backward_apply(inner, ys[i - 1], stats[i - 1], used, dx=inner)
     return dx, tuple(grads)
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from resnet import settings
-from resnet.kernels.add_masked_grad import add_masked_grad
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
 from resnet.kernels.batch_norm_statistics import batch_norm_statistics
@@ -193,19 +192,15 @@ def grad_input_add(
     x: Tensor,
     shortcut: Unit | Projection,
     g: Tensor,
-    out: Tensor | None,
 ) -> Tensor:
-    """dx of a block: its first convolution's grad-input from dy, plus the shortcut's from g.
-
-    With `out`, g counts only where the ReLU that made out passes it; a shortcut of a stride of its own has no `out`.
-    """
+    """dx of a block: its first convolution's grad-input from dy, plus the shortcut's from g."""
 
     def fused() -> Tensor:
         shape = conv_shape(x, weight, *geometry)
         if shortcut.weight is None:
-            return conv_grad_input(dy, weight, shape, IdentityGrad(g, out), tf32(dy))
+            return conv_grad_input(dy, weight, shape, IdentityGrad(g, None), tf32(dy))
         if shortcut.geometry[0] == geometry[0]:
-            return conv_grad_input(dy, weight, shape, ShortcutGrad(g, out, shortcut.weight), tf32(dy))
+            return conv_grad_input(dy, weight, shape, ShortcutGrad(g, None, shortcut.weight), tf32(dy))
         dx = conv_grad_input(dy, weight, shape, tf32=tf32(dy))
         shape = conv_shape(x, shortcut.weight, *shortcut.geometry)
         return conv_grad_input(g, shortcut.weight, shape, AddTo(dx), tf32(dy))
@@ -213,12 +208,11 @@ def grad_input_add(
     def pytorch() -> Tensor:
         dx, _ = convolve_backward(dy, x, weight, geometry, True, False)
         if shortcut.weight is None:
-            return dx.add_(g) if out is None else add_masked_grad(dx, g, out)
-        passed = g if out is None else torch.ops.aten.threshold_backward(g, out, 0)
-        return dx.add_(convolve_backward(passed, x, shortcut.weight, shortcut.geometry, True, False)[0])
+            return dx.add_(g)
+        return dx.add_(convolve_backward(g, x, shortcut.weight, shortcut.geometry, True, False)[0])
 
     projected = None if shortcut.weight is None else (shortcut.geometry[0], shortcut.weight.shape[0])
-    key = ("add", projected, out is not None)
+    key = ("add", projected)
     return run_picked("grad_input", dy, x.shape[1], weight, geometry, key, epilogue=fused, pytorch=pytorch)
 
 
@@ -234,13 +228,13 @@ def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Ten
     return run_picked("grad_input", dy, x.shape[1], weight, geometry, (), epilogue=fused, pytorch=pytorch)
 
 
-def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[Projection, Tensor, None]:
+def pooled_grad(dz: Tensor, weight: Tensor, x: Tensor, pooled: Pooled) -> tuple[Projection, Tensor]:
     """What `grad_input_add` takes of a shortcut that reads a pooled x: its share of dx, as an identity's.
 
     dz is the gradient of the shortcut's convolution, which is 1x1 of stride 1.
     """
     dmap = grad_input(dz, pooled.map, weight, POINTWISE)
-    return Projection(None, None, POINTWISE), pool_backward(dmap, x, pooled), None
+    return Projection(None, None, POINTWISE), pool_backward(dmap, x, pooled)
 
 
 def grad_weight(
@@ -249,21 +243,16 @@ def grad_weight(
     weight: Tensor,
     geometry: Geometry,
     stats: Tensor | None = None,
-    out: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """dW of conv(a), a as in `forward`, of `dtype`: x's by default.
-
-    With `out`, dy counts only where the ReLU that made out passes it.
-    """
+    """dW of conv(a), a as in `forward`, of `dtype`: x's by default."""
     dtype = dtype or x.dtype
 
     def fused(x: Tensor, stats: Tensor | None) -> Tensor:
-        return conv_grad_weight(dy, x, weight.shape[2:], *geometry, stats=stats, out=out, tf32=tf32(dy), dtype=dtype)
+        return conv_grad_weight(dy, x, weight.shape[2:], *geometry, stats=stats, tf32=tf32(dy), dtype=dtype)
 
     def pytorch() -> Tensor:
-        g = dy if out is None else torch.ops.aten.threshold_backward(dy, out, 0)
-        return convolve_backward(g, _activated(x, stats), weight, geometry, False, True)[1].to(dtype)
+        return convolve_backward(dy, _activated(x, stats), weight, geometry, False, True)[1].to(dtype)
 
     variants = {
         "epilogue": lambda: fused(_activated(x, stats), None),
@@ -271,7 +260,7 @@ def grad_weight(
     }
     if stats is not None:
         variants = {"triton": lambda: fused(x, stats), **variants}
-    key = (stats is not None, out is not None, dtype)
+    key = (stats is not None, dtype)
     return run_picked("grad_weight", dy, x.shape[1], weight, geometry, key, **variants)
 
 

@@ -55,7 +55,7 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
             g = convolution.grad_input_relu(g, *scaled[:2], inner[i - 1])
         else:
             weight = shortcut.weight if shortcut_scale is None else folded(shortcut.weight, shortcut_scale)
-            added = shortcut._replace(weight=weight), dz, None
+            added = shortcut._replace(weight=weight), dz
             if pooled:
                 added = convolution.pooled_grad(dz, weight, x, *pooled)
             dx = convolution.grad_input_add(g, *scaled[:2], x, *added)

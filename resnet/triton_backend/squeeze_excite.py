@@ -62,7 +62,7 @@ def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, nee
 
     def grad_input(dy: Tensor) -> Tensor:
         if added:
-            return convolution.grad_input_add(dy, *units[0][:2], x, Projection(None, None, POINTWISE), g, None)
+            return convolution.grad_input_add(dy, *units[0][:2], x, Projection(None, None, POINTWISE), g)
         return convolution.grad_input(dy, x, *units[0][:2])
 
     return SqueezeGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, grad_input))

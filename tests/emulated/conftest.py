@@ -24,7 +24,7 @@ _RESULTS = {
     "finalize_kernel": ("stats",),
     "freeze_kernel": ("stats",),
     "apply_kernel": ("out",),
-    "backward_reduce_kernel": ("partial",),
+    "backward_reduce_kernel": ("partial", "g_stored"),
     "backward_finalize_kernel": (
         "sums",
         "dweight",

@@ -54,17 +54,15 @@ FLOORS = {
     "apply, add": Floor("apply_kernel", 2, 1),
     "apply, add a normed shortcut": Floor("apply_kernel", 2, 1),
     "reduce, mask from out": Floor("backward_reduce_kernel", 3, 0),
+    "reduce, mask from out, g stored": Floor("backward_reduce_kernel", 3, 1),
     "reduce, mask from x": Floor("backward_reduce_kernel", 2, 0),
     "reduce, no relu": Floor("backward_reduce_kernel", 2, 0),
     "reduce, normed shortcut": Floor("backward_reduce_kernel", 4, 0),
-    "apply', mask from out": Floor("backward_apply_kernel", 3, 1),
-    "apply', mask from out, shortcut's gradient": Floor("backward_apply_kernel", 3, 2),
-    "apply', normed shortcut": Floor("backward_apply_kernel", 4, 2),
+    "reduce, normed shortcut, g stored": Floor("backward_reduce_kernel", 4, 1),
+    "apply', normed shortcut": Floor("backward_apply_kernel", 3, 2),
     "apply', mask from x": Floor("backward_apply_kernel", 2, 1),
     "apply', no relu": Floor("backward_apply_kernel", 2, 1),
-    "frozen apply', mask from out": Floor("backward_apply_kernel", 2, 1),
-    "frozen apply', mask from out, shortcut's gradient": Floor("backward_apply_kernel", 2, 2),
-    "frozen apply', normed shortcut": Floor("backward_apply_kernel", 2, 2),
+    "frozen apply', normed shortcut": Floor("backward_apply_kernel", 1, 2),
     "frozen apply', mask from x": Floor("backward_apply_kernel", 2, 1),
     "frozen apply', no relu": Floor("backward_apply_kernel", 1, 1),
 }
@@ -144,19 +142,23 @@ def chain(
     out, skipped = batch_norm_add_relu(x, stats), batch_norm_add_relu(x, stats, shortcut, shortcut_shift=bias)
     scaled = batch_norm_add_relu(x, stats, shortcut, weight, bias, relu=False)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
-    sums = batch_norm_backward_reduce(dout, x, skipped, stats, True, dweight, dbias)
-    dshortcut = torch.empty_like(x)
-    dx = batch_norm_backward_apply(dout, x, skipped, stats, sums, dshortcut=dshortcut)
-    dx_frozen = batch_norm_backward_apply(dout, x, skipped, stats, None)
-    recomputed = [batch_norm_backward_reduce(dout, x, None, stats), batch_norm_backward_reduce(dout, x, out, stats)]
-    recomputed += [batch_norm_backward_apply(dout, x, mask, stats, sums) for mask in (None, out)]
+    behind, of_out = torch.empty_like(x), torch.empty_like(x)
+    sums = batch_norm_backward_reduce(dout, x, skipped, stats, True, dweight, dbias, g=behind)
+    dx = batch_norm_backward_apply(behind, x, stats, sums, relu=False)
+    dx_frozen = batch_norm_backward_apply(behind, x, stats, None, relu=False)
+    recomputed = [
+        batch_norm_backward_reduce(dout, x, None, stats),
+        batch_norm_backward_reduce(dout, x, out, stats, g=of_out),
+        batch_norm_backward_apply(dout, x, stats, sums),
+        batch_norm_backward_apply(of_out, x, stats, sums, relu=False),
+    ]
 
     g = torch.where(skipped <= 0, 0, dout)
-    torch.testing.assert_close(dshortcut, g, rtol=0, atol=0)
+    torch.testing.assert_close(behind, g, rtol=0, atol=0)
     for fresh, stored in (recomputed[:2], recomputed[2:], (dweight, sums[1]), (dbias, sums[0])):
         torch.testing.assert_close(fresh, stored, rtol=0, atol=0)
     if results is not None:
-        results += [*mine, stats, frozen, out, skipped, scaled, sums, dx, dx_frozen, dshortcut]
+        results += [*mine, stats, frozen, out, skipped, scaled, sums, dx, dx_frozen, behind]
 
     def plain(d: torch.dtype, updated: list[Tensor]) -> list[Tensor]:
         rounded = dtype if d == acc else d
@@ -212,14 +214,14 @@ def test_float64_is_float64_throughout(emulate):
 def test_relu_keeps_nan_and_a_nan_output_passes_its_gradient(emulate, dtype, stored):
     x = draw(2, 3, 4, 5, dtype=dtype)
     x[0, :, 1, 2] = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype)
-    stats, dout, dshortcut = torch.ones(4, 3), torch.ones_like(x), torch.empty_like(x)
+    stats, dout, g = torch.ones(4, 3), torch.ones_like(x), torch.empty_like(x)
     with emulate():
         out = batch_norm_add_relu(x, stats)
         mask = out if stored else None
-        sums = batch_norm_backward_reduce(dout, x, mask, stats)
-        dx = batch_norm_backward_apply(dout, x, mask, stats, None, dshortcut=dshortcut)
+        sums = batch_norm_backward_reduce(dout, x, mask, stats, g=g)
+        dx = batch_norm_backward_apply(dout, x, stats, None)
     torch.testing.assert_close(out, torch.relu(x + 1), rtol=0, atol=0, equal_nan=True)
-    assert dshortcut[0, :, 1, 2].tolist() == dx[0, :, 1, 2].tolist() == [1, 1, 0]
+    assert g[0, :, 1, 2].tolist() == dx[0, :, 1, 2].tolist() == [1, 1, 0]
     assert sums[0].tolist() == (~(out <= 0)).sum((0, 2, 3)).tolist()
 
 
@@ -253,8 +255,8 @@ def test_a_count_on_the_device_is_as_good_as_a_momentum_of_one_over_it(emulate, 
 def test_a_result_that_replaces_the_incoming_gradient_has_the_same_bits(emulate, dtype):
     case = Case.of((3, 64, 10, 20), dtype)
     with emulate():
-        expected = batch_norm_backward_apply(case.dout, case.x, case.out, case.stats, case.sums)
-        batch_norm_backward_apply(case.dout, case.x, case.out, case.stats, case.sums, dx=case.dout)
+        expected = batch_norm_backward_apply(case.dout, case.x, case.stats, case.sums)
+        batch_norm_backward_apply(case.dout, case.x, case.stats, case.sums, dx=case.dout)
     torch.testing.assert_close(case.dout, expected, rtol=0, atol=0)
 
 
@@ -315,17 +317,17 @@ def test_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
 
 
 def test_backward_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
-    dout, x, out, stats = far.values()
+    dout, x, z, stats = far.values()
     dx, dshortcut = torch.empty_like(x), torch.empty_like(x)
     with last_program(emulate):
         backward_apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
-            *(displaced(dout), displaced(x), displaced(out), stats, torch.zeros(2, C), displaced(dx)),
-            *(displaced(dshortcut), None, None, None, ROWS_BEFORE + ROWS),
+            *(displaced(dout), displaced(x), stats, torch.zeros(2, C), displaced(dx)),
+            *(displaced(dshortcut), displaced(z), stats.flip(1), torch.zeros(3, C), ROWS_BEFORE + ROWS),
             RELU=True,
             **TILE,
         )
-    g = torch.where(out <= 0, 0, dout)
-    torch.testing.assert_close(dshortcut[:ROWS], g[:ROWS], rtol=0, atol=0)
+    g = torch.where((x * stats[2] + stats[3]).half() <= 0, 0, dout)
+    torch.testing.assert_close(dshortcut[:ROWS], (g * stats[2].flip(0)).half()[:ROWS], rtol=0, atol=0)
     torch.testing.assert_close(dx[:ROWS], (g * stats[2]).half()[:ROWS], rtol=0, atol=0)
     assert dx[ROWS:].isnan().all() and dshortcut[ROWS:].isnan().all()
 
@@ -333,13 +335,13 @@ def test_backward_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
 @pytest.mark.parametrize("kernel", ["statistics", "backward_reduce"])
 def test_a_reduction_reaches_beyond_2_to_the_31_elements(emulate, far, kernel):
     dout, x, out, stats = far.values()
-    partial = torch.empty(3 if kernel == "statistics" else 2, 3, C)
+    partial, g_stored = torch.empty(3 if kernel == "statistics" else 2, 3, C), torch.empty_like(x)
     with last_program(emulate):
         if kernel == "statistics":
             statistics_kernel[(3, 1)](displaced(x), partial, ROWS_BEFORE + ROWS, 3, TILES, **TILE)
         else:
             backward_reduce_kernel[(3, 1)](
-                *(displaced(dout), displaced(x), displaced(out), stats, None, None),
+                *(displaced(dout), displaced(x), displaced(out), stats, None, None, displaced(g_stored)),
                 *(partial, ROWS_BEFORE + ROWS, 3, TILES),
                 RELU=True,
                 **TILE,
@@ -350,6 +352,8 @@ def test_a_reduction_reaches_beyond_2_to_the_31_elements(emulate, far, kernel):
         expected = values.mean(0), values.var(0, unbiased=False) * ROWS
     else:
         expected = g.sum(0), (g * (values - stats[0]) * stats[1]).sum(0)
+        torch.testing.assert_close(g_stored[:ROWS].double(), g, rtol=0, atol=0)
+        assert g_stored[ROWS:].isnan().all()
     # The tolerance is float32's for twenty summands of size 1 to 10.
     torch.testing.assert_close(partial[:2, 2].double(), torch.stack(expected), rtol=1e-5, atol=1e-4)
     assert partial[:, :2].isnan().all()

@@ -57,32 +57,30 @@ LAUNCHES: dict[str, Callable[[Case], object]] = {
         c.x, c.stats, c.shortcut, c.shortcut_stats[2], c.shortcut_stats[3]
     ),
     "reduce, mask from out": lambda c: batch_norm_backward_reduce(c.dout, c.x, c.out, c.stats),
+    "reduce, mask from out, g stored": lambda c: batch_norm_backward_reduce(
+        c.dout, c.x, c.out, c.stats, g=torch.empty_like(c.x)
+    ),
     "reduce, mask from x": lambda c: batch_norm_backward_reduce(c.dout, c.x, None, c.stats),
     "reduce, no relu": lambda c: batch_norm_backward_reduce(c.dout, c.x, None, c.stats, relu=False),
     "reduce, normed shortcut": lambda c: batch_norm_backward_reduce(c.dout, c.x, c.out, c.stats, shortcut=c.normed),
-    "apply', mask from out": lambda c: batch_norm_backward_apply(c.dout, c.x, c.out, c.stats, c.sums),
-    "apply', mask from out, shortcut's gradient": lambda c: batch_norm_backward_apply(
-        c.dout, c.x, c.out, c.stats, c.sums, dshortcut=torch.empty_like(c.x)
+    "reduce, normed shortcut, g stored": lambda c: batch_norm_backward_reduce(
+        c.dout, c.x, c.out, c.stats, shortcut=c.normed, g=torch.empty_like(c.x)
     ),
-    "apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, c.sums),
-    "apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, c.sums, relu=False),
+    "apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, c.stats, c.sums),
+    "apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, c.stats, c.sums, relu=False),
     "apply', normed shortcut": lambda c: batch_norm_backward_apply(
         c.dout,
         c.x,
-        c.out,
         c.stats,
         c.three_sums,
-        dshortcut=torch.empty_like(c.x),
+        relu=False,
         shortcut=c.normed,
         shortcut_sums=c.three_sums,
-    ),
-    "frozen apply', mask from out": lambda c: batch_norm_backward_apply(c.dout, c.x, c.out, c.stats, None),
-    "frozen apply', mask from out, shortcut's gradient": lambda c: batch_norm_backward_apply(
-        c.dout, c.x, c.out, c.stats, None, dshortcut=torch.empty_like(c.x)
+        dshortcut=torch.empty_like(c.x),
     ),
     "frozen apply', normed shortcut": lambda c: batch_norm_backward_apply(
-        c.dout, c.x, c.out, c.stats, None, dshortcut=torch.empty_like(c.x), shortcut=c.normed
+        c.dout, c.x, c.stats, None, relu=False, shortcut=c.normed, dshortcut=torch.empty_like(c.x)
     ),
-    "frozen apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, None),
-    "frozen apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, None, c.stats, None, relu=False),
+    "frozen apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, c.stats, None),
+    "frozen apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, c.stats, None, relu=False),
 }

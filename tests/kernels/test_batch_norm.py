@@ -492,7 +492,7 @@ def assert_backward_apply_parity(shape: tuple[int, ...], dtype: torch.dtype, tra
             reference.batch_norm_backward_apply(*(t.to(d) for t in (g, x, *stats[:3], *sums)), training)
             for d in (stats.dtype, torch.float64)
         )
-        dx = batch_norm_backward_apply(dout, x, out, stats, sums if training else None, relu)
+        dx = batch_norm_backward_apply(dout, x, stats, sums if training else None, relu)
         results.append({"dx": (dx, eager.to(dtype), exact)})
     assert_parity(results)
 
@@ -514,19 +514,18 @@ def test_a_mask_recomputed_from_x_is_bit_equal_to_the_stored_output(shape, dtype
     same_bits(batch_norm_backward_reduce(dout, x, None, stats), sums)
     for used in (sums, None):
         same_bits(
-            batch_norm_backward_apply(dout, x, None, stats, used), batch_norm_backward_apply(dout, x, out, stats, used)
+            batch_norm_backward_apply(dout, x, stats, used),
+            batch_norm_backward_apply(masked(dout, out), x, stats, used, relu=False),
         )
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "frozen"])
+@pytest.mark.parametrize("stored", [True, False], ids=["mask from out", "mask from x"])
 @per_pair
-def test_the_gradient_of_the_shortcut_is_dout_behind_the_mask(shape, dtype, training):
+def test_the_gradient_of_the_shortcut_is_dout_behind_the_mask(shape, dtype, stored):
     dout, x, out, stats = backward_inputs(shape, dtype)
-    sums = batch_norm_backward_reduce(dout, x, out, stats) if training else None
-    dshortcut = torch.empty_like(x)
-    dx = batch_norm_backward_apply(dout, x, out, stats, sums, dshortcut=dshortcut)
-    same_bits(dshortcut, masked(dout, out))
-    same_bits(dx, batch_norm_backward_apply(dout, x, out, stats, sums))
+    g, mask = torch.empty_like(x), out if stored else None
+    same_bits(batch_norm_backward_reduce(dout, x, mask, stats, g=g), batch_norm_backward_reduce(dout, x, mask, stats))
+    same_bits(g, masked(dout, out))
 
 
 @pytest.mark.core
@@ -539,10 +538,10 @@ def test_a_nan_output_passes_its_gradient_and_minus_infinity_stops_it(dtype, sto
     stats = torch.ones((4, 3), dtype=statistics_dtype(dtype), device=DEVICE)
     out = batch_norm_add_relu(x, stats)
     mask = out if stored else None
-    dout, dshortcut = torch.ones_like(x), torch.empty_like(x)
-    dx = batch_norm_backward_apply(dout, x, mask, stats, None, dshortcut=dshortcut)
-    assert dshortcut[0, :, 1, 2].tolist() == dx[0, :, 1, 2].tolist() == [1, 1, 0]
-    counted = batch_norm_backward_reduce(dout, x, mask, stats)[0]
+    dout, g = torch.ones_like(x), torch.empty_like(x)
+    counted = batch_norm_backward_reduce(dout, x, mask, stats, g=g)[0]
+    dx = batch_norm_backward_apply(dout, x, stats, None)
+    assert g[0, :, 1, 2].tolist() == dx[0, :, 1, 2].tolist() == [1, 1, 0]
     assert counted.tolist() == (~(out <= 0)).sum((0, 2, 3)).tolist()
 
 
@@ -557,10 +556,10 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     stats = batch_stats(x, vector(C, 5, acc), vector(C, 6, acc), *running, 0.1, EPS, vector(C, 7, acc))
     frozen = batch_norm_freeze(*running, None, None, EPS, None, acc)
     out = batch_norm_add_relu(x, stats, shortcut)
-    sums = batch_norm_backward_reduce(dout, x, out, stats)
-    dshortcut = torch.empty_like(x)
-    dx = batch_norm_backward_apply(dout, x, out, stats, sums, dshortcut=dshortcut)
-    return [*running, stats, frozen, out, sums, dx, dshortcut]
+    g = torch.empty_like(x)
+    sums = batch_norm_backward_reduce(dout, x, out, stats, g=g)
+    dx = batch_norm_backward_apply(g, x, stats, sums, relu=False)
+    return [*running, stats, frozen, out, sums, dx, g]
 
 
 @per_pair
@@ -576,8 +575,8 @@ def test_a_result_goes_where_it_is_wanted_and_may_replace_the_gradient_it_is_mad
     assert batch_norm_add_relu(x, stats, out=given) is given
     same_bits(given, out)
     sums = batch_norm_backward_reduce(dout, x, out, stats)
-    expected = batch_norm_backward_apply(dout, x, out, stats, sums)
-    assert batch_norm_backward_apply(dout, x, out, stats, sums, dx=dout) is dout
+    expected = batch_norm_backward_apply(dout, x, stats, sums)
+    assert batch_norm_backward_apply(dout, x, stats, sums, dx=dout) is dout
     same_bits(dout, expected)
 
 
@@ -588,8 +587,8 @@ def test_inputs_are_only_read():
     before = {name: t.clone() for name, t in inputs.items()}
     batch_stats(x, stats[0], stats[1], None, None, 0.1, EPS, stats[2])
     batch_norm_add_relu(x, stats, out, stats[0], stats[1])
-    batch_norm_backward_reduce(dout, x, out, stats)
-    batch_norm_backward_apply(dout, x, out, stats, sums)
+    batch_norm_backward_reduce(dout, x, out, stats, g=torch.empty_like(x))
+    batch_norm_backward_apply(dout, x, stats, sums)
     for name, t in inputs.items():
         same_bits(t, before[name])
 
@@ -604,8 +603,9 @@ def test_any_shape_is_as_exact_as_eager(shape, dtype):
     x, dout, acc = draw(*shape, dtype=dtype), draw(*shape, seed=8, dtype=dtype), statistics_dtype(dtype)
     stats = batch_stats(x, None, None, None, None, 0.1, EPS)
     out = batch_norm_add_relu(x, stats, dout)
-    sums = batch_norm_backward_reduce(dout, x, out, stats)
-    dx = batch_norm_backward_apply(dout, x, out, stats, sums)
+    behind = torch.empty_like(x)
+    sums = batch_norm_backward_reduce(dout, x, out, stats, g=behind)
+    dx = batch_norm_backward_apply(behind, x, stats, sums, relu=False)
 
     def plain(d: torch.dtype) -> tuple[Tensor, ...]:
         mean, var = reference.batch_norm_statistics(x.to(d))
@@ -639,16 +639,16 @@ def calls_with(place: str, t: Tensor) -> None:
     launcher, argument = place.split(": ")
     x = draw(2, 3, 4, 5)
     given: dict[str, Tensor] = {"x": x, "stats": torch.ones((4, 3), device=DEVICE)}
-    if launcher != "apply":
+    if launcher == "backward_reduce":
         given |= {"dout": x, "out": x}
     if launcher == "backward_apply":
-        given["sums"] = torch.ones((2, 3), device=DEVICE)
+        given |= {"dout": x, "sums": torch.ones((2, 3), device=DEVICE)}
     LAUNCHERS[launcher](**given | {argument: t})
 
 
 ACTIVATIONS = [
-    *("apply: shortcut", "apply: out", "backward_reduce: dout", "backward_reduce: out"),
-    *(f"backward_apply: {name}" for name in ("dout", "out", "dx", "dshortcut")),
+    *("apply: shortcut", "apply: out", "backward_reduce: dout", "backward_reduce: out", "backward_reduce: g"),
+    *(f"backward_apply: {name}" for name in ("dout", "dx", "dshortcut")),
 ]
 OTHERS = ["apply: x", "backward_reduce: x", "backward_apply: x", *ACTIVATIONS]
 WRONG_LAYOUTS = {

@@ -78,8 +78,8 @@ PIXELS = activation(Y.shape[0], 1, 64, 64)  # of which Y is the stem's 7x7 convo
 LAUNCHERS: dict[str, Callable[[], object]] = {
     "statistics": lambda: batch_stats(X, None, None, None, None, 0.1, 1e-5),
     "apply": lambda: batch_norm_add_relu(X, STATS, X),
-    "backward reduce": lambda: batch_norm_backward_reduce(X, X, X, STATS),
-    "backward apply": lambda: batch_norm_backward_apply(X, X, X, STATS, SUMS, dshortcut=torch.empty_like(X)),
+    "backward reduce": lambda: batch_norm_backward_reduce(X, X, X, STATS, g=torch.empty_like(X)),
+    "backward apply": lambda: batch_norm_backward_apply(X, X, STATS, SUMS),
     "pool": lambda: batch_norm_max_pool(Y, STATS),
     "pool, backward reduce": lambda: batch_norm_max_pool_backward_reduce(POOLED, Y, POOLED, TAP, STATS),
     "pool, backward apply": lambda: batch_norm_max_pool_backward_apply(POOLED, Y, POOLED, TAP, STATS, SUMS),
