@@ -18,9 +18,8 @@ Backward, where a prime stands for "the gradient through":
     batch_norm_excite_backward    ReLU' + gate' and the two sums of each image
     batch_norm_squeeze_backward   gate' + the mean' [+ ReLU'] + BatchNorm'
     conv_grad_input               grad-input + ReLU' and the two sums, or + the shortcut's gradient
-    conv_grad_weight              [BatchNorm + ReLU of the input, ReLU' of the gradient +] grad-weight
+    conv_grad_weight              [BatchNorm + ReLU of the input +] grad-weight
     conv_grad_weight_max_pool     max-pool' + ReLU' + BatchNorm' + grad-weight
-    add_masked_grad               ReLU' + add
 
 What they share:
 

@@ -5,8 +5,8 @@
     None          dx = acc
     ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
     KeptMask      g = acc * (a > 0), stored in place of dx
-    IdentityGrad  dx = acc + dout * (out > 0), or acc + dout where `out` is None
-    ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of dout * (out > 0), or of dout where `out` is None
+    IdentityGrad  dx = acc + g
+    ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of g
     AddTo         dx += acc, in place
 
 Rows of the GEMM are input pixels, columns are C, the reduction runs over (r, s, k). Activations are dense NHWC, the
@@ -18,8 +18,8 @@ each parity class (h % stride, w % stride) is a sub-grid of its own that runs ov
 (1x1, stride 2) still runs its epilogue. All classes are one launch. A convolution with dilation has stride 1 here.
 
 Grid (column tiles * classes * row tiles,). Passes over activations: it reads dy and writes dx. ReluMask also reads y1,
-KeptMask a; IdentityGrad reads dout and out, or dout alone; ShortcutGrad reads the same, which have dy's pixels. AddTo
-reads and writes those pixels of dx alone that the convolution meets.
+KeptMask a, IdentityGrad g, ShortcutGrad g, which has dy's pixels. AddTo reads and writes those pixels of dx alone that
+the convolution meets.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def grad_input_kernel(
     y1,  # (N, H, W, C) or None: no ReLU to mask by
     stats,  # (4, C) of y1, or None: y1 is what the ReLU gave
     partial,  # (2, T, C): sum g and sum g * xhat of each row tile
-    dout,  # (N, H, W, C) for the identity, (N, P, Q, SHORTCUT_K) for the 1x1 shortcut, or None: no second branch
-    out,  # like dout, or None: dout is not masked
+    g,  # (N, H, W, C) for the identity, (N, P, Q, SHORTCUT_K) for the 1x1 shortcut, or None: no second branch
     shortcut_weight,  # (SHORTCUT_K, 1, 1, C) or None: the second branch is the identity
     N,
     H,
@@ -149,8 +148,7 @@ def grad_input_kernel(
         image = image0.to(tl.int64) * (P * Q * SHORTCUT_K)
         acc = add_shortcut(
             acc,
-            dout,
-            out,
+            g,
             shortcut_weight,
             image,
             rows,
@@ -176,8 +174,8 @@ def grad_input_kernel(
         if y1 is not None:
             passes = relu_passes(tl.load(y1 + image + offsets, mask=mask, other=0.0))
             acc = tl.where(passes, acc, tl.zeros_like(acc))
-        if shortcut_weight is None and dout is not None:
-            acc = add_identity(acc, dout, out, image, offsets, mask)
+        if shortcut_weight is None and g is not None:
+            acc += tl.load(g + image + offsets, mask=mask, other=0.0).to(ACC)
         if added is not None:
             acc += tl.load(added + image + offsets, mask=mask, other=0.0).to(ACC)
         tl.store(dx + image + offsets, acc.to(dx.dtype.element_ty), mask=mask)
@@ -321,8 +319,7 @@ def load_weight(
 @triton.jit
 def add_shortcut(
     acc,
-    dout,
-    out,
+    g,
     weight,
     image,
     rows,
@@ -336,33 +333,19 @@ def add_shortcut(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + the 1x1 shortcut's grad-input of dout, masked by `out` where it is given.
+    """acc + the 1x1 shortcut's grad-input of g.
 
-    Its one tap meets the pixels h = STRIDE * p alone: those of the class (0, 0), whose rows are dout's pixels in order.
+    Its one tap meets the pixels h = STRIDE * p alone: those of the class (0, 0), whose rows are g's pixels in order.
     """
-    HALF_K: tl.constexpr = BLOCK_K // 2 if BLOCK_K > 32 else BLOCK_K  # dout's tile and out's take the place of dy's
-    ks = tl.arange(0, HALF_K)
+    ks = tl.arange(0, BLOCK_K)
     offsets = rows[:, None] * K + ks[None, :]
     weight_offsets = ks[:, None] * C + cols[None, :]
-    for k in range(0, tl.where(ph + pw == 0, K, 0), HALF_K):
-        g = load_pixels(dout + image + k, offsets, inside, ks, K - k, K, HALF_K)
-        if out is not None:
-            z = load_pixels(out + image + k, offsets, inside, ks, K - k, K, HALF_K)
-            g = tl.where(relu_passes(z), g, tl.zeros_like(g))
+    for k in range(0, tl.where(ph + pw == 0, K, 0), BLOCK_K):
+        tile = load_pixels(g + image + k, offsets, inside, ks, K - k, K, BLOCK_K)
         w = weight + k * C
-        weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, HALF_K)
-        acc = dot(g, weight_tile, acc, PRECISION)
+        weight_tile = load_weight(w, weight_offsets, ks, K - k, cols, C, K, BLOCK_N, BLOCK_K)
+        acc = dot(tile, weight_tile, acc, PRECISION)
     return acc
-
-
-@triton.jit
-def add_identity(acc, dout, out, image, offsets, mask):
-    """acc + dout, the identity shortcut's gradient, masked by `out` where it is given."""
-    g = tl.load(dout + image + offsets, mask=mask, other=0.0)
-    if out is not None:
-        z = tl.load(out + image + offsets, mask=mask, other=0.0)
-        g = tl.where(relu_passes(z), g, tl.zeros_like(g))
-    return acc + g.to(acc.dtype)
 
 
 @triton.jit
@@ -401,17 +384,15 @@ class KeptMask(NamedTuple):
 
 
 class IdentityGrad(NamedTuple):
-    """The convolution's input is also the identity shortcut of out = relu(... + input)."""
+    """The convolution's input is also an identity shortcut, of whose sum g is the gradient."""
 
-    dout: Tensor  # (N, C, H, W)
-    out: Tensor | None  # (N, C, H, W); None: dout is taken as it is
+    g: Tensor  # (N, C, H, W)
 
 
 class ShortcutGrad(NamedTuple):
-    """The convolution's input also feeds a 1x1 convolution of the same stride, whose gradient is dout * (out > 0)."""
+    """The convolution's input also feeds a 1x1 convolution of the same stride, whose gradient is g."""
 
-    dout: Tensor  # (N, L, P, Q)
-    out: Tensor | None  # (N, L, P, Q); None: dout is taken as it is
+    g: Tensor  # (N, L, P, Q)
     weight: Tensor  # (L, C, 1, 1)
 
 
@@ -485,8 +466,7 @@ def conv_grad_input(
             mask.y1 if mask else kept,
             mask.stats if mask else None,
             partial,
-            branch.dout if branch else None,
-            branch.out if branch else None,
+            branch.g if branch else None,
             shortcut_weight,
             shape.N,
             shape.H,
@@ -514,7 +494,6 @@ def conv_grad_input(
         trial if isinstance(epilogue, AddTo) else lambda config: run(config, dx),
         precision=precision,
         epilogue=_EPILOGUES[type(epilogue)],
-        masked=branch is not None and branch.out is not None,
         shortcut_channels=0 if shortcut_weight is None else shortcut_K,
     )
     partial = run(config, dx)
@@ -548,18 +527,14 @@ def _check(
     elif isinstance(epilogue, KeptMask):
         check_nhwc("a", epilogue.a, dy, x)
     elif isinstance(epilogue, IdentityGrad):
-        check_nhwc("dout", epilogue.dout, dy, x)
-        if epilogue.out is not None:
-            check_nhwc("out", epilogue.out, dy, x)
+        check_nhwc("g", epilogue.g, dy, x)
     elif isinstance(epilogue, ShortcutGrad):
         reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
         if reached != y[2:]:
             raise ValueError(f"shape: a 1x1 shortcut of stride {shape.stride} has {reached} pixels, dy has {y[2:]}")
         L = epilogue.weight.shape[0]
         check_nhwc("shortcut weight", epilogue.weight, dy, (L, shape.C, 1, 1))
-        check_nhwc("dout", epilogue.dout, dy, (shape.N, L, shape.P, shape.Q))
-        if epilogue.out is not None:
-            check_nhwc("out", epilogue.out, dy, epilogue.dout.shape)
+        check_nhwc("g", epilogue.g, dy, (shape.N, L, shape.P, shape.Q))
     elif isinstance(epilogue, AddTo):
         check_nhwc("dx", epilogue.dx, dy, x)
     elif epilogue is not None:

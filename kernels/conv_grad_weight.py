@@ -1,20 +1,19 @@
-"""Grad-weight of a convolution as implicit GEMM, with BatchNorm + ReLU of its input, and ReLU' of dy, before it.
+"""Grad-weight of a convolution as implicit GEMM, with BatchNorm + ReLU of its input before it.
 
-    dW[k, r, s, c] = sum over output pixels (n, p, q) of g[n, p, q, k] * a[n, h, w, c]
+    dW[k, r, s, c] = sum over output pixels (n, p, q) of dy[n, p, q, k] * a[n, h, w, c]
     h, w = p * stride - padding + r * dilation, q * stride - padding + s * dilation
     a = x as stored, or relu(x * scale + shift) of a BatchNorm, with padding zero after the ReLU
-    g = dy as stored, or dy where the ReLU that made `out` lets it pass, else 0
 
-x is (N, H, W, C), dy and out are (N, P, Q, K), dW is (K, R, S, C), all dense: `torch.channels_last`. Rows of the GEMM
-are k, columns are (r, s, c), the reduction runs over pixels.
+x is (N, H, W, C), dy is (N, P, Q, K), dW is (K, R, S, C), all dense: `torch.channels_last`. Rows of the GEMM are k,
+columns are (r, s, c), the reduction runs over pixels.
 
 The reduction is split. Every split leaves a partial result in float32 (float64 for float64), and a second kernel adds
 these in a fixed order and rounds to the weight's type, so there are no atomics. The split depends on the shape alone.
 So the bits are the same from run to run and from device to device.
 
-Grid (tiles of dW, splits), then (columns of dW,). Passes over activations: 2, it reads dy and x (3 with `out`); neither
-a nor g is ever stored. The partials are written and read once; `_splits` keeps their bytes below a quarter of the
-activations' where that leaves work for a whole GPU.
+Grid (tiles of dW, splits), then (columns of dW,). Passes over activations: 2, it reads dy and x; a is never stored. The
+partials are written and read once; `_splits` keeps their bytes below a quarter of the activations' where that leaves
+work for a whole GPU.
 
 A NaN or Inf in dy or x makes every gradient it enters NaN or Inf. It may reach further than in a convolution that
 skips its padding: here padding is a zero that is multiplied, and 0 * Inf is NaN.
@@ -32,7 +31,6 @@ from torch import Tensor
 
 from . import tuning
 from .device.implicit_gemm import dot
-from .device.pointwise import relu_passes
 from .device.prologue import affine_relu, keep
 from .device.reductions import column_sums
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape, product_precision
@@ -47,7 +45,6 @@ from .tuning import Config
 @triton.jit(do_not_specialize=SIZES)
 def conv_grad_weight_kernel(
     dy,  # (N, P, Q, K)
-    out,  # (N, P, Q, K): the output whose ReLU dy comes from; None: dy is taken as it is
     x,  # (N, H, W, C)
     stats,  # (4, C): mean, invstd, scale, shift; None: x is taken as it is
     dw,  # (splits, K, R, S, C) partial results, or (K, R, S, C) where there is one split
@@ -112,14 +109,10 @@ def conv_grad_weight_kernel(
         x += m0 * C
         start = (m0 + row0 * Q + col0 if ALONG else image * P * Q) * K
         dy += start
-        if out is not None:
-            out += start
     else:
         row0, col0 = tap // S * DILATION - PADDING, tap % S * DILATION - PADDING
         still_offsets = ks[:, None] + rows[None, :] * K
         dy += m0 * K
-        if out is not None:
-            out += m0 * K
         if FLAT:
             r, s = cs // (S * C) * DILATION, cs // C % S * DILATION
         x += (m0 + row0 * W + col0 if ALONG else image * H * W) * C
@@ -135,11 +128,11 @@ def conv_grad_weight_kernel(
             moved = rows if ALONG else (n * P + v) * Q + w
             a = load_input(x + still_offsets, valid[None, :], live_c[:, None], scale, shift)
             acc = multiply_by_moving_grad(
-                acc, a, dy, out, moved, v, w, valid, ks, live_k, P, Q, K, R * S, PADDING, DILATION, TAPS, PRECISION
+                acc, a, dy, moved, v, w, valid, ks, live_k, P, Q, K, R * S, PADDING, DILATION, TAPS, PRECISION
             )
         else:
             moved = rows if ALONG else (n * H + v) * W + w
-            g = load_grad(dy, out, still_offsets, live_k[:, None] & valid[None, :])
+            g = tl.load(dy + still_offsets, mask=live_k[:, None] & valid[None, :], other=0.0)
             if FLAT:
                 offsets, inside = gathered_window(moved, v, w, valid, r, s, cs, H, W, C)
                 a = load_input(x + offsets, inside, live_c[None, :], scale, shift)
@@ -153,8 +146,6 @@ def conv_grad_weight_kernel(
             x += BLOCK_K * C
         if ALONG or not DY_MOVES:
             dy += BLOCK_K * K
-            if out is not None:
-                out += BLOCK_K * K
         if ALONG and not DY_MOVES:
             x += BLOCK_K * C
 
@@ -220,7 +211,6 @@ def multiply_by_moving_grad(
     acc,
     a,
     dy,
-    out,
     moved,
     p,
     q,
@@ -236,7 +226,7 @@ def multiply_by_moving_grad(
     TAPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc[t] + a @ g for each tap t. Its g is read at the pixels (p, q - t * DILATION).
+    """acc[t] + a @ g for each tap t. Its g, of dy, is read at the pixels (p, q - t * DILATION).
 
     A window of one tap meets all of them.
     """
@@ -246,7 +236,7 @@ def multiply_by_moving_grad(
         if WINDOW > 1 or PADDING > 0:
             inside = valid & within(p, P) & within(q - t * DILATION, Q)
         offsets = (moved - t * DILATION)[:, None] * K + ks[None, :]
-        g = load_grad(dy, out, offsets, inside[:, None] & live_k[None, :])
+        g = tl.load(dy + offsets, mask=inside[:, None] & live_k[None, :], other=0.0)
         new += (dot(a, g, acc[t], PRECISION),)
     return new
 
@@ -296,15 +286,6 @@ def gathered_window(pixel0, h0, w0, valid, r, s, cs, H, W, C: tl.constexpr):
 def within(index, size):
     """0 <= index < size, as one comparison."""
     return index.to(tl.uint32) < size.to(tl.uint32)
-
-
-@triton.jit
-def load_grad(dy, out, offsets, mask):
-    """A tile of dy (rows, K), masked by the ReLU of `out`, zero where not `mask`."""
-    g = tl.load(dy + offsets, mask=mask, other=0.0)
-    if out is not None:
-        g = keep(g, relu_passes(tl.load(out + offsets, mask=mask, other=0.0)))
-    return g
 
 
 @triton.jit
@@ -428,14 +409,12 @@ def conv_grad_weight(
     dilation: int = 1,
     *,
     stats: Tensor | None = None,
-    out: Tensor | None = None,
     tf32: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """dW (K, C, R, S) from dy (N, K, P, Q) and x (N, C, H, W), all channels_last; of `dtype`, x's by default.
 
     With `stats` (4, C), as `batch_norm_finalize` gives them, the convolution's input was relu(x * scale + shift).
-    With `out` (N, K, P, Q) the gradient of the convolution's output is dy where the ReLU that made `out` passes it.
     float32 is multiplied in full, with `tf32` on tensor cores. The gradient of a bias is not taken here: wherever a
     convolution has one, the backward of the BatchNorm or ReLU that follows it has summed dy already.
 
@@ -443,12 +422,12 @@ def conv_grad_weight(
         ValueError: a shape, layout or device that does not fit, or tensors too large for 32-bit offsets.
         TypeError: a type that does not fit.
     """
-    shape = _check(dy, x, kernel_size, (stride, padding, dilation), stats, out)
+    shape = _check(dy, x, kernel_size, (stride, padding, dilation), stats)
     if shape.N == 0:
         return empty_weight(x, shape, dtype).zero_()
 
     def run(config: Config) -> Tensor:
-        return _launch(config, dy, x, shape, stats, out, tf32, empty_weight(x, shape, dtype))
+        return _launch(config, dy, x, shape, stats, tf32, empty_weight(x, shape, dtype))
 
     config = tuning.gemm_config(
         "grad_weight",
@@ -458,7 +437,6 @@ def conv_grad_weight(
         precision=product_precision(x, tf32),
         flat=shape.few_channels,
         prologue=stats is not None,
-        out=out is not None,
     )
     return run(config)
 
@@ -469,7 +447,6 @@ def _launch(
     x: Tensor,
     shape: ConvShape,
     stats: Tensor | None,
-    out: Tensor | None,
     tf32: bool,
     dw: Tensor,
 ) -> Tensor:
@@ -482,7 +459,6 @@ def _launch(
         conv_grad_weight_kernel,
         (planned.tiles, planned.splits),
         dy,
-        out,
         x,
         stats,
         partial,
@@ -533,7 +509,6 @@ def _check(
     kernel_size: tuple[int, int],
     geometry: tuple[int, int, int],
     stats: Tensor | None,
-    out: Tensor | None,
 ) -> ConvShape:
     nhwc_shape(x)
     check_nhwc("dy", dy, x)
@@ -552,8 +527,6 @@ def _check(
         )
     if stats is not None:
         check_vectors("stats", stats, (4, C), x)
-    if out is not None:
-        check_nhwc("out", out, x, expected)
     if 4 * max(H * W * C, shape.P * shape.Q * shape.K) > _MAX_SPAN or shape.K * R * S * C > _MAX_SPAN:
         raise ValueError(f"an image or the weight is too large for 32-bit offsets: {shape}")
     check_taps(shape)

@@ -116,7 +116,7 @@ def gemm(operation: str, shape: ConvShape, dtype: torch.dtype, **switches: objec
     Args:
         operation: a key of TABLE.
         switches: everything else that the kernel is compiled for, always in the same order. The model reads
-            `precision` ("tf32", "ieee"), `flat`, `prologue`, `shortcut`, `epilogue`, `masked` and `out`.
+            `precision` ("tf32", "ieee"), `flat`, `prologue`, `shortcut` and `epilogue`.
     """
     pixels = shape.N * shape.H * shape.W if operation == "grad_input" else shape.M
     window = shape.R, shape.S, shape.stride, shape.padding, shape.dilation
@@ -150,8 +150,6 @@ def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
     if gemm.operation == "grad_weight":
         moving = config.BLOCK_N * _taps_at_once(config, gemm)
         rows = config.BLOCK_M + moving
-        if gemm.switch("out"):  # the mask lies beside dy
-            rows += moving if gemm.dy_moves else config.BLOCK_M
     stages = config.num_stages if device.asynchronous else max(config.num_stages - 1, 1)
     stored = gemm.reduces_pixels or (device.backend == "cuda" and not device.asynchronous)  # else it is in registers
     recomputed = config.BLOCK_M if stored and gemm.switch("prologue") else 0
@@ -215,8 +213,7 @@ def _grid(config: Config, gemm: Gemm, share: float) -> tuple[int, int, int]:
 def _loaded(config: Config, gemm: Gemm) -> int:
     """Bytes that a step loads."""
     moving = config.BLOCK_N * (_taps_at_once(config, gemm) if gemm.reduces_pixels else 1)
-    still = config.BLOCK_M * (2 if gemm.switch("out") else 1)  # the mask beside dy
-    return (still + moving) * config.BLOCK_K * _SIZES[gemm.kind]
+    return (config.BLOCK_M + moving) * config.BLOCK_K * _SIZES[gemm.kind]
 
 
 def _step(config: Config, gemm: Gemm, device: Device) -> float:
@@ -317,8 +314,7 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
     what moves from tap to tap (more of it where tensor cores take operands from registers alone), and what its prologue
     recomputes. The stem's grad-weight holds masks of ragged channels beside a large tile, which is too much in float32.
     Grad-input holds up to 64 accumulators beside the tiles that its epilogue loads (32 in a tile of more columns than
-    rows whose ReLU's mask has scale, shift and mean of each column), and up to 16 values of dout that the shortcut's
-    mask brings into registers.
+    rows whose ReLU's mask has scale, shift and mean of each column).
     """
     epilogue = gemm.switch("epilogue", Epilogue.NONE)
     threads = 32 * config.num_warps
@@ -338,9 +334,8 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
         return values <= most
     if gemm.operation == "grad_weight_max_pool":
         return gemm.kind != "float32" or accumulators < 16 or rows % config.BLOCK_M == 0
-    masked = epilogue is Epilogue.SHORTCUT_GRAD and gemm.switch("masked")
     wide = epilogue is Epilogue.RELU_MASK and config.BLOCK_N > config.BLOCK_M
-    return epilogue is Epilogue.NONE or (accumulators <= (32 if wide else 64) and (not masked or operand <= 16))
+    return epilogue is Epilogue.NONE or accumulators <= (32 if wide else 64)
 
 
 @cache

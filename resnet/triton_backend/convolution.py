@@ -198,9 +198,9 @@ def grad_input_add(
     def fused() -> Tensor:
         shape = conv_shape(x, weight, *geometry)
         if shortcut.weight is None:
-            return conv_grad_input(dy, weight, shape, IdentityGrad(g, None), tf32(dy))
+            return conv_grad_input(dy, weight, shape, IdentityGrad(g), tf32(dy))
         if shortcut.geometry[0] == geometry[0]:
-            return conv_grad_input(dy, weight, shape, ShortcutGrad(g, None, shortcut.weight), tf32(dy))
+            return conv_grad_input(dy, weight, shape, ShortcutGrad(g, shortcut.weight), tf32(dy))
         dx = conv_grad_input(dy, weight, shape, tf32=tf32(dy))
         shape = conv_shape(x, shortcut.weight, *shortcut.geometry)
         return conv_grad_input(g, shortcut.weight, shape, AddTo(dx), tf32(dy))

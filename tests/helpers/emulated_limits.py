@@ -43,10 +43,8 @@ INSTRUCTIONS_PER_PRODUCT = {
         "none": {80: 4.6, 90: 3.8},
         "mask": {80: 6.2, 90: 5.3},
         "kept mask": {80: 5.5, 90: 4.65},
-        "identity": {80: 5.4, 90: 4.6},
-        "identity, gradient masked before": {80: 5.0, 90: 4.15},
-        "shortcut": {80: 5.8, 90: 4.8},
-        "shortcut, gradient masked before": {80: 4.6, 90: 4.0},
+        "identity": {80: 5.0, 90: 4.15},
+        "shortcut": {80: 4.6, 90: 4.0},
     },
     # in splits of 18 steps; a 1x1 convolution has one product for each pair of loads and is bound by memory
     "grad-weight": {

@@ -124,14 +124,6 @@ def test_a_row_of_bfloat16_beside_its_scale_and_shift_is_not_tried_where_a_threa
     assert tile in candidates(key(HALF, prologue=True), SM_100)
 
 
-def test_a_tile_that_holds_much_of_a_masked_shortcut_s_gradient_is_not_tried():
-    tile = Config(128, 64, 64, 4, 3)
-    key = lambda epilogue, masked: gemm("grad_input", STAGES[0], HALF, epilogue=epilogue, masked=masked)  # noqa: E731
-    assert tile not in candidates(key(Epilogue.SHORTCUT_GRAD, True))
-    assert tile in candidates(key(Epilogue.SHORTCUT_GRAD, False))
-    assert tile in candidates(key(Epilogue.IDENTITY_GRAD, True))
-
-
 def test_a_wide_tile_that_holds_much_beside_a_relu_s_mask_is_not_tried():
     tile = Config(64, 128, 64, 4, 3)
     key = lambda epilogue: gemm("grad_input", STAGES[2], HALF, epilogue=epilogue)  # noqa: E731
@@ -277,9 +269,9 @@ def test_type_operation_and_every_switch_are_part_of_the_key():
 
 
 def test_a_key_names_the_epilogue():
-    key = gemm("grad_input", SHAPE, HALF, epilogue=Epilogue.SHORTCUT_GRAD, masked=True)
+    key = gemm("grad_input", SHAPE, HALF, epilogue=Epilogue.SHORTCUT_GRAD)
     assert "('epilogue', Epilogue.SHORTCUT_GRAD)" in repr(key)
-    assert key != gemm("grad_input", SHAPE, HALF, epilogue=Epilogue.IDENTITY_GRAD, masked=True)
+    assert key != gemm("grad_input", SHAPE, HALF, epilogue=Epilogue.IDENTITY_GRAD)
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import resnet
 from resnet import FusedBottleneck, FusedResidual, Residual, Stem
-from resnet.kernels.add_masked_grad import add_masked_grad
 from resnet.triton_backend import block as triton_block
 from resnet.triton_backend import convolution
 from resnet.triton_backend import stem as triton_stem
@@ -261,19 +260,3 @@ def test_nothing_is_launched_for_gradients_that_nobody_wants(fused_backend, laun
     block(draw(2, 4, 4, 4)).sum().backward()
     assert launches == ["conv_forward", "conv_forward", "batch_norm_add_relu", "batch_norm_backward_reduce"]
     assert block.bn2.weight.grad is not None
-
-
-@per_dtype
-@pytest.mark.parametrize("shape", ((2, 3, 5, 4), (1, 64, 9, 9)), ids=name_of)
-def test_add_masked_grad_adds_in_place_what_the_relu_passes(fused_backend, dtype, shape):
-    dx, dout, out = (draw(*shape, seed=seed, dtype=dtype) for seed in range(3))
-    out[0, 0, 0, :2] = torch.tensor([0.0, float("nan")])
-    expected = dx + torch.ops.aten.threshold_backward(dout, out, 0)
-    assert add_masked_grad(dx, dout, out) is dx
-    torch.testing.assert_close(dx, expected, rtol=0, atol=0)
-
-
-def test_add_masked_grad_refuses_a_gradient_of_another_shape_by_name():
-    dx = draw(2, 3, 5, 4)
-    with pytest.raises(ValueError, match=r"dout: expected .* shape \(2, 3, 5, 4\), .* got shape \(2, 3, 4, 4\)"):
-        add_masked_grad(dx, dx[:, :, :4].contiguous(memory_format=torch.channels_last), dx)
