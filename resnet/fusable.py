@@ -189,8 +189,9 @@ def unfusable_gate(gate: GateParts) -> str | None:
     """Why squeeze-and-excitation cannot be fused."""
     reason, ((name, module, _), *pools) = unfusable_other(gate.watched), gate.watched
     for field in gate.unset:
-        if getattr(module, field, None):
-            reason = reason or f"{name}.{field} is {getattr(module, field)}"
+        if value := getattr(module, field, None):
+            found = f"a {type(value).__name__}" if isinstance(value, nn.Module) else value
+            reason = reason or f"{name}.{field} is {found}"
     for pool_name, pool, _ in pools:
         if getattr(pool, "output_size", None) not in (1, (1, 1)):
             reason = reason or f"{pool_name}.output_size is {getattr(pool, 'output_size', None)}, not 1"

@@ -39,6 +39,7 @@ from resnet.fusable import (
     geometry_of,
     hashable,
     module_state,
+    passed_over,
     pool_state,
     unfusable,
     unfusable_average,
@@ -536,7 +537,7 @@ class FusedBlock(_Fused):
             return self._last_unit(parts, X, _excited(y, stats, link, factor, None, True, False))
         if gate.shortcut is None:
             return _excited(y, stats, link, factor, x.detach(), False, True)  # x has its gradient by the squeeze
-        shortcut = gate.shortcut(X)
+        shortcut = _called(gate.shortcut, X)
         if type(shortcut) is Tensor and shortcut.shape == y.shape and shortcut.dtype == y.dtype:
             return _excited(y, stats, link, factor, channels_last(shortcut), False, True)
         return F.relu(_excited(y, stats, link, factor, None, False, False) + shortcut)
@@ -544,7 +545,7 @@ class FusedBlock(_Fused):
     def _last_unit(self, parts: BlockParts, X: Tensor, a: Tensor) -> Tensor:
         """relu(norm(conv(a)) + shortcut), the convolution PyTorch's."""
         (conv, bn, _, bn_name), shortcut = parts.units[-1], parts.gate.shortcut
-        shortcut = X if shortcut is None else shortcut(X)
+        shortcut = X if shortcut is None else _called(shortcut, X)
         norm = norm_of(bn, conv.bias)
         if unlike_input(bn_name, bn, a.dtype) or _trained_statistics([norm]):
             return F.relu(bn(conv(a)) + shortcut)
@@ -555,6 +556,20 @@ class FusedBlock(_Fused):
         if out is None:
             out = checked(y, added, norm, fits, bn_name)
         return out if fits else F.relu(out + shortcut)
+
+
+def _called(shortcut: nn.Module, X: Tensor) -> Tensor:
+    """What a shortcut gives. An `nn.SyncBatchNorm` at its end works on a CPU, too, as those of the units do."""
+    if isinstance(shortcut, nn.Sequential) and type(shortcut).forward is nn.Sequential.forward:
+        *others, bn = shortcut._modules.values() or (None,)
+        if type(bn) is nn.SyncBatchNorm and passed_over(bn) is passed_over(shortcut) is None:
+            norm = norm_of(bn)
+            if _trained_statistics([norm]) is None:
+                for module in others:
+                    X = module(X)
+                out = unchecked(X, None, norm, False)
+                return checked(X, None, norm, False, "the shortcut's norm") if out is None else out
+    return shortcut(X)
 
 
 def _is_added(parts: BlockParts) -> bool:

@@ -749,10 +749,11 @@ def fuse(model: nn.Module) -> FuseReport:
     would have `fuse` return now a model and now a report.
 
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
-    too, and those of their RegNets: blocks without attention, and stems but timm's. Where a network calls the modules
-    of its stem itself, it is the network that changes its class. A module stays as it is where it might compute
-    something else than the operator: with another activation or norm, attention, stochastic depth, anti-aliasing, hooks
-    on what is inside, or a class that is derived from a known one.
+    too, and those of their RegNets, but for timm's stems. A block may have squeeze-and-excitation: timm's `SEModule`,
+    `EffectiveSEModule` and `EcaModule` after its last norm, and what RegNetYs have before the last convolution. Where a
+    network calls the modules of its stem itself, it is the network that changes its class. A module stays as it is
+    where it might compute something else than the operator: with another activation or norm, another attention,
+    stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known one.
 
     A second call changes nothing, and its report is the same.
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 import resnet
-from resnet import Residual
+from resnet import BasicBlock, Residual
 from resnet.kernels.batch_norm_add_relu import apply_kernel
 from resnet.kernels.host import plan
-from tests.helpers.blocks import averaged, draw, snapshot, step, trio
+from tests.helpers.blocks import GATED, averaged, draw, snapshot, step, trio
 from tests.helpers.replays import replays
 
 
@@ -32,9 +32,10 @@ OTHERS = {
 
 @pytest.mark.parametrize("emulate", [80], ids=["sm_80"], indirect=True)
 @pytest.mark.parametrize("name", OTHERS)
-def test_replayed_launches_are_those_of_a_first_call_and_each_kind_of_input_has_its_own(emulate, name):
+@pytest.mark.parametrize("block", [(Residual, 8, 8), (BasicBlock, 8, 8, GATED)], ids=["textbook", "gates"])
+def test_replayed_launches_are_those_of_a_first_call_and_each_kind_of_input_has_its_own(emulate, block, name):
     plan.forget()
-    t = trio(Residual, 8, 8)
+    t = trio(*block)
     x, counts = draw(2, 8, 4, 3), []
     inputs = [x, x, x, OTHERS[name](x), x, OTHERS[name](x), OTHERS[name](x)]
     with emulate() as launches, resnet.backend("triton"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from resnet import Residual, SmallStem, Stem
-from tests.helpers.blocks import Trio, assert_parity, draw, same, snapshot, step, trio, weights_dtype
+from resnet import BasicBlock, Residual, SmallStem, Stem
+from tests.helpers.blocks import GATED, Trio, assert_parity, draw, same, snapshot, step, trio, weights_dtype
 
 IDENTITY, PROJECTED, STRIDED = (4, 4), (4, 6, True), (4, 6, True, 2)
 BLOCKS = {"identity": IDENTITY, "1x1": PROJECTED, "1x1 stride 2": STRIDED}
@@ -25,6 +25,7 @@ train_and_eval = pytest.mark.parametrize("train", [True, False], ids=["train", "
 KINDS = {
     "identity": (Residual, 16, 16),
     "strided": (Residual, 8, 16, True, 2),
+    "gates": (BasicBlock, 8, 8, GATED),
     "stem": (Stem, 8, 16),
     "grey stem": (Stem, 1, 16),  # on the CPU a product of windows
     "small stem": (SmallStem, 3, 16),

@@ -130,7 +130,14 @@ def deep() -> ResNet:
     return model.to(DEVICE, torch.float64)
 
 
-models = pytest.mark.parametrize("make", [own, net, published, deep])
+def gated() -> ResNet:
+    """An SE-ResNet."""
+    model = ResNet(Bottleneck, depths=(1, 2), widths=(4, 6), num_classes=5, squeeze_excite=True)
+    randomize(model)
+    return model.to(DEVICE, torch.float64)
+
+
+models = pytest.mark.parametrize("make", [own, net, published, deep, gated])
 IMAGES = (2, 3, 32, 28)
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,16 @@ def norm_with_activation(channels: int) -> nn.Module:
     return pytest.importorskip("timm").layers.BatchNormAct2d(channels)
 
 
+def attending(layer: str | type[nn.Module], **options) -> nn.Module:
+    """timm's ResNet-18 whose blocks end in another attention."""
+    pytest.importorskip("timm")
+    return timm("resnet18", block_args={"attn_layer": partial(layer, **options) if options else layer})
+
+
+def attention(name: str) -> type[nn.Module]:
+    return getattr(pytest.importorskip("timm").layers, name)
+
+
 class Entry(NamedTuple):
     make: Callable[[], nn.Module]
     fused: int
@@ -102,7 +113,13 @@ ZOO = {
     "timm resnet50, dilation": Entry(lambda: timm("resnet50", output_stride=8), 17, 0),
     "timm resnet18, dilation": Entry(lambda: timm("resnet18", output_stride=16), 9, 0),
     "timm resnet26t": Entry(lambda: timm("resnet26t"), 9, 0),
-    "timm seresnet18": Entry(lambda: timm("seresnet18"), 1, 8),
+    "timm seresnet18": Entry(lambda: timm("seresnet18"), 9, 0),
+    "timm seresnext26t": Entry(lambda: timm("seresnext26t_32x4d"), 9, 0),
+    "timm ecaresnet26t": Entry(lambda: timm("ecaresnet26t"), 9, 0),
+    "timm resnet18, EffectiveSEModule": Entry(lambda: attending("ese"), 9, 0),
+    "timm regnety": Entry(lambda: timm("regnety_002"), 13, 0),
+    "torchvision regnet_y": Entry(lambda: torchvision("regnet_y_400mf"), 17, 0),
+    "transformers RegNet, gates": Entry(lambda: transformers_regnet("y"), 5, 0),
     "transformers basic": Entry(lambda: transformers("basic"), 5, 0),
     "transformers bottleneck": Entry(lambda: transformers("bottleneck"), 5, 0),
     "transformers stride first": Entry(lambda: transformers("bottleneck", downsample_in_bottleneck=True), 5, 0),
@@ -110,7 +127,13 @@ ZOO = {
     "transformers RT-DETR, bottleneck": Entry(lambda: rt_detr("bottleneck"), 4, 0),
 }
 zoo = pytest.mark.parametrize("name", ZOO)
-ONE_OF_EACH = ("torchvision resnet18", "timm resnet18", "transformers bottleneck")
+ONE_OF_EACH = (
+    "torchvision resnet18",
+    "timm resnet18",
+    "transformers bottleneck",
+    "timm seresnet18",
+    "transformers RegNet, gates",
+)
 one_of_each = pytest.mark.parametrize("name", ONE_OF_EACH)
 IMAGES = (2, 3, 64, 64)
 
@@ -191,6 +214,14 @@ PUBLISHED = {
         lambda: torchvision("resnext50_32x4d"),
         lambda: ResNet(Bottleneck, (3, 4, 6, 3), num_classes=5, mid_widths=(128, 256, 512, 1024), groups=32),
     ),
+    "SE-ResNet, as timm": (
+        lambda: timm("seresnet50"),
+        lambda: ResNet(Bottleneck, (3, 4, 6, 3), num_classes=5, squeeze_excite=True),
+    ),
+    "SE-ResNet of basic blocks, as timm": (
+        lambda: timm("seresnet18"),
+        lambda: ResNet(BasicBlock, (2, 2, 2, 2), num_classes=5, squeeze_excite=True),
+    ),
     "dilated, as torchvision": (
         lambda: dilated_torchvision("resnet50"),
         lambda: ResNet(Bottleneck, (3, 4, 6, 3), num_classes=5, output_stride=8),
@@ -206,6 +237,7 @@ PUBLISHED = {
 def test_a_published_net_takes_their_weights_and_gives_their_values(theirs, ours):
     eager, own = theirs().to(DEVICE, torch.float64), ours().to(DEVICE, torch.float64)
     own.load_state_dict(eager.state_dict(), strict=True)
+    assert list(own.state_dict()) == list(eager.state_dict())
     torch.testing.assert_close(one_step(own, draw(*IMAGES)), one_step(eager, draw(*IMAGES)), atol=1e-9, rtol=1e-7)
 
 
@@ -296,7 +328,7 @@ def test_compiled_and_exported_models_compute_the_same(name, monkeypatch):
             torch.testing.assert_close(run(recorded, x), expected, atol=1e-9, rtol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["torchvision resnet50", "timm resnet18"])
+@pytest.mark.parametrize("name", ["torchvision resnet50", "timm resnet18", "timm seresnet18", "torchvision regnet_y"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 def test_scripted_and_symbolically_traced_models_compute_the_same(name, monkeypatch):
     monkeypatch.setattr(nn.functional, "conv2d", torch.conv2d)  # tools would read tests/conftest.py's
@@ -320,9 +352,11 @@ def test_scripted_and_symbolically_traced_models_compute_the_same(name, monkeypa
         (lambda: timm("resnet18", drop_block_rate=0.1), ["drop_block is a DropBlock2d"]),
         (lambda: timm("resnet18", act_layer="silu"), ["act1 is a SiLU"]),
         (lambda: timm("resnetblur50"), ["aa is a BlurPool2d", "maxpool is a Sequential"]),
-        (lambda: timm("seresnet18"), ["se is a SEModule"]),
-        (lambda: timm("regnety_002"), ["se is a SEModule"]),
-        (lambda: torchvision("regnet_y_400mf"), ["f.se is a SqueezeExcitation"]),
+        (lambda: attending(attention("SEModule"), add_maxpool=True), ["se.add_maxpool is True"]),
+        (lambda: attending("ecam"), ["se.conv2 is a Conv1d"]),
+        (lambda: attending("gc"), ["se is a GlobalContext"]),
+        (lambda: attending("cbam"), ["se is a CbamModule"]),
+        (lambda: timm("regnety_002", drop_path_rate=0.1), ["drop_path is a DropPath"]),
         (lambda: timm("regnetx_002", act_layer="silu"), ["conv1.bn.act is a SiLU"]),
         (lambda: timm("regnetx_002", drop_path_rate=0.1), ["drop_path is a DropPath"]),
         (lambda: timm("regnetx_002", norm_layer="layernorm2d"), ["conv1.bn is a LayerNormAct2d"]),
@@ -380,6 +414,65 @@ def test_what_the_norm_behind_a_pool_of_timms_regnets_holds_is_watched():
     torch.testing.assert_close(step(fused, x), step(eager, x))
 
 
+GATES = {  # a block with squeeze-and-excitation, and the module's name
+    "timm's SE-ResNet": (lambda: timm("seresnet18").layer2[0], "se"),
+    "timm's ECA-ResNet": (lambda: timm("ecaresnet26t").layer2[0], "se"),
+    "timm's RegNet": (lambda: timm("regnety_002").s2.b1, "se"),
+    "torchvision's RegNet": (lambda: torchvision("regnet_y_400mf").trunk_output.block2[0], "f.se"),
+    "transformers' RegNet": (lambda: transformers_regnet("y").regnet.encoder.stages[1].layers[0], "layer.2"),
+}
+OTHERWISE = {
+    "a hook": lambda se: se.register_forward_hook(lambda module, args, out: 2 * out),
+    "a hook before it": lambda se: se.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+    "a forward of its own": lambda se: setattr(se, "forward", lambda x: x * 0.5),
+}
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("change", OTHERWISE.values(), ids=OTHERWISE)
+@pytest.mark.parametrize("case", GATES)
+@pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
+def test_squeeze_and_excitation_that_does_something_else_is_called(case, change, called):
+    make, name = GATES[case]
+    eager = make().to(DEVICE, torch.float64).eval()
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(2, next(eager.parameters()).shape[1], 6, 6, dtype=torch.float64)
+    assert not fuse(fused).left
+    if called:
+        torch.testing.assert_close(fused(x), eager(x))
+    for block in (fused, eager):
+        change(block.get_submodule(name))
+    torch.testing.assert_close(fused(x), eager(x))
+    unfuse(fused)
+    (item,) = fuse(fused).left
+    assert item.reason.startswith(f"{name} has ")
+
+
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize(
+    ("case", "pool"), [("torchvision's RegNet", "f.se.avgpool"), ("transformers' RegNet", "layer.2.pooler")]
+)
+@pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
+def test_a_pool_of_another_size_is_called(case, pool, called):
+    """Its gates are those of quarters, which eager multiplies a map of as many pixels with."""
+    eager = GATES[case][0]().to(DEVICE, torch.float64).eval()
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(2, next(eager.parameters()).shape[1], 4, 4, dtype=torch.float64)
+    assert not fuse(fused).left
+    if called:
+        torch.testing.assert_close(fused(x), eager(x))
+    for block in (fused, eager):
+        block.get_submodule(pool).output_size = 2
+    torch.testing.assert_close(fused(x), eager(x))
+    unfuse(fused)
+    assert [item.reason for item in fuse(fused).left] == [f"{pool}.output_size is 2, not 1"]
+
+
+def test_split_attention_is_in_blocks_of_another_class():
+    report = fuse(timm("resnest14d"))
+    assert len(report.fused) == 1 and report.unknown["timm.models.resnest.ResNestBottleneck"] == 4
+
+
 def _last(container: nn.Module, name: str) -> None:
     """A child becomes the last one that a sequence calls."""
     container._modules[name] = container._modules.pop(name)
@@ -388,6 +481,8 @@ def _last(container: nn.Module, name: str) -> None:
 REORDERED = {
     "torchvision's transform": (lambda: torchvision("regnet_x_400mf").trunk_output.block2[1], "f", "a"),
     "torchvision's layer": (lambda: torchvision("regnet_x_400mf").trunk_output.block2[1], "f.b", "1"),
+    "torchvision's transform, gates": (lambda: torchvision("regnet_y_400mf").trunk_output.block2[1], "f", "se"),
+    "transformers' layers, gates": (lambda: transformers_regnet("y").regnet.encoder.stages[1].layers[1], "layer", "2"),
     "torchvision's shortcut": (lambda: torchvision("resnet18").layer2[0], "downsample", "0"),
     "transformers' layers": (lambda: transformers_regnet("x").regnet.encoder.stages[1].layers[1], "layer", "1"),
 }

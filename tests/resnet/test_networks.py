@@ -77,6 +77,16 @@ def test_a_deep_stem_and_pooled_shortcuts_give_timms_count_of_resnet_d(block, de
     assert net[:-3](torch.empty(1, 3, 225, 193, device="meta")).shape == (1, 512 * block.expansion, 8, 7)
 
 
+@pytest.mark.parametrize(("block", "depth", "count"), [(BasicBlock, 18, 11_779_624), (Bottleneck, 50, 28_088_024)])
+def test_squeeze_and_excitation_gives_timms_count_of_an_se_resnet(block, depth, count):
+    net = on_meta(ResNet, block, DEPTHS[depth], squeeze_excite=True)
+    assert parameters(net) == count
+    keys = list(net.layer1[0].state_dict())
+    assert [key for key in keys if key.startswith("se.")] == [
+        f"se.{part}" for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    ]
+
+
 def torchvision_keys(depth: int) -> list[str]:
     """The keys of torchvision's `resnet{depth}().state_dict()`, in order."""
 

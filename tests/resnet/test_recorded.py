@@ -16,6 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet import (
+    BasicBlock,
+    FusedBasicBlock,
     FusedResidual,
     FusedSmallStem,
     FusedStem,
@@ -31,6 +33,7 @@ from resnet.functional import batch_norm_add_relu
 from tests.conftest import DEVICE
 from tests.helpers.blocks import FUSED, draw, randomize
 from tests.helpers.fused_cases import KINDS, images, inference_trio, kinds, train_and_eval
+from tests.helpers.gated import FusedInner, Inner
 
 SIZE = (2, 7, 6)
 
@@ -69,6 +72,8 @@ def small_net(block: type[nn.Module]) -> nn.Sequential:
 MODELS = {
     "identity": lambda fused: (FusedResidual if fused else Residual)(3, 3),
     "strided": lambda fused: (FusedResidual if fused else Residual)(3, 5, True, 2),
+    "gates": lambda fused: (FusedBasicBlock if fused else BasicBlock)(3, 3, squeeze_excite=True),
+    "gates before the last convolution": lambda fused: (FusedInner if fused else Inner)(3, 4),
     "stem": lambda fused: (FusedStem if fused else Stem)(3, 5),
     "small stem": lambda fused: (FusedSmallStem if fused else SmallStem)(3, 5),
     "net": lambda fused: small_net(FusedResidual if fused else Residual),
@@ -265,13 +270,14 @@ def test_a_dispatch_mode_sees_the_fused_operator_and_eagers_values(any_backend, 
 @train_and_eval
 def test_meta_and_fake_tensors_have_eagers_shapes(kind, train):
     make, *args = KINDS[kind]
+    options = args.pop() if isinstance(args[-1], dict) else {}
     shapes = []
     for module in (make, FUSED[make]):
         x = images(kind, SIZE).to("meta")
         with torch.device("meta"):
-            shapes.append(module(*args).train(train)(x).shape)
+            shapes.append(module(*args, **options).train(train)(x).shape)
         with FakeTensorMode():
-            built = module(*args).train(train)
+            built = module(*args, **options).train(train)
             out = built(torch.empty(x.shape))
             out.sum().backward()
             shapes += [out.shape, *[p.grad.shape for p in built.parameters()]]

@@ -20,12 +20,12 @@ from torch.overrides import BaseTorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import resnet
-from resnet import FusedResidual, FusedStem, Residual, current_backend, current_convolution
+from resnet import BasicBlock, FusedResidual, FusedStem, Residual, current_backend, current_convolution
 from resnet.functional import batch_norm_add_relu
 from resnet.kernels.host import launcher, plan
 from resnet.triton_backend import plans
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, infer, step, trio
+from tests.helpers.blocks import GATED, draw, infer, step, trio
 from tests.helpers.replays import replays
 
 pytestmark = pytest.mark.core
@@ -339,9 +339,10 @@ def block() -> nn.Module:
 
 
 @pytest.mark.parametrize("mode", [nullcontext, BaseTorchFunctionMode], ids=["direct", "dispatched"])
+@pytest.mark.parametrize("kind", [(Residual, 4, 4), (BasicBlock, 4, 4, GATED)], ids=["textbook", "gates"])
 @per_pair
-def test_backward_runs_on_what_its_forward_ran_on(launched, inside, outside, mode):
-    blocks = trio(Residual, 4, 4, dtype=torch.float64)
+def test_backward_runs_on_what_its_forward_ran_on(launched, inside, outside, kind, mode):
+    blocks = trio(*kind, dtype=torch.float64)
 
     def forward(call: Callable[[], Tensor]) -> Tensor:
         with chosen(inside):

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet import BasicBlock, Bottleneck, SqueezeExcite, fuse
-from resnet.fusable import BlockParts, UnitParts, Watched, gate_parts
-from resnet.fused import FusedBlock
+from resnet import BasicBlock, Bottleneck, fuse
 from tests.conftest import DEVICE
 from tests.helpers.blocks import (
     GATED,
@@ -33,6 +31,7 @@ from tests.helpers.blocks import (
     trio,
 )
 from tests.helpers.fused_cases import assert_exact, assert_refused, assert_trios_parity, train_and_eval
+from tests.helpers.gated import FusedInner, Inner
 
 
 @pytest.fixture(autouse=True)
@@ -41,40 +40,6 @@ def fused_alone():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".* runs PyTorch's operators one by one")
         yield
-
-
-class Inner(nn.Module):
-    """A bottleneck with groups whose gates stand before its last convolution, as in a RegNetY."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int = 1):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride, padding=1, groups=2, bias=False)
-        self.bn2, self.se = nn.BatchNorm2d(channels), SqueezeExcite(channels)
-        self.conv3, self.bn3 = nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)
-        self.relu, self.downsample = nn.ReLU(inplace=True), None
-        if stride != 1 or in_channels != channels:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.se(self.relu(self.bn2(self.conv2(y))))
-        y = self.bn3(self.conv3(y))
-        y += x if self.downsample is None else self.downsample(x)
-        return self.relu(y)
-
-
-class FusedInner(FusedBlock, Inner):
-    def forward(self, x: Tensor) -> Tensor:
-        return self._run(x)
-
-    def _parts(self) -> BlockParts:
-        own = self._modules
-        units = tuple(UnitParts(own[f"conv{i}"], own[f"bn{i}"], f"conv{i}", f"bn{i}") for i in (1, 2, 3))
-        gate = gate_parts("se", own["se"], 2, own.get("downsample"))
-        return BlockParts(units, None, (Watched("relu", own["relu"], nn.ReLU),), None, gate)
 
 
 def trio_of(case: tuple, seed: int = 0, dtype: torch.dtype = torch.float32, train: bool = True) -> Trio:

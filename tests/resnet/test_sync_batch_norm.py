@@ -34,6 +34,7 @@ from resnet.norm import Norm
 from resnet.triton_backend.batch_norm import batch_stats
 from tests.conftest import DEVICE
 from tests.helpers.blocks import FUSED, averaged, deep_stems, draw, randomize, same, snapshot, step
+from tests.helpers.gated import FusedInner, Inner
 
 PROCESSES = 2
 Result = dict[str, Tensor]
@@ -76,6 +77,9 @@ CASES = {
     "normed shortcut": (BasicBlock, (4, 6, 2), unchanged),
     "three units, normed shortcut": (Bottleneck, (4, 2), unchanged),
     "pooled shortcut": (partial(BasicBlock, avg_down=True), (4, 6, 2), unchanged),
+    "gates": (partial(BasicBlock, squeeze_excite=True), (4, 6, 2), unchanged),
+    "gates, identity": (partial(BasicBlock, squeeze_excite=True), (4, 4), averaged),
+    "gates before the last convolution": (Inner, (4, 4), unchanged),
     "stem": (Stem, (3, 4), unchanged),
     "deep stem": (deep_stem, (3,), unchanged),
     "stem, untracked": (Stem, (3, 4), untracked),
@@ -90,6 +94,8 @@ INTERPRETED = (
     "1x1, averaged",
     "three units, normed shortcut",
     "pooled shortcut",
+    "gates, identity",
+    "gates before the last convolution",
     "stem",
     "deep stem",
     "small stem",
@@ -112,7 +118,10 @@ def made(case: str) -> nn.Module:
 
 def synchronized(case: str) -> nn.Module:
     fused = made(case)
-    assert fuse(fused).fused
+    if type(fused) is Inner:
+        fused.__class__ = FusedInner
+    else:
+        assert fuse(fused).fused
     return nn.SyncBatchNorm.convert_sync_batchnorm(fused)
 
 
