@@ -138,9 +138,9 @@ def call(name: str, flat: Sequence, known: Known | None) -> Tensor | tuple[Tenso
     else:
         operator, apply = _DIRECT[name]
         given = operator.given
-        if apply is not None and torch.is_grad_enabled():
-            if any(isinstance(a, Tensor) and a.requires_grad for a in flat):
-                return apply(known, *flat)
+        grad = apply is not None and torch.is_grad_enabled()
+        if grad and any(isinstance(a, Tensor) and a.requires_grad for a in flat):
+            return apply(known, *flat)
         outputs = operator.run(flat, known)
     return outputs[0] if given == 1 else tuple(outputs[:given])
 
@@ -167,9 +167,7 @@ class Differentiable:
     keep: Callable  # of arguments and output: what is kept
     keep_moves: bool  # whether `keep` leaves out and moves values alone, whatever they are
     like: Callable  # of what is kept: arguments of the shapes of their gradients
-    backward: (
-        Callable  # of the results' gradients, what is kept, and which gradients are wanted: these, in their places
-    )
+    backward: Callable  # of the results' gradients, what is kept, and which gradients are wanted: these, in places
     norms: Callable  # of arguments and output: each norm and its stats, as `forward` takes them
     summed: Callable  # of what is kept, and which gradients are wanted: those whose sums `backward` takes, in its order
     same: Callable | None = None  # of what is kept: arguments whose gradient is another's, or that of the result
@@ -297,7 +295,8 @@ class Differentiable:
 
         def backward(ctx, *douts):
             douts = douts[:results]
-            if douts.count(None) == results:
+            reached = douts[0] if results == 1 else next((dout for dout in douts if dout is not None), None)
+            if reached is None:
                 return (None,) * len(ctx.needs_input_grad)
             if ctx.chosen == settings.in_force():
                 return gradients(ctx, *douts)
