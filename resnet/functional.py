@@ -9,7 +9,7 @@ from torch.nn import functional as F  # noqa: F401, a name in the source of the 
 
 from resnet import backends, ops, reference, torch_backend
 from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
-from resnet.kernels.host.facts import known
+from resnet.kernels.host.facts import Recent, known
 from resnet.norm import Norm
 from resnet.torch_backend.batch_norm import EAGER_DTYPES, are_few, eager, is_eager_as_good
 
@@ -88,14 +88,27 @@ def unchecked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool) -> Ten
     return ops.call("batch_norm_add_relu", flat, known(flat))
 
 
-def checked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool, name: str = "batch_norm") -> Tensor:
+def checked(
+    x: Tensor,
+    shortcut: Tensor | None,
+    norm: Norm,
+    relu: bool,
+    name: str = "batch_norm",
+    recent: Recent | None = None,
+) -> Tensor:
     """relu(batch_norm(x) + shortcut), for arguments that a user gave: see `batch_norm_add_relu`.
 
-    Errors call the norm by `name`.
+    Errors call the norm by `name`. What `recent` knows to have passed is not checked again.
 
     The batch is counted once nothing can be refused any more: where the momentum is made of the count, here and in
     `unchecked`, as the operator wants it to be counted already.
     """
+    flat, direct = (x, shortcut, *norm, relu), not torch.compiler.is_compiling() and ops.is_direct()
+    found = recent.known(flat) if direct and recent is not None else None
+    if found is not None and _CHECKED in found.facts.passed:
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+        return ops.call("batch_norm_add_relu", flat, found)
     check_activation(x, None)
     check_norm(norm, x, x.shape[1], name)
     check_values_per_channel(norm, tuple(x.shape), name)
@@ -111,9 +124,13 @@ def checked(x: Tensor, shortcut: Tensor | None, norm: Norm, relu: bool, name: st
         norm.num_batches_tracked.add_(1)
     if backend is torch_backend and relu and is_eager_as_good(x, norm):
         return eager(x, norm, shortcut)
+    if found is not None and x is flat[0] and shortcut is flat[1]:
+        found.facts.passed.add(_CHECKED)
     flat = (x, shortcut, *norm, relu)
-    direct = backend is not None and ops.is_direct()
     return ops.call("batch_norm_add_relu", flat, known(flat) if direct else None)
+
+
+_CHECKED = ("batch_norm_add_relu",)
 
 
 def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:

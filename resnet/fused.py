@@ -51,7 +51,7 @@ from resnet.fusable import (
     unfusable_unit,
     unlike_input,
 )
-from resnet.kernels.host.facts import Recent, known
+from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
 from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator, squeeze_operator
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
@@ -230,7 +230,7 @@ class _Fused:
                 out = ops.call(name, flat, known)
             finally:
                 torch.set_autocast_enabled(kind, True)
-        return self._excite(parts, X, x, *out) if type(out) is tuple else out
+        return self._excite(parts, X, x, recent.next, *out) if type(out) is tuple else out
 
     def _without_statistics(self, parts: BlockParts | StemParts, flat: list) -> str:
         """The end of the operator's name where the norms take no batch statistics."""
@@ -525,7 +525,15 @@ class FusedBlock(_Fused):
         return flat
 
     def _excite(
-        self, parts: BlockParts, X: Tensor, x: Tensor, y: Tensor, pooled: Tensor, link: Tensor, stats: Tensor
+        self,
+        parts: BlockParts,
+        X: Tensor,
+        x: Tensor,
+        recent: Recent,
+        y: Tensor,
+        pooled: Tensor,
+        link: Tensor,
+        stats: Tensor,
     ) -> Tensor:
         """What follows the squeeze, by its results: the gates, and the rest of the block."""
         gate, (N, C) = parts.gate, pooled.shape
@@ -534,15 +542,15 @@ class FusedBlock(_Fused):
             factor = module(factor)
         factor = factor.flatten(1).to(y.dtype).expand(N, C).contiguous()
         if gate.place < len(parts.units):
-            return self._last_unit(parts, X, _excited(y, stats, link, factor, None, True, False))
-        if gate.shortcut is None:
-            return _excited(y, stats, link, factor, x.detach(), False, True)  # x has its gradient by the squeeze
+            return self._last_unit(parts, X, recent.next, _excited(recent, y, stats, link, factor, None, True, False))
+        if gate.shortcut is None:  # x has its gradient by the squeeze
+            return _excited(recent, y, stats, link, factor, x.detach(), False, True)
         shortcut = _called(gate.shortcut, X)
         if type(shortcut) is Tensor and shortcut.shape == y.shape and shortcut.dtype == y.dtype:
-            return _excited(y, stats, link, factor, channels_last(shortcut), False, True)
-        return F.relu(_excited(y, stats, link, factor, None, False, False) + shortcut)
+            return _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True)
+        return F.relu(_excited(recent, y, stats, link, factor, None, False, False) + shortcut)
 
-    def _last_unit(self, parts: BlockParts, X: Tensor, a: Tensor) -> Tensor:
+    def _last_unit(self, parts: BlockParts, X: Tensor, recent: Recent, a: Tensor) -> Tensor:
         """relu(norm(conv(a)) + shortcut), the convolution PyTorch's."""
         (conv, bn, _, bn_name), shortcut = parts.units[-1], parts.gate.shortcut
         shortcut = X if shortcut is None else _called(shortcut, X)
@@ -554,7 +562,7 @@ class FusedBlock(_Fused):
         added = shortcut.to(y.dtype) if fits else None
         out = unchecked(y, added, norm, fits)
         if out is None:
-            out = checked(y, added, norm, fits, bn_name)
+            out = checked(y, added, norm, fits, bn_name, recent)
         return out if fits else F.relu(out + shortcut)
 
 
@@ -577,14 +585,13 @@ def _is_added(parts: BlockParts) -> bool:
     return parts.gate.shortcut is None and parts.gate.place == len(parts.units)
 
 
-def _excited(
-    y: Tensor, stats: Tensor, link: Tensor, gate: Tensor, shortcut: Tensor | None, inner_relu: bool, relu: bool
-) -> Tensor:
-    """[relu](gate * [relu](norm(y)) [+ shortcut])."""
-    flat = (y, stats, link, gate, shortcut, inner_relu, relu)
-    direct = not torch.compiler.is_compiling() and ops.is_direct()
-    with _without_autocast(y):
-        return ops.call("excite", flat, known(flat) if direct else None)
+def _excited(recent: Recent, *flat: object) -> Tensor:
+    """[relu](gate * [relu](norm(y)) [+ shortcut]), by the fields of `operands.Excite`."""
+    found = recent.known(flat) if not torch.compiler.is_compiling() and ops.is_direct() else None
+    if found is not None and not torch._C._is_any_autocast_enabled():
+        return ops.call("excite", flat, found)
+    with _without_autocast(flat[0]):
+        return ops.call("excite", flat, found)
 
 
 class _FusedTextbookStem(FusedStemBase):

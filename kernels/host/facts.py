@@ -49,10 +49,18 @@ _all: dict[tuple, Facts] = {}
 class Recent:
     """The facts that one place in the program has seen last; the same ones are mostly next."""
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_next", "_seen")
 
     def __init__(self):
         self._seen: tuple[tuple[Callable, Facts], ...] = ()
+        self._next: Recent | None = None
+
+    @property
+    def next(self) -> Recent:
+        """That of the operator which follows at this place."""
+        if self._next is None:
+            self._next = Recent()
+        return self._next
 
     def known(self, arguments: Sequence) -> Known | None:
         """None where an argument is neither a plain tensor with memory nor a setting."""

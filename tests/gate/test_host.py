@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -22,13 +23,17 @@ from triton.runtime import driver
 
 import resnet
 from benchmarks.compiled import launches
-from resnet import FusedResidual, Residual
+from resnet import BasicBlock, FusedBasicBlock, FusedResidual, Residual
 from resnet.kernels.host import plan
 from resnet.kernels.tuning import DEVICES
 
 SM_90 = DEVICES["sm_90"]
 BATCH = 256
-BLOCKS = {"identity": (64, 64), "projected": (64, 128, True, 2)}
+BLOCKS = {  # fused, eager, and the constructor's arguments
+    "identity": (FusedResidual, Residual, (64, 64)),
+    "projected": (FusedResidual, Residual, (64, 128, True, 2)),
+    "gated": (*(partial(kind, squeeze_excite=True) for kind in (FusedBasicBlock, BasicBlock)), (64, 64)),
+}
 HALVING = [block for C in (64, 128, 256) for block in ((C, 2 * C, True, 2), (2 * C, 2 * C))]
 RESNET18 = [(64, 64), (64, 64), *HALVING]  # the arguments of its eight blocks
 
@@ -177,20 +182,25 @@ LIMITS = {
     ("autocast step", "projected"): Limit(2.27, 18),  # 433 against 196
     ("evaluation", "identity"): Limit(1.85, 2),  # 129 against 72
     ("evaluation", "projected"): Limit(1.77, 2),  # 140 against 82
+    ("training forward", "gated"): Limit(2.52, 8),  # 300 against 122
+    ("training step", "gated"): Limit(2.83, 20),  # 575 against 209
+    ("autocast step", "gated"): Limit(2.81, 20),  # 644 against 235
+    ("evaluation", "gated"): Limit(2.28, 6),  # 268 against 121
 }
 
 
 @pytest.mark.parametrize(("step", "block"), LIMITS)
 def test_a_replayed_step_asks_no_more_of_the_host_than_it_did(idle_gpu, step, block):
-    fused = replayed(STEPS[step](*block_and_input(FusedResidual, BLOCKS[block], BATCH, 24)))
-    eager = replayed(STEPS[step](*block_and_input(Residual, BLOCKS[block], 2, 2)))  # it calls the same for any size
+    fused_kind, eager_kind, args = BLOCKS[block]
+    fused = replayed(STEPS[step](*block_and_input(fused_kind, args, BATCH, 24)))
+    eager = replayed(STEPS[step](*block_and_input(eager_kind, args, 2, 2)))  # it calls the same for any size
     limit = LIMITS[step, block]
     assert fused.launches == limit.launches
     assert fused.calls <= limit.calls * eager.calls, f"{fused.calls} calls of fused, {eager.calls} of eager"
 
 
 def test_what_a_plan_saves_is_counted(idle_gpu):
-    step = training_step(*block_and_input(FusedResidual, BLOCKS["identity"], BATCH, 24))
+    step = training_step(*block_and_input(FusedResidual, (64, 64), BATCH, 24))
     with_plan = replayed(step)
     plan.forget()
     without = work(step)
