@@ -540,7 +540,9 @@ class FusedBlock(_Fused):
         factor = pooled.view(N, 1, C) if gate.row else pooled.view(N, C, 1, 1)
         for module in gate.called:
             factor = module(factor)
-        factor = factor.flatten(1).to(y.dtype).expand(N, C).contiguous()
+        if gate.row:
+            factor = factor.view(N, -1, 1, 1)
+        factor = factor.to(y.dtype).expand(N, C, 1, 1).flatten(1).contiguous()
         if gate.place < len(parts.units):
             return self._last_unit(parts, X, recent.next, _excited(recent, y, stats, link, factor, None, True, False))
         if gate.shortcut is None:  # x has its gradient by the squeeze
@@ -681,7 +683,7 @@ class FusedResidual(_FusedTextbook, Residual):
 
     forward.__wrapped__ = Residual.forward
 
-    def _parts(self) -> BlockParts:
+    def _parts(self) -> BlockParts | str:
         return _parts_of_textbook(self, 2, "conv3")
 
 
@@ -697,15 +699,20 @@ def _units(block: nn.Module, count: int) -> tuple[UnitParts, ...]:
 _UNITS = {count: [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)] for count in (2, 3)}
 
 
-def _parts_of_textbook(block: nn.Module, units: int, shortcut: str) -> BlockParts:
-    conv = block._modules.get(shortcut)
+def _parts_of_textbook(block: nn.Module, units: int, shortcut: str) -> BlockParts | str:
+    conv, plain = block._modules.get(shortcut), block.__dict__
+    if shortcut in plain and plain[shortcut] is not None:
+        return f"{shortcut} is a {type(plain[shortcut]).__name__} and no module"
     return BlockParts(_units(block, units), None if conv is None else UnitParts(conv, None, shortcut))
 
 
 def _parts_of_published(block: nn.Module, units: int) -> BlockParts | str:
     own = block._modules
     relu, downsample = Watched("relu", own.get("relu"), nn.ReLU), own.get("downsample")
-    se = own.get("se")
+    se, plain = own.get("se"), block.__dict__
+    for name in ("se", "downsample"):
+        if name in plain and plain[name] is not None:
+            return f"{name} is a {type(plain[name]).__name__} and no module"
     if se is not None:
         gate = gate_parts("se", se, units, downsample)
         if gate is None:
@@ -733,7 +740,7 @@ class FusedResidualBottleneck(_FusedTextbook, ResidualBottleneck):
 
     forward.__wrapped__ = ResidualBottleneck.forward
 
-    def _parts(self) -> BlockParts:
+    def _parts(self) -> BlockParts | str:
         return _parts_of_textbook(self, 3, "conv4")
 
 

@@ -337,8 +337,9 @@ class _Block(_Changed, FusedBlock):
             shortcut, others, pool = _shortcut(layout.shortcut, shortcut, layout.shortcut_class)
             if attention is not None:
                 others.append(Watched(layout.gate, attention, nn.Identity))
-        else:
-            shortcut = None
+        elif gate.shortcut is None and shortcut is not None:
+            others.append(Watched(layout.shortcut, shortcut, nn.Identity))
+        shortcut = None if gate is not None else shortcut
         others += [Watched(name, _held(self, name), nn.ReLU) for name in layout.relus]
         optional = (Watched(name, _held(self, name), nn.Identity) for name in layout.optional)
         others += [other for other in optional if other.module is not None]

@@ -131,7 +131,16 @@ class SqueezeExcite(nn.Module):
         return x * self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
 
 
-class BasicBlock(nn.Module):
+class _Gated(nn.Module):
+    """A block that may have squeeze-and-excitation. One that an earlier version has pickled has none, and no `se`."""
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if "se" not in self._modules:
+            self.__dict__.setdefault("se", None)
+
+
+class BasicBlock(_Gated):
     """The published block of ResNet-18 and 34: two 3x3 convolutions without bias, BatchNorm on the shortcut too.
 
     Args:
@@ -173,7 +182,7 @@ class BasicBlock(nn.Module):
         return self.relu(y)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(_Gated):
     """The published block of ResNet-50 and deeper: 1x1, 3x3, 1x1 without bias, BatchNorm on the shortcut too.
 
     The 3x3 convolution has the stride, as in ResNet v1.5 and torchvision; the paper's first 1x1 has it.

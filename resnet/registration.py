@@ -391,7 +391,17 @@ def _of_each(
         raise
     parts = [[None] * size if t is None else each_of(t) for t in given]
     results = zip(*map(function, *parts))
-    return tuple(None if each[0] is None else add(torch.stack(each), 0, level) for each in results)
+    return tuple(None if each[0] is None else add(_stacked(each), 0, level) for each in results)
+
+
+def _stacked(each: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, with the strides of the first. Where an axis has one value it would set others, of which PyTorch's
+    BatchNorm concludes another layout: its gradients of one image would be wrong.
+    """
+    stacked, strides = torch.stack(each), torch.empty_like(each[0]).stride()
+    if all(n == 1 or s == t for n, s, t in zip(each[0].shape, stacked.stride()[1:], strides, strict=True)):
+        return stacked.as_strided(stacked.shape, (stacked.stride(0), *strides))
+    return stacked
 
 
 def _split(first: Sequence[bool]) -> tuple[Callable, Callable, Callable]:

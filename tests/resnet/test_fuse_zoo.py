@@ -449,6 +449,23 @@ def test_squeeze_and_excitation_that_does_something_else_is_called(case, change,
 
 
 @pytest.mark.parametrize("called", [False, True])
+@pytest.mark.filterwarnings("ignore:.* runs PyTorch's operators one by one")
+def test_an_identity_beside_gates_is_called_where_it_has_hooks(called):
+    eager = transformers_regnet("y").regnet.encoder.stages[1].layers[1].to(DEVICE, torch.float64).eval()
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(2, 32, 6, 6, dtype=torch.float64)
+    assert not fuse(fused).left
+    if called:
+        torch.testing.assert_close(fused(x), eager(x))
+    for block in (fused, eager):
+        block.shortcut.register_forward_hook(lambda module, args, out: 2 * out)
+    torch.testing.assert_close(fused(x), eager(x))
+    unfuse(fused)
+    (item,) = fuse(fused).left
+    assert item.reason.startswith("shortcut has hooks")
+
+
+@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize(
     ("case", "pool"), [("torchvision's RegNet", "f.se.avgpool"), ("transformers' RegNet", "layer.2.pooler")]
 )

@@ -6,6 +6,7 @@ The gates of SE-ResNets stand at the end of a block; those of RegNets before its
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet import BasicBlock, Bottleneck, fuse
+from resnet import BasicBlock, Bottleneck, Residual, fuse
 from tests.conftest import DEVICE
 from tests.helpers.blocks import (
     GATED,
@@ -244,6 +245,61 @@ def test_a_block_whose_module_does_something_else_runs_pytorchs_operators(reason
     assert not report.fused and report.left[0].reason.startswith(reason)
 
 
+@pytest.mark.parametrize("name", ["se", "downsample"])
+@pytest.mark.parametrize("case", [one, CASES["bottleneck, identity"]], ids=name_of)
+def test_a_function_in_the_place_of_a_module_is_called(case, name):
+    """PyTorch keeps what is no module apart from the modules."""
+    t = trio_of(case, dtype=torch.float64)
+    for block in t.all:
+        delattr(block, name)
+        setattr(block, name, lambda x: 0.5 * x)
+    x = input_of(case, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=f"{name} is a function and no module"):
+        out = t.fused(x)
+    torch.testing.assert_close(out, t.exact(x), atol=1e-12, rtol=1e-12)
+
+
+def test_a_function_in_the_place_of_a_textbooks_shortcut_is_called():
+    t, x = trio(Residual, 8, 8, dtype=torch.float64), draw(2, 8, 7, 6, dtype=torch.float64)
+    t.each(lambda m: setattr(m, "conv3", lambda x: 0.5 * x))
+    with pytest.warns(UserWarning, match="conv3 is a function and no module"):
+        torch.testing.assert_close(t.fused(x), t.exact(x), atol=1e-12, rtol=1e-12)
+
+
+class Broadcast(nn.Module):
+    def __init__(self, *size: int):
+        super().__init__()
+        self.value = nn.Parameter(torch.linspace(0.5, 1.5, torch.Size(size).numel()).view(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value
+
+
+@cases
+@pytest.mark.parametrize("size", [lambda K: (K, 1, 1), lambda K: (1, K, 1, 1), lambda K: (3, 1, 1, 1), lambda K: (1,)])
+def test_gates_are_broadcast_as_eager_does(any_backend, case, size):
+    """Also where there are as many images as channels."""
+
+    def replace(m: nn.Module) -> None:
+        m.se.requires_grad_(False)
+        m.se.gate = Broadcast(*size(m.se.fc1.in_channels)).to(m.conv1.weight)
+
+    N = 3 if size(1) == (3, 1, 1, 1) else trio_of(case).fused.se.fc1.in_channels
+    t = trio_of(case, dtype=torch.float64).each(replace)
+    x = input_of(case, N, 4, 3, dtype=torch.float64).requires_grad_()
+    grads = [torch.autograd.grad(b(x).square().sum(), (x, b.conv1.weight, b.se.gate.value)) for b in (t.fused, t.exact)]
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-7)
+
+
+def test_a_block_that_was_pickled_before_there_were_gates_has_none(any_backend):
+    for kind, arguments in ((BasicBlock, (8, 8)), (Bottleneck, (16, 4))):
+        t = trio(kind, *arguments, dtype=torch.float64)
+        for block in t.all:
+            del block.se
+        t = Trio(*(pickle.loads(pickle.dumps(block)) for block in t.all))
+        assert_exact(t, draw(2, arguments[0], 4, 4, dtype=torch.float64))
+
+
 def test_gates_are_dropped_with_their_module(any_backend):
     """The block is then one operator, as any other is."""
     t = trio_of(one, dtype=torch.float64).each(lambda m: setattr(m, "se", None))
@@ -306,6 +362,24 @@ def test_a_batch_of_gradients_is_taken_one_by_one(case):
         out = block(x)
         douts = draw(3, *out.shape, seed=4, dtype=torch.float64)
         grads.append(torch.autograd.grad(out, [x, *block.parameters()], douts, is_grads_batched=True))
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_batch_of_gradients_reaches_a_shortcut_of_another_layout(layout, images):
+    """With one image the strides of `torch.stack` mislead PyTorch's BatchNorm."""
+    case = CASES["basic, shortcut of stride 2"]
+    t = trio_of(case, dtype=torch.float64)
+    x = input_of(case, images, 3, 8, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    grads = []
+    for block in (t.fused, t.exact):
+        out = block(x)
+        douts = draw(3, *out.shape, seed=4, dtype=torch.float64)
+        wanted = [x, *block.parameters()]
+        grads.append(torch.autograd.grad(out, wanted, douts, is_grads_batched=True, retain_graph=True))
+        each = [torch.autograd.grad(out, wanted, dout, retain_graph=True) for dout in douts]
+        torch.testing.assert_close(grads[-1], tuple(map(torch.stack, zip(*each))), atol=1e-9, rtol=1e-7)
     torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-7)
 
 
