@@ -32,6 +32,7 @@ DEVICES = {80: tuning.SM_80, 90: tuning.SM_90}
 MERGES = (
     "finalize_kernel",
     "backward_finalize_kernel",
+    "merge_images_kernel",
     "squeeze_backward_reduce_kernel",
     "merge_splits_kernel",
 )

@@ -4,8 +4,9 @@
     dgate = sum g * h over an image
     sums  = sum g, sum g * xhat over an image   where the inner ReLU lets g pass: what BatchNorm' needs
 
-dout, out, y and g are dense NHWC, N images of H*W rows and C columns; dgate is (N, C). Grid (images, column tiles).
-Reads dout, out and y, writes g. Without a ReLU at the end g is dout, and `out` is not read.
+dout, out, y and g are dense NHWC, N images of H*W rows and C columns; dgate is (N, C). Grid (images * splits, column
+tiles), and a merge as in batch_norm_squeeze.py. Reads dout, out and y, writes g. Without a ReLU at the end g is dout,
+and `out` is not read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm_excite import check_gate
-from .batch_norm_squeeze import LINK, check_images
+from .batch_norm_squeeze import LINK, check_images, empty_partial, merge_images, store_of_image
 from .device.batch_norm import load_masked_grad
 from .device.pointwise import affine, relu_passes
 from .device.pointwise import relu as relu_of
@@ -36,16 +37,22 @@ def excite_backward_kernel(
     g_stored,  # (N, ROWS, C) or None
     dgate,  # (N, C)
     link,  # (3, N, C): sum g and sum g * xhat of each image, and the gate
+    partial,  # (3, T, N, C): the three sums of each split; None where an image is not split
     N,
     ROWS,  # pixels of an image
+    T,  # splits of an image
+    TILES,  # BLOCK_M-row tiles of a split
     INNER: tl.constexpr,
     C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """g, and over image n dgate and the two sums. Grid (N, column tiles)."""
-    n = tl.program_id(0).to(tl.int64)
+    """g, and over image n dgate and the two sums. Grid (N * T, column tiles)."""
+    n = (tl.program_id(0) // T).to(tl.int64)
+    split = tl.program_id(0) % T
+    row0 = split * TILES * BLOCK_M
+    valid = tl.minimum(ROWS - row0, TILES * BLOCK_M)
     rows = tl.arange(0, BLOCK_M)
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = cols < C
@@ -54,16 +61,17 @@ def excite_backward_kernel(
     scale = tl.load(stats + 2 * C + cols, mask=live)
     shift = tl.load(stats + 3 * C + cols, mask=live)
     offsets = rows[:, None] * C + cols[None, :]
-    dout += n * ROWS * C
-    y += n * ROWS * C
+    start = (n * ROWS + row0) * C
+    dout += start
+    y += start
     if out is not None:
-        out += n * ROWS * C
-        g_stored += n * ROWS * C
+        out += start
+        g_stored += start
     sum_g = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     sum_gx = tl.zeros([BLOCK_M, BLOCK_C], ACC)
     sum_gh = tl.zeros([BLOCK_M, BLOCK_C], ACC)
-    for i in range(tl.cdiv(ROWS, BLOCK_M)):
-        mask = (rows < ROWS - i * BLOCK_M)[:, None] & live[None, :]
+    for i in range(tl.cdiv(valid, BLOCK_M)):
+        mask = (rows < valid - i * BLOCK_M)[:, None] & live[None, :]
         value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
         g = load_masked_grad(dout, value, out, scale, shift, offsets, mask, out is not None, y.dtype.element_ty, ACC)
         if out is not None:
@@ -74,14 +82,24 @@ def excite_backward_kernel(
         if INNER:
             g = tl.where(relu_passes(h.to(y.dtype.element_ty)), g, 0.0)
         sum_g += g
-        sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond ROWS
+        sum_gx = tl.fma(g, value - mean[None, :], sum_gx)  # g is 0 beyond the last row
         offsets += BLOCK_M * C
-    index = n * C + cols
-    plane = N.to(tl.int64) * C
-    tl.store(dgate + index, column_sums(sum_gh), mask=live)
-    tl.store(link + index, column_sums(sum_g), mask=live)
-    tl.store(link + plane + index, column_sums(sum_gx) * invstd, mask=live)
-    tl.store(link + 2 * plane + index, tl.load(gate + index, mask=live).to(ACC), mask=live)
+    store_of_image(
+        column_sums(sum_gh),
+        column_sums(sum_g),
+        column_sums(sum_gx) * invstd,
+        dgate,
+        link,
+        gate,
+        partial,
+        n,
+        split,
+        cols,
+        N,
+        T,
+        C,
+        ACC,
+    )
 
 
 def batch_norm_excite_backward(
@@ -117,9 +135,10 @@ def batch_norm_excite_backward(
     dgate = torch.empty_like(gate)
     link = torch.empty((LINK, N, C), dtype=accumulator(y)[0], device=y.device)
     t = image_tiling(N, H * W, C, elements_of(C))
+    partial = empty_partial(y, t.partials)
     launch(
         excite_backward_kernel,
-        (N, triton.cdiv(C, t.BLOCK_C)),
+        (N * t.partials, triton.cdiv(C, t.BLOCK_C)),
         dout,
         y,
         out,
@@ -128,9 +147,13 @@ def batch_norm_excite_backward(
         g,
         dgate,
         link,
+        partial,
         N,
         H * W,
+        t.partials,
+        t.tiles,
         INNER=inner_relu,
         **t.options(y),
     )
+    merge_images(partial, dgate, link, gate)
     return g, dgate, link

@@ -18,6 +18,7 @@ _MOST_GROUPS = 65535  # programs along a grid's second axis, at most
 SPLIT_PROGRAMS = 256  # programs that a product over pixels should have: two for each SM of a large GPU
 POOLED_PROGRAMS = 512  # the same where each step first computes what it multiplies, and nothing is pipelined
 MIN_STEPS = 4  # steps of a split of its reduction, at least
+_MIN_IMAGE_STEPS = 8  # tiles of a split of an image, at least: with fewer, what is done once weighs as much
 _MIN_ROWS = 256  # rows of a partial, at least: its 8 bytes per channel are below 2% of the 16-bit values that were read
 
 
@@ -85,20 +86,23 @@ def tiling(M: int, C: int, elements: int = ELEMENTS) -> Tiling:
 
 @cache
 def image_tiling(N: int, pixels: int, C: int, elements: int = ELEMENTS) -> Tiling:
-    """Tiles of a reduction over each of N images of `pixels` rows and C columns: a partial is an image.
+    """Tiles of a reduction over each of N images of `pixels` rows and C columns; the partials are those of an image.
 
-    Where the images are few, column tiles are narrower, and more programs share them. Below 32 columns the sums over a
-    tile's rows would have bank conflicts.
+    Where the images are few, more programs share each: column tiles are narrower, and rows are split. Below 32 columns
+    the sums over a tile's rows would have bank conflicts.
     """
     BLOCK_C = tiling(pixels, C, elements).BLOCK_C
     while BLOCK_C > 32 and C % 16 == 0 and N * triton.cdiv(C, BLOCK_C) < SPLIT_PROGRAMS:
         BLOCK_C //= 2
     BLOCK_M = min(elements // BLOCK_C, triton.next_power_of_2(pixels))
+    steps, programs = triton.cdiv(pixels, BLOCK_M), max(1, N) * triton.cdiv(C, BLOCK_C)
+    splits = min(triton.cdiv(SPLIT_PROGRAMS, programs), max(1, steps // _MIN_IMAGE_STEPS))
+    tiles = triton.cdiv(steps, splits)
     return Tiling(
         BLOCK_M=BLOCK_M,
         BLOCK_C=BLOCK_C,
-        tiles=triton.cdiv(pixels, BLOCK_M),
-        partials=N,
+        tiles=tiles,
+        partials=triton.cdiv(steps, tiles),
         num_warps=max(1, 4 * BLOCK_M * BLOCK_C // elements),
     )
 

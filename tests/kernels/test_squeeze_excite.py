@@ -47,6 +47,7 @@ SHAPES = {
     "several column tiles": (2, 64, 8, 8),
     "several tiles, padded columns": (2, 100, 5, 6),
     "several column tiles, the last ragged": (1, 300, 3, 3),
+    "split rows, the last split ragged": (1, 40, 31, 29),
 }
 RAGGED = SHAPES["several tiles, ragged"]
 INNER = {"inner relu": True, "no inner relu": False}
@@ -120,6 +121,8 @@ def test_shapes_are_cut_as_their_names_say():
     assert C >= 2 * t.BLOCK_C
     for t in cut("several column tiles, the last ragged")[:2]:
         assert t.BLOCK_C < 300 and 300 % t.BLOCK_C
+    t, _, M, _ = cut("split rows, the last split ragged")
+    assert t.partials > 2 and M % t.rows and M % t.BLOCK_M
 
 
 @pytest.mark.parametrize("pixels", [1, 49, 3136, 2**20])
@@ -127,10 +130,10 @@ def test_shapes_are_cut_as_their_names_say():
 def test_an_images_tiles_cover_its_rows_and_few_images_have_more_programs(C, pixels):
     few, many = (image_tiling(N, pixels, C, elements_of(C)) for N in (1, 2048))
     for t in (few, many):
-        assert (t.tiles - 1) * t.BLOCK_M < pixels <= t.tiles * t.BLOCK_M
+        assert (t.partials - 1) * t.rows < pixels <= t.partials * t.rows
         for size in (t.BLOCK_M, t.BLOCK_C, t.num_warps):
             assert size & (size - 1) == 0
-    assert (few.partials, many.partials) == (1, 2048)
+    assert many.partials == 1 and (few.partials > 1) == (pixels >= 16 * few.BLOCK_M)
     assert few.BLOCK_C == many.BLOCK_C or (few.BLOCK_C, many.BLOCK_C) == (32, 64)
 
 
