@@ -550,7 +550,8 @@ class FusedBlock(_Fused):
         shortcut = _called(gate.shortcut, X)
         if type(shortcut) is Tensor and shortcut.shape == y.shape and shortcut.dtype == y.dtype:
             return _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True)
-        return F.relu(_excited(recent, y, stats, link, factor, None, False, False) + shortcut)
+        out = _excited(recent, y, stats, link, factor, None, False, False) + shortcut
+        return F.relu(out.to(y.dtype))  # the add in eager is in place
 
     def _last_unit(self, parts: BlockParts, X: Tensor, recent: Recent, a: Tensor) -> Tensor:
         """relu(norm(conv(a)) + shortcut), the convolution PyTorch's."""

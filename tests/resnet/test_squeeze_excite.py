@@ -322,6 +322,36 @@ def test_a_shortcut_of_another_shape_or_type_is_eagers(any_backend, case):
     assert_exact(t, input_of(case, dtype=torch.float64))
 
 
+class InFloat32(nn.Module):
+    """A norm of constants that makes float32 of a 16-bit map, as a `FrozenBatchNorm2d` does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float() * 0.7 + 0.1
+
+
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_a_shortcut_of_float32_under_autocast_is_added_as_in_eager(any_backend, kind):
+    t, outs = trio(kind, 8, 4, 2, GATED), []
+    for block in (t.fused, t.eager):
+        block.downsample[1] = InFloat32()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            outs.append(block(draw(2, 8, 9, 8)))
+        outs[-1].float().sum().backward()
+    assert outs[0].dtype == outs[1].dtype == torch.bfloat16
+    torch.testing.assert_close(*outs, atol=0.1, rtol=0.1)
+
+
+@cases
+def test_backward_hooks_on_what_makes_the_gates_and_on_the_shortcut_are_called(any_backend, case):
+    def hook(m: nn.Module) -> None:
+        m.se.act = nn.SiLU()  # PyTorch lets none work in place behind such a hook
+        for module, factor in ((m.se.fc1, 2), (m.se.gate, 3), (m.downsample, 5)):
+            if module is not None:
+                module.register_full_backward_hook(lambda module, dx, dout, factor=factor: (dx[0] * factor,))
+
+    assert_exact(trio_of(case, dtype=torch.float64).each(hook), input_of(case, dtype=torch.float64))
+
+
 # ---- the rest of PyTorch -------------------------------------------------------------------------------------------
 
 
