@@ -314,7 +314,8 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
     what moves from tap to tap (more of it where tensor cores take operands from registers alone), and what its prologue
     recomputes. The stem's grad-weight holds masks of ragged channels beside a large tile, which is too much in float32.
     Grad-input holds up to 64 accumulators beside the tiles that its epilogue loads (32 in a tile of more columns than
-    rows whose ReLU's mask has scale, shift and mean of each column).
+    rows whose ReLU's mask has scale, shift and mean of each column). With a stride, a shortcut's second product of the
+    same tiles leaves room for up to 32 values of g.
     """
     epilogue = gemm.switch("epilogue", Epilogue.NONE)
     threads = 32 * config.num_warps
@@ -335,7 +336,8 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
     if gemm.operation == "grad_weight_max_pool":
         return gemm.kind != "float32" or accumulators < 16 or rows % config.BLOCK_M == 0
     wide = epilogue is Epilogue.RELU_MASK and config.BLOCK_N > config.BLOCK_M
-    return epilogue is Epilogue.NONE or accumulators <= (32 if wide else 64)
+    strided = epilogue is Epilogue.SHORTCUT_GRAD and gemm.stride > 1
+    return epilogue is Epilogue.NONE or (accumulators <= (32 if wide else 64) and (not strided or operand <= 32))
 
 
 @cache

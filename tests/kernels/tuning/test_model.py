@@ -124,6 +124,14 @@ def test_a_row_of_bfloat16_beside_its_scale_and_shift_is_not_tried_where_a_threa
     assert tile in candidates(key(HALF, prologue=True), SM_100)
 
 
+def test_a_tile_that_holds_much_of_a_strided_shortcut_s_gradient_is_not_tried():
+    tile, strided = Config(128, 64, 64, 4, 3), dataclasses.replace(STAGES[0], stride=2)
+    key = lambda epilogue, shape: gemm("grad_input", shape, HALF, epilogue=epilogue)  # noqa: E731
+    assert tile not in candidates(key(Epilogue.SHORTCUT_GRAD, strided))
+    assert tile in candidates(key(Epilogue.SHORTCUT_GRAD, STAGES[0]))
+    assert tile in candidates(key(Epilogue.IDENTITY_GRAD, strided))
+
+
 def test_a_wide_tile_that_holds_much_beside_a_relu_s_mask_is_not_tried():
     tile = Config(64, 128, 64, 4, 3)
     key = lambda epilogue: gemm("grad_input", STAGES[2], HALF, epilogue=epilogue)  # noqa: E731
