@@ -160,8 +160,8 @@ FAULTS = {
     ),
     "a 32-bit offset of an image": Fault(
         "kernels/batch_norm_excite_backward.py",
-        "n = tl.program_id(0).to(tl.int64)",
-        "n = tl.program_id(0)",
+        "n = (tl.program_id(0) // T).to(tl.int64)",
+        "n = tl.program_id(0) // T",
         "tests/kernels/test_large_offsets.py",
         "MemoryFault: excite_backward_kernel, program .* outside its tensor",
         "large_tensor and excite and backward",
