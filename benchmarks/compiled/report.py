@@ -117,7 +117,7 @@ def _resnet50(dtype: torch.dtype) -> None:
         (FusedBottleneck(256, 64, dilation=2), 256),
         (FusedBottleneck(256, 128, 2, groups=32), 256),
         (FusedBottleneck(256, 64, squeeze_excite=True), 256),
-        (FusedBasicBlock(64, 128, 2, squeeze_excite=True), 64),
+        (FusedBasicBlock(64, 64, squeeze_excite=True), 64),
         (FusedBottleneck(256, 128, 2), 256),
         (FusedBasicBlock(64, 128, 2), 64),
     ):
