@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet import BasicBlock, Bottleneck, Residual, fuse
+from resnet import BasicBlock, Bottleneck, Residual, backend, fuse
 from tests.conftest import DEVICE
 from tests.helpers.blocks import (
     GATED,
@@ -160,6 +160,13 @@ def test_the_means_alone_may_have_a_gradient(any_backend, case):
         return dict(enumerate(torch.autograd.grad(seen[0].square().sum(), leaves)))
 
     assert_exact(trio_of(case, dtype=torch.float64), input_of(case, dtype=torch.float64), on_gates)
+
+
+def test_inference_with_gates_before_the_last_convolution_is_eagers_on_pytorchs_operators():
+    case = CASES["before the last convolution, identity"]
+    t, x = trio_of(case, train=False), input_of(case)
+    with backend("torch"):
+        same(infer(t.fused, x), infer(t.eager, x))
 
 
 def test_a_mean_far_from_zero_costs_no_digits(any_backend):
