@@ -65,13 +65,7 @@ def excite_kernel(
 
 def check_gate(gate: Tensor, y: Tensor, name: str = "gate") -> None:
     """ValueError or TypeError unless it is a contiguous (N, C) of the type and device of y (N, C, H, W)."""
-    N, C = y.shape[:2]
-    fits = gate.shape == (N, C) and gate.is_contiguous() and gate.device == y.device
-    if not fits or gate.dtype != y.dtype:
-        raise (TypeError if fits else ValueError)(
-            f"{name}: expected a contiguous tensor, shape {(N, C)}, {y.dtype} on {y.device}; "
-            f"got shape {tuple(gate.shape)}, strides {gate.stride()}, {gate.dtype} on {gate.device}"
-        )
+    check_vectors(name, gate, y.shape[:2], y, y.dtype)
 
 
 def batch_norm_excite(

@@ -84,17 +84,17 @@ def _stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -
     return _unit(kept.x, kept.unit) * (needs.x + wanted(needs.unit).weight)
 
 
-def _squeeze_formulas(kind: BlockKind) -> dict[str, Callable]:
+def _chain_formulas(name: str, arguments: type[tuple], kept: type[tuple], results: int) -> dict[str, Callable]:
+    """Of an operator that is a chain, and gives so many results."""
+
     def forward(*flat, out_shape: object = None) -> int:
-        return _chain_forward(unpack(kind.arguments, flat))
+        return _chain_forward(unpack(arguments, flat))
 
-    def backward(
-        dy: Sequence[int], dpooled: Sequence[int], dlink: Sequence[int], *rest, out_shape: object = None
-    ) -> int:
-        *kept, needs = rest
-        return _chain_backward(unpack(kind.kept, kept), all_wanted(unpack(kind.arguments, needs)))
+    def backward(*flat, out_shape: object = None) -> int:
+        *values, needs = flat[results:]
+        return _chain_backward(unpack(kept, values), all_wanted(unpack(arguments, needs)))
 
-    return {kind.name: forward, f"{kind.name}_backward": backward}
+    return {name: forward, f"{name}_backward": backward}
 
 
 def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
@@ -110,25 +110,20 @@ def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
     return {kind.name: forward, f"{kind.name}_backward": backward}
 
 
-def _deep_stem_flops(*flat, out_shape: object = None) -> int:
-    return _chain_forward(unpack(DeepStem, flat))
-
-
-def _deep_stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -> int:
-    *kept, needs = rest
-    return _chain_backward(unpack(DeepStemKept, kept), all_wanted(unpack(DeepStem, needs)))
-
-
+_DEEP_STEM = _chain_formulas("deep_stem", DeepStem, DeepStemKept, 1)
 _FORMULAS = {
-    "deep_stem": _deep_stem_flops,
-    "deep_stem_inference": _deep_stem_flops,
-    "deep_stem_backward": _deep_stem_backward_flops,
+    **_DEEP_STEM,
+    "deep_stem_inference": _DEEP_STEM["deep_stem"],
     "stem": _stem_flops,
     "stem_inference": _stem_flops,
     "stem_backward": _stem_backward_flops,
     **{name: formula for kind in BLOCK_KINDS + FROZEN_KINDS for name, formula in _block_formulas(kind).items()},
     **{f"{kind.name}_inference": _block_formulas(kind)[kind.name] for kind in BLOCK_KINDS},
-    **{name: formula for kind in SQUEEZE_KINDS for name, formula in _squeeze_formulas(kind).items()},
+    **{
+        name: formula
+        for kind in SQUEEZE_KINDS
+        for name, formula in _chain_formulas(kind.name, kind.arguments, kind.kept, 3).items()
+    },
 }
 
 

@@ -124,10 +124,13 @@ def checked(
         norm.num_batches_tracked.add_(1)
     if backend is torch_backend and relu and is_eager_as_good(x, norm):
         return eager(x, norm, shortcut)
-    if found is not None and x is flat[0] and shortcut is flat[1]:
+    if x is not flat[0] or shortcut is not flat[1]:
+        flat, found = (x, shortcut, *norm, relu), None
+    elif found is not None:
         found.facts.passed.add(_CHECKED)
-    flat = (x, shortcut, *norm, relu)
-    return ops.call("batch_norm_add_relu", flat, known(flat) if direct else None)
+    if found is None and direct:
+        found = known(flat)
+    return ops.call("batch_norm_add_relu", flat, found)
 
 
 _CHECKED = ("batch_norm_add_relu",)

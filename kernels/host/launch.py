@@ -58,9 +58,11 @@ def check_nhwc(
         _refuse(name, t, "a dense channels_last tensor (N, C, H, W)", shape, dtype, device)
 
 
-def check_vectors(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Refuse t unless it is contiguous, of `shape`, in the type of the statistics of `like` and on its device."""
-    dtype = accumulator(like)[0]
+def check_vectors(name: str, t: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Refuse t unless it is contiguous, of `shape` and `dtype`, by default that of the statistics of `like`, and on the
+    device of `like`.
+    """
+    dtype = dtype or accumulator(like)[0]
     if t.shape != shape or not t.is_contiguous() or t.dtype != dtype or t.device != like.device:
         _refuse(name, t, "a contiguous tensor", shape, dtype, like.device)
 

@@ -113,6 +113,7 @@ def backward(
     dweight, dbias, zeros = empty_grads(norm)
     g = torch.empty_like(x, memory_format=torch.channels_last) if shortcut and relu else None
     sums = batch_norm_backward_reduce(dout, x, out if shortcut else None, stats, relu, dweight, dbias, zeros, g=g)
-    behind = (dout, relu) if g is None else (g, False)
-    dx = batch_norm_backward_apply(behind[0], x, stats, applied_sums(sums, x, norm), behind[1])
+    if g is not None:
+        dout, relu = g, False
+    dx = batch_norm_backward_apply(dout, x, stats, applied_sums(sums, x, norm), relu)
     return NormGrad(dx, dweight, dbias, sums[0], g, zeros)
