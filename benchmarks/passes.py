@@ -309,10 +309,10 @@ def _fused_input_gradient(chain: Chain) -> Iterator[Step]:
         yield Step(name, ("dy1", "dx"), ("dx",), GRAD_INPUT, weight)
     elif shortcut.stride == first.stride:
         yield Step(name, ("dy1", "dys"), ("dx",), GRAD_INPUT, weight + _weight(shortcut))
-    else:  # another grid of pixels, so a launch of its own, which adds to those that it meets
+    else:  # another grid of pixels, so a launch of its own, for those that it meets
         met = f"d{chain.met}"
-        yield Step("conv1 grad-input", ("dy1",), ("dx",), GRAD_INPUT, weight)
-        yield Step("shortcut's grad-input, added", ("dys", met), (met,), GRAD_INPUT, _weight(shortcut))
+        yield Step("shortcut's grad-input", ("dys",), (met,), GRAD_INPUT, _weight(shortcut))
+        yield Step(name, ("dy1", met), ("dx",), GRAD_INPUT, weight)
 
 
 def fused(chain: Chain) -> tuple[Step, ...]:

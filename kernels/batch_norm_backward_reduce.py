@@ -188,6 +188,20 @@ def batch_norm_backward_reduce(
     Raises:
         ValueError, TypeError: a shape, layout, type or device that does not fit.
     """
+    partial = backward_partials(dout, x, out, stats, relu, shortcut, g)
+    return merge_sums(partial, dweight, dbias, dconv_bias, *(shortcut[2:] if shortcut else ()))
+
+
+def backward_partials(
+    dout: Tensor,
+    x: Tensor,
+    out: Tensor | None,
+    stats: Tensor,
+    relu: bool = True,
+    shortcut: NormedShortcut | None = None,
+    g: Tensor | None = None,
+) -> Tensor:
+    """The sums of `batch_norm_backward_reduce` of each row tile, (2 or 3, T, C), as `merge_sums` takes them."""
     M, C = nhwc_shape(x)
     check_nhwc("dout", dout, x, x.shape)
     if out is not None:
@@ -217,7 +231,7 @@ def batch_norm_backward_reduce(
         RELU=relu,
         **t.options(x),
     )
-    return merge_sums(partial, dweight, dbias, dconv_bias, *(shortcut[2:] if shortcut else ()))
+    return partial
 
 
 def merge_sums(partial: Tensor, *vectors: Tensor | None) -> Tensor:

@@ -5,9 +5,10 @@
     None          dx = acc
     ReluMask      g = acc * (y1 * scale + shift > 0), stored in place of dx; sums (2, C) = sum g, sum g * xhat of y1
     KeptMask      g = acc * (a > 0), stored in place of dx
-    IdentityGrad  dx = acc + g
+    IdentityGrad  dx = acc + g, or where g is of every s-th pixel alone, acc + g at those
     ShortcutGrad  dx = acc + the 1x1 shortcut's grad-input of g
-    AddTo         dx += acc, in place
+    BlockEnd      g' = dx * (out > 0), dx as the two before, stored in its place; partial sums of g', g' * xhat of y
+                  [and g' * zhat of z]: where the block before this one begins its backward
 
 Rows of the GEMM are input pixels, columns are C, the reduction runs over (r, s, k). Activations are dense NHWC, the
 weight is K,R,S,C contiguous (both `torch.channels_last`), in float16, bfloat16, float32 or float64; accumulation and
@@ -18,8 +19,7 @@ each parity class (h % stride, w % stride) is a sub-grid of its own that runs ov
 (1x1, stride 2) still runs its epilogue. All classes are one launch. A convolution with dilation has stride 1 here.
 
 Grid (column tiles * classes * row tiles,). Passes over activations: it reads dy and writes dx. ReluMask also reads y1,
-KeptMask a, IdentityGrad g, ShortcutGrad g, which has dy's pixels. AddTo reads and writes those pixels of dx alone that
-the convolution meets.
+KeptMask a, IdentityGrad g, ShortcutGrad g, which has dy's pixels, BlockEnd out and y [and z] besides.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuning
-from .batch_norm_backward_reduce import merge_sums
+from .batch_norm_backward_reduce import NormedShortcut, check_shortcut, merge_sums
 from .device.implicit_gemm import dot, split_pixels
 from .device.pointwise import recomputed_relu_passes, relu_passes
 from .device.reductions import column_sums
@@ -59,12 +59,14 @@ from .tuning import Config, Epilogue
 def grad_input_kernel(
     dy,  # (N, P, Q, K)
     weight,  # (K, R, S, C)
-    dx,  # (N, H, W, C) or None: the result goes to `added`
-    added,  # (N, H, W, C) or None: what the result is added to, in place
-    y1,  # (N, H, W, C) or None: no ReLU to mask by
-    stats,  # (4, C) of y1, or None: y1 is what the ReLU gave
-    partial,  # (2, T, C): sum g and sum g * xhat of each row tile
-    g,  # (N, H, W, C) for the identity, (N, P, Q, SHORTCUT_K) for the 1x1 shortcut, or None: no second branch
+    dx,  # (N, H, W, C)
+    a,  # (N, H, W, C) or None: what a ReLU gave, to mask by
+    y1,  # (N, H, W, C) or None: what a norm read; without `a` the mask is that of relu(y1 * scale + shift)
+    stats,  # (4, C) of y1, or None
+    z,  # (N, H, W, C) or None: what the norm of a shortcut read
+    z_stats,  # (4, C) of z
+    partial,  # (2 or 3, T, C): sum g, sum g * xhat and sum g * zhat of each row tile
+    g,  # the identity's, of every BRANCH_STRIDE-th pixel (N, H', W', C); the 1x1 shortcut's (N, P, Q, SHORTCUT_K); None
     shortcut_weight,  # (SHORTCUT_K, 1, 1, C) or None: the second branch is the identity
     N,
     H,
@@ -80,6 +82,7 @@ def grad_input_kernel(
     PADDING: tl.constexpr,
     DILATION: tl.constexpr,  # 1 with a stride
     SHORTCUT_K: tl.constexpr,
+    BRANCH_STRIDE: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -102,11 +105,7 @@ def grad_input_kernel(
     row0 = tile // (STRIDE * STRIDE) * BLOCK_M
     image0 = row0 // area
     rows = row0 - image0 * area + tl.arange(0, BLOCK_M)  # within the class, from image0 on
-    images = N
-    if added is not None:
-        dx = added
-        images = tl.where(A * B > 0, N, 0)  # what no tap meets stays as it is
-    inside = rows < (images - image0) * height * width
+    inside = rows < (N - image0) * height * width
     n, i, j = split_pixels(rows, tl.maximum(height, 1), tl.maximum(width, 1))
     dy += image0.to(tl.int64) * (P * Q * K)
     dy_rows = ((n * P + p0 + i) * Q + q0 + j) * K
@@ -114,6 +113,9 @@ def grad_input_kernel(
         pixels = rows
     else:
         pixels = (n * H + ph + STRIDE * i) * W + pw + STRIDE * j
+
+    if BRANCH_STRIDE > 1:
+        met = met_pixels(n, ph + STRIDE * i, pw + STRIDE * j, H, W, BRANCH_STRIDE)
 
     misses = missed_taps(p0, q0, i, j, inside, P, Q, R, S, STRIDE, DILATION)
     ks = tl.arange(0, BLOCK_K)
@@ -168,16 +170,21 @@ def grad_input_kernel(
         mask &= (cols < C)[None, :]
     image = image0.to(tl.int64) * (H * W * C)
     offsets = pixels[:, None] * C + cols[None, :]
-    if stats is not None:
-        store_masked_by_relu(acc, dx, y1, stats, partial, image, offsets, mask, inside, cols, tile, T, C, ACC)
-    else:
-        if y1 is not None:
-            passes = relu_passes(tl.load(y1 + image + offsets, mask=mask, other=0.0))
-            acc = tl.where(passes, acc, tl.zeros_like(acc))
-        if shortcut_weight is None and g is not None:
+    if shortcut_weight is None and g is not None:
+        if BRANCH_STRIDE == 1:
             acc += tl.load(g + image + offsets, mask=mask, other=0.0).to(ACC)
-        if added is not None:
-            acc += tl.load(added + image + offsets, mask=mask, other=0.0).to(ACC)
+        else:
+            g += image0.to(tl.int64) * (tl.cdiv(H, BRANCH_STRIDE) * tl.cdiv(W, BRANCH_STRIDE) * C)
+            met_offsets = met[:, None] * C + cols[None, :]
+            acc += tl.load(g + met_offsets, mask=mask & (met >= 0)[:, None], other=0.0).to(ACC)
+    if stats is not None:
+        store_masked_by_relu(
+            acc, dx, a, y1, stats, z, z_stats, partial, image, offsets, mask, inside, cols, tile, T, C, ACC
+        )
+    else:
+        if a is not None:
+            passes = relu_passes(tl.load(a + image + offsets, mask=mask, other=0.0))
+            acc = tl.where(passes, acc, tl.zeros_like(acc))
         tl.store(dx + image + offsets, acc.to(dx.dtype.element_ty), mask=mask)
 
 
@@ -349,22 +356,57 @@ def add_shortcut(
 
 
 @triton.jit
+def met_pixels(n, h, w, H, W, STRIDE: tl.constexpr):
+    """The places of the pixels (n, h, w) in a map of every STRIDE-th pixel along H and W; -1 where it has none."""
+    place = (n * tl.cdiv(H, STRIDE) + h // STRIDE) * tl.cdiv(W, STRIDE) + w // STRIDE
+    return tl.where((h % STRIDE == 0) & (w % STRIDE == 0), place, -1)
+
+
+@triton.jit
 def store_masked_by_relu(
-    acc, dx, y1, stats, partial, image, offsets, mask, inside, cols, tile, T, C: tl.constexpr, ACC: tl.constexpr
+    acc,
+    dx,
+    a,
+    y1,
+    stats,
+    z,
+    z_stats,
+    partial,
+    image,
+    offsets,
+    mask,
+    inside,
+    cols,
+    tile,
+    T,
+    C: tl.constexpr,
+    ACC: tl.constexpr,
 ):
-    """Store g = acc * (y1 * scale + shift > 0) in place of dx, and its sums g and g * xhat in row `tile` of partial."""
+    """Store g = acc * (a > 0) in place of dx, and its sums g, g * xhat [and g * zhat] in row `tile` of partial.
+
+    Without `a` the mask is recomputed: y1 * scale + shift > 0.
+    """
     STORED: tl.constexpr = dx.dtype.element_ty
     live = cols < C
-    scale = tl.load(stats + (2 * C + cols)[None, :], mask=live[None, :])
-    shift = tl.load(stats + (3 * C + cols)[None, :], mask=live[None, :])
-    value = tl.load(y1 + image + offsets, mask=mask, other=0.0).to(ACC)
-    passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # outside, acc may be 0 * Inf
+    if a is not None:
+        passes = relu_passes(tl.load(a + image + offsets, mask=mask, other=0.0))
+        value = tl.load(y1 + image + offsets, mask=mask, other=0.0).to(ACC)
+    else:
+        scale = tl.load(stats + (2 * C + cols)[None, :], mask=live[None, :])
+        shift = tl.load(stats + (3 * C + cols)[None, :], mask=live[None, :])
+        value = tl.load(y1 + image + offsets, mask=mask, other=0.0).to(ACC)
+        passes = recomputed_relu_passes(value, scale, shift, STORED) & inside[:, None]  # outside, acc may be 0 * Inf
     g = tl.where(passes, acc.to(STORED).to(ACC), 0.0)
     tl.store(dx + image + offsets, g.to(STORED), mask=mask)
     sum_gx = column_sums(g * (value - tl.load(stats + cols[None, :], mask=live[None, :])))
     partial += tile.to(tl.int64) * C + cols
+    plane = T.to(tl.int64) * C
     tl.store(partial, column_sums(g), mask=live)
-    tl.store(partial + T.to(tl.int64) * C, sum_gx * tl.load(stats + C + cols, mask=live), mask=live)
+    tl.store(partial + plane, sum_gx * tl.load(stats + C + cols, mask=live), mask=live)
+    if z is not None:
+        value = tl.load(z + image + offsets, mask=mask, other=0.0).to(ACC)
+        sum_gz = column_sums(g * (value - tl.load(z_stats + cols[None, :], mask=live[None, :])))
+        tl.store(partial + 2 * plane, sum_gz * tl.load(z_stats + C + cols, mask=live), mask=live)
 
 
 # ---- the launcher ----------------------------------------------------------------------------------------------
@@ -384,9 +426,10 @@ class KeptMask(NamedTuple):
 
 
 class IdentityGrad(NamedTuple):
-    """The convolution's input is also an identity shortcut, of whose sum g is the gradient."""
+    """The convolution's input, or every stride-th pixel of it, also goes another way, by which its gradient is g."""
 
-    g: Tensor  # (N, C, H, W)
+    g: Tensor  # (N, C, H', W'), as many pixels as are met
+    stride: int = 1
 
 
 class ShortcutGrad(NamedTuple):
@@ -396,10 +439,14 @@ class ShortcutGrad(NamedTuple):
     weight: Tensor  # (L, C, 1, 1)
 
 
-class AddTo(NamedTuple):
-    """The gradient is added to what another branch has left in dx."""
+class BlockEnd(NamedTuple):
+    """The convolution's input is also a shortcut, and the end of a block: out = relu(norm(y) + that one's shortcut)."""
 
-    dx: Tensor  # (N, C, H, W)
+    branch: IdentityGrad | ShortcutGrad
+    out: Tensor  # (N, C, H, W)
+    y: Tensor  # (N, C, H, W)
+    stats: Tensor  # (4, C) = mean, invstd, scale, shift
+    shortcut: NormedShortcut | None = None  # of that block, where it has a norm; its gradients are written elsewhere
 
 
 _EPILOGUES = {
@@ -408,7 +455,7 @@ _EPILOGUES = {
     KeptMask: Epilogue.KEPT_MASK,
     IdentityGrad: Epilogue.IDENTITY_GRAD,
     ShortcutGrad: Epilogue.SHORTCUT_GRAD,
-    AddTo: Epilogue.ADD_TO,
+    BlockEnd: Epilogue.BLOCK_END,
 }
 _TAPS = 15  # bits for each axis in a row's mask of missed taps
 
@@ -417,13 +464,15 @@ def conv_grad_input(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | AddTo | None = None,
+    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | BlockEnd | None = None,
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
     dconv_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """dx (N, C, H, W) of dy (N, K, P, Q), with the epilogue applied; with ReluMask (g, sums (2, C)).
+    """dx (N, C, H, W) of dy (N, K, P, Q), with the epilogue applied.
+
+    With ReluMask it is (g, sums (2, C)), with BlockEnd (g', partial (2 or 3, T, C)), as `merge_sums` takes it.
 
     `shape` is the forward convolution's. All activations and weights are dense channels_last and of dy's dtype and
     device; `stats` is contiguous float32 (float64 for float64). sum g * xhat and sum g are also written to `dweight`
@@ -438,33 +487,38 @@ def conv_grad_input(
     _check(dy, weight, shape, epilogue, vectors)
     dtype, ACC = accumulator(dy)
     precision = product_precision(dy, tf32)
-    if isinstance(epilogue, AddTo):
-        dx = epilogue.dx
-    else:
-        size = shape.N, shape.C, shape.H, shape.W
-        dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-    mask = epilogue if isinstance(epilogue, ReluMask) else None
-    kept = epilogue.a if isinstance(epilogue, KeptMask) else None
-    branch = epilogue if isinstance(epilogue, (IdentityGrad, ShortcutGrad)) else None
-    shortcut_weight = epilogue.weight if isinstance(epilogue, ShortcutGrad) else None
+    size = shape.N, shape.C, shape.H, shape.W
+    dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    mask, end = (epilogue if isinstance(epilogue, kind) else None for kind in (ReluMask, BlockEnd))
+    kept = epilogue.a if isinstance(epilogue, KeptMask) else end.out if end else None
+    y1, stats = mask if mask else (end.y, end.stats) if end else (None, None)
+    z, z_stats = end.shortcut[:2] if end and end.shortcut else (None, None)
+    planes = (3 if z is not None else 2) if stats is not None else 0
+    branch = end.branch if end else epilogue if isinstance(epilogue, (IdentityGrad, ShortcutGrad)) else None
+    shortcut_weight = branch.weight if isinstance(branch, ShortcutGrad) else None
     shortcut_K = shape.K if shortcut_weight is None else shortcut_weight.shape[0]
+    branch_stride = branch.stride if isinstance(branch, IdentityGrad) else 1
     if shape.N == 0:
         for grad in vectors.values():
             if grad is not None:
                 grad.zero_()
-        return (dx, torch.zeros((2, shape.C), dtype=dtype, device=dy.device)) if mask else dx
+        size = (planes, shape.C) if mask else (planes, 1, shape.C)
+        return (dx, torch.zeros(size, dtype=dtype, device=dy.device)) if planes else dx
 
-    def run(config: Config, dx: Tensor) -> Tensor | None:
+    def run(config: Config) -> Tensor | None:
         T = _row_tiles(shape, config)
-        partial = torch.empty((2, T, shape.C), dtype=dtype, device=dy.device) if mask else None
+        partial = torch.empty((planes, T, shape.C), dtype=dtype, device=dy.device) if planes else None
         launch(
             grad_input_kernel,
             (T * triton.cdiv(shape.C, config.BLOCK_N),),
             dy,
             weight,
-            *((None, dx) if isinstance(epilogue, AddTo) else (dx, None)),
-            mask.y1 if mask else kept,
-            mask.stats if mask else None,
+            dx,
+            kept,
+            y1,
+            stats,
+            z,
+            z_stats,
             partial,
             branch.g if branch else None,
             shortcut_weight,
@@ -477,6 +531,7 @@ def conv_grad_input(
             **shape.constants(),
             DILATION=shape.dilation,
             SHORTCUT_K=shortcut_K,
+            BRANCH_STRIDE=branch_stride,
             ACC=ACC,
             PRECISION=precision,
             **config.options(),
@@ -484,19 +539,20 @@ def conv_grad_input(
         )
         return partial
 
-    def trial(config: Config) -> Tensor | None:
-        return run(config, torch.empty_like(dx))  # what is added to is added to once
-
     config = tuning.gemm_config(
         "grad_input",
         shape,
         dy,
-        trial if isinstance(epilogue, AddTo) else lambda config: run(config, dx),
+        run,
         precision=precision,
         epilogue=_EPILOGUES[type(epilogue)],
         shortcut_channels=0 if shortcut_weight is None else shortcut_K,
+        branch_stride=branch_stride,
+        planes=planes,
     )
-    partial = run(config, dx)
+    partial = run(config)
+    if end:
+        return dx, partial
     return (dx, merge_sums(partial, *vectors.values())) if mask else dx
 
 
@@ -510,7 +566,7 @@ def _check(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | AddTo | None,
+    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | BlockEnd | None,
     vectors: dict[str, Tensor | None],
 ) -> None:
     nhwc_shape(dy)
@@ -526,20 +582,30 @@ def _check(
         raise ValueError(f"{', '.join(vectors)}: only ReluMask has sums to write there")
     elif isinstance(epilogue, KeptMask):
         check_nhwc("a", epilogue.a, dy, x)
-    elif isinstance(epilogue, IdentityGrad):
-        check_nhwc("g", epilogue.g, dy, x)
-    elif isinstance(epilogue, ShortcutGrad):
+    elif isinstance(epilogue, BlockEnd):
+        check_nhwc("out", epilogue.out, dy, x)
+        check_nhwc("y", epilogue.y, dy, x)
+        check_vectors("stats", epilogue.stats, (4, shape.C), dy)
+        if epilogue.shortcut is not None:
+            check_shortcut(epilogue.shortcut, epilogue.y)
+    elif epilogue is not None and not isinstance(epilogue, (IdentityGrad, ShortcutGrad)):
+        kinds = ", ".join(kind.__name__ for kind in _EPILOGUES if kind is not type(None))
+        raise TypeError(f"epilogue: expected {kinds} or None, got {type(epilogue).__name__}")
+    branch = epilogue
+    if isinstance(epilogue, BlockEnd):
+        branch = epilogue.branch
+        if not isinstance(branch, (IdentityGrad, ShortcutGrad)):
+            raise TypeError(f"branch: expected IdentityGrad or ShortcutGrad, got {type(branch).__name__}")
+    if isinstance(branch, IdentityGrad):
+        met = (triton.cdiv(pixels, branch.stride) for pixels in x[2:])
+        check_nhwc("g", branch.g, dy, (*x[:2], *met))
+    elif isinstance(branch, ShortcutGrad):
         reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
         if reached != y[2:]:
             raise ValueError(f"shape: a 1x1 shortcut of stride {shape.stride} has {reached} pixels, dy has {y[2:]}")
-        L = epilogue.weight.shape[0]
-        check_nhwc("shortcut weight", epilogue.weight, dy, (L, shape.C, 1, 1))
-        check_nhwc("g", epilogue.g, dy, (shape.N, L, shape.P, shape.Q))
-    elif isinstance(epilogue, AddTo):
-        check_nhwc("dx", epilogue.dx, dy, x)
-    elif epilogue is not None:
-        kinds = ", ".join(kind.__name__ for kind in _EPILOGUES if kind is not type(None))
-        raise TypeError(f"epilogue: expected {kinds} or None, got {type(epilogue).__name__}")
+        L = branch.weight.shape[0]
+        check_nhwc("shortcut weight", branch.weight, dy, (L, shape.C, 1, 1))
+        check_nhwc("g", branch.g, dy, (shape.N, L, shape.P, shape.Q))
 
     if shape.dilation > 1 < shape.stride:
         raise ValueError(f"shape: expected stride 1 with dilation {shape.dilation}, got {shape.stride}")
@@ -549,6 +615,6 @@ def _check(
     if shape.N * shape.H * shape.W + rows >= 2**31:
         raise ValueError(f"shape: expected fewer than 2^31 pixels, got {shape.N} images of {shape.H}x{shape.W}")
     area = (shape.H // shape.stride) * (shape.W // shape.stride)  # pixels of the smallest class that has any
-    widest = epilogue.weight.shape[0] if isinstance(epilogue, ShortcutGrad) else shape.K
+    widest = branch.weight.shape[0] if isinstance(branch, ShortcutGrad) else shape.K
     span = (shape.P + shape.dilation * shape.R) * shape.Q * max(widest, shape.K)
     check_span(max(math.prod(x[1:]), span), area, shape.N, rows)

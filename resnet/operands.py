@@ -259,6 +259,26 @@ class BlockGrad(NamedTuple):
     x: Tensor | None
     units: tuple[UnitGrad, ...]
     shortcut: UnitGrad  # a Projection's: its convolution's alone, and the sum of g
+    partial: Tensor | None = None  # see `BlockBefore`
+
+
+class BlockBefore(NamedTuple):
+    """What a block's backward takes of the block before, whose output x = relu(norm(y) + shortcut) is.
+
+    In place of x's gradient it then gives that block's g, the gradient behind the ReLU; and partial sums (2 or 3, T, K)
+    of g, g * xhat and, where the shortcut has a norm, g * zhat. The backward of the block before begins with them.
+    """
+
+    y: Tensor  # (N, K, P, Q)
+    stats: Tensor  # (4, K)
+    z: Tensor | None  # (N, K, P, Q): the shortcut's convolution, where that has a norm
+    z_stats: Tensor | None  # (4, K)
+
+    @staticmethod
+    def of(kept: tuple) -> BlockBefore:
+        """That of a block of a kind in `BLOCK_KINDS`, by what it keeps."""
+        _, ys, stats, shortcut = kept.output
+        return BlockBefore(ys[-1], stats[-1], *(shortcut or (None, None)))
 
 
 # ---- squeeze-and-excitation ----------------------------------------------------------------------------------------

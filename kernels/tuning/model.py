@@ -45,7 +45,7 @@ class Epilogue(Enum):
     KEPT_MASK = auto()
     IDENTITY_GRAD = auto()
     SHORTCUT_GRAD = auto()
-    ADD_TO = auto()
+    BLOCK_END = auto()
 
     def __repr__(self) -> str:  # it stands in the key of a remembered choice
         return str(self)
@@ -315,7 +315,9 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
     recomputes. The stem's grad-weight holds masks of ragged channels beside a large tile, which is too much in float32.
     Grad-input holds up to 64 accumulators beside the tiles that its epilogue loads (32 in a tile of more columns than
     rows whose ReLU's mask has scale, shift and mean of each column). With a stride, a shortcut's second product of the
-    same tiles leaves room for up to 32 values of g.
+    same tiles leaves room for up to 32 values of g; so do pixels of which another shortcut meets some. The sums of a
+    block's end leave room for 32 accumulators where channels need masks; in a tile of more columns than rows, beside a
+    shortcut's product without a stride; and where TensorFloat-32's are in tensor memory.
     """
     epilogue = gemm.switch("epilogue", Epilogue.NONE)
     threads = 32 * config.num_warps
@@ -335,9 +337,13 @@ def _epilogue_fits(config: Config, gemm: Gemm, device: Device) -> bool:
         return values <= most
     if gemm.operation == "grad_weight_max_pool":
         return gemm.kind != "float32" or accumulators < 16 or rows % config.BLOCK_M == 0
-    wide = epilogue is Epilogue.RELU_MASK and config.BLOCK_N > config.BLOCK_M
-    strided = epilogue is Epilogue.SHORTCUT_GRAD and gemm.stride > 1
-    return epilogue is Epilogue.NONE or (accumulators <= (32 if wide else 64) and (not strided or operand <= 32))
+    wide, shortcut = config.BLOCK_N > config.BLOCK_M, gemm.switch("shortcut_channels", 0) > 0
+    strided = (gemm.stride > 1 and shortcut) or gemm.switch("branch_stride", 1) > 1
+    crowded = epilogue is Epilogue.RELU_MASK and wide
+    if epilogue is Epilogue.BLOCK_END:
+        whole = columns % config.BLOCK_N == 0 == gemm.K % config.BLOCK_K
+        crowded = not whole or (shortcut and wide and not strided) or (device.tensor_memory and gemm.kind == "tf32")
+    return epilogue is Epilogue.NONE or (accumulators <= (32 if crowded else 64) and (not strided or operand <= 32))
 
 
 @cache

@@ -6,6 +6,7 @@ A block of two units launches, in this order (training, identity shortcut; the p
     backward  ReLU' + bn2 reduce 4, bn2 apply' 3, conv2 grad-input + ReLU' + bn1 reduce 3, conv2 grad-weight 2,
               bn1 apply' 3, conv1 grad-input + shortcut's gradient 3, conv1 grad-weight 2
 
+Where the block before is linked to this one (`BlockBefore`), conv1 grad-input also does that one's reduce, in 5 passes.
 A third unit launches what conv2 does. A shortcut's convolution is part of conv1's launches where both have the same
 input and stride and as many channels; its own norm is part of the last norm's. A pool before it is PyTorch's, whose
 gradient conv1 grad-input adds. A small kernel after every reduction merges its partials. Each convolution is one of up
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
-from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
+from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce, merge_sums
 from resnet.kernels.conv_forward import Shortcut
 from resnet.norm import empty_grads
 from resnet.operands import (
+    BlockBefore,
     BlockGrad,
     KeptUnit,
     Pooled,
@@ -93,8 +95,15 @@ def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
-    """See `torch_backend.block_backward`."""
+def block_backward(
+    dout: Tensor, kept: tuple, needs: tuple, before: BlockBefore | None = None, partial: Tensor | None = None
+) -> BlockGrad:
+    """See `torch_backend.block_backward`.
+
+    Args:
+        before: of the block whose output x is, where that is linked to this one.
+        partial: from the block after, where this one is linked to it; dout is g then.
+    """
     x, (out, ys, stats, projected), units, shortcut, *pooled = kept
     units, shortcut = list(map(convolution.as_read, units)), convolution.as_read(shortcut)
     asked, last = grad_inputs(needs), len(units) - 1
@@ -104,29 +113,34 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         normed = NormedShortcut(*projected, *z_vectors)
     vectors, dys = empty_grads(units[last].norm), []
     needs_dy, needs_dshortcut = asked[last] or needs.units[last].weight, needs.x or needs.shortcut.weight
-    g = torch.empty_like(dout) if needs_dy or needs_dshortcut else None
-    sums = batch_norm_backward_reduce(dout, ys[last], out, stats[last], True, *vectors, shortcut=normed, g=g)
+    if partial is None:
+        g = torch.empty_like(dout) if needs_dy or needs_dshortcut else None
+        sums = batch_norm_backward_reduce(dout, ys[last], out, stats[last], True, *vectors, shortcut=normed, g=g)
+    else:
+        g, sums = dout, merge_sums(partial, *vectors, *(z_vectors if projected else ()))
     shortcut_grad = UnitGrad(None, *z_vectors[:2], sums[0], z_vectors[2])
     used, z_used = applied_sums(sums, dout, units[last].norm), None
     if projected and shortcut_reached(needs):
         z_used = applied_sums(sums, dout, shortcut.norm, plane=2)
     dz = torch.empty_like(dout) if projected and needs_dshortcut else None
     if needs_dy or dz is not None:
-        into = None if dz is None else g  # which nothing else reads then
+        into = None if dz is None or g is dout else g  # which nothing else reads then
         dys.append(batch_norm_backward_apply(g, ys[last], stats[last], used, False, into, normed, z_used, dz))
     g = g if dz is None else dz
 
     def grad_input(dy: Tensor) -> Tensor:
         added = convolution.pooled_grad(g, shortcut.weight, x, *pooled) if pooled else (shortcut, g)
-        return convolution.grad_input_add(dy, *units[0][:2], x, *added)
+        return convolution.grad_input_add(dy, *units[0][:2], x, *added, before)
 
-    grad = UnitGrad(None, *vectors[:2], sums[0], vectors[2])
+    grad, handed = UnitGrad(None, *vectors[:2], sums[0], vectors[2]), None
     dx, grads = chain_backward(dys, grad, x, ys, stats, units, needs, grad_input)
+    if before is not None:
+        dx, handed = dx
     if needs.shortcut.weight:
         read, conv = shortcut_input(kept), (shortcut.weight, shortcut.geometry)
         dconv = convolution.grad_weight(g, read, *conv, dtype=trained_dtype(shortcut))
         shortcut_grad = shortcut_grad._replace(conv=dconv)
-    return BlockGrad(dx, grads, shortcut_grad)
+    return BlockGrad(dx, grads, shortcut_grad, handed)
 
 
 def chain_backward(

@@ -8,7 +8,7 @@ whole ways are timed, and the fastest is remembered.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 import torch
@@ -16,14 +16,21 @@ from torch import Tensor
 
 from resnet import settings
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
-from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, backward_partials, batch_norm_backward_reduce
 from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.kernels.conv_forward import ConvOutput, Frozen, Shortcut, conv_forward
-from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, KeptMask, ReluMask, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_input import (
+    BlockEnd,
+    IdentityGrad,
+    KeptMask,
+    ReluMask,
+    ShortcutGrad,
+    conv_grad_input,
+)
 from resnet.kernels.conv_grad_weight import conv_grad_weight
-from resnet.kernels.host.shapes import conv_shape, taps_fit
+from resnet.kernels.host.shapes import ConvShape, conv_shape, taps_fit
 from resnet.kernels.tuning import bucket, memory
-from resnet.operands import POINTWISE, Geometry, Pooled, Projection, Unit
+from resnet.operands import POINTWISE, BlockBefore, Geometry, Pooled, Projection, Unit
 from resnet.torch_backend.block import pool_backward
 from resnet.torch_backend.convolution import convolve, convolve_backward
 from resnet.triton_backend.batch_norm import dense, frozen_stats
@@ -192,18 +199,30 @@ def grad_input_add(
     x: Tensor,
     shortcut: Unit | Projection,
     g: Tensor,
-) -> Tensor:
-    """dx of a block: its first convolution's grad-input from dy, plus the shortcut's from g."""
+    before: BlockBefore | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """dx of a block: its first convolution's grad-input from dy, plus the shortcut's from g.
+
+    With `before`, of the block that x is the output of, it is what `BlockBefore` says: (that block's g, partial sums).
+    """
+
+    def branch() -> IdentityGrad | ShortcutGrad:
+        """With another stride the shortcut has a launch of its own, for the pixels of x that it meets."""
+        if shortcut.weight is None:
+            return IdentityGrad(g)
+        stride = shortcut.geometry[0]
+        if stride == geometry[0]:
+            return ShortcutGrad(g, shortcut.weight)
+        (N, K, P, Q), C = g.shape, x.shape[1]
+        met = ConvShape(N, P, Q, C, K, R=1, S=1, stride=1, padding=0)
+        return IdentityGrad(conv_grad_input(g, shortcut.weight, met, tf32=tf32(dy)), stride)
+
+    def linked() -> tuple[Tensor, Tensor]:
+        epilogue = BlockEnd(branch(), x, before.y, before.stats, _normed(before))
+        return conv_grad_input(dy, weight, conv_shape(x, weight, *geometry), epilogue, tf32(dy))
 
     def fused() -> Tensor:
-        shape = conv_shape(x, weight, *geometry)
-        if shortcut.weight is None:
-            return conv_grad_input(dy, weight, shape, IdentityGrad(g), tf32(dy))
-        if shortcut.geometry[0] == geometry[0]:
-            return conv_grad_input(dy, weight, shape, ShortcutGrad(g, shortcut.weight), tf32(dy))
-        dx = conv_grad_input(dy, weight, shape, tf32=tf32(dy))
-        shape = conv_shape(x, shortcut.weight, *shortcut.geometry)
-        return conv_grad_input(g, shortcut.weight, shape, AddTo(dx), tf32(dy))
+        return conv_grad_input(dy, weight, conv_shape(x, weight, *geometry), branch(), tf32(dy))
 
     def pytorch() -> Tensor:
         dx, _ = convolve_backward(dy, x, weight, geometry, True, False)
@@ -212,8 +231,22 @@ def grad_input_add(
         return dx.add_(convolve_backward(g, x, shortcut.weight, shortcut.geometry, True, False)[0])
 
     projected = None if shortcut.weight is None else (shortcut.geometry[0], shortcut.weight.shape[0])
-    key = ("add", projected)
-    return run_picked("grad_input", dy, x.shape[1], weight, geometry, key, epilogue=fused, pytorch=pytorch)
+    variants, key = {"epilogue": fused, "pytorch": pytorch}, ("add", projected)
+    if before is not None:
+        variants = {name: partial(_reduced, variant, x, before) for name, variant in variants.items()}
+        variants = {"triton": linked, **variants}
+        key += "before", before.z is not None
+    return run_picked("grad_input", dy, x.shape[1], weight, geometry, key, **variants)
+
+
+def _reduced(dx: Callable[[], Tensor], out: Tensor, before: BlockBefore) -> tuple[Tensor, Tensor]:
+    """(g, partial sums) of the block before, of dx in a launch of their own; g is written over it."""
+    g = dx()
+    return g, backward_partials(g, before.y, out, before.stats, shortcut=_normed(before), g=g)
+
+
+def _normed(before: BlockBefore) -> NormedShortcut | None:
+    return None if before.z is None else NormedShortcut(before.z, before.z_stats)
 
 
 def grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -45,6 +45,13 @@ INSTRUCTIONS_PER_PRODUCT = {
         "kept mask": {80: 5.5, 90: 4.65},
         "identity": {80: 5.0, 90: 4.15},
         "shortcut": {80: 4.6, 90: 4.0},
+        "identity, block end": {80: 6.2, 90: 5.35},
+        "identity, block end of a normed shortcut": {80: 6.85, 90: 6.0},
+        "shortcut, block end": {80: 5.5, 90: 4.65},
+        "shortcut, block end of a normed shortcut": {80: 6.1, 90: 5.2},
+        # measured, plus 3%: a 1x1 convolution, as below
+        "identity of every other pixel": {80: 16.3, 90: 16.1},
+        "identity of every other pixel, block end": {80: 28.4, 90: 28.5},
     },
     # in splits of 18 steps; a 1x1 convolution has one product for each pair of loads and is bound by memory
     "grad-weight": {

@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv2d_input
 
-from resnet.kernels.conv_grad_input import IdentityGrad, KeptMask, ReluMask, ShortcutGrad, conv_grad_input
+from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, merge_sums
+from resnet.kernels.conv_grad_input import BlockEnd, IdentityGrad, KeptMask, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.host.launch import accumulator
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.helpers.blocks import DTYPES, draw
 from tests.helpers.parity import assert_as_exact_as_eager
 
-EPILOGUES = ("none", "mask", "kept mask", "identity", "shortcut")
+# A block's end names its branch first, then whether the shortcut of the block that ends has a norm.
+BLOCK_ENDS = tuple(
+    f"{branch}, block end{normed}" for branch in ("identity", "shortcut") for normed in ("", " of a normed shortcut")
+)
+MET, MET_END = (f"identity of every other pixel{end}" for end in ("", ", block end"))
+EPILOGUES = ("none", "mask", "kept mask", "identity", MET, "shortcut", *BLOCK_ENDS, MET_END)
+SUMS = ("sum g", "sum g * xhat", "sum g * zhat")
 
 # So small that shapes of a few pixels and channels have several tiles in every dimension, the last ones ragged.
 SMALL_TILES = (Config(32, 16, 32, 4, 2),)
@@ -30,7 +37,7 @@ class Case:
     shape: ConvShape
     dy: Tensor
     weight: Tensor
-    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | None
+    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | BlockEnd | None
 
     @staticmethod
     def of(shape: ConvShape, epilogue: str, dtype: torch.dtype, seed: int = 0) -> Case:
@@ -41,43 +48,78 @@ class Case:
 
         x, y = (shape.N, shape.C, shape.H, shape.W), (shape.N, shape.K, shape.P, shape.Q)
         dy, weight = tensor(*y), tensor(shape.K, shape.C, shape.R, shape.S) / 4
-        if epilogue == "mask":
+
+        def normed() -> tuple[Tensor, Tensor]:
+            """What a norm takes, and its stats."""
             stats = draw(4, shape.C, seed=next(seeds), dtype=accumulator(dy)[0])
-            options = ReluMask(tensor(*x), stats)
+            return tensor(*x), stats
+
+        if epilogue == "mask":
+            options = ReluMask(*normed())
         elif epilogue == "kept mask":
             options = KeptMask(tensor(*x))
-        elif epilogue == "identity":
+        elif epilogue in (MET, MET_END):
+            options = IdentityGrad(tensor(*x[:2], -(-shape.H // 2), -(-shape.W // 2)), 2)
+        elif epilogue.startswith("identity"):
             options = IdentityGrad(tensor(*x))
-        elif epilogue == "none":
-            options = None
-        else:
+        elif epilogue.startswith("shortcut"):
             options = ShortcutGrad(tensor(*y), tensor(shape.K, shape.C, 1, 1) / 4)
+        else:
+            options = None
+        if "block end" in epilogue:
+            shortcut = NormedShortcut(*normed()) if epilogue.endswith("normed shortcut") else None
+            options = BlockEnd(options, tensor(*x), *normed(), shortcut)
         return Case(shape, dy, weight, options)
 
+    @property
+    def branch(self) -> IdentityGrad | ShortcutGrad | None:
+        """What a second branch adds to dx."""
+        options = self.epilogue.branch if isinstance(self.epilogue, BlockEnd) else self.epilogue
+        return options if isinstance(options, (IdentityGrad, ShortcutGrad)) else None
+
+    @property
+    def added(self) -> Tensor:
+        """An identity's g, with zeros at the pixels that it has none for."""
+        g, stride = self.branch
+        added = g.new_zeros(self.shape.N, self.shape.C, self.shape.H, self.shape.W)
+        added[:, :, ::stride, ::stride] = g
+        return added
+
+    @property
+    def norms(self) -> list[tuple[Tensor, Tensor]]:
+        """(input, stats) of each norm with whose xhat g is summed."""
+        if isinstance(self.epilogue, ReluMask):
+            return [self.epilogue]
+        if isinstance(self.epilogue, BlockEnd):
+            _, _, y, stats, shortcut = self.epilogue
+            return [(y, stats), *([shortcut[:2]] if shortcut else [])]
+        return []
+
     def fused(self, tf32: bool = False) -> list[Tensor]:
-        """dx, or g and the two sums."""
+        """dx, or g and the sums."""
         result = conv_grad_input(self.dy, self.weight, self.shape, self.epilogue, tf32)
-        return [result[0], *result[1]] if isinstance(result, tuple) else [result]
+        if not isinstance(result, tuple):
+            return [result]
+        dx, sums = result
+        return [dx, *(merge_sums(sums) if isinstance(self.epilogue, BlockEnd) else sums)]
 
     def plain(self, dtype: torch.dtype) -> list[Tensor]:
         """The same by PyTorch in `dtype`, operator by operator."""
         s = self.shape
         dx = grad_input(s, self.weight.to(dtype), self.dy.to(dtype), s.padding)
+        if isinstance(self.branch, IdentityGrad):
+            dx = dx + self.added.to(dtype)
+        if isinstance(self.branch, ShortcutGrad):
+            dx = dx + grad_input(s, self.branch.weight.to(dtype), self.branch.g.to(dtype), 0)
         if isinstance(self.epilogue, ReluMask):
             y1, stats = self.epilogue
-            mean, invstd, scale, shift = (v.view(1, -1, 1, 1).double() for v in stats)
-            z = (y1.double() * scale + shift).to(stats.dtype).to(y1.dtype)
-            acc = torch.promote_types(dtype, stats.dtype)
-            g = masked(dx, z).to(acc)
-            xhat = (y1.to(acc) - mean.to(acc)) * invstd.to(acc)
-            return [g.to(dtype), g.sum((0, 2, 3)), (g * xhat).sum((0, 2, 3))]
+            scale, shift = (v.view(1, -1, 1, 1).double() for v in stats[2:])
+            dx = masked(dx, (y1.double() * scale + shift).to(stats.dtype).to(y1.dtype))
         if isinstance(self.epilogue, KeptMask):
             dx = masked(dx, self.epilogue.a)
-        if isinstance(self.epilogue, IdentityGrad):
-            dx = dx + self.epilogue.g.to(dtype)
-        if isinstance(self.epilogue, ShortcutGrad):
-            dx = dx + grad_input(s, self.epilogue.weight.to(dtype), self.epilogue.g.to(dtype), 0)
-        return [dx]
+        if isinstance(self.epilogue, BlockEnd):
+            dx = masked(dx, self.epilogue.out)
+        return [dx, *sums_of(dx, self.norms)]
 
 
 def grad_input(s: ConvShape, weight: Tensor, dy: Tensor, padding: int) -> Tensor:
@@ -88,9 +130,20 @@ def masked(g: Tensor, out: Tensor) -> Tensor:
     return torch.where(out <= 0, 0, g)
 
 
+def sums_of(g: Tensor, norms: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """sum g and sum g * xhat of each norm, in the type of its statistics; nothing without a norm."""
+    sums = []
+    for x, stats in norms:
+        acc = torch.promote_types(g.dtype, stats.dtype)
+        mean, invstd = (v.view(1, -1, 1, 1).to(acc) for v in stats[:2])
+        sums.append((g.to(acc) * ((x.to(acc) - mean) * invstd)).sum((0, 2, 3)))
+    return [g.to(acc).sum((0, 2, 3)), *sums] if norms else []
+
+
 def assert_parity(shape: ConvShape, epilogue: str, dtype: torch.dtype) -> None:
-    """dx and a mask's sums are as exact as PyTorch's, over enough draws that no single rounding decides."""
-    values = shape.C if epilogue == "mask" else shape.N * shape.H * shape.W * shape.C
+    """dx and the sums are as exact as PyTorch's, over enough draws that no single rounding decides."""
+    summed = epilogue == "mask" or "block end" in epilogue
+    values = shape.C if summed else shape.N * shape.H * shape.W * shape.C
     cases = [Case.of(shape, epilogue, dtype, seed) for seed in range(-(-12 // values))]
     fused, eager, exact = (
         list(zip(*results))
@@ -100,7 +153,8 @@ def assert_parity(shape: ConvShape, epilogue: str, dtype: torch.dtype) -> None:
             [case.plain(torch.float64) for case in cases],
         )
     )
-    for name, *sides in zip(("dx", "sum g", "sum g * xhat"), fused, eager, exact):
+    assert len(fused) == len(exact)
+    for name, *sides in zip(("dx", *SUMS), fused, eager, exact):
         assert_as_exact_as_eager(name, *sides)
 
 
@@ -125,7 +179,7 @@ def shape_of(pixels: tuple[int, int, int], channels: tuple[int, int], kernel: in
 def is_valid(shape: ConvShape, epilogue: str) -> bool:
     """There are output pixels, a 1x1 shortcut of the same stride has as many, and a stride has no dilation."""
     reached = (shape.H - 1) // shape.stride + 1, (shape.W - 1) // shape.stride + 1
-    shortcut = epilogue == "shortcut"
+    shortcut = epilogue.startswith("shortcut")
     taken = min(shape.P, shape.Q) >= 1 and 1 in (shape.stride, shape.dilation)
     return taken and (not shortcut or reached == (shape.P, shape.Q))
 

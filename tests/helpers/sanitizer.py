@@ -32,8 +32,6 @@ from torch import Tensor
 
 # (kernel, argument): why its elements are not each written once in a launch
 WRITES_OTHERWISE: dict[tuple[str, str], str] = {}
-# (kernel, argument) of tensors that a launch may change in part: it adds to them.
-ADDS_TO = {("grad_input_kernel", "added")}
 
 _SPACE_BITS = 44  # of one argument's address space; its tensor begins in the middle
 READS, WRITES, UPDATES = "reads", "writes", "updates"
@@ -233,7 +231,7 @@ class Launch:
             missing = writer[:: argument.itemsize // memory.itemsize] == 0
             if argument.holes is not None:
                 missing &= ~argument.holes
-            if missing.any() and (self.kernel, argument.name) not in ADDS_TO:
+            if missing.any():
                 first = argument.element(int(np.argmax(missing)) * argument.itemsize)
                 self.fail(f"{np.count_nonzero(missing)} elements stay unwritten, the first {first}")
             if argument.stores > argument.tensor.numel():

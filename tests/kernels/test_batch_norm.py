@@ -20,7 +20,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from resnet import reference
 from resnet.kernels.batch_norm_add_relu import apply_kernel, batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
-from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce, merge_sums
+from resnet.kernels.batch_norm_backward_reduce import (
+    NormedShortcut,
+    backward_partials,
+    batch_norm_backward_reduce,
+    merge_sums,
+)
 from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
 from resnet.kernels.batch_norm_statistics import batch_norm_statistics
 from resnet.kernels.host.tiling import Tiling, tiling
@@ -311,15 +316,19 @@ def test_a_batch_is_counted_once_whatever_the_channels(channels):
     assert counted == 2**40 + 1
 
 
+@pytest.mark.parametrize("planes", [2, 3])
 @pytest.mark.parametrize("T", [1, 5, 512, 513, 1300])
-def test_any_number_of_partial_sums_is_merged(T):
-    partial = draw(2, T, 3)
-    dweight, dbias, dconv_bias = torch.ones(3, 3, device=DEVICE)
-    sums = merge_sums(partial, dweight, dbias, dconv_bias)
-    assert not dconv_bias.any()
+def test_any_number_of_partial_sums_is_merged(T, planes):
+    """The third plane is of a shortcut's norm, whose gradients are written beside the others."""
+    partial = draw(planes, T, 3)
+    vectors = torch.ones(planes - 1, 3, 3, device=DEVICE)
+    sums = merge_sums(partial, *vectors.flatten(0, 1))
     exact = partial.double().sum(1)
     torch.testing.assert_close(sums.double(), exact, rtol=0, atol=1e-6 * T**0.5)
-    same_bits(torch.stack((dbias, dweight)), sums)
+    for (dweight, dbias, dconv_bias), total in zip(vectors, sums[1:], strict=True):
+        assert not dconv_bias.any()
+        same_bits(torch.stack((dbias, dweight)), torch.stack((sums[0], total)))
+    same_bits(merge_sums(partial), sums)
 
 
 @per_dtype
@@ -526,6 +535,36 @@ def test_the_gradient_of_the_shortcut_is_dout_behind_the_mask(shape, dtype, stor
     g, mask = torch.empty_like(x), out if stored else None
     same_bits(batch_norm_backward_reduce(dout, x, mask, stats, g=g), batch_norm_backward_reduce(dout, x, mask, stats))
     same_bits(g, masked(dout, out))
+
+
+@pytest.mark.parametrize("normed", [False, True], ids=["two sums", "three sums"])
+@per_pair
+def test_a_launch_s_partials_are_merged_to_its_sums_wherever_its_gradient_goes(shape, dtype, normed):
+    """Bit for bit, also where the gradient takes the place of what it is made of."""
+    dout, x, out, stats = backward_inputs(shape, dtype)
+    shortcut = NormedShortcut(draw(*shape, seed=20, dtype=dtype), stats_like_training(shape[1], stats.dtype, 21))
+    shortcut = shortcut if normed else None
+    sums = batch_norm_backward_reduce(dout, x, out, stats, shortcut=shortcut)
+    g = dout.clone(memory_format=torch.channels_last)
+    partial = backward_partials(g, x, out, stats, shortcut=shortcut, g=g)
+    assert partial.shape[::2] == (2 + normed, shape[1]) and partial.dtype == stats.dtype
+    same_bits(merge_sums(partial), sums)
+    same_bits(g, masked(dout, out))
+
+
+@per_pair
+def test_the_third_sum_is_as_exact_as_eager(shape, dtype):
+    results = []
+    for seed in draws_of_sums(shape):
+        dout, x, out, stats = backward_inputs(shape, dtype, seed)
+        z, z_stats = draw(*shape, seed=seed + 20, dtype=dtype), stats_like_training(shape[1], stats.dtype, seed + 20)
+        eager, exact = (
+            reference.batch_norm_backward_reduce(*(t.to(d) for t in (masked(dout, out), z, *z_stats[:2])))[1]
+            for d in (stats.dtype, torch.float64)
+        )
+        sums = batch_norm_backward_reduce(dout, x, out, stats, shortcut=NormedShortcut(z, z_stats))
+        results.append({"sum g * zhat": (sums[2], eager, exact)})
+    assert_parity(results)
 
 
 @pytest.mark.core

@@ -7,7 +7,6 @@ type.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -17,13 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resnet.kernels import conv_grad_input, tuning
-from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
-from resnet.kernels.conv_grad_input import AddTo, IdentityGrad, KeptMask, ReluMask, ShortcutGrad
+from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
+from resnet.kernels.conv_grad_input import BlockEnd, IdentityGrad, KeptMask, ReluMask, ShortcutGrad
 from resnet.kernels.host.shapes import ConvShape
 from tests.conftest import DEVICE
 from tests.helpers import grad_input_cases as cases
 from tests.helpers.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
-from tests.helpers.grad_input_cases import EPILOGUES, Case
+from tests.helpers.grad_input_cases import BLOCK_ENDS, EPILOGUES, MET_END, Case
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -31,6 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 NHWC = torch.channels_last
 RAGGED = ConvShape(N=2, H=5, W=4, C=20, K=17, R=3, S=3, stride=1, padding=1)
 POINTWISE = replace(RAGGED, R=1, S=1, padding=0)
+IDENTITY_END, IDENTITY_NORMED_END, SHORTCUT_END, SHORTCUT_NORMED_END = BLOCK_ENDS
+SUMMED = {"mask": 2, **dict.fromkeys((*BLOCK_ENDS, MET_END), 2), IDENTITY_NORMED_END: 3, SHORTCUT_NORMED_END: 3}  # sums
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_every_pair_of_options_is_as_exact_as_eager(small_tiles, shape, epilogue
     cases.assert_parity(shape, epilogue, dtype)
 
 
-@pytest.mark.parametrize("epilogue", ["mask", "shortcut"])
+@pytest.mark.parametrize("epilogue", ["mask", "shortcut", SHORTCUT_NORMED_END])
 def test_the_tiles_of_real_launches_leave_ragged_ends_in_every_dimension(epilogue):
     config = tuning.TABLE["grad_input"]["16-bit"][0]
     shape = ConvShape(N=2, H=9, W=8, C=config.BLOCK_N + 8, K=config.BLOCK_K + 8, R=3, S=3, stride=1, padding=1)
@@ -60,7 +61,7 @@ def test_the_tiles_of_real_launches_leave_ragged_ends_in_every_dimension(epilogu
 
 
 @given(data=st.data())
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 def test_any_shape_is_as_exact_as_eager(data):
     side = st.integers(1, 6)
     kernel, stride = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
@@ -89,26 +90,27 @@ def test_a_parity_class_without_taps_still_gets_its_epilogue(small_tiles, epilog
     case = Case.of(replace(RAGGED, R=1, S=1, stride=2, padding=0), epilogue, torch.float32)
     dx = case.fused()[0]
     for h, w in ((0, 1), (1, 0), (1, 1)):
-        expected = torch.zeros_like(dx)
-        if epilogue == "identity":
-            expected = case.epilogue.g
+        expected = case.added if epilogue.startswith("identity") else torch.zeros_like(dx)
+        if "block end" in epilogue:
+            expected = cases.masked(expected, case.epilogue.out)
         same_bits(dx[:, :, h::2, w::2], expected[:, :, h::2, w::2])
 
 
-@pytest.mark.parametrize("tried", [False, True], ids=["launched", "each tile tried before"])
-def test_a_shortcut_adds_once_to_the_pixels_that_it_meets_and_to_no_other(small_tiles, tried):
-    case = Case.of(replace(RAGGED, R=1, S=1, stride=2, padding=0), "none", torch.float32)
-    before = draw(RAGGED.N, RAGGED.C, RAGGED.H, RAGGED.W, seed=9)
-    dx = before.clone(memory_format=NHWC)
-    with tuning.every_candidate() if tried else nullcontext():
-        assert conv_grad_input.conv_grad_input(case.dy, case.weight, case.shape, AddTo(dx)) is dx
-    torch.testing.assert_close(dx, before + case.plain(torch.float32)[0])
-    for h, w in ((0, 1), (1, 0), (1, 1)):
-        same_bits(dx[:, :, h::2, w::2], before[:, :, h::2, w::2])
+@pytest.mark.parametrize("of_the_pixels", [2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_meets_some_pixels_is_added_to_these_and_to_no_other(small_tiles, of_the_pixels, stride):
+    case = Case.of(replace(RAGGED, stride=stride), "none", torch.float32)
+    (alone,) = case.fused()
+    g = draw(RAGGED.N, RAGGED.C, *(-(-size // of_the_pixels) for size in (RAGGED.H, RAGGED.W)), seed=9)
+    (dx,) = replace(case, epilogue=IdentityGrad(g, of_the_pixels)).fused()
+    expected = alone.clone()
+    expected[:, :, ::of_the_pixels, ::of_the_pixels] += g
+    same_bits(dx, expected)
 
 
-def test_the_same_bits_come_out_twice_and_results_are_channels_last(small_tiles):
-    case = Case.of(replace(RAGGED, stride=2), "mask", torch.float16)
+@pytest.mark.parametrize("epilogue", SUMMED)
+def test_the_same_bits_come_out_twice_and_results_are_channels_last(small_tiles, epilogue):
+    case = Case.of(replace(RAGGED, stride=2), epilogue, torch.float16)
     first, second = case.fused(), case.fused()
     for a, b in zip(first, second, strict=True):
         same_bits(a, b)
@@ -182,6 +184,124 @@ def test_rows_beyond_the_last_pixel_do_not_spoil_the_sums_of_an_infinite_weight(
     assert (case.fused()[1] == float("inf")).all()
 
 
+# ---- the end of a block ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("epilogue", BLOCK_ENDS)
+def test_a_block_s_end_is_the_two_launches_that_it_replaces(small_tiles, epilogue, stride, dtype):
+    """The gradient bit for bit, since both round it before they sum it. The sums add the same values in another order.
+
+    A mask of zeros, too: both stop the gradient there.
+    """
+    case = Case.of(replace(RAGGED, stride=stride), epilogue, dtype)
+    branch, out, y, stats, shortcut = case.epilogue
+    out[:, ::3] = 0
+    g, *sums = case.fused()
+    dx = replace(case, epilogue=branch).fused()[0]
+    expected = torch.empty_like(dx)
+    expected_sums = batch_norm_backward_reduce(dx, y, out, stats, shortcut=shortcut, g=expected)
+    same_bits(g, expected)
+    eps = torch.finfo(stats.dtype).eps
+    torch.testing.assert_close(torch.stack(sums), expected_sums, rtol=80 * eps, atol=800 * eps)
+    assert 0 < (g == 0).sum() < g.numel()
+
+
+@pytest.mark.parametrize("epilogue", BLOCK_ENDS)
+def test_partial_sums_are_those_of_each_row_tile_in_order(small_tiles, epilogue):
+    case = Case.of(POINTWISE, epilogue, torch.float64)
+    g, partial = launch(case)
+    rows = cases.SMALL_TILES[0].BLOCK_M
+    of_pixels = lambda t: t.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]  # noqa: E731
+    tiles = zip(*(of_pixels(t).split(rows) for t in (g, *(x for x, _ in case.norms))))
+    stats = [stats for _, stats in case.norms]
+    expected = [torch.stack(cases.sums_of(g, list(zip(xs, stats)))) for g, *xs in tiles]
+    assert len(expected) > 1 and partial.dtype == torch.float64
+    torch.testing.assert_close(partial, torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("epilogue", BLOCK_ENDS)
+def test_tiles_that_are_tried_before_leave_nothing_in_a_block_s_end(monkeypatch, epilogue):
+    """Each tile has its own number of partial sums, and the result those of the one that is taken."""
+    tiles = [replace(cases.SMALL_TILES[0], BLOCK_M=rows) for rows in (32, 16, 64)]
+    case = Case.of(RAGGED, epilogue, torch.float32)
+    monkeypatch.setattr(tuning.choice, "candidates", lambda *_: tiles)
+    with tuning.every_candidate():
+        tried = launch(case)
+    for a, b in zip(tried, launch(case), strict=True):
+        same_bits(a, b)
+    for tile in tiles:
+        monkeypatch.setattr(tuning.choice, "candidates", lambda *_, tile=tile: [tile])
+        _, partial = launch(case)
+        assert partial.shape[1] == -(-40 // tile.BLOCK_M)  # pixels
+        torch.testing.assert_close(partial.sum(1), tried[1].sum(1), rtol=1e-5, atol=1e-4)  # float32, in another order
+
+
+@pytest.mark.parametrize("epilogue", BLOCK_ENDS)
+def test_a_block_s_end_sums_the_gradient_as_stored(small_tiles, epilogue):
+    case = Case.of(POINTWISE, epilogue, torch.float16)
+    g, *sums = case.fused()
+    _, _, y, stats, shortcut = case.epilogue
+    reduced = batch_norm_backward_reduce(g, y, None, stats, relu=False, shortcut=shortcut)
+    torch.testing.assert_close(torch.stack(sums), reduced, rtol=1e-5, atol=1e-4)  # float32, in another order
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("epilogue", BLOCK_ENDS)
+def test_a_nan_output_passes_its_gradient_and_minus_infinity_stops_it(small_tiles, epilogue, dtype):
+    at = (1, slice(0, 5), 2, 3)
+    values = torch.tensor([float("nan"), float("inf"), 1.0, -float("inf"), 0.0], dtype=dtype, device=DEVICE)
+    case = Case.of(POINTWISE, epilogue, dtype)
+    case.epilogue.out[at] = values
+    dx = replace(case, epilogue=case.epilogue.branch).fused()[0]
+    assert dx[at].all()
+    g, *sums = case.fused()
+    same_bits(g[at], torch.where(values <= 0, 0, dx[at]))
+    assert torch.stack(sums).isfinite().all()
+
+
+@pytest.mark.parametrize("epilogue", BLOCK_ENDS)
+def test_a_gradient_that_is_nan_reaches_the_sums_where_the_mask_lets_it_pass_alone(small_tiles, epilogue):
+    case = Case.of(POINTWISE, epilogue, torch.float32)
+    case.dy[0, 0, 1, 2] = float("nan")  # every channel of one pixel
+    out = case.epilogue.out
+    out[0, :, 1, 2] = -1
+    out[0, 3, 1, 2] = 1
+    g, *sums = case.fused()
+    passed = torch.zeros_like(g, dtype=torch.bool)
+    passed[0, 3, 1, 2] = True
+    assert torch.equal(g.isnan(), passed)
+    assert torch.equal(torch.stack(sums).isnan(), passed[0, :, 1, 2].expand(len(sums), -1))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("epilogue", BLOCK_ENDS)
+def test_beyond_the_last_pixel_a_block_s_end_sums_nothing(small_tiles, epilogue, stride):
+    """There acc is 0 * weight, which an infinite weight makes NaN, and a mean that is large would count, too."""
+    case = Case.of(replace(POINTWISE, stride=stride), epilogue, torch.float32)
+    case.dy.abs_()
+    case.epilogue.out.fill_(1)  # all pass
+    case.weight.fill_(float("inf"))
+    for x, stats in case.norms:
+        stats[0] = -1e4
+        stats[1] = 1
+        x.zero_()
+    for total in case.fused()[1:]:
+        assert (total == float("inf")).all()
+
+
+@pytest.mark.parametrize("epilogue", BLOCK_ENDS)
+def test_a_block_s_end_changes_nothing_that_it_reads(small_tiles, epilogue):
+    case = Case.of(RAGGED, epilogue, torch.float16)
+    branch = filter(torch.is_tensor, case.branch)
+    read = [case.dy, case.weight, *branch, case.epilogue.out, *(t for norm in case.norms for t in norm)]
+    before = [t.clone() for t in read]
+    case.fused()
+    for a, b in zip(read, before, strict=True):
+        same_bits(a, b)
+
+
 # ---- what is not computed --------------------------------------------------------------------------------------------
 
 
@@ -191,7 +311,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_sums(epilogue):
     case = Case.of(shape, epilogue, torch.float16)
     dx, *sums = case.fused()
     assert dx.shape == (0, shape.C, shape.H, shape.W) and dx.dtype == torch.float16
-    assert len(sums) == (2 if epilogue == "mask" else 0)
+    assert len(sums) == SUMMED.get(epilogue, 0)
     for total in sums:
         same_bits(total, torch.zeros(shape.C, device=DEVICE))
 
@@ -211,6 +331,18 @@ def launch(case: Case, **changes) -> object:
 
 def contiguous(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.contiguous_format)
+
+
+def with_end(**changes: Callable[[BlockEnd], object]) -> Callable[[Case], dict]:
+    """A block's end with fields that are made of it."""
+    return lambda case: {
+        "epilogue": case.epilogue._replace(**{name: change(case.epilogue) for name, change in changes.items()})
+    }
+
+
+def with_norm(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable[[Case], dict]:
+    """A block's end whose shortcut has another norm."""
+    return with_end(shortcut=lambda end: NormedShortcut(*change(*end.shortcut[:2])))
 
 
 BAD: dict[str, tuple[str, Callable[[Case], dict], type[Exception], str]] = {
@@ -278,6 +410,112 @@ BAD: dict[str, tuple[str, Callable[[Case], dict], type[Exception], str]] = {
         lambda c: {"shape": replace(c.shape, padding=0), "dy": c.dy[:, :, 2:, 2:].contiguous(memory_format=NHWC)},
         ValueError,
         r"shape: a 1x1 shortcut of stride 1 has \(5, 4\) pixels, dy has \(3, 2\)",
+    ),
+    "a block's end of no branch": (IDENTITY_END, with_end(branch=lambda e: None), TypeError, "branch: .* got NoneType"),
+    "a block's end of another epilogue": (
+        IDENTITY_END,
+        with_end(branch=lambda e: KeptMask(e.out)),
+        TypeError,
+        "branch: expected IdentityGrad or ShortcutGrad, got KeptMask",
+    ),
+    "a block's end: g of another shape": (
+        IDENTITY_END,
+        with_end(branch=lambda e: IdentityGrad(e.out[:, :, 1:].clone(memory_format=NHWC))),
+        ValueError,
+        "g: expected .*shape",
+    ),
+    "a block's end: g of another type": (
+        SHORTCUT_END,
+        with_end(branch=lambda e: ShortcutGrad(e.branch.g.float(), e.branch.weight)),
+        TypeError,
+        "g: expected .*torch.float16",
+    ),
+    "a block's end: a 3x3 shortcut": (
+        SHORTCUT_END,
+        lambda c: {"epilogue": c.epilogue._replace(branch=ShortcutGrad(c.branch.g, c.weight))},
+        ValueError,
+        r"shortcut weight: expected .*shape \(17, 20, 1, 1\)",
+    ),
+    "a block's end: a shortcut of fewer pixels": (
+        SHORTCUT_END,
+        lambda c: {"shape": replace(c.shape, padding=0), "dy": c.dy[:, :, 2:, 2:].contiguous(memory_format=NHWC)},
+        ValueError,
+        r"shape: a 1x1 shortcut of stride 1 has \(5, 4\) pixels, dy has \(3, 2\)",
+    ),
+    "out of another shape": (
+        IDENTITY_END,
+        lambda c: {"epilogue": c.epilogue._replace(out=c.dy)},
+        ValueError,
+        r"out: expected .*shape \(2, 20, 5, 4\)",
+    ),
+    "out of another type": (
+        IDENTITY_END,
+        with_end(out=lambda e: e.out.float()),
+        TypeError,
+        "out: expected .*torch.float16",
+    ),
+    "out in another layout": (
+        IDENTITY_END,
+        with_end(out=lambda e: contiguous(e.out)),
+        ValueError,
+        "out: .*channels_last",
+    ),
+    "out on another device": (IDENTITY_END, with_end(out=lambda e: e.out.to("meta")), ValueError, "out: .*meta"),
+    "y of another shape": (
+        IDENTITY_END,
+        lambda c: {"epilogue": c.epilogue._replace(y=c.dy)},
+        ValueError,
+        r"y: expected .*shape \(2, 20, 5, 4\)",
+    ),
+    "y of another type": (SHORTCUT_END, with_end(y=lambda e: e.y.double()), TypeError, "y: expected .*torch.float16"),
+    "y in another layout": (SHORTCUT_END, with_end(y=lambda e: contiguous(e.y)), ValueError, "y: .*channels_last"),
+    "half of y's stats": (
+        IDENTITY_END,
+        with_end(stats=lambda e: e.stats[:2]),
+        ValueError,
+        r"^stats: expected a contiguous tensor, shape \(4, 20\)",
+    ),
+    "y's stats of another type": (
+        IDENTITY_END,
+        with_end(stats=lambda e: e.stats.half()),
+        TypeError,
+        "^stats: expected .*torch.float32",
+    ),
+    "z of another shape": (
+        IDENTITY_NORMED_END,
+        with_norm(lambda z, stats: (z[:, :, 1:].clone(memory_format=NHWC), stats)),
+        ValueError,
+        r"shortcut.y: expected .*shape \(2, 20, 5, 4\)",
+    ),
+    "z of another type": (
+        SHORTCUT_NORMED_END,
+        with_norm(lambda z, stats: (z.float(), stats)),
+        TypeError,
+        "shortcut.y: expected .*torch.float16",
+    ),
+    "z in another layout": (
+        IDENTITY_NORMED_END,
+        with_norm(lambda z, stats: (contiguous(z), stats)),
+        ValueError,
+        "shortcut.y: .*channels_last",
+    ),
+    "half of z's stats": (
+        IDENTITY_NORMED_END,
+        with_norm(lambda z, stats: (z, stats[:2])),
+        ValueError,
+        r"shortcut.stats: expected a contiguous tensor, shape \(4, 20\)",
+    ),
+    "z's stats of another type": (
+        SHORTCUT_NORMED_END,
+        with_norm(lambda z, stats: (z, stats.double())),
+        TypeError,
+        "shortcut.stats: expected .*torch.float32",
+    ),
+    "a dweight beside a block's end": (
+        IDENTITY_END,
+        lambda c: {"dweight": torch.empty(20, device=DEVICE)},
+        ValueError,
+        "dbias, dconv_bias: only ReluMask",
     ),
     "dilation and a stride": (
         "none",

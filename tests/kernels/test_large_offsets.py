@@ -16,7 +16,7 @@ from torch import Tensor
 
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
-from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
+from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
 from resnet.kernels.batch_norm_excite import batch_norm_excite
 from resnet.kernels.batch_norm_excite_backward import batch_norm_excite_backward
 from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
@@ -30,7 +30,7 @@ from resnet.kernels.batch_norm_squeeze_backward import (
     batch_norm_squeeze_backward_reduce,
 )
 from resnet.kernels.conv_forward import Shortcut, conv_forward
-from resnet.kernels.conv_grad_input import IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
+from resnet.kernels.conv_grad_input import BlockEnd, IdentityGrad, ReluMask, ShortcutGrad, conv_grad_input
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import conv_grad_weight_max_pool
 from resnet.kernels.host.shapes import ConvShape
@@ -91,6 +91,12 @@ LAUNCHERS: dict[str, Callable[[], object]] = {
     "grad-input behind a ReLU": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ReluMask(IMAGES, STATS)),
     "grad-input beside an identity": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, IdentityGrad(IMAGES)),
     "grad-input beside a 1x1": lambda: conv_grad_input(IMAGES, WEIGHT, CONV, ShortcutGrad(IMAGES, POINTWISE)),
+    "grad-input to a block's end beside an identity": lambda: conv_grad_input(
+        IMAGES, WEIGHT, CONV, BlockEnd(IdentityGrad(IMAGES), IMAGES, IMAGES, STATS, NormedShortcut(IMAGES, STATS))
+    ),
+    "grad-input to a block's end beside a 1x1": lambda: conv_grad_input(
+        IMAGES, WEIGHT, CONV, BlockEnd(ShortcutGrad(IMAGES, POINTWISE), IMAGES, IMAGES, STATS)
+    ),
     "grad-weight": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1),
     "grad-weight of an activation": lambda: conv_grad_weight(IMAGES, IMAGES, (3, 3), 1, 1, stats=STATS),
     "grad-weight of the stem": lambda: conv_grad_weight_max_pool(
@@ -141,3 +147,18 @@ def test_planes_of_images_and_channels_may_have_2_to_the_31_elements_each():
     # A reduction over all images, of which the first steps ran
     assert np.unique(reduce.accessed("dlink", READS) // plane).tolist() == [0, 1, 2]
     assert np.unique(reduce.accessed("link", READS) // plane).tolist() == [0, 1]
+
+
+def test_the_partial_sums_of_a_block_s_end_may_be_2_to_the_31_elements_each():
+    """A plane has a row for each tile of pixels, and of pixels there are almost 2^31 here."""
+    shape = ConvShape(2**21 - 8, 32, 32, 8 * C, C, 1, 1, 1, 0)
+    x, weight = activation(shape.N, shape.C, 32, 32), activation(shape.K, shape.C, 1, 1)
+    stats = vectors(4, shape.C)
+    end = BlockEnd(IdentityGrad(x), x, x, stats, NormedShortcut(x, stats))
+    with watching(last, _ACCESSES) as launches:
+        _, partial = conv_grad_input(activation(shape.N, shape.K, 32, 32), weight, shape, end)
+    (launch,) = launches
+    plane, written = partial[0].numel(), launch.accessed("partial", WRITES)
+    assert launch.left and partial.shape[0] == 3 and plane > LARGE
+    ends = np.arange(plane - written.size // 3, plane) + plane * np.arange(3)[:, None]
+    assert np.array_equal(written, ends.ravel())

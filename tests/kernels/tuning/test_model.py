@@ -126,10 +126,18 @@ def test_a_row_of_bfloat16_beside_its_scale_and_shift_is_not_tried_where_a_threa
 
 def test_a_tile_that_holds_much_of_a_strided_shortcut_s_gradient_is_not_tried():
     tile, strided = Config(128, 64, 64, 4, 3), dataclasses.replace(STAGES[0], stride=2)
-    key = lambda epilogue, shape: gemm("grad_input", shape, HALF, epilogue=epilogue)  # noqa: E731
-    assert tile not in candidates(key(Epilogue.SHORTCUT_GRAD, strided))
-    assert tile in candidates(key(Epilogue.SHORTCUT_GRAD, STAGES[0]))
-    assert tile in candidates(key(Epilogue.IDENTITY_GRAD, strided))
+
+    def tried(epilogue: Epilogue, shape: ConvShape, shortcut_channels: int) -> bool:
+        key = gemm("grad_input", shape, HALF, epilogue=epilogue, shortcut_channels=shortcut_channels)
+        return tile in candidates(key)
+
+    for with_shortcut, without in (
+        (Epilogue.SHORTCUT_GRAD, Epilogue.IDENTITY_GRAD),
+        (Epilogue.BLOCK_END, Epilogue.BLOCK_END),
+    ):
+        assert not tried(with_shortcut, strided, 64)
+        assert tried(with_shortcut, STAGES[0], 64)
+        assert tried(without, strided, 0)
 
 
 def test_a_wide_tile_that_holds_much_beside_a_relu_s_mask_is_not_tried():
@@ -137,6 +145,36 @@ def test_a_wide_tile_that_holds_much_beside_a_relu_s_mask_is_not_tried():
     key = lambda epilogue: gemm("grad_input", STAGES[2], HALF, epilogue=epilogue)  # noqa: E731
     assert tile not in candidates(key(Epilogue.RELU_MASK))
     assert tile in candidates(key(Epilogue.IDENTITY_GRAD))
+
+
+def test_a_tile_that_holds_much_beside_the_sums_of_a_block_s_end_is_not_tried():
+    wide, tall = Config(64, 128, 64, 4, 3), Config(128, 64, 64, 4, 3)
+    whole, ragged = ConvShape(64, 24, 24, 128, 128, 3, 3, 1, 1), ConvShape(64, 24, 24, 100, 200, 3, 3, 1, 1)
+
+    def tried(tile: Config, shape: ConvShape, epilogue: Epilogue = Epilogue.BLOCK_END, shortcut_channels: int = 64):
+        key = gemm("grad_input", shape, HALF, epilogue=epilogue, shortcut_channels=shortcut_channels)
+        return model._fits(tile, key, SM_80)
+
+    strided = dataclasses.replace(whole, stride=2), dataclasses.replace(ragged, stride=2)
+    assert tried(tall, whole) and tried(wide, strided[0])
+    for tile, shape in ((wide, whole), (wide, ragged), (tall, ragged), (wide, strided[1])):
+        assert not tried(tile, shape)
+        assert tried(tile, shape, shortcut_channels=0) == (shape is whole)
+        assert tried(tile, shape, Epilogue.SHORTCUT_GRAD)
+        assert tried(dataclasses.replace(tile, num_warps=8), shape)
+
+
+def test_a_tile_that_holds_much_of_a_gradient_of_some_pixels_is_not_tried():
+    key = lambda stride: gemm("grad_input", STAGES[0], HALF, epilogue=Epilogue.IDENTITY_GRAD, branch_stride=stride)  # noqa: E731
+    tile = Config(128, 64, 64, 4, 3)
+    assert tile in candidates(key(1)) and tile not in candidates(key(2))
+    assert dataclasses.replace(tile, BLOCK_K=32, num_stages=4) in candidates(key(2))
+
+
+def test_in_tensor_memory_a_block_s_end_in_tf32_has_tiles_of_fewer_accumulators():
+    key = gemm("grad_input", STAGES[0], torch.float32, epilogue=Epilogue.BLOCK_END, precision="tf32")
+    tile = Config(128, 64, 32, 4, 3)
+    assert tile in candidates(key, SM_90) and tile not in candidates(key, SM_100)
 
 
 def test_a_tile_of_grad_weight_that_spills_on_an_a100_only_is_tried_elsewhere():
