@@ -21,6 +21,7 @@ from operator import itemgetter
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import Library, register_fake
@@ -154,6 +155,10 @@ def dense(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
+def _is_dense(t: Tensor | None) -> bool:
+    return t is not None and t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+
+
 @dataclass(frozen=True)
 class Differentiable:
     """An operator and its backward operator, by the classes of `operands` and functions of their instances."""
@@ -284,7 +289,9 @@ class Differentiable:
             kept = keep(flat, outputs)
             ctx.chosen = settings.in_force()
             ctx.settings = pick_settings(kept)
-            ctx.save_for_backward(*pick_tensors(kept))
+            saved = pick_tensors(kept)
+            ctx.save_for_backward(*saved)
+            ctx.dense = None if _top_saved_tensors_default_hooks(True) is None else tuple(map(_is_dense, saved))
             ctx.set_materialize_grads(False)
             if not direct:
                 return _returned(outputs)
@@ -304,7 +311,10 @@ class Differentiable:
                 return gradients(ctx, *douts)
 
         def gradients(ctx, *douts):
-            kept = in_order((*ctx.saved_tensors, *ctx.settings))
+            saved = ctx.saved_tensors
+            if ctx.dense:  # a hook may have copied them as it likes
+                saved = [dense(t) if was_dense else t for t, was_dense in zip(saved, ctx.dense, strict=True)]
+            kept = in_order((*saved, *ctx.settings))
             same = self.same and self.same(unpack(self.kept, kept))
             wanted = ctx.needs_input_grad[1:]
             needs = wanted

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet
@@ -47,6 +48,19 @@ def test_any_layout_of_the_incoming_gradient_gives_the_same_bits(any_backend, ki
     got = torch.autograd.grad(out, leaves, dout, retain_graph=True)
     dense = torch.empty_like(out, memory_format=torch.channels_last).copy_(dout)
     same(dict(enumerate(got)), dict(enumerate(torch.autograd.grad(out, leaves, dense))))
+
+
+@convolved
+@train_and_eval
+def test_hooks_of_saved_tensors_may_lose_their_layout(any_backend, train, kind):
+    """As those of `save_on_cpu` with pinned memory do."""
+    fused, x = inference_trio(kind).fused.train(train), images(kind, (2, 7, 6))
+
+    def run(call):
+        with save_on_cpu(pin_memory=True):
+            return call()
+
+    same(step(copy.deepcopy(fused), x, run), step(fused, x))
 
 
 @kinds
