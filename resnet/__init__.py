@@ -35,6 +35,7 @@ with settings_are_read():
         resnet152,
         resnet_block,
     )
+    from resnet.sequential import FusedSequential
     from resnet.settings import backend, convolution, current_backend, current_convolution
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "FusedBottleneck",
     "FusedResidual",
     "FusedResidualBottleneck",
+    "FusedSequential",
     "FusedSmallStem",
     "FusedStem",
     "LazyFusedResidual",

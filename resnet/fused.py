@@ -55,6 +55,7 @@ from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
 from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator, squeeze_operator
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
+from resnet.sequential import FusedSequential, linkable
 from resnet.torch_backend.convolution import out_size
 
 _warned: set[str] = set()
@@ -390,6 +391,8 @@ _OPERATORS = {(units == 3, *shortcut): block_operator(units, *shortcut) for unit
 class FusedBlock(_Fused):
     """A residual block whose modules `_parts` names: a `BlockParts`, or why there are none."""
 
+    sequential = FusedSequential
+
     def _parts(self) -> BlockParts | str:
         raise NotImplementedError
 
@@ -664,6 +667,7 @@ class _FusedTextbook(FusedBlock):
         super().__init__(input_channels, num_channels, use_1x1conv, strides)
 
 
+@linkable
 class FusedResidual(_FusedTextbook, Residual):
     """The residual block on fused operators: BatchNorm, the residual add and ReLU move each activation once.
 
@@ -738,6 +742,7 @@ def _parts_of_published(block: nn.Module, units: int) -> BlockParts | str:
     return BlockParts(_units(block, units), shortcut, others, pool)
 
 
+@linkable
 class FusedResidualBottleneck(_FusedTextbook, ResidualBottleneck):
     """`ResidualBottleneck`, the textbook's block with a bottleneck, on fused operators: see `FusedResidual`."""
 
@@ -750,6 +755,7 @@ class FusedResidualBottleneck(_FusedTextbook, ResidualBottleneck):
         return _parts_of_textbook(self, 3, "conv4")
 
 
+@linkable
 class FusedBasicBlock(FusedBlock, BasicBlock):
     """`BasicBlock`, the published block of ResNet-18 and 34, on fused operators: see `FusedResidual`.
 
@@ -783,6 +789,7 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
         return _parts_of_published(self, 2)
 
 
+@linkable
 class FusedBottleneck(FusedBlock, Bottleneck):
     """`Bottleneck`, the published block of ResNet-50 and deeper, on fused operators: see `FusedBasicBlock`."""
 

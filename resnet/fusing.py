@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import re
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import NamedTuple
@@ -45,6 +46,7 @@ from resnet.fused import (
     warn_once,
 )
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
+from resnet.sequential import FusedSequential, holds_blocks, is_watched, linkable, run_in_turn, run_linked
 
 # ---- where the known classes keep their parts ------------------------------------------------------------------------
 
@@ -388,7 +390,10 @@ class _Network(_Stem):
     """A network whose forward calls the stem's modules itself."""
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._eager_method.__func__(_WithStem(self), x)
+        stages = frozenset()
+        if not is_watched(x) and not getattr(self, "grad_checkpointing", False):
+            stages = _called_in_turn(self._eager_method.__func__)
+        return self._eager_method.__func__(_WithStem(self, stages), x)
 
     def _eager(self, x: Tensor) -> Tensor:
         for name in self._called():
@@ -406,11 +411,7 @@ class _Sequence(_Network):
         names = self._called()
         if not _starts_with(self, names):  # any more
             return super().forward(x)
-        x = self._run(x)
-        for name, module in self._modules.items():
-            if name not in names:
-                x = module(x)
-        return x
+        return run_in_turn([module for name, module in self._modules.items() if name not in names], self._run(x))
 
 
 class _Getter(_Sequence):
@@ -444,18 +445,43 @@ def _starts_with(module: nn.Module, names: tuple[str, ...]) -> bool:
     return tuple(module._modules)[: len(names)] == names
 
 
+class _Stage(_Changed):
+    """A stage that runs its blocks one after the other: see `FusedSequential`."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        if getattr(self, "grad_checkpointing", False):
+            return self._eager_method(x)
+        return run_in_turn(_blocks_of(self)._modules.values(), x)
+
+
+def _blocks_of(stage: nn.Module) -> nn.Module:
+    """What holds the blocks of a stage of an eager or fused class, and nothing else."""
+    return _held(stage, "layers") or stage
+
+
 class _WithStem:
     """A network as its own forward is to see it: the first module of the stem is all of it, and the others do nothing.
 
-    What follows the stem stays the library's own code, in whatever version.
+    What follows the stem stays the library's own code, in whatever version. `stages` are modules that it calls one
+    after the other, so that the blocks of one may be linked to those of the next.
     """
 
-    def __init__(self, network: _Network):
+    def __init__(self, network: _Network, stages: Iterable[str] = ()):
         first, *rest = network._layout.names
         self._network = network
         setattr(self, first, network._run)
         for name in rest:
             setattr(self, name, _as_it_is)
+        last, before = None, None
+
+        def linked(stage: nn.Module, x: Tensor) -> Tensor:
+            nonlocal last, before
+            last, before = run_linked((stage,), x, before if x is last else None)
+            return last
+
+        for name in stages:
+            if type(stage := network._modules.get(name)) is FusedSequential:
+                setattr(self, name, functools.partial(linked, stage))
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._network, name)
@@ -528,6 +554,12 @@ _KNOWN = {
         )
     },
 }
+_STAGES = {
+    "timm.models.regnet.RegStage",
+    "torchvision.models.regnet.AnyStage",
+    "transformers.models.resnet.modeling_resnet.ResNetStage",
+    "transformers.models.rt_detr.modeling_rt_detr_resnet.RTDetrResNetStage",
+}
 _OWN: dict[type[nn.Module], type[nn.Module]] = {  # which have names already
     BasicBlock: FusedBasicBlock,
     Bottleneck: FusedBottleneck,
@@ -536,7 +568,7 @@ _OWN: dict[type[nn.Module], type[nn.Module]] = {  # which have names already
     SmallStem: FusedSmallStem,
     Stem: FusedStem,
 }
-_EAGER = {fused: eager for eager, fused in _OWN.items()}
+_EAGER = {fused: eager for eager, fused in _OWN.items()} | {FusedSequential: nn.Sequential}
 
 
 def _known(cls: type) -> _Known | None:
@@ -592,12 +624,28 @@ def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
         "_places": _places(layout),
         method: _calling(getattr(eager, method)),
     }
-    return type(f"Fused{eager.__name__}", (mixin, eager), own)
+    cls = type(f"Fused{eager.__name__}", (mixin, eager), own)
+    return linkable(cls) if mixin is _Block else cls
+
+
+@functools.cache
+def _fused_stage_class(eager: type[nn.Module]) -> type[nn.Module]:
+    if eager is nn.Sequential:
+        return FusedSequential
+    own = {
+        "__module__": __name__,
+        "__doc__": f"A `{full_name(eager)}` that `resnet.fuse` has changed the class of.",
+        "_eager_class": eager,
+        "_eager_method": eager.forward,
+        "_method": "forward",
+        "forward": _calling(eager.forward),
+    }
+    return type(f"Fused{eager.__name__}", (_Stage, eager), own)
 
 
 def _rebuild(eager: type[nn.Module]) -> nn.Module:
     """An empty fused module, which pickle and deepcopy fill."""
-    cls = _fused_class(eager)
+    cls = _fused_class(eager) if _is_known(eager) else _fused_stage_class(eager)
     return cls.__new__(cls)
 
 
@@ -615,6 +663,35 @@ def _begins_with(function: FunctionType, names: tuple[str, ...]) -> bool:
     attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     return [ast.unparse(line) for line in body[: len(names)]] == [f"x = self.{name}(x)" for name in names] and all(
         attributes.count(name) == 1 for name in names
+    )
+
+
+@functools.cache
+def _called_in_turn(function: FunctionType) -> frozenset[str]:
+    """The NAMEs of `x = self.NAME(x)` in a method of x; none where it may show an x to others.
+
+    That is, where a statement reads x more than once, or neither gives x a new value nor returns.
+    """
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except OSError:  # there is no text to read
+        return frozenset()
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not hasattr(node, "body")]
+    reading = [(statement, _reads_of_x(statement)) for statement in statements if _reads_of_x(statement)]
+    if sum(reads for _, reads in reading) != _reads_of_x(tree):  # one is in a condition
+        return frozenset()
+    found = []
+    for statement, reads in reading:
+        targets = [ast.unparse(target) for target in getattr(statement, "targets", ())]
+        if reads > 1 or not (targets == ["x"] or isinstance(statement, ast.Return)):
+            return frozenset()
+        found += re.findall(r"^x = self\.(\w+)\(x\)$", ast.unparse(statement))
+    return frozenset(found)
+
+
+def _reads_of_x(tree: ast.AST) -> int:
+    return sum(
+        isinstance(node, ast.Name) and node.id == "x" and isinstance(node.ctx, ast.Load) for node in ast.walk(tree)
     )
 
 
@@ -736,6 +813,14 @@ def _fuse(module: nn.Module, eager: type[nn.Module]) -> str | None:
     return reason
 
 
+def _runs_its_blocks_in_turn(module: nn.Module) -> bool:
+    """Whether a module is of an eager class that does nothing else, and holds fused blocks, or sequences of them."""
+    kind = type(module)
+    if (kind is not nn.Sequential and full_name(kind) not in _STAGES) or "forward" in vars(module):
+        return False
+    return not was_replaced(kind, "forward") and holds_blocks(_blocks_of(module))
+
+
 def _normalizes(module: nn.Module) -> bool:
     children = module._modules.values()
     return any(isinstance(child, _ConvNd) for child in children) and any(map(is_norm, children))
@@ -752,9 +837,11 @@ def fuse(model: nn.Module) -> FuseReport:
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
     too, and those of their RegNets, but for timm's stems. A block may have squeeze-and-excitation: timm's `SEModule`,
     `EffectiveSEModule` and `EcaModule` after its last norm, and what RegNetYs have before the last convolution. Where a
-    network calls the modules of its stem itself, it is the network that changes its class. A module stays as it is
-    where it might compute something else than the operator: with another activation or norm, another attention,
-    stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known one.
+    network calls the modules of its stem itself, it is the network that changes its class. An `nn.Sequential` of blocks
+    becomes a `FusedSequential`, and the classes of stages that these libraries have become such, too; the report does
+    not name them. A module stays as it is where it might compute something else than the operator: with another
+    activation or norm, another attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is
+    derived from a known one.
 
     A second call changes nothing, and its report is the same.
 
@@ -788,6 +875,9 @@ def fuse(model: nn.Module) -> FuseReport:
         inside = f"{name}." if name else ""
         if base not in _OWN and issubclass(_known(base).mixin, _Network):
             inside += f"{_known(base).layout.conv}."
+    for module in reversed(list(model.modules())):  # what holds others comes after these
+        if _runs_its_blocks_in_turn(module):
+            module.__class__ = _fused_stage_class(type(module))
     return FuseReport(tuple(fused), tuple(left), dict(unknown))
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from resnet.checks import check_activation, check_block, check_whole
 from resnet.fused import FusedResidual, FusedStem
+from resnet.sequential import FusedSequential
 
 
 def _initialize(child: nn.Module, channels: int) -> None:
@@ -153,10 +154,10 @@ class LazyResNet18(nn.Module):
     def __init__(self, num_classes: int = 10):
         check_whole("num_classes", num_classes, 1)
         super().__init__()
-        self.net = nn.Sequential(LazyFusedStem())
+        self.net = FusedSequential(LazyFusedStem())
         for i, num_channels in enumerate((64, 128, 256, 512)):
             first = LazyFusedResidual(num_channels, use_1x1conv=i > 0, strides=2 if i > 0 else 1)
-            self.net.add_module(f"b{i + 2}", nn.Sequential(first, LazyFusedResidual(num_channels)))
+            self.net.add_module(f"b{i + 2}", FusedSequential(first, LazyFusedResidual(num_channels)))
         last = nn.Sequential(nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), nn.LazyLinear(num_classes))
         self.net.add_module("last", last)
 

@@ -30,6 +30,7 @@ from resnet.operands import (
     BatchNormAddRelu,
     BatchNormAddReluKept,
     BatchNormAddReluOutput,
+    BlockBefore,
     BlockKind,
     DeepStem,
     DeepStemKept,
@@ -308,14 +309,19 @@ def _block_operator(kind: BlockKind) -> Differentiable:
         return _chain_summed(found[:units], needs, normed)
 
     def backward(dout: Tensor, kept: tuple, needs: tuple) -> tuple:
+        return linked(dout, kept, needs)[0]
+
+    def linked(
+        dout: Tensor, kept: tuple, needs: tuple, *link: BlockBefore | Tensor | None
+    ) -> tuple[tuple, Tensor | None]:
         needs = all_wanted(needs)
-        grad = backends.implementation(kept.x).block_backward(dout, kept, needs)
+        grad = backends.implementation(kept.x).block_backward(dout, kept, needs, *link)
         units = map(_unit_grads, kept.units, grad.units, kept.output.stats, needs.units)
         if isinstance(kept.shortcut, KeptUnit):
             shortcut = _unit_grads(kept.shortcut, grad.shortcut, kept.output.shortcut[1], needs.shortcut)
         else:
             shortcut = _projection_grads(kept.shortcut, grad.shortcut, needs.shortcut)
-        return _trained(kind, grad.x, tuple(units), shortcut)
+        return _trained(kind, grad.x, tuple(units), shortcut), grad.partial
 
     return Differentiable(
         kind.name,
@@ -330,6 +336,7 @@ def _block_operator(kind: BlockKind) -> Differentiable:
         backward=backward,
         norms=norms,
         summed=summed,
+        linked=linked,
     )
 
 

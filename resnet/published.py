@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from resnet.checks import check_stages, check_whole
-from resnet.reference import DEPTHS, BasicBlock, Bottleneck
+from resnet.reference import DEPTHS, BasicBlock, Bottleneck, sequential_of
 
 STEMS = ("imagenet", "small", "deep")
 
@@ -105,7 +105,7 @@ class ResNet(nn.Sequential):
                 dilated = {"dilation": spread} if spread > 1 else {}
                 blocks.append(block(channels, width, 1 if j else stride, **options, **dilated))
                 channels = block.expansion * width
-            layers[f"layer{i + 1}"] = nn.Sequential(*blocks)
+            layers[f"layer{i + 1}"] = sequential_of(block)(*blocks)
         layers["avgpool"] = nn.AdaptiveAvgPool2d((1, 1))
         layers["flatten"] = nn.Flatten()
         layers["fc"] = nn.Linear(channels, num_classes)

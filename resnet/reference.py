@@ -289,7 +289,12 @@ def resnet_block(
             blocks.append(block(input_channels, num_channels, use_1x1conv=True))
         else:
             blocks.append(block(num_channels, num_channels))
-    return nn.Sequential(*blocks)
+    return sequential_of(block)(*blocks)
+
+
+def sequential_of(block: type[nn.Module]) -> type[nn.Sequential]:
+    """The class of a sequence of such blocks: that of their attribute `sequential`, where they have it."""
+    return getattr(block, "sequential", nn.Sequential)
 
 
 def resnet(
@@ -308,7 +313,8 @@ def resnet(
         num_classes: length of the output's last axis.
         in_channels: channels of the input (N, in_channels, H, W); Fashion-MNIST has 1.
         block: `Residual`, `FusedResidual`, or any class with their constructor. Its attributes `stem` and
-            `small_stem`, where it has them, build the first stage; the `state_dict` does not depend on the choice.
+            `small_stem`, where it has them, build the first stage, and `sequential` the net and its stages; the
+            `state_dict` does not depend on the choice.
         stem: "textbook", or "small" for `SmallStem`, with which the blocks see images at their full size.
 
     Raises:
@@ -321,7 +327,7 @@ def resnet(
     check_whole("num_classes", num_classes, 1)
     check_whole("in_channels", in_channels, 1)
     first = getattr(block, "small_stem", SmallStem) if stem == "small" else getattr(block, "stem", Stem)
-    return nn.Sequential(
+    return sequential_of(block)(
         first(in_channels, channels[0]),
         *(
             resnet_block(channels[i], channels[i + 1], depth, first_block=i == 0, block=block)

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import accumulate
 from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd import forward_ad
+from torch.autograd.profiler import record_function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import Library, register_fake
 from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
@@ -32,6 +34,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from resnet import backends, settings
 from resnet.collectives import merge_sums
 from resnet.kernels.host.facts import Known, is_plain
+from resnet.operands import BlockBefore
 from resnet.schema import leaves, pack, parameters, received, unpack, updates
 from resnet.torch_backend.batch_norm import stats_of_moments
 
@@ -40,6 +43,7 @@ _LIBRARY = Library(_NAMESPACE, "DEF")
 _ops = getattr(torch.ops, _NAMESPACE)
 _DIRECT: dict[str, tuple] = {}  # by name: what runs an operator, and its formula's `apply` or None
 _GIVEN: dict[str, int] = {}  # by name, how many outputs an operator gives whoever calls it; 1 where it is not here
+_LINKED: dict[type, Callable] = {}  # by the class of a block's node in autograd's graph: see `link`
 
 
 def _register(schema: str, implementation: Callable, fake: Callable) -> str:
@@ -72,6 +76,11 @@ def is_direct() -> bool:
     """Whether an operator may be called without PyTorch's dispatcher: it would only pass the call on to here."""
     plain = is_plain() and forward_ad._current_level < 0
     return plain and not torch._C._autograd._profiler_enabled()  # a profile names the operators
+
+
+def _is_profiled() -> bool:
+    """Whether a profiler is all that keeps `is_direct` from holding."""
+    return torch._C._autograd._profiler_enabled() and is_plain() and forward_ad._current_level < 0
 
 
 def is_transformed_or_recorded() -> bool:
@@ -179,6 +188,7 @@ class Differentiable:
     results: int = 1  # how many outputs have a gradient
     given: int = 1  # how many are given to whoever calls: the results, and constants that another operator needs
     like_results: Callable | None = None  # of what is kept: tensors of the results' shapes, where there are several
+    linked: Callable | None = None  # `backward` in a chain of blocks: see `link`
 
     def register(self) -> None:
         results = ", ".join(f"{leaf.type} {leaf.name}" for leaf in leaves(self.output))
@@ -193,6 +203,8 @@ class Differentiable:
         _DIRECT[self.name] = self, super(torch.autograd.Function, formula).apply
         if self.given > 1:
             _GIVEN[self.name] = self.given
+        if self.linked is not None:
+            _LINKED[formula._backward_cls] = self._before()
 
     def _fake(self, *flat) -> Tensor | tuple[Tensor, ...]:
         return _returned(pack(self.fake(unpack(self.arguments, flat))))
@@ -251,6 +263,31 @@ class Differentiable:
             grads = self.backward(*flat[: self.results], unpack(self.kept, kept), unpack(self.arguments, needs))
         return [grad for grad, need in zip(pack(grads), needs, strict=True) if need]
 
+    def _run_linked(self, ctx: object, flat: Sequence, direct: bool) -> list[Tensor]:
+        """See `_compute_linked`. A profile has it under the name of the backward operator."""
+        run = backends.implementation(flat[0]).run
+        if direct:
+            return run(self._compute_linked, flat, ctx.recent.known(flat))
+        with record_function(f"{_NAMESPACE}::{self.name}_backward"):
+            return run(self._compute_linked, flat)
+
+    def _compute_linked(self, *flat) -> list[Tensor]:
+        """The gradients that are wanted, and where there is a block before, the partial sums for it."""
+        dout, *kept, y, stats, z, z_stats, sums, needs = flat
+        before = None if y is None else BlockBefore(y, stats, z, z_stats)
+        with torch._C._AutoDispatchBelowAutograd():
+            grads, handed = self.linked(dout, unpack(self.kept, kept), unpack(self.arguments, needs), before, sums)
+        found = [grad for grad, need in zip(pack(grads), needs, strict=True) if need]
+        return found if before is None else [*found, handed]
+
+    def _before(self) -> Callable[[object], tuple]:
+        """A function of a block's node that gives the fields of its `BlockBefore`, without the rest of what is kept."""
+        every = leaves(self.kept)
+        saved = [i for i, leaf in enumerate(every) if leaf.read]
+        places = [None if i is None else saved.index(i) for i in BlockBefore.of(unpack(self.kept, range(len(every))))]
+        pick = itemgetter(*[len(saved) if place is None else place for place in places])
+        return lambda node: pick((*node.saved_tensors, None))
+
     def _keeper(self) -> Callable[[Sequence, Sequence], Sequence]:
         """`keep` from and to flat values. Where it only moves them, it is asked once, for their places."""
         count = len(leaves(self.arguments))
@@ -280,6 +317,7 @@ class Differentiable:
         def forward(ctx, by, *flat):
             direct = type(by) is Known
             ctx.recent = by.facts.recent if direct else None
+            ctx.before = ctx.handed = None
             if direct:
                 outputs = self.run(flat, by)
             else:
@@ -326,8 +364,20 @@ class Differentiable:
                 flat = (*grads, *kept, needs)
             except RuntimeError:  # a batch of gradients has no layout
                 return _of_each(douts, partial(gradients, ctx))
-            known = ctx.recent.known(flat) if ctx.recent and not torch.is_grad_enabled() and is_direct() else None
-            grads = ops[1](*flat) if known is None else self._run_backward(flat, known)
+            recorded = torch.is_grad_enabled()
+            direct, links = ctx.recent and not recorded and is_direct(), None
+            # Compiled autograd has a stand-in for the node, and keeps apart what each node has saved.
+            in_chain = type(ctx) in _LINKED and (ctx.before is not None or ctx.handed is not None)
+            if in_chain and (direct or (not recorded and _is_profiled())):
+                links = _links(ctx, douts[0], kept[0], needs[0])
+            if links is not None:
+                grads = self._run_linked(ctx, (*flat[:-1], *links, needs), direct)
+                if links.y is not None:
+                    *grads, sums = grads
+                    ctx.before.handed = grads[0], grads[0]._version, sums
+            else:
+                known = ctx.recent.known(flat) if direct else None
+                grads = ops[1](*flat) if known is None else self._run_backward(flat, known)
             computed = _in_places(needs)((None, *grads))
             if same:
                 found = {"dout": douts[0], **dict(zip(names, computed, strict=True))}
@@ -357,6 +407,49 @@ class Inference:
     def _compute(self, *flat) -> list[Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
             return [dense(self._implementation(unpack(self._arguments, flat)))]
+
+
+# ---- a chain of blocks -------------------------------------------------------------------------------------------
+
+
+def link(node: object, before: object) -> None:
+    """Let a block's backward give what the backward of the block before it begins with: see `BlockBefore`.
+
+    `node` and `before` are the blocks' nodes in autograd's graph; of other nodes nothing comes. It is for whoever calls
+    both blocks and knows that nobody else has, or looks at, what lies between them: the gradient that arrives there is
+    the one behind the ReLU. Where it is another one after all, as something was added to it, the block takes its sums
+    itself.
+    """
+    if type(node) in _LINKED and type(before) in _LINKED:
+        node.before = before
+
+
+class _Links(NamedTuple):
+    """What a block's backward takes beside its own: the fields of a `BlockBefore`, and sums from the block after."""
+
+    y: Tensor | None
+    stats: Tensor | None
+    z: Tensor | None
+    z_stats: Tensor | None
+    sums: Tensor | None
+
+
+def _links(ctx: object, dout: Tensor, x: Tensor, needs_x: bool) -> _Links | None:
+    """Those of a block's node for this call; it forgets the sums that were handed to it."""
+    handed, before, ctx.handed = ctx.handed, ctx.before, None
+    if not (dout.numel() and backends.implementation(x).LINKS_BLOCKS):
+        return None
+    sums = handed[2] if handed and handed[0] is dout and handed[1] == dout._version else None
+    if before is not None and needs_x and x.grad_fn is before and _will_run(before):
+        return _Links(*_LINKED[type(before)](before), sums)
+    return None if sums is None else _Links(None, None, None, None, sums)
+
+
+def _will_run(node: object) -> bool:
+    """Whether the backward that is under way comes to this node: it may be of other inputs' gradients alone, or have
+    been there, or be the call of a single node.
+    """
+    return torch._C._current_graph_task_id() >= 0 and torch._C._will_engine_execute_node(node)
 
 
 def _returned(outputs: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:

@@ -104,7 +104,7 @@ def _resnet50(dtype: torch.dtype) -> None:
 
     ResNet-D's blocks and stem, a dilated one, a ResNeXt's, and those of an SE-ResNet.
     """
-    from resnet import FusedBasicBlock, FusedBottleneck, ResNet, fuse
+    from resnet import FusedBasicBlock, FusedBottleneck, FusedSequential, ResNet, fuse
 
     deep = ResNet(FusedBasicBlock, depths=(1,), widths=(64,), num_classes=10, stem="deep")
     fuse(deep)
@@ -112,26 +112,33 @@ def _resnet50(dtype: torch.dtype) -> None:
     for block, C in (
         (FusedBottleneck(256, 128, 2, avg_down=True), 256),
         (FusedBasicBlock(64, 128, 2, avg_down=True), 64),
-        (FusedBottleneck(64, 64), 64),
-        (FusedBottleneck(256, 64), 256),
+        (FusedSequential(FusedBottleneck(64, 64), FusedBottleneck(256, 64), FusedBottleneck(256, 64)), 64),
         (FusedBottleneck(256, 64, dilation=2), 256),
         (FusedBottleneck(256, 128, 2, groups=32), 256),
         (FusedBottleneck(256, 64, squeeze_excite=True), 256),
         (FusedBasicBlock(64, 64, squeeze_excite=True), 64),
-        (FusedBottleneck(256, 128, 2), 256),
-        (FusedBasicBlock(64, 128, 2), 64),
+        (FusedSequential(FusedBottleneck(256, 64), FusedBottleneck(256, 128, 2)), 256),
+        (FusedSequential(FusedBasicBlock(64, 128, 2), FusedBasicBlock(128, 128), FusedBasicBlock(128, 256, 2)), 64),
     ):
         _step(block.to(dtype), 32, C, 56, 56, dtype=dtype)
 
 
 def _odd_shapes(dtype: torch.dtype) -> None:
     import resnet
-    from resnet import FusedBasicBlock, FusedBottleneck, FusedResidual, FusedResidualBottleneck, FusedStem
+    from resnet import (
+        FusedBasicBlock,
+        FusedBottleneck,
+        FusedResidual,
+        FusedResidualBottleneck,
+        FusedSequential,
+        FusedStem,
+    )
     from resnet.functional import batch_norm_add_relu
 
     for C in CHANNELS:
         for size in ((8, C, 24, 24), (2, C, 7, 5)):
-            _step(FusedResidual(C, C).to(dtype), *size, dtype=dtype)
+            chain = FusedSequential(FusedResidual(C, C), FusedResidual(C, C), FusedResidual(C, 2 * C, True, 2))
+            _step(chain.to(dtype), *size, dtype=dtype)
             _step(FusedResidual(C, 2 * C, True, 2).to(dtype), *size, dtype=dtype)
             for needs_x in (True, False):
                 _step(FusedStem(C, C).to(dtype), *size, dtype=dtype, needs_x=needs_x)
@@ -141,10 +148,11 @@ def _odd_shapes(dtype: torch.dtype) -> None:
                 batch_norm_add_relu(x, None, None, shortcut=shortcut, training=True, relu=relu).sum().backward()
     for C in (3, 100):
         for block in (
-            FusedBasicBlock(C, 2 * C, 2),
+            FusedSequential(FusedBasicBlock(C, 2 * C, 2), FusedBasicBlock(2 * C, 2 * C), FusedBasicBlock(2 * C, C, 2)),
+            FusedSequential(FusedBasicBlock(C, 2 * C, 2), FusedBasicBlock(2 * C, C, 2)),
             FusedBasicBlock(C, 2 * C, 2, avg_down=True),
             FusedResidualBottleneck(C, 4 * C, True, 2),
-            FusedBottleneck(C, C, dilation=3),
+            FusedSequential(FusedBottleneck(C, C, dilation=3), FusedBottleneck(4 * C, C, 2)),
             FusedBasicBlock(C, C, squeeze_excite=True),
         ):
             _step(block.to(dtype), 2, C, 7, 5, dtype=dtype)

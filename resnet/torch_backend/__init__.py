@@ -16,6 +16,8 @@ from resnet.torch_backend.stem import (
     stem_forward,
 )
 
+LINKS_BLOCKS = False  # whether `block_backward` takes a `BlockBefore`, and sums from the block after
+
 
 def run(function: Callable[..., list], arguments: Sequence, known: object = None) -> list:
     """function(*arguments), which gives a list of tensors. The Triton backend may replay what an earlier call did."""

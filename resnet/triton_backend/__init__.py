@@ -16,6 +16,8 @@ from resnet.triton_backend.stem import (
     stem_inference,
 )
 
+LINKS_BLOCKS = True  # see `torch_backend`
+
 __all__ = [
     "active_driver",
     "run",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.helpers.blocks import (
     DTYPES,
     GATED,
     POOLED,
+    SIXTEEN_BIT,
     assert_parity,
     draw,
     infer,
@@ -24,6 +26,7 @@ from tests.helpers.blocks import (
     step,
     trio,
 )
+from tests.helpers.chains import CHAINS, chain, inputs
 from tests.helpers.emulated_limits import (
     PARTIALS_OVER_SUMMED,
     TRAFFIC_OVER_FLOOR,
@@ -53,11 +56,6 @@ GATED_BLOCKS = {  # what makes the gates is PyTorch's
 }
 
 
-def emulator_options(kind: type, arguments: tuple) -> dict[str, object]:
-    """One program at a time where some of a launch multiply and others do not: a stride in a bottleneck's shortcut."""
-    return {"batch": 1} if kind in (Bottleneck, ResidualBottleneck) and arguments[-1] == 2 else {}
-
-
 FEWER = {name: BLOCKS[name] for name in ("identity", "1x1, stride 2", "bottleneck, normed shortcut of stride 2")}
 per_block = pytest.mark.parametrize("kind, arguments, shape", FEWER.values(), ids=FEWER)
 
@@ -68,12 +66,11 @@ per_block = pytest.mark.parametrize("kind, arguments, shape", FEWER.values(), id
 )
 def test_a_blocks_output_gradients_and_buffers_are_as_exact_as_eager(emulate, dtype, block, train):
     (kind, arguments, shape), draws = block, []
-    options = emulator_options(kind, arguments)
-    if block in GROUPED.values() and not train:  # BatchNorm is written over what PyTorch's convolution has given
-        options["in_place"] = "apply_kernel"
+    # BatchNorm is written over what PyTorch's convolution has given.
+    in_place = "apply_kernel" if block in GROUPED.values() and not train else ""
     for seed in range(3):
         blocks = trio(kind, *arguments, seed=seed, dtype=dtype, train=train)
-        results, _ = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype), **options)
+        results, _ = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype), in_place=in_place)
         draws.append(results)
     assert_parity(draws)
 
@@ -97,8 +94,7 @@ def test_a_block_with_norms_of_constants_is_as_exact_as_eager_in_its_convolution
     draws = []
     for seed in range(3):
         blocks = trio(kind, *arguments, seed=seed, dtype=dtype).each(keep_norms_constant)
-        x, options = draw(*shape, seed=seed, dtype=dtype), emulator_options(kind, arguments)
-        results, launches = compare(emulate, blocks, x, **options)
+        results, launches = compare(emulate, blocks, draw(*shape, seed=seed, dtype=dtype))
         assert {*launches} - {*PER_CHANNEL} == {kernel for kernel, *_ in OF_CONSTANTS}
         draws.append(results)
     assert_parity(draws)
@@ -141,7 +137,7 @@ def test_a_second_step_of_a_block_gives_the_same_bits(emulate, kind, arguments, 
     runs = []
     for _ in range(2):
         block.load_state_dict(state)
-        with emulate(**emulator_options(kind, arguments)), resnet.backend("triton"):
+        with emulate(), resnet.backend("triton"):
             runs.append(step(block, x))
     same(*runs)
 
@@ -181,6 +177,71 @@ def test_each_launch_of_a_block_moves_the_activations_of_its_floor(emulate, name
     assert moved <= TRAFFIC_OVER_FLOOR * floor
     *_, total = roofline.table(chain, {80: counted}, dtype.itemsize)
     assert total.startswith(f"| **sum** | {moved:.2f} of {passes.number(floor)} |")
+
+
+LINKED = {
+    name: CHAINS[name]
+    for name in (
+        "identities",
+        "a strided 1x1 shortcut",
+        "normed shortcuts alone",
+        "bottlenecks",
+        "pooled shortcuts",
+    )
+}
+
+
+@pytest.mark.core
+@each_pair_compiled(
+    dtype=(torch.float32, torch.float64), blocks=LINKED, train={"training": True, "frozen statistics": False}
+)
+def test_a_chain_of_blocks_is_as_exact_as_eager(emulate, dtype, blocks, train):
+    draws = []
+    for seed in range(3):
+        modules = chain(blocks, seed=seed, dtype=dtype, train=train)
+        results, launches = compare(emulate, modules, inputs(blocks, dtype))
+        assert launches.count(passes.BACKWARD_REDUCE) == 1
+        draws.append(results)
+    assert_parity(draws)
+
+
+@each_pair_compiled(dtype=SIXTEEN_BIT, blocks=LINKED)
+def test_a_chain_of_blocks_gives_what_they_give_apart(emulate, dtype, blocks):
+    """But for sums in another order, from which a rounding may follow."""
+    linked = chain(blocks, dtype=dtype).fused
+    apart, x = nn.Sequential(*copy.deepcopy(linked)), inputs(blocks, dtype)
+    with emulate(), resnet.backend("triton"):
+        torch.testing.assert_close(step(linked, x), step(apart, x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("emulate", "name"),
+    [(80, "textbook"), (90, "textbook"), (80, "bottleneck")],
+    ids=["sm_80-textbook", "sm_90-textbook", "sm_80-bottleneck"],
+    indirect=["emulate"],
+)
+def test_a_block_that_another_one_follows_saves_two_passes(emulate, name):
+    """The gradient that the next block would write, and this one's last sums would read with out, is read no more."""
+    block, channels, dtype = passes.BLOCKS[name], 64, torch.float16
+    shape, moved = block.input_shape(channels, 8, 14), []
+    for length in (1, 2, 3):
+        blocks = [block.fused(*block.arguments(channels)).to(dtype) for _ in range(length)]
+        x = draw(*shape, dtype=dtype).requires_grad_()
+        with emulate() as reports, resnet.backend("triton"), resnet.convolution("triton"):
+            resnet.FusedSequential(*blocks)(x).sum().backward()
+        assert [report.name for report in reports].count(passes.BACKWARD_REDUCE) == 1
+        sectors = sum(
+            report.unique_read_sectors + report.unique_write_sectors * (report.name != passes.GRAD_WEIGHT)
+            for report in reports
+            if report.name not in roofline.MERGES
+        )
+        moved.append(32 * sectors)
+    chain = passes.Chain.of(blocks[0], shape)
+    floor = dtype.itemsize * x.numel() * (chain.passes(*passes.fused(chain)) - 2)
+    weights = dtype.itemsize * sum(step.weights for step in passes.launches(chain))
+    for shorter, longer in itertools.pairwise(moved):
+        assert floor <= longer - shorter - weights <= TRAFFIC_OVER_FLOOR * floor
 
 
 @pytest.mark.long

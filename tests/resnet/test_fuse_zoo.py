@@ -161,6 +161,17 @@ def fused_classes(model: nn.Module) -> list[str]:
     return [type(module).__name__ for module in model.modules() if type(module).__name__.startswith("Fused")]
 
 
+def links(out: Tensor) -> int:
+    """How many blocks, in the graph of what a model gives, give the block before what its backward begins with."""
+    nodes, seen = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [after for after, _ in node.next_functions]
+    return sum(getattr(node, "before", None) is not None for node in seen)
+
+
 # ---- each model ------------------------------------------------------------------------------------------------------
 
 
@@ -170,11 +181,49 @@ def test_what_is_fused_and_what_is_left(name):
     before = [type(module) for module in model.modules()]
     report = fuse(model)
     assert (len(report.fused), len(report.left)) == ZOO[name][1:]
-    assert len(fused_classes(model)) == len(report.fused)
+    named = [kind for kind in fused_classes(model) if not kind.endswith(("Sequential", "Stage"))]
+    assert len(named) == len(report.fused)
     assert all(isinstance(module, kind) for module, kind in zip(model.modules(), before, strict=True))
     assert fuse(model) == report
     unfuse(model)
     assert [type(module) for module in model.modules()] == before
+
+
+LINKED = {
+    "torchvision resnet18": 7,
+    "torchvision resnet50": 15,
+    "torchvision resnext50": 15,
+    "torchvision regnet_x": 18,  # a stage's first block is apart
+    "timm resnet18": 7,
+    "timm resnet26t": 7,
+    "timm regnetx": 9,
+    "timm seresnet18": 0,
+    "transformers bottleneck": 2,
+    "transformers RegNet": 2,
+    "transformers RT-DETR, basic": 1,
+}
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_blocks_that_follow_each_other_are_linked(name):
+    model = made(name)
+    fuse(model)
+    assert links(run(model, draw(*IMAGES, dtype=torch.float64))) == LINKED[name]
+
+
+@pytest.mark.parametrize("name", ["torchvision resnet18", "timm resnet18"])
+def test_where_a_stage_has_a_hook_it_is_not_linked_to_its_neighbours(name):
+    model, seen = made(name), []
+    fuse(model)
+    model.layer2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    assert links(run(model, draw(*IMAGES, dtype=torch.float64))) == 5 and len(seen) == 1
+
+
+def test_stages_under_timms_checkpoints_are_not_linked():
+    model = made("timm resnet18")
+    fuse(model)
+    model.set_grad_checkpointing()
+    assert links(run(model, draw(*IMAGES, dtype=torch.float64))) == 0
 
 
 @zoo

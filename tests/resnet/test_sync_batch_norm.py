@@ -69,6 +69,10 @@ def deep_stem(in_channels: int) -> nn.Module:
     return deep_stems(in_channels=in_channels).eager
 
 
+def chain(in_channels: int) -> nn.Module:
+    return nn.Sequential(BasicBlock(in_channels, 6, 2), BasicBlock(6, 6), BasicBlock(6, 4))
+
+
 # (class, the constructor's arguments, a change of the module)
 CASES = {
     "identity": (Residual, (4, 4), unchanged),
@@ -85,6 +89,7 @@ CASES = {
     "stem, untracked": (Stem, (3, 4), untracked),
     "small stem": (SmallStem, (3, 4), unchanged),
     "small stem, no bias": (SmallStem, (3, 4), without_bias),
+    "a chain of blocks": (chain, (4,), unchanged),
     "the last norm alone is trained": (BasicBlock, (4, 6, 2), frozen("conv1", "bn1", "conv2", "downsample")),
     "the first convolution is not trained": (Bottleneck, (4, 2), frozen("conv1")),
     "the shortcut alone is trained": (Bottleneck, (4, 2), frozen("conv1", "bn1", "conv2", "bn2", "conv3", "bn3")),
@@ -99,6 +104,7 @@ INTERPRETED = (
     "stem",
     "deep stem",
     "small stem",
+    "a chain of blocks",
     "the last norm alone is trained",
 )
 # Images of each process, step by step. The first process has as many in three steps, the other one never has.
