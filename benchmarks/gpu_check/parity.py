@@ -26,10 +26,10 @@ from resnet.kernels.host import plan
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning.devices import device_facts
 
-_CANCELLED = ("conv1.bias", "conv2.bias", "0.bias")  # their gradients are rounding alone where BatchNorm follows
+_CANCELLED = ("conv1.bias", "conv2.bias", "0.bias")  # whose gradients are rounding alone where BatchNorm follows
 _DTYPES = ("bfloat16", "float16", "float32", "tf32")
 _TRAINING, _EVALUATION, _CONSTANT = "training", "evaluation", "norms of constants"
-_DEEP_STEM = "deep stem"
+_DEEP_STEM, _CHAIN = "deep stem", "chain"
 _VARIANTS = {
     "D": {"avg_down": True},
     "dilated": {"dilation": 2},
@@ -44,7 +44,7 @@ class Task:
     dtype: str
     mode: str
     # A block or stem of `resnet`. A published block has its width in place of the channels, and after a hyphen one of
-    # _VARIANTS.
+    # _VARIANTS, or _CHAIN: three blocks that follow each other, of which the last has the stride.
     kind: str = "Residual"
 
     @property
@@ -63,7 +63,11 @@ class Task:
         if self.kind == _DEEP_STEM:
             return deep_stem(C, K)
         name, _, variant = self.kind.partition("-")
-        return getattr(resnet, name)(C, K, stride, **_VARIANTS.get(variant, {}))
+        block = getattr(resnet, name)
+        if variant == _CHAIN:
+            wide = block.expansion * K
+            return nn.Sequential(block(C, K), block(wide, K), block(wide, K, stride))
+        return block(C, K, stride, **_VARIANTS.get(variant, {}))
 
     @property
     def is_stem(self) -> bool:
@@ -138,7 +142,7 @@ def _check(task: Task, scale: Scale) -> dict[str, object]:
     fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
     fuse(fused)
     x = torch.randn(scale.block_batch, C, size, size).relu().to(task.type)
-    K *= getattr(eager, "expansion", 1)
+    K *= getattr(eager[-1] if task.kind.endswith(_CHAIN) else eager, "expansion", 1)
     dout = torch.randn(scale.block_batch, K, -(-size // stride), -(-size // stride)).to(task.type)
     expected, own = (_results(block, x, dout, task, scale) for block in (exact, eager))
     allowed = {name: 2.5 * _error(own[name], value) + 4 * _eps(task.type) for name, value in expected.items()}
@@ -180,7 +184,7 @@ def _results(block: nn.Module, x: Tensor, dout: Tensor, task: Task, scale: Scale
     leaves = {name: leaf for name, leaf in (("dx", x), *block.named_parameters()) if leaf.requires_grad}
     grads = torch.autograd.grad(out, tuple(leaves.values()), dout.to(scale.device, out.dtype))
     found = {"out": out.detach()}
-    found |= {name: grad for name, grad in zip(leaves, grads, strict=True) if name not in _CANCELLED}
+    found |= {name: grad for name, grad in zip(leaves, grads, strict=True) if not name.endswith(_CANCELLED)}
     return found | {name: value.clone() for name, value in block.named_buffers() if value.is_floating_point()}
 
 
