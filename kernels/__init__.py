@@ -17,7 +17,7 @@ Backward, where a prime stands for "the gradient through":
     batch_norm_max_pool_backward  max-pool' + ReLU' + the two sums; max-pool' + ReLU' + BatchNorm'
     batch_norm_excite_backward    ReLU' + gate' and the two sums of each image
     batch_norm_squeeze_backward   gate' + the mean' [+ ReLU'] + BatchNorm'
-    conv_grad_input               grad-input + ReLU' and the two sums, or + the shortcut's gradient, or + all of it
+    conv_grad_input               grad-input + ReLU' and the two sums, or + the shortcut's gradient, or + both
     conv_grad_weight              [BatchNorm + ReLU of the input +] grad-weight
     conv_grad_weight_max_pool     max-pool' + ReLU' + BatchNorm' + grad-weight
 

@@ -614,33 +614,26 @@ def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
     if eager in _OWN:
         return _OWN[eager]
     mixin, layout, method = _known(eager)
+    cls = _derived(mixin, eager, method, _layout=_looked_up(eager, layout), _places=_places(layout))
+    return linkable(cls) if mixin is _Block else cls
+
+
+@functools.cache
+def _fused_stage_class(eager: type[nn.Module]) -> type[nn.Module]:
+    return FusedSequential if eager is nn.Sequential else _derived(_Stage, eager, "forward")
+
+
+def _derived(mixin: type[_Changed], eager: type[nn.Module], method: str, **others: object) -> type[nn.Module]:
+    """The class that one is changed for; `others` are attributes beside those that each has."""
     own = {
         "__module__": __name__,
         "__doc__": f"A `{full_name(eager)}` that `resnet.fuse` has changed the class of.",
         "_eager_class": eager,
         "_eager_method": getattr(eager, method),
         "_method": method,
-        "_layout": _looked_up(eager, layout),
-        "_places": _places(layout),
         method: _calling(getattr(eager, method)),
     }
-    cls = type(f"Fused{eager.__name__}", (mixin, eager), own)
-    return linkable(cls) if mixin is _Block else cls
-
-
-@functools.cache
-def _fused_stage_class(eager: type[nn.Module]) -> type[nn.Module]:
-    if eager is nn.Sequential:
-        return FusedSequential
-    own = {
-        "__module__": __name__,
-        "__doc__": f"A `{full_name(eager)}` that `resnet.fuse` has changed the class of.",
-        "_eager_class": eager,
-        "_eager_method": eager.forward,
-        "_method": "forward",
-        "forward": _calling(eager.forward),
-    }
-    return type(f"Fused{eager.__name__}", (_Stage, eager), own)
+    return type(f"Fused{eager.__name__}", (mixin, eager), own | others)
 
 
 def _rebuild(eager: type[nn.Module]) -> nn.Module:
@@ -655,9 +648,8 @@ def _rebuild(eager: type[nn.Module]) -> nn.Module:
 @functools.cache
 def _begins_with(function: FunctionType, names: tuple[str, ...]) -> bool:
     """Whether a forward begins with `x = self.NAME(x)` for each of these names, and has them nowhere else."""
-    try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except OSError:  # there is no text to read
+    tree = _tree_of(function)
+    if tree is None:
         return False
     body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
     attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
@@ -672,9 +664,8 @@ def _called_in_turn(function: FunctionType) -> frozenset[str]:
 
     That is, where a statement reads x more than once, or neither gives x a new value nor returns.
     """
-    try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except OSError:  # there is no text to read
+    tree = _tree_of(function)
+    if tree is None:
         return frozenset()
     statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not hasattr(node, "body")]
     reading = [(statement, _reads_of_x(statement)) for statement in statements if _reads_of_x(statement)]
@@ -687,6 +678,15 @@ def _called_in_turn(function: FunctionType) -> frozenset[str]:
             return frozenset()
         found += re.findall(r"^x = self\.(\w+)\(x\)$", ast.unparse(statement))
     return frozenset(found)
+
+
+def _tree_of(function: FunctionType) -> ast.FunctionDef | None:
+    """None where there is no text to read."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except OSError:
+        return None
+    return tree
 
 
 def _reads_of_x(tree: ast.AST) -> int:

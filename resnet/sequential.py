@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -42,7 +43,7 @@ def is_watched(x: Tensor) -> bool:
     """Whether each module has to be called as it is, for somebody who follows the calls or the tensors."""
     if torch.compiler.is_compiling() or isinstance(x, Proxy) or nn.Sequential.forward is not _SEQUENTIAL_FORWARD:
         return True
-    return _has_any_global_hook() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _has_any_global_hook() or _top_saved_tensors_default_hooks(True) is not None
 
 
 def run_linked(modules: Iterable[nn.Module], x: Tensor, before: object) -> tuple[Tensor, object]:

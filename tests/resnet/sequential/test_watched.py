@@ -130,23 +130,19 @@ def module_between_in_a_sequence(net: nn.Sequential, note: Note) -> None:
 @watching
 def hook_on_a_sequence(net: nn.Sequential, note: Note) -> None:
     net[0] = type(net)(net[0])
-    net[0].register_forward_hook(lambda module, args, out: watch(out, note))
+    forward_hook(net, note)
 
 
 @watching
 def hook_on_a_sequence_that_is_called_once(net: nn.Sequential, note: Note) -> None:
-    def hook(module, args, out):
-        handle.remove()
-        watch(out, note)
-
     net[0] = type(net)(net[0])
-    handle = net[0].register_forward_hook(hook)
+    forward_hook_that_is_called_once(net, note)
 
 
 @watching
 def pre_hook_on_the_neighbours_sequence(net: nn.Sequential, note: Note) -> None:
     net[1] = type(net)(net[1])
-    net[1].register_forward_pre_hook(lambda module, args: watch(args[0], note))
+    forward_pre_hook_of_the_neighbour(net, note)
 
 
 @watching
