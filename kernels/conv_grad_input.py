@@ -449,6 +449,7 @@ class BlockEnd(NamedTuple):
     shortcut: NormedShortcut | None = None  # of that block, where it has a norm; its gradients are written elsewhere
 
 
+AnyEpilogue = ReluMask | KeptMask | IdentityGrad | ShortcutGrad | BlockEnd | None
 _EPILOGUES = {
     type(None): Epilogue.NONE,
     ReluMask: Epilogue.RELU_MASK,
@@ -464,7 +465,7 @@ def conv_grad_input(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | BlockEnd | None = None,
+    epilogue: AnyEpilogue = None,
     tf32: bool = False,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -489,12 +490,9 @@ def conv_grad_input(
     precision = product_precision(dy, tf32)
     size = shape.N, shape.C, shape.H, shape.W
     dx = torch.empty(size, dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
-    mask, end = (epilogue if isinstance(epilogue, kind) else None for kind in (ReluMask, BlockEnd))
-    kept = epilogue.a if isinstance(epilogue, KeptMask) else end.out if end else None
-    y1, stats = mask if mask else (end.y, end.stats) if end else (None, None)
-    z, z_stats = end.shortcut[:2] if end and end.shortcut else (None, None)
-    planes = (3 if z is not None else 2) if stats is not None else 0
-    branch = end.branch if end else epilogue if isinstance(epilogue, (IdentityGrad, ShortcutGrad)) else None
+    kept, y1, stats, z, z_stats, branch = _operands(epilogue)
+    planes = (stats is not None) * 2 + (z is not None)
+    ends, masks = isinstance(epilogue, BlockEnd), isinstance(epilogue, ReluMask)
     shortcut_weight = branch.weight if isinstance(branch, ShortcutGrad) else None
     shortcut_K = shape.K if shortcut_weight is None else shortcut_weight.shape[0]
     branch_stride = branch.stride if isinstance(branch, IdentityGrad) else 1
@@ -502,7 +500,7 @@ def conv_grad_input(
         for grad in vectors.values():
             if grad is not None:
                 grad.zero_()
-        size = (planes, shape.C) if mask else (planes, 1, shape.C)
+        size = (planes, shape.C) if masks else (planes, 1, shape.C)
         return (dx, torch.zeros(size, dtype=dtype, device=dy.device)) if planes else dx
 
     def run(config: Config) -> Tensor | None:
@@ -551,9 +549,23 @@ def conv_grad_input(
         planes=planes,
     )
     partial = run(config)
-    if end:
+    if ends:
         return dx, partial
-    return (dx, merge_sums(partial, *vectors.values())) if mask else dx
+    return (dx, merge_sums(partial, *vectors.values())) if masks else dx
+
+
+def _operands(
+    epilogue: AnyEpilogue,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, NamedTuple | None]:
+    """(a, y1, stats, z, z_stats) as the kernel takes them, and the second branch."""
+    if isinstance(epilogue, ReluMask):
+        return None, *epilogue, None, None, None
+    if isinstance(epilogue, KeptMask):
+        return epilogue.a, None, None, None, None, None
+    if isinstance(epilogue, BlockEnd):
+        branch, out, y, stats, shortcut = epilogue
+        return out, y, stats, *(shortcut[:2] if shortcut else (None, None)), branch
+    return None, None, None, None, None, epilogue
 
 
 def _row_tiles(shape: ConvShape, config: Config) -> int:
@@ -566,7 +578,7 @@ def _check(
     dy: Tensor,
     weight: Tensor,
     shape: ConvShape,
-    epilogue: ReluMask | KeptMask | IdentityGrad | ShortcutGrad | BlockEnd | None,
+    epilogue: AnyEpilogue,
     vectors: dict[str, Tensor | None],
 ) -> None:
     nhwc_shape(dy)
