@@ -45,8 +45,13 @@ def name_of_options(options: dict) -> str:
     return ",".join(k if v is True else f"{k}={v}" for k, v in options.items() if v is not False) or "none"
 
 
-def each(cases: list[dict]):
-    return pytest.mark.parametrize("options", cases, ids=name_of_options)
+def each(**options: tuple):
+    """Run the test with cases in which any two options' values meet, and each value meets either backend."""
+    rows = []
+    for case in pairwise(backend=("torch", "triton"), **options):
+        backend = case.pop("backend")
+        rows.append(pytest.param(backend, case, id=f"{backend}-{name_of_options(case)}"))
+    return pytest.mark.parametrize("any_backend, options", rows, indirect=["any_backend"])
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------
@@ -112,7 +117,7 @@ def opcheck(op, args: list) -> None:
 BOTH = (True, False)
 
 
-@each(pairwise(training=BOTH, shortcut=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, relu=BOTH))
+@each(training=BOTH, shortcut=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, relu=BOTH)
 def test_batch_norm_add_relu_passes_opcheck(any_backend, options):
     shortcut, relu = options["shortcut"], options["relu"]
     settings = {k: v for k, v in options.items() if k not in ("shortcut", "relu")}
@@ -120,7 +125,7 @@ def test_batch_norm_add_relu_passes_opcheck(any_backend, options):
     opcheck(ops.batch_norm_add_relu, [x, skip if shortcut else None, *norm(3, 10, **settings), relu])
 
 
-@each(pairwise(training=BOTH, relu=BOTH, shortcut=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH))
+@each(training=BOTH, relu=BOTH, shortcut=BOTH, affine=BOTH, conv_bias=BOTH, all_needed=BOTH)
 def test_batch_norm_add_relu_backward_passes_opcheck(any_backend, options):
     shortcut, relu = options["shortcut"], options["relu"]
     settings = {k: options[k] for k in ("training", "affine", "conv_bias")}
@@ -138,7 +143,7 @@ def test_batch_norm_add_relu_backward_passes_opcheck(any_backend, options):
 SIZES = ((9, 7), (2, 5))
 
 
-@each(pairwise(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, cast=BOTH, size=SIZES))
+@each(training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, cast=BOTH, size=SIZES)
 def test_stem_passes_opcheck(any_backend, options):
     settings = {k: v for k, v in options.items() if k not in ("cast", "size")}
     x = draw(2, 2, *options["size"]).requires_grad_()
@@ -146,7 +151,7 @@ def test_stem_passes_opcheck(any_backend, options):
     opcheck(ops.stem, pack(Stem(x, Unit(conv, (2, 1, 1), norm(3, 10, **settings), master))))
 
 
-@each(pairwise(training=BOTH, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
+@each(training=BOTH, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH)
 def test_stem_backward_passes_opcheck(any_backend, options):
     x, (conv, master) = draw(2, 2, 9, 7).requires_grad_(), cast(weight(3, 2, 3, 1), options["cast"])
     unit = Unit(conv, (2, 1, 1), norm(3, 10, **{k: options[k] for k in ("training", "affine", "conv_bias")}), master)
@@ -171,16 +176,12 @@ def deep_stem_arguments(options: dict) -> DeepStem:
     return DeepStem(draw(2, 2, 9, 7).requires_grad_(), tuple(units))
 
 
-@each(
-    pairwise(
-        first_training=BOTH, last_training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, cast=BOTH
-    )
-)
+@each(first_training=BOTH, last_training=BOTH, affine=BOTH, running=BOTH, conv_bias=BOTH, averaged=BOTH, cast=BOTH)
 def test_deep_stem_passes_opcheck(any_backend, options):
     opcheck(ops.deep_stem, pack(deep_stem_arguments(options)))
 
 
-@each(pairwise(first_training=BOTH, last_training=BOTH, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
+@each(first_training=BOTH, last_training=BOTH, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH)
 def test_deep_stem_backward_passes_opcheck(any_backend, options):
     arguments = deep_stem_arguments(options)
     flat = pack(arguments)
@@ -191,7 +192,7 @@ def test_deep_stem_backward_passes_opcheck(any_backend, options):
     opcheck(ops.deep_stem_backward, backward_arguments(dout, kept, flat, options["all_needed"]))
 
 
-@each(pairwise(affine=BOTH, conv_bias=BOTH))
+@each(affine=BOTH, conv_bias=BOTH)
 def test_deep_stem_inference_passes_opcheck(any_backend, options):
     frozen = {"first_training": False, "last_training": False, "cast": False}
     with torch.no_grad():
@@ -240,13 +241,13 @@ def kind_of(arguments: tuple, kind=block_kind):
     return kind(len(units), isinstance(shortcut, Unit), pooled != [])
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS))
+@each(units=(2, 3), block=BLOCKS, window=WINDOWS, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS)
 def test_a_block_passes_opcheck(any_backend, options):
     arguments = block_arguments(options)
     opcheck(getattr(ops, kind_of(arguments).name), pack(arguments))
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, cast=BOTH, all_needed=BOTH, **NORMS))
+@each(units=(2, 3), block=BLOCKS, window=WINDOWS, cast=BOTH, all_needed=BOTH, **NORMS)
 def test_the_backward_of_a_block_passes_opcheck(any_backend, options):
     arguments = block_arguments(options)
     kind, flat = kind_of(arguments), pack(arguments)
@@ -266,13 +267,13 @@ def frozen_arguments(options: dict) -> tuple:
     return unpack(type(arguments), flat)
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH, cast=BOTH))
+@each(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH, cast=BOTH)
 def test_a_block_with_norms_of_constants_passes_opcheck(any_backend, options):
     arguments = frozen_arguments(options)
     opcheck(getattr(ops, f"{kind_of(arguments).name}_frozen"), pack(arguments))
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH))
+@each(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH, cast=BOTH, all_needed=BOTH)
 def test_the_backward_of_a_block_with_norms_of_constants_passes_opcheck(any_backend, options):
     arguments = frozen_arguments(options)
     kind, flat = kind_of(arguments, frozen_kind), pack(arguments)
@@ -287,7 +288,7 @@ def test_the_backward_of_a_block_with_norms_of_constants_passes_opcheck(any_back
     opcheck(op, backward_arguments(dout, kept, flat, options["all_needed"]))
 
 
-@each(pairwise(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH))
+@each(units=(2, 3), block=BLOCKS, window=WINDOWS, affine=BOTH, conv_bias=BOTH)
 def test_inference_of_a_block_passes_opcheck(any_backend, options):
     frozen = {"first_training": False, "last_training": False}
     arguments = block_arguments({**options, **frozen})
@@ -306,13 +307,13 @@ def link_of(N: int, K: int, seed: int) -> Tensor:
     return draw(3 * N, K, seed=seed).view(3, N, K)
 
 
-@each(pairwise(units=(2, 3), window=WINDOWS, relu=BOTH, added=BOTH, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS))
+@each(units=(2, 3), window=WINDOWS, relu=BOTH, added=BOTH, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS)
 def test_squeeze_passes_opcheck(any_backend, options):
     arguments = squeeze_arguments(options)
     opcheck(getattr(ops, squeeze_kind(options["units"]).name), pack(arguments))
 
 
-@each(pairwise(units=(2, 3), window=WINDOWS, relu=BOTH, added=BOTH, cast=BOTH, all_needed=BOTH, **NORMS))
+@each(units=(2, 3), window=WINDOWS, relu=BOTH, added=BOTH, cast=BOTH, all_needed=BOTH, **NORMS)
 def test_squeeze_backward_passes_opcheck(any_backend, options):
     arguments, kind = squeeze_arguments(options), squeeze_kind(options["units"])
     flat, (x, units, relu, added) = pack(arguments), arguments
@@ -332,12 +333,12 @@ def excite_arguments(options: dict) -> Excite:
     return Excite(y, stats, link, gate, shortcut, options["inner_relu"], options["relu"])
 
 
-@each(pairwise(shortcut=BOTH, inner_relu=BOTH, relu=BOTH))
+@each(shortcut=BOTH, inner_relu=BOTH, relu=BOTH)
 def test_excite_passes_opcheck(any_backend, options):
     opcheck(ops.excite, pack(excite_arguments(options)))
 
 
-@each(pairwise(inner_relu=BOTH, relu=BOTH, all_needed=BOTH))
+@each(inner_relu=BOTH, relu=BOTH, all_needed=BOTH)
 def test_excite_backward_passes_opcheck(any_backend, options):
     arguments = excite_arguments(options)
     with torch.no_grad():
@@ -350,7 +351,7 @@ def test_excite_backward_passes_opcheck(any_backend, options):
     opcheck(ops.excite_backward, backward_arguments(dout, kept, pack(given), options["all_needed"]))
 
 
-@each(pairwise(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), folds=BOTH, C=(1, 2)))
+@each(affine=BOTH, conv_bias=BOTH, geometry=((3, 1, 1), (7, 2, 3), (1, 2, 0)), folds=BOTH, C=(1, 2))
 def test_stem_inference_passes_opcheck(any_backend, monkeypatch, options):
     (size, *geometry), C = options["geometry"], options["C"]
     if options["folds"]:  # on a CPU, as it does for more pixels
