@@ -16,6 +16,7 @@ import pkgutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ class RecordedLaunch:
                 described.append(f"{name}:{kind}{known}")
         return described + [f"{name}={value}" for name, value in sorted(self.options.items())]
 
-    @property
+    @cached_property
     def specialisation(self) -> str:
         return " ".join(self.features)
 
@@ -131,9 +132,22 @@ def unite(launches: Iterable[RecordedLaunch]) -> list[RecordedLaunch]:
     return list(united.values())
 
 
+def _key(function: JITFunction, passed: dict[str, object]) -> tuple:
+    """What a record depends on: of a tensor, Triton asks for its type and alignment."""
+
+    def fact(value: object) -> object:
+        if isinstance(value, Tensor):
+            return value.dtype, value.shape, value.stride(), value.data_ptr() % VECTOR
+        return repr(value)  # 1 and True are different constants
+
+    return function, *((name, fact(value)) for name, value in passed.items())
+
+
 @contextmanager
 def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Iterator[list[RecordedLaunch]]:
     """Inside, no Triton kernel runs: each launch, as it would be for `target`, is appended to the list that this gives.
+
+    One that is as an earlier one was is that one's record once more.
 
     Code that asks Triton's driver for the device's properties is told `properties`.
 
@@ -146,6 +160,7 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
     if knobs.runtime.interpret:
         raise RuntimeError("launches cannot be recorded while kernels are interpreted: unset TRITON_INTERPRET")
     launches: list[RecordedLaunch] = []
+    recorded: dict[tuple, RecordedLaunch] = {}
     passed: dict[str, object] = {}
     run = jit.JITFunction.run
 
@@ -153,22 +168,24 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
         passed.clear()
         passed.update(zip(function.arg_names, args))
         passed.update(kwargs)
-        return run(function, *args, grid=grid, warmup=warmup, **kwargs)
+        if (known := recorded.get(_key(function, passed))) is None:
+            return run(function, *args, grid=grid, warmup=warmup, **kwargs)
+        launches.append(known)  # Triton would take 20 times as long to specialise it again
 
     def append(*, fn, compile, **_) -> bool:
         function = fn.jit_function
         own = set(function.arg_names)
-        launches.append(
-            RecordedLaunch(
-                module=function.module,
-                kernel=function.fn.__qualname__,
-                signature=dict(compile["signature"]),
-                constants=dict(compile["constants"]),
-                attributes=dict(compile["configs"][0]),
-                options={n: v for n, v in passed.items() if n not in own},
-                tensors={n: TensorArgument.of(v) for n, v in passed.items() if n in own and isinstance(v, Tensor)},
-            )
+        launch = RecordedLaunch(
+            module=function.module,
+            kernel=function.fn.__qualname__,
+            signature=dict(compile["signature"]),
+            constants=dict(compile["constants"]),
+            attributes=dict(compile["configs"][0]),
+            options={n: v for n, v in passed.items() if n not in own},
+            tensors={n: TensorArgument.of(v) for n, v in passed.items() if n in own and isinstance(v, Tensor)},
         )
+        recorded[_key(function, passed)] = launch
+        launches.append(launch)
         return True  # Triton then neither compiles nor launches
 
     before, hook = driver._active, knobs.runtime.jit_cache_hook

@@ -198,7 +198,7 @@ def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[RecordedL
         for case in cases:
             launches.clear()
             CASES[case]()
-            for launch in launches:
+            for launch in unite(launches):
                 launch.cases.append(case)
             found = unite(found + launches)
     return found
