@@ -1,6 +1,8 @@
-"""No register is spilled at ResNet's channel counts, each in every type: the gate's share has a count in one only."""
+"""No register is spilled at ResNet's channel counts, each in every type: the gate's share has a count in one only.
 
-import pytest
+Each is compiled for one of two devices, and each type for both.
+"""
+
 import torch
 
 from benchmarks.compiled import binaries, launches
@@ -12,9 +14,10 @@ from resnet.kernels.batch_norm_max_pool_backward import (
 from resnet.kernels.tuning import DEVICES
 from tests.helpers import squeeze_excite_launches
 from tests.helpers.batch_norm_launches import LAUNCHES, Case
+from tests.helpers.pairs import each_pair
 
-per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])
-per_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+DEVICE = ("sm_80", "sm_90")
+DTYPE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def assert_nothing_is_spilled(recorded: list[launches.RecordedLaunch], device: str) -> None:
@@ -26,9 +29,7 @@ def assert_nothing_is_spilled(recorded: list[launches.RecordedLaunch], device: s
         assert found.spills == found.stack == 0, f"{launch.kernel} {launch.specialisation}: {found}"
 
 
-@pytest.mark.parametrize("C", [64, 128, 256, 512])
-@per_dtype
-@per_device
+@each_pair(device=DEVICE, dtype=DTYPE, C=(64, 128, 256, 512))
 def test_batch_norm(device, dtype, C):
     case = Case.of((1, C, 8, 8), dtype)
     with launches.record(DEVICES[device].target) as recorded:
@@ -37,9 +38,7 @@ def test_batch_norm(device, dtype, C):
     assert_nothing_is_spilled(recorded, device)
 
 
-@pytest.mark.parametrize("C", [8, 64, 100])
-@per_dtype
-@per_device
+@each_pair(device=DEVICE, dtype=DTYPE, C=(8, 64, 100))
 def test_batch_norm_and_max_pool(device, dtype, C):
     y, dout = Case.of((1, C, 6, 6), dtype), Case.of((1, C, 3, 3), dtype).dout
     with launches.record(DEVICES[device].target) as recorded:
@@ -49,12 +48,10 @@ def test_batch_norm_and_max_pool(device, dtype, C):
     assert_nothing_is_spilled(recorded, device)
 
 
-@pytest.mark.parametrize(("N", "C"), [(2, 8), (2, 64), (256, 64), (2, 100), (2, 512)])
-@per_dtype
-@per_device
-def test_batch_norm_squeeze_and_excitation(device, dtype, N, C):
+@each_pair(device=DEVICE, dtype=DTYPE, maps=((2, 8), (2, 64), (256, 64), (2, 100), (2, 512)))
+def test_batch_norm_squeeze_and_excitation(device, dtype, maps):
     """Tiles of 32 columns where the images are few, and of 64."""
-    case = squeeze_excite_launches.Case.of((N, C, 16, 16), dtype)
+    case = squeeze_excite_launches.Case.of((*maps, 16, 16), dtype)
     with launches.record(DEVICES[device].target) as recorded:
         for launch in squeeze_excite_launches.LAUNCHES.values():
             launch(case)
