@@ -1,8 +1,12 @@
 """No register is spilled at ResNet's channel counts, each in every type: the gate's share has a count in one only.
 
-Each is compiled for one of two devices, and each type for both.
+Any two of device, type, shape and launch meet. `benchmarks.compiled.report --all` compiles all together.
 """
 
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
 import torch
 
 from benchmarks.compiled import binaries, launches
@@ -12,15 +16,20 @@ from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_reduce,
 )
 from resnet.kernels.tuning import DEVICES
-from tests.helpers import squeeze_excite_launches
-from tests.helpers.batch_norm_launches import LAUNCHES, Case
-from tests.helpers.pairs import each_pair
+from tests.helpers import batch_norm_launches, squeeze_excite_launches
+from tests.helpers.pairs import pairwise
 
-DEVICE = ("sm_80", "sm_90")
-DTYPE = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])
 
 
-def assert_nothing_is_spilled(recorded: list[launches.RecordedLaunch], device: str) -> None:
+def assert_nothing_is_spilled(device: str, made: Callable[..., object], **options: tuple) -> None:
+    """What `made` launches for each of the pairwise options that the device meets."""
+    with launches.record(DEVICES[device].target) as recorded:
+        for case in pairwise(device=("sm_80", "sm_90"), dtype=DTYPES, **options):
+            if case.pop("device") == device:
+                made(**case)
     recorded = launches.unite(recorded)
     figures = binaries.read([(launch, device) for launch in recorded])
     assert figures
@@ -29,30 +38,29 @@ def assert_nothing_is_spilled(recorded: list[launches.RecordedLaunch], device: s
         assert found.spills == found.stack == 0, f"{launch.kernel} {launch.specialisation}: {found}"
 
 
-@each_pair(device=DEVICE, dtype=DTYPE, C=(64, 128, 256, 512))
-def test_batch_norm(device, dtype, C):
-    case = Case.of((1, C, 8, 8), dtype)
-    with launches.record(DEVICES[device].target) as recorded:
-        for launch in LAUNCHES.values():
-            launch(case)
-    assert_nothing_is_spilled(recorded, device)
+@per_device
+@pytest.mark.parametrize(
+    ("kinds", "shapes"),
+    [
+        (batch_norm_launches, [(1, C, 8, 8) for C in (64, 128, 256, 512)]),
+        # Tiles of 32 columns where the images are few, and of 64.
+        (squeeze_excite_launches, [(N, C, 16, 16) for N, C in ((2, 8), (2, 64), (256, 64), (2, 100), (2, 512))]),
+    ],
+    ids=["batch norm", "squeeze-and-excitation"],
+)
+def test_no_launch_spills(device, kinds: ModuleType, shapes):
+    def made(dtype: torch.dtype, shape: tuple[int, ...], kind: str) -> None:
+        kinds.LAUNCHES[kind](kinds.Case.of(shape, dtype))
+
+    assert_nothing_is_spilled(device, made, shape=tuple(shapes), kind=tuple(kinds.LAUNCHES))
 
 
-@each_pair(device=DEVICE, dtype=DTYPE, C=(8, 64, 100))
-def test_batch_norm_and_max_pool(device, dtype, C):
-    y, dout = Case.of((1, C, 6, 6), dtype), Case.of((1, C, 3, 3), dtype).dout
-    with launches.record(DEVICES[device].target) as recorded:
+@per_device
+def test_no_launch_of_the_stem_spills(device):
+    def made(dtype: torch.dtype, C: int) -> None:
+        y, dout = (batch_norm_launches.Case.of((1, C, size, size), dtype) for size in (6, 3))
         out, tap = batch_norm_max_pool(y.x, y.stats)
-        batch_norm_max_pool_backward_reduce(dout, y.x, out, tap, y.stats)
-        batch_norm_max_pool_backward_apply(dout, y.x, out, tap, y.stats, y.sums)
-    assert_nothing_is_spilled(recorded, device)
+        batch_norm_max_pool_backward_reduce(dout.dout, y.x, out, tap, y.stats)
+        batch_norm_max_pool_backward_apply(dout.dout, y.x, out, tap, y.stats, y.sums)
 
-
-@each_pair(device=DEVICE, dtype=DTYPE, maps=((2, 8), (2, 64), (256, 64), (2, 100), (2, 512)))
-def test_batch_norm_squeeze_and_excitation(device, dtype, maps):
-    """Tiles of 32 columns where the images are few, and of 64."""
-    case = squeeze_excite_launches.Case.of((*maps, 16, 16), dtype)
-    with launches.record(DEVICES[device].target) as recorded:
-        for launch in squeeze_excite_launches.LAUNCHES.values():
-            launch(case)
-    assert_nothing_is_spilled(recorded, device)
+    assert_nothing_is_spilled(device, made, C=(8, 64, 100))
