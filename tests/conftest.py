@@ -3,6 +3,7 @@
 `tests/emulated` and `tests/gate` are the exceptions: they compile the kernels, in processes of their own.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -105,6 +106,16 @@ def safe_eager():
     with pytest.MonkeyPatch.context() as changes:
         changes.setattr(torch.nn.functional, "conv2d", conv2d)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected_once():
+    """The garbage collector leaves alone what is there when a file's tests begin.
+
+    PyTorch's compiler and its checks of operators keep millions of objects, and a collection looks through all of them.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
