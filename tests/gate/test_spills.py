@@ -19,15 +19,16 @@ from resnet.kernels.tuning import DEVICES
 from tests.helpers import batch_norm_launches, squeeze_excite_launches
 from tests.helpers.pairs import pairwise
 
+COMPILED_FOR = ("sm_80", "sm_90")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-per_device = pytest.mark.parametrize("device", ["sm_80", "sm_90"])
+per_device = pytest.mark.parametrize("device", COMPILED_FOR)
 
 
 def assert_nothing_is_spilled(device: str, made: Callable[..., object], **options: tuple) -> None:
-    """What `made` launches for each of the pairwise options that the device meets."""
+    """What `made` launches with each type and each of the options, pairwise, where these meet the device."""
     with launches.record(DEVICES[device].target) as recorded:
-        for case in pairwise(device=("sm_80", "sm_90"), dtype=DTYPES, **options):
+        for case in pairwise(device=COMPILED_FOR, dtype=DTYPES, **options):
             if case.pop("device") == device:
                 made(**case)
     recorded = launches.unite(recorded)
