@@ -155,7 +155,7 @@ OTHERS = [task for task in parity.tasks(scale.rehearsal()) if task.kind != "Resi
 def test_a_task_of_another_module_runs_each_of_its_tiles_on_the_kernels(monkeypatch, task):
     """A rehearsal runs PyTorch's operators. So few images leave the error to luck, so it is asked to be small alone."""
     monkeypatch.setattr(scale.Scale, "on_gpu", True)
-    result = parity.check(task, replace(scale.rehearsal(), block_batch=4))
+    result = parity.check(task, replace(scale.rehearsal(), block_batch=2))
     assert "error" not in result, result
     assert result["with"], "no product was launched with a tile"
     assert result["share_of_allowed"] < 4, result
