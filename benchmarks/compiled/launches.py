@@ -147,9 +147,8 @@ def _key(function: JITFunction, passed: dict[str, object]) -> tuple:
 def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Iterator[list[RecordedLaunch]]:
     """Inside, no Triton kernel runs: each launch, as it would be for `target`, is appended to the list that this gives.
 
-    One that is as an earlier one was is that one's record once more.
-
-    Code that asks Triton's driver for the device's properties is told `properties`.
+    A launch that repeats an earlier one is appended as the same record. Code that asks Triton's driver for the device's
+    properties is told `properties`.
 
     Raises:
         RuntimeError: the kernels are interpreted in this process, which leaves nothing to compile.
