@@ -167,24 +167,29 @@ def record(target: GPUTarget, properties: dict[str, int] | None = None) -> Itera
         passed.clear()
         passed.update(zip(function.arg_names, args))
         passed.update(kwargs)
-        if (known := recorded.get(_key(function, passed))) is None:
-            return run(function, *args, grid=grid, warmup=warmup, **kwargs)
-        launches.append(known)  # Triton would take 20 times as long to specialise it again
+        key = _key(function, passed)
+        if key in recorded:  # Triton would take 20 times as long to specialise it again
+            launches.append(recorded[key])
+            return None
+        count = len(launches)
+        result = run(function, *args, grid=grid, warmup=warmup, **kwargs)
+        recorded.update((key, launch) for launch in launches[count:])
+        return result
 
     def append(*, fn, compile, **_) -> bool:
         function = fn.jit_function
         own = set(function.arg_names)
-        launch = RecordedLaunch(
-            module=function.module,
-            kernel=function.fn.__qualname__,
-            signature=dict(compile["signature"]),
-            constants=dict(compile["constants"]),
-            attributes=dict(compile["configs"][0]),
-            options={n: v for n, v in passed.items() if n not in own},
-            tensors={n: TensorArgument.of(v) for n, v in passed.items() if n in own and isinstance(v, Tensor)},
+        launches.append(
+            RecordedLaunch(
+                module=function.module,
+                kernel=function.fn.__qualname__,
+                signature=dict(compile["signature"]),
+                constants=dict(compile["constants"]),
+                attributes=dict(compile["configs"][0]),
+                options={n: v for n, v in passed.items() if n not in own},
+                tensors={n: TensorArgument.of(v) for n, v in passed.items() if n in own and isinstance(v, Tensor)},
+            )
         )
-        recorded[_key(function, passed)] = launch
-        launches.append(launch)
         return True  # Triton then neither compiles nor launches
 
     before, hook = driver._active, knobs.runtime.jit_cache_hook

@@ -198,9 +198,10 @@ def recorded(device: str, cases: Sequence[str] = tuple(CASES)) -> list[RecordedL
         for case in cases:
             launches.clear()
             CASES[case]()
-            for launch in unite(launches):
+            mine = unite(launches)
+            for launch in mine:
                 launch.cases.append(case)
-            found = unite(found + launches)
+            found = unite(found + mine)
     return found
 
 
