@@ -59,9 +59,9 @@ def test_no_launch_spills(device, kinds: ModuleType, shapes):
 @per_device
 def test_no_launch_of_the_stem_spills(device):
     def made(dtype: torch.dtype, C: int) -> None:
-        y, dout = (batch_norm_launches.Case.of((1, C, size, size), dtype) for size in (6, 3))
+        y, pooled = (batch_norm_launches.Case.of((1, C, size, size), dtype) for size in (6, 3))
         out, tap = batch_norm_max_pool(y.x, y.stats)
-        batch_norm_max_pool_backward_reduce(dout.dout, y.x, out, tap, y.stats)
-        batch_norm_max_pool_backward_apply(dout.dout, y.x, out, tap, y.stats, y.sums)
+        batch_norm_max_pool_backward_reduce(pooled.dout, y.x, out, tap, y.stats)
+        batch_norm_max_pool_backward_apply(pooled.dout, y.x, out, tap, y.stats, y.sums)
 
     assert_nothing_is_spilled(device, made, C=(8, 64, 100))
