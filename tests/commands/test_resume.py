@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
 import signal
 from pathlib import Path
@@ -60,50 +61,59 @@ def weights(path: str) -> dict[str, torch.Tensor]:
     return {f"{key}: {name}": value for key, net in nets.items() for name, value in net.items()}
 
 
-def check_that_it_goes_on(monkeypatch, method: str, call: int, settings: dict) -> None:
-    unbroken = train(config(save="unbroken.pt", **settings))
+def run(path: str, **settings) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+    """What a run gives, and the weights that it leaves."""
+    return train(config(save=path, **settings)), weights(path)
+
+
+@functools.cache
+def unbroken(name: str) -> tuple[TrainResult, dict[str, torch.Tensor]]:
+    return run("unbroken.pt", **SETTINGS[name])
+
+
+def check_that_it_goes_on(monkeypatch, method: str, call: int, settings: dict, uninterrupted: tuple) -> None:
     interrupt_at(monkeypatch, method, call)
     stopped = train(config(save="stopped.pt", **settings))
     assert stopped.interrupted
-    resumed = train(config(save="resumed.pt", resume="stopped.pt", **settings))
-    assert figures(resumed) == figures(unbroken)
-    assert [epoch.examples for epoch in resumed.epochs] == [epoch.examples for epoch in unbroken.epochs]
-    expected, found = weights("unbroken.pt"), weights("resumed.pt")
+    resumed, found = run("resumed.pt", resume="stopped.pt", **settings)
+    result, expected = uninterrupted
+    assert figures(resumed) == figures(result)
+    assert [epoch.examples for epoch in resumed.epochs] == [epoch.examples for epoch in result.epochs]
     assert found.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(
     ("method", "call"),
     [("_step", 1), ("_step", 3), ("_accuracy", 1), ("save", 1)],
     ids=["in the first step", "in a later one", "in an evaluation", "while a checkpoint is written"],
 )
 def test_a_resumed_run_gives_the_bits_of_an_unbroken_one(monkeypatch, method, call, settings):
-    check_that_it_goes_on(monkeypatch, method, call, settings)
+    check_that_it_goes_on(monkeypatch, method, call, SETTINGS[settings], unbroken(settings))
 
 
 def test_a_resumed_run_replays_a_graph_as_an_unbroken_one_does(monkeypatch):
     captures_on_the_cpu(monkeypatch)
-    check_that_it_goes_on(monkeypatch, "_step", 3, {**SETTINGS["all of a recipe"], "cuda_graph": "on"})
+    settings = {**SETTINGS["all of a recipe"], "cuda_graph": "on"}
+    check_that_it_goes_on(monkeypatch, "_step", 3, settings, run("unbroken.pt", **settings))
 
 
 def test_a_run_may_be_stopped_twice_and_save_where_it_came_from(monkeypatch):
     settings = SETTINGS["all of a recipe"]
-    unbroken = train(config(save="unbroken.pt", **settings))
     interrupt_at(monkeypatch, "_step", 1)
     train(config(save="net.pt", **settings))
     interrupt_at(monkeypatch, "_step", 2)
     train(config(save="net.pt", resume="net.pt", **settings))
     resumed = train(config(save="net.pt", resume="net.pt", **settings))
-    assert figures(resumed) == figures(unbroken)
+    assert figures(resumed) == figures(unbroken("all of a recipe")[0])
 
 
 def test_a_constant_rate_lets_a_finished_run_go_on_for_more_epochs():
     settings = SETTINGS["textbook"]
-    unbroken = train(config(epochs=3, **settings))
+    longer = train(config(epochs=3, **settings))
     train(config(epochs=2, save="net.pt", **settings))
-    assert figures(train(config(epochs=3, resume="net.pt", **settings))) == figures(unbroken)
+    assert figures(train(config(epochs=3, resume="net.pt", **settings))) == figures(longer)
 
 
 def test_a_finished_run_s_figures_come_out_again():
