@@ -16,6 +16,7 @@ except ImportError:
     TensorGuards = None
 
 _TENSORS = (Tensor, Parameter)
+_ADDRESS = Tensor.data_ptr
 _SETTINGS = {type(None), bool, int, float, str, tuple}
 _MANY = 4096  # facts; more of them are sizes that come once, and all are forgotten
 _RECENT = 8  # facts that one place in the program compares with
@@ -105,9 +106,8 @@ def known(arguments: Sequence) -> Known | None:
 
 def _matcher(arguments: Sequence, found: Known) -> Callable[[Sequence], list[int] | None] | None:
     """A function that gives the addresses of other arguments' tensors where their facts are those found, else None."""
-    kinds = tuple(map(type, arguments))
-    places = [i for i, kind in enumerate(kinds) if kind in _TENSORS]
-    others = [i for i, kind in enumerate(kinds) if kind not in _TENSORS]
+    places = [i for i, argument in enumerate(arguments) if type(argument) in _TENSORS]
+    others = [i for i, argument in enumerate(arguments) if type(argument) not in _TENSORS]
     if TensorGuards is None or len(places) < 2 or len(others) < 2:
         return None
     tensors_of, settings_of = itemgetter(*places), itemgetter(*others)
@@ -117,15 +117,16 @@ def _matcher(arguments: Sequence, found: Known) -> Callable[[Sequence], list[int
         same = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
     except TypeError:  # PyTorch may change it
         return None
+    count, kinds = len(arguments), tuple(map(type, settings))
     alignments = [address & 15 for address in found.addresses]
 
     def addresses(arguments: Sequence) -> list[int] | None:
-        if tuple(map(type, arguments)) != kinds:
+        if len(arguments) != count:
             return None
-        tensors = tensors_of(arguments)
-        if not same(*tensors) or settings_of(arguments) != settings:
+        tensors, own = tensors_of(arguments), settings_of(arguments)
+        if not same(*tensors) or tuple(map(type, own)) != kinds or own != settings:
             return None
-        found = [t.data_ptr() for t in tensors]
+        found = list(map(_ADDRESS, tensors))
         return found if [address & 15 for address in found] == alignments else None
 
     return addresses if addresses(arguments) is not None else None

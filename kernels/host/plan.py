@@ -25,6 +25,13 @@ from . import facts, launcher
 from .facts import Known
 from .launcher import STREAM, Launch, Repetition
 
+try:  # the code of PyTorch's compiler calls them: half of `torch.empty_strided`'s time, and the current device
+    from torch._C._dynamo.guards import _empty_strided_cpu, _empty_strided_cuda
+
+    _EMPTY = {"cpu": _empty_strided_cpu, "cuda": _empty_strided_cuda}
+except ImportError:
+    _EMPTY = {}
+
 _MANY = 16  # plans of the same arguments; more of them are of settings that come once, and all are forgotten
 
 _SMALL = 2**20  # bytes of memory that shares an allocation
@@ -296,8 +303,7 @@ class _Recorder(TorchDispatchMode):
         places = self._workspace(set(last) - kept)
         if places:
             *_, end = places.values()
-            settings = f"dtype={self._constant(torch.uint8)}, device={self._constant(self._device)}"
-            body += [f"w = empty(({end[1]},), (1,), {settings})", "w0 = w.data_ptr()"]
+            body += [f"w = {self._empty((end[1],), (1,), torch.uint8, self._device)}", "w0 = w.data_ptr()"]
         for i, (code, names) in enumerate(self._lines):
             for name, (before, tensor) in self._made.items():
                 if before == i and (name in last or name in kept):
@@ -345,9 +351,16 @@ class _Recorder(TorchDispatchMode):
     def _allocation(self, name: str, tensor: Tensor, places: dict[str, tuple[int, int]]) -> list[str]:
         if name in places:
             return [f"p{name[1:]} = w0 + {places[name][0]}"]
-        settings = f"dtype={self._constant(tensor.dtype)}, device={self._constant(tensor.device)}"
-        code = f"{name} = empty({tuple(tensor.shape)}, {tensor.stride()}, {settings})"
+        code = f"{name} = {self._empty(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)}"
         return [code, f"p{name[1:]} = {name}.data_ptr()"] if name in self._addressed else [code]
+
+    def _empty(self, shape: tuple, strides: tuple, dtype: torch.dtype, device: torch.device) -> str:
+        quick = _EMPTY.get(device.type)
+        # With a driver the device of the launches is the current one during a replay.
+        is_current = device.type == "cpu" or (device == self._device and launcher.active_driver() is not None)
+        if quick is None or not is_current:
+            return f"empty({shape}, {strides}, dtype={self._constant(dtype)}, device={self._constant(device)})"
+        return f"{self._constant(quick)}({shape}, {strides}, {self._constant(dtype)})"
 
 
 def _storage(tensor: Tensor) -> int:

@@ -57,7 +57,15 @@ def expected(x: Tensor, y: Tensor, factor: float) -> list[Tensor | None]:
     return [3 * (x * factor + y * 2), None, y * 2, (x * factor + y * 2).t(), y]
 
 
-def test_from_the_third_call_on_a_function_is_replayed_with_the_arguments_of_the_call():
+@pytest.fixture(params=[True, False], ids=["the compiler's allocations", "public allocations"])
+def any_allocation(request, monkeypatch):
+    """A plan allocates with functions that PyTorch keeps for its compiler, where it has them."""
+    assert plan._EMPTY, "this PyTorch has them no more"
+    if not request.param:
+        monkeypatch.setattr(plan, "_EMPTY", {})
+
+
+def test_from_the_third_call_on_a_function_is_replayed_with_the_arguments_of_the_call(any_allocation):
     replayed = []
     for _ in range(4):
         x, y = draw(3, 5), draw(3, 5)
@@ -98,6 +106,31 @@ def test_views_of_one_memory_are_told_apart():
         both = draw(2, 4, 8)
         x, y = both.unbind()
         torch.testing.assert_close(run(views, x, y, 0.5)[0], expected(x, y, 0.5))
+
+
+def made(x: Tensor) -> list[Tensor]:
+    like = {"device": x.device}
+    images = torch.empty((2, 3, 4, 5), dtype=torch.bfloat16, memory_format=torch.channels_last, **like)
+    counts = torch.empty((), dtype=torch.int64, **like)
+    host = torch.empty((3,), dtype=torch.float64)
+    return [
+        scaled(x, 2.0),
+        images.zero_(),
+        counts.zero_(),
+        host.zero_(),
+        torch.empty_strided((2, 3), (1, 4), **like).zero_(),
+    ]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_replay_allocates_is_of_the_kind_that_the_function_allocates(any_allocation, mode):
+    for _ in range(3):
+        with mode():
+            outputs, calls = run(made, draw(3, 5))
+            for found, expected in zip(outputs[1:], made(draw(3, 5))[1:], strict=True):
+                torch.testing.assert_close(found, expected, check_stride=True)
+                assert found.is_inference() == expected.is_inference() and not found.requires_grad
+    assert calls == 1
 
 
 def test_another_environment_is_another_plan():
