@@ -98,7 +98,7 @@ def _packer(kind: type[tuple]) -> Callable[[tuple], list]:
 
 def received(flat: Sequence) -> tuple:
     """The arguments of an operator as they were given: PyTorch's dispatcher makes lists of tuples."""
-    return tuple(tuple(value) if type(value) is list else value for value in flat)
+    return tuple([tuple(value) if type(value) is list else value for value in flat])
 
 
 def unpack(kind: type[T], flat: Sequence) -> T:

@@ -77,6 +77,23 @@ class Recent:
         return found
 
 
+_places: dict[int, Recent] = {}  # by the address of a parameter
+
+
+def known_without_place(arguments: Sequence) -> Known | None:
+    """`known` of what PyTorch's dispatcher passes on: a parameter among the arguments stands for their place."""
+    kinds = tuple(map(type, arguments))
+    if Parameter not in kinds:
+        return known(arguments)
+    place = arguments[kinds.index(Parameter)].data_ptr()
+    recent = _places.get(place)
+    if recent is None:
+        if len(_places) >= _MANY:
+            _places.clear()
+        recent = _places[place] = Recent()
+    return recent.known(arguments)
+
+
 def known(arguments: Sequence) -> Known | None:
     """The facts of tensors and settings; None where an argument is neither a plain tensor with memory nor a setting."""
     key, addresses = [], []

@@ -75,7 +75,7 @@ def run(
         known: the facts of the arguments, where the caller has them.
     """
     if known is None:
-        known = facts.known(arguments) if facts.is_plain() else None
+        known = facts.known_without_place(arguments) if facts.is_plain() else None
     if known is None or not launcher.is_plain():
         return function(*arguments)
     plans, addresses = known.facts.plans, known.addresses
