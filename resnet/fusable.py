@@ -221,6 +221,8 @@ def unfusable(name: str, module: nn.Module, kind: type[nn.Module]) -> str | None
         if got == expected:
             got, expected = (f"{k.__module__}.{k.__qualname__}" for k in (type(module), kind))
         return f"{name} is a {got}, not a {expected}"
+    for method in ("forward", "_conv_forward") if kind is nn.Conv2d else ("forward",):
+        getattr(module, method)  # for torch.compile, which guards what is read and not what is looked for in `__dict__`
     found = passed_over(module)
     return None if found is None else f"{name} has {found}, which a fused operator would not call"
 

@@ -33,7 +33,7 @@ from resnet.operands import (
 from resnet.schema import pack, unpack
 from resnet.torch_backend import inference
 from tests.conftest import DEVICE
-from tests.helpers.blocks import averaged, draw, randomize, step
+from tests.helpers.blocks import averaged, draw, randomize, snapshot, step
 from tests.helpers.pairs import pairwise
 
 pytestmark = pytest.mark.core
@@ -459,6 +459,35 @@ def small_net() -> nn.Sequential:
 def test_a_net_compiled_by_inductor_equals_uncompiled():
     """On one backend: the graph that Inductor builds from is the same for both."""
     assert_compiles(small_net(), draw(2, 1, 16, 17), "inductor")
+
+
+CHANGES_AFTER_COMPILATION = {
+    "evaluation": lambda m: m.eval(),
+    "eps": lambda m: setattr(m.bn1, "eps", 1.0),
+    "momentum": lambda m: setattr(m.bn1, "momentum", 0.5),
+    "a cumulative average": lambda m: setattr(m.bn2, "momentum", None),
+    "no statistics of its own": lambda m: setattr(m.bn2, "track_running_stats", False),
+    "a forward of its own": lambda m: setattr(m.conv1, "forward", torch.zeros_like),
+    "a norm's forward of its own": lambda m: setattr(m.bn2, "forward", torch.zeros_like),
+    "a convolution of its own": lambda m: setattr(m.conv2, "_conv_forward", lambda x, weight, bias: x),
+    "another module": lambda m: setattr(m, "bn1", nn.Identity()),
+    "another weight": lambda m: setattr(m.conv1, "weight", nn.Parameter(m.conv1.weight.detach().flip(3))),
+    "a frozen weight": lambda m: m.conv2.weight.requires_grad_(False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*runs PyTorch's operators one by one")
+@pytest.mark.parametrize("change", CHANGES_AFTER_COMPILATION.values(), ids=CHANGES_AFTER_COMPILATION)
+def test_a_compiled_block_follows_a_change_of_its_modules(change):
+    block = FusedResidual(3, 3).to(DEVICE)
+    plain, x = copy.deepcopy(block), draw(2, 3, 7, 6)
+    compiled = torch.compile(block, backend="eager")
+    for module in (block, plain):
+        for _ in range(2):
+            (compiled if module is block else plain)(x)
+        change(module)
+    torch.testing.assert_close(compiled(x), plain(x))
+    torch.testing.assert_close(snapshot(block), snapshot(plain))
 
 
 def test_a_compiled_block_takes_other_batch_sizes(any_backend):
