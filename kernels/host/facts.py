@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -77,7 +78,10 @@ class Recent:
         return found
 
 
-_places: dict[int, Recent] = {}  # by the address of a parameter
+@lru_cache(_MANY)
+def _recent_with(address: int) -> Recent:
+    """That of the calls with a parameter at this address."""
+    return Recent()
 
 
 def known_without_place(arguments: Sequence) -> Known | None:
@@ -85,13 +89,7 @@ def known_without_place(arguments: Sequence) -> Known | None:
     kinds = tuple(map(type, arguments))
     if Parameter not in kinds:
         return known(arguments)
-    place = arguments[kinds.index(Parameter)].data_ptr()
-    recent = _places.get(place)
-    if recent is None:
-        if len(_places) >= _MANY:
-            _places.clear()
-        recent = _places[place] = Recent()
-    return recent.known(arguments)
+    return _recent_with(arguments[kinds.index(Parameter)].data_ptr()).known(arguments)
 
 
 def known(arguments: Sequence) -> Known | None:
@@ -141,7 +139,7 @@ def _matcher(arguments: Sequence, found: Known) -> Callable[[Sequence], list[int
         if len(arguments) != count:
             return None
         tensors, own = tensors_of(arguments), settings_of(arguments)
-        if not same(*tensors) or tuple(map(type, own)) != kinds or own != settings:
+        if not same(*tensors) or tuple(map(type, own)) != kinds or own != settings:  # `same` asks for types, too
             return None
         found = list(map(_ADDRESS, tensors))
         return found if [address & 15 for address in found] == alignments else None
