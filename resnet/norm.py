@@ -73,11 +73,10 @@ _SETTINGS = ("training", "track_running_stats", "momentum", "eps")
 
 
 def _settings_of(bn: nn.Module) -> dict[str, object]:
-    """The `_SETTINGS` of a norm, as far as it has them, perhaps among others."""
-    # On Python 3.13.0 torch.compile does not notice that an item of `__dict__` has changed (CPython's issue 125608).
-    if torch.compiler.is_compiling():
-        return {name: getattr(bn, name) for name in _SETTINGS if hasattr(bn, name)}
-    return bn.__dict__
+    """The `_SETTINGS` of a norm, as far as it has them, for torch.compile: on Python 3.13.0 it does not notice that an
+    item of `__dict__` has changed (CPython's issue 125608).
+    """
+    return {name: getattr(bn, name) for name in _SETTINGS if hasattr(bn, name)}
 
 
 def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
@@ -89,7 +88,7 @@ def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
 
     This batch is not counted yet, in `num_batches_tracked` either.
     """
-    own = _settings_of(bn)
+    own = _settings_of(bn) if torch.compiler.is_compiling() else bn.__dict__
     if "momentum" not in own:
         vectors = [held(bn, "_buffers", name) for name in VECTORS[:4]]
         return Norm(*vectors, conv_bias, False, 0.0, own.get("eps", 1e-5))
