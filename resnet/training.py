@@ -461,8 +461,7 @@ class _Run:
         }
         content = io.BytesIO()  # torch.save's own errors name neither the file nor the reason
         torch.save(checkpoint, content)
-        with content.getbuffer() as view:  # if an error left it open, Python 3.14 would print a complaint
-            write_output(path, view)
+        write_output(path, content.getvalue())
         return str(path)
 
     def save_somewhere(self) -> str | None:
