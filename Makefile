@@ -59,7 +59,7 @@ test-tools: $(STAMP)
 	@$(call RUN_TESTS,tests/benchmarks tests/commands tests/faults)
 
 # The core of the suite, interpreted and, where the module ptxsim is, compiled, with each supported pair of PyTorch and
-# Triton: those that are made for each other, and the newest Triton.
+# Triton: those that are made for each other, and the newest Triton with the PyTorch of requirements.txt.
 MATRIX := .venv-matrix
 STACKS := 2.11.0+3.6.0 2.13.0+3.7.1 2.13.0+3.9.0 2.14.1+3.8.0 2.15.0+3.9.0
 torch_of = $(firstword $(subst +, ,$(1)))

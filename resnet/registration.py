@@ -67,7 +67,7 @@ def _differentiate(name: str, formula: type[torch.autograd.Function], below: Cal
 
 
 def _below_autograd(name: str, implementation: Callable) -> Callable[[torch._C.DispatchKeySet, Sequence], object]:
-    """What an operator does once its autograd has: a function of the keys and of the arguments.
+    """What follows an operator's autograd kernel: a function of the dispatch keys and of the arguments.
 
     Where a device's key is the next one, the implementation is called from here. PyTorch's dispatcher would pack and
     unpack the arguments once more, which takes 10 us.
