@@ -51,10 +51,10 @@ def any_backend(request):
 
 @pytest.fixture
 def products_keep_up(monkeypatch):
-    """Convolutions become products as on a CPU with fast ones: see `torch_backend.convolution.products_lag`."""
+    """Convolutions become products as on a CPU with fast ones: see `torch_backend.convolution.limits`."""
     from resnet.torch_backend import convolution
 
-    monkeypatch.setattr(convolution, "products_lag", lambda: False)
+    monkeypatch.setattr(convolution, "limits", lambda: convolution.KEEP_UP)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,6 +9,7 @@ grad-weight is slow on larger maps too. A 1x1 convolution of stride 1 is one pro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -21,14 +22,28 @@ from resnet.operands import Geometry
 
 Size = Sequence[int | torch.SymInt]
 
-# Where products are faster than oneDNN's convolution, measured at batches of 1 to 128 with AVX2 and 2 threads. Of two
-# numbers of pixels of an output map the second one holds where products lag.
-_IMAGES, _CHANNELS = 4, 256  # at least
-_PIXELS, _WEIGHTS = (16, 4), 1 << 14  # of products per tap, forward and for grad-input; weights of a tap for each pixel
-_GRAD_WEIGHT_PIXELS = 64, 4
-_ROWS, _WINDOW_CHANNELS = range(32, 257), 512  # of windows: output pixels of a batch, and output channels
-_GRAD_WEIGHT_ROWS = 512  # at most, for one product of windows and not one per tap
-_PLAIN_PIXELS, _PLAIN_CHANNELS = 1152, 64  # of a batch, at most; and at least: for a 1x1 convolution as one product
+# Where products are faster than oneDNN's convolution, measured at batches of 1 to 128 with 2 threads: at least
+_IMAGES, _CHANNELS, _WINDOW_CHANNELS, _PLAIN_CHANNELS = 4, 256, 512, 64
+_WEIGHTS = 1 << 14  # of a tap for each pixel
+_ROWS = 32  # of windows
+
+
+class Limits(NamedTuple):
+    """Up to where a CPU's matrix products are faster than its convolutions."""
+
+    pixels: int  # of an output map: one product per tap for the output and for dx
+    grad_weight_pixels: int
+    rows: int  # of a batch's output pixels: one product of all windows
+    plain_pixels: int  # of a batch: a 1x1 convolution's output and dx
+    plain_grad_weight_pixels: int
+    many_rows: bool  # whether they are for a stem of one channel, and to add a shortcut
+
+
+# oneDNN uses AVX-512 where a CPU has it. MKL does on Intel's; on AMD's it stays with AVX2, which has half the speed
+# from Zen 5 on. Zen 4 computes AVX-512 in two halves, so there the two are about even.
+KEEP_UP = Limits(16, 64, 256, 1152, sys.maxsize, True)
+ABOUT_EVEN = Limits(4, 16, 0, 576, 1152, True)
+LAG = Limits(4, 4, 0, 0, 0, False)
 
 
 def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int, dilation: int = 1) -> int | torch.SymInt:
@@ -72,36 +87,38 @@ def products(x: Tensor, weight: Tensor, geometry: Geometry) -> Products:
     """What is faster, or safer, as matrix products."""
     if not is_single_on_cpu(x):
         return _NONE
-    return _products(x.shape, weight.shape, geometry, products_lag())
+    return _products(x.shape, weight.shape, geometry, limits())
 
 
 @cache
-def products_lag() -> bool:
-    """Whether PyTorch's matrix products have half the speed of its convolutions.
-
-    They do with AVX-512 on an AMD CPU: oneDNN uses it there, MKL stays with AVX2.
-    """
+def limits() -> Limits:
+    """Those of this CPU."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
-        return False
+        return KEEP_UP
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have none
-    return "AMD" in capabilities.get("cpu_name", "")
+    if "AMD" not in capabilities.get("cpu_name", ""):
+        return KEEP_UP
+    since_zen_5 = "avx_vnni", "avx512_vp2intersect"
+    return LAG if any(map(capabilities.get, since_zen_5)) else ABOUT_EVEN
 
 
 @lru_cache(1024)
-def _products(x: torch.Size, weight: torch.Size, geometry: Geometry, lag: bool) -> Products:
+def _products(x: torch.Size, weight: torch.Size, geometry: Geometry, most: Limits) -> Products:
     """`products` by shapes: every call asks, and Python that has left the cache is slow."""
-    (N, _, H, W), (K, C, R, S), (stride, padding, dilation) = x, weight, geometry
+    N, (K, C, R, S), (stride, padding, dilation) = x[0], weight, geometry
     if dilation > 1 or x[1] > C:
         return _NONE
+    P, Q = out_map(x, weight, geometry)
     if R == S == 1:
-        plain = stride == 1 and padding == 0 and min(C, K) >= _PLAIN_CHANNELS and not lag
-        return Products(plain=plain and N * H * W <= _PLAIN_PIXELS, grad_weight=plain or overruns(C, stride))
+        if padding > 0 or min(C, K) < _PLAIN_CHANNELS:
+            return Products(grad_weight=overruns(C, stride))
+        pixels = N * P * Q
+        return Products(plain=pixels <= most.plain_pixels, grad_weight=pixels <= most.plain_grad_weight_pixels)
     if min(C, K) < _CHANNELS:
         return _NONE
-    P, Q = out_map(x, weight, geometry)
-    small = N >= _IMAGES and _PIXELS[lag] >= P * Q and P * Q * _WEIGHTS <= C * K
-    windows = not small and N * P * Q in _ROWS and K >= _WINDOW_CHANNELS and not lag
-    return Products(small=small, windows=windows, grad_weight=N >= _IMAGES and _GRAD_WEIGHT_PIXELS[lag] >= P * Q)
+    small = N >= _IMAGES and most.pixels >= P * Q and P * Q * _WEIGHTS <= C * K
+    windows = not small and _ROWS <= N * P * Q <= most.rows and K >= _WINDOW_CHANNELS
+    return Products(small=small, windows=windows, grad_weight=N >= _IMAGES and most.grad_weight_pixels >= P * Q)
 
 
 def overruns(C: int, stride: int) -> bool:
@@ -164,7 +181,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     """
     own = products(x, weight, geometry)
     if own.plain:
-        return F.linear(_nhwc(x), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        pixels = _met_by_1x1(x, geometry)
+        y = F.linear(pixels.flatten(0, 2), weight.flatten(1), bias)
+        return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
     if own.windows:
         matrix = _nhwc(weight.contiguous(memory_format=torch.channels_last)).flatten(1)
         y = F.linear(windows(x, weight, geometry).flatten(3), matrix, bias)
@@ -182,16 +201,20 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     return y.permute(0, 3, 1, 2)
 
 
+def _met_by_1x1(x: Tensor, geometry: Geometry) -> Tensor:
+    """(N, P, Q, C), the pixels of x that a 1x1 window without padding meets."""
+    stride = geometry[0]
+    return _nhwc(x)[:, ::stride, ::stride]
+
+
 def add_projected(to: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """to += conv(x, weight) with a 1x1 window; on the CPU by a matrix product that adds to `to` itself.
 
     to (N, K, P, Q) and x (N, C, H, W) are channels_last. Returns `to`.
     """
-    if not is_single_on_cpu(x) or products_lag():
+    if not is_single_on_cpu(x) or not limits().many_rows:
         return to.add_(convolve(x, weight, None, geometry))
-    stride, _, _ = geometry
-    pixels = _nhwc(x)[:, ::stride, ::stride].flatten(0, 2)
-    _nhwc(to).view(-1, to.shape[1]).addmm_(pixels, weight.flatten(1).t())
+    _nhwc(to).view(-1, to.shape[1]).addmm_(_met_by_1x1(x, geometry).flatten(0, 2), weight.flatten(1).t())
     return to
 
 
@@ -212,7 +235,7 @@ def convolve_backward(
 
 
 def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    if weight.shape[2:] == (1, 1):
+    if weight.shape[2:] == (1, 1) and geometry[0] == 1:
         return (_nhwc(dy) @ weight.flatten(1)).permute(0, 3, 1, 2)
     dx = _nhwc(torch.zeros_like(x, memory_format=torch.channels_last))
     for tap, outputs, inputs in _taps(x, weight, geometry):
@@ -221,13 +244,12 @@ def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Te
 
 
 def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    (N, K, P, Q), (_, C, R, S), stride = dy.shape, weight.shape, geometry[0]
-    if R == S == stride == 1:
+    K, C, R, S = weight.shape
+    if R == S == geometry[0] == 1:
         return (_nhwc(dy).flatten(0, 2).t() @ _nhwc(x).flatten(0, 2)).view(K, C, 1, 1)
-    if N * P * Q <= _GRAD_WEIGHT_ROWS and P * Q > 1:
-        met = windows(x, weight, geometry).reshape(N * P * Q, R * S * C)
-        return (_nhwc(dy).flatten(0, 2).t() @ met).view(K, R, S, C).permute(0, 3, 1, 2)
-    dweight = torch.zeros_like(weight, memory_format=torch.channels_last)
-    for tap, outputs, inputs in _taps(x, weight, geometry):
-        dweight[tap] = _nhwc(dy)[outputs].flatten(0, 2).t() @ _nhwc(x)[inputs].flatten(0, 2)
+    taps = list(_taps(x, weight, geometry))
+    made = torch.empty_like if len(taps) == R * S else torch.zeros_like  # a tap that meets no pixel has no gradient
+    dweight = made(weight, memory_format=torch.channels_last)
+    for tap, outputs, inputs in taps:
+        torch.mm(_nhwc(dy)[outputs].flatten(0, 2).t(), _nhwc(x)[inputs].flatten(0, 2), out=dweight[tap])
     return dweight

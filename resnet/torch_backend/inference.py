@@ -22,7 +22,7 @@ from torch import Tensor
 from resnet.norm import Norm
 from resnet.operands import Geometry, Unit
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.convolution import convolve, is_single_on_cpu, out_map, out_size, products_lag, windows
+from resnet.torch_backend.convolution import convolve, is_single_on_cpu, limits, out_map, out_size, windows
 
 _FOLDED = 1 << 16  # elements of the output; with fewer, a pass over it takes less time than the calls that fold
 _MANY_WINDOWS = 1 << 14  # of a stem of one channel; with fewer, oneDNN's convolution takes no longer
@@ -84,7 +84,7 @@ def stem_inference(x: Tensor, unit: Unit) -> Tensor:
     """The stem: relu(max_pool(batch_norm(conv(x)))), the pool 3x3 with stride 2, padding 1; channels_last as x is."""
     weight, geometry, norm, _ = unit
     K = weight.shape[0]
-    by_products = x.shape[1] == 1 and not products_lag()
+    by_products = x.shape[1] == 1 and limits().many_rows
     many = K * _MANY_WINDOWS if by_products else _LARGE
     in_parts = is_single_on_cpu(x) and _outputs(x.shape, weight.shape, geometry) >= many
     if in_parts:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import resnet
 from resnet.functional import channels_last
 from resnet.torch_backend import inference
+from resnet.torch_backend.convolution import KEEP_UP, LAG
 from tests.conftest import DEVICE
 from tests.helpers.blocks import DTYPES, infer, name_of, same, snapshot
 from tests.helpers.fused_cases import FEW, KINDS, MANY, assert_trios_parity, images, inference_trio, kinds
@@ -46,7 +47,7 @@ def test_on_a_cpu_batch_norm_is_folded_where_the_map_is_larger_than_the_weight(m
 @pytest.mark.parametrize("lag", [False, True], ids=["products keep up", "products lag"])
 @pytest.mark.parametrize("kind", ["stem", "grey stem"])
 def test_on_a_cpu_a_large_stem_is_pooled_some_images_after_others(monkeypatch, kind, lag):
-    monkeypatch.setattr(inference, "products_lag", lambda: lag)
+    monkeypatch.setattr(inference, "limits", lambda: LAG if lag else KEEP_UP)
     monkeypatch.setattr(inference, "_WINDOWS", 2 * 11**2)  # of two images
     pooled = []
     max_pool = torch.max_pool2d

@@ -6,7 +6,7 @@ from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet.torch_backend import convolution
-from resnet.torch_backend.convolution import convolve, convolve_backward, products, products_lag
+from resnet.torch_backend.convolution import convolve, convolve_backward, limits, products
 from tests.helpers.parity import assert_as_exact_as_eager
 
 pytestmark = pytest.mark.usefixtures("products_keep_up")
@@ -31,13 +31,14 @@ GRAD_WEIGHT = {
 }
 PLAIN = {
     "1x1 kernel, few pixels": (4, 128, 64, 6, 5, 1, 1, 0),
+    "1x1 kernel, stride 2": (4, 128, 64, 6, 5, 1, 2, 0),
     "1x1 kernel, many pixels": (9, 64, 128, 12, 11, 1, 1, 0),
 }
 OTHER = {
     "large maps": (4, 256, 256, 9, 9, 3, 1, 1),
     "few channels": (4, 128, 128, 3, 3, 3, 1, 1),
     "few images": (3, 512, 512, 3, 3, 3, 1, 1),
-    "1x1 kernel, stride 2": (4, 512, 512, 4, 4, 1, 2, 0),
+    "1x1 kernel, padding": (4, 512, 512, 4, 4, 1, 1, 1),
 }
 
 
@@ -77,15 +78,16 @@ class GradsAsked(TorchDispatchMode):
 def test_products_in_place_of_convolutions_are_as_exact_as_pytorch(shape):
     *_, stride, padding = shape
     small, mostly_weight = shape in SMALL.values(), shape in MOSTLY_WEIGHT.values()
+    few_plain = shape in PLAIN.values() and shape != PLAIN["1x1 kernel, many pixels"]
     results = []
     for seed in range(3):
         x, weight, bias, dy = _draw(*shape, seed=seed)
         own = products(x, weight, (stride, padding, 1))
-        assert (own.small, own.windows) == (small, mostly_weight)
+        assert (own.small, own.windows, own.plain) == (small, mostly_weight, few_plain)
         y = convolve(x, weight, bias, (stride, padding, 1))
         with GradsAsked() as asked:
             fused = (y, *convolve_backward(dy, x, weight, (stride, padding, 1), True, True))
-        assert asked.masks == [[not small and shape != PLAIN["1x1 kernel, few pixels"], mostly_weight, False]]
+        assert asked.masks == [[not (small or own.plain), mostly_weight, False]]
         exact = _reference(*(t.double() for t in (x, weight, bias, dy)), stride, padding)
         results.append((fused, _reference(x, weight, bias, dy, stride, padding), exact))
     for i, name in enumerate(("y", "dx", "dweight")):
@@ -150,20 +152,27 @@ def test_a_small_float64_map_is_pytorchs_convolution():
     assert not any(products(x.double(), weight.double(), (1, 1, 1)))
 
 
-@pytest.mark.parametrize(
-    ("cpu", "lag"), [("AMD EPYC 9355", True), ("Intel(R) Xeon(R) Platinum 8488C", False)], ids=["lags", "keeps up"]
-)
-def test_only_the_smallest_maps_are_products_on_a_cpu_whose_products_lag(monkeypatch, cpu, lag):
+# By CPU: its name, what it can do, and up to how many pixels of an output map products per tap are faster, for the
+# output and for grad-weight.
+CPUS = {
+    "keeps up": ("Intel(R) Xeon(R) Platinum 8488C", {"avx_vnni"}, 16, 64),
+    "about even": ("AMD EPYC 9354", set(), 4, 16),
+    "lags": ("AMD EPYC 9355", {"avx_vnni", "avx512_vp2intersect"}, 4, 4),
+}
+
+
+@pytest.mark.parametrize(("name", "features", "pixels", "grad_weight_pixels"), CPUS.values(), ids=CPUS)
+def test_fewer_maps_are_products_on_a_cpu_whose_products_lag(monkeypatch, name, features, pixels, grad_weight_pixels):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(features, True)})
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(convolution, "products_lag", products_lag.__wrapped__)
-    draw = lambda N, size: _draw(N, 512, 512, size, size, 3, 1, 1, seed=0)[:2]  # noqa: E731
-    assert products(*draw(4, 2), (1, 1, 1)).small
-    assert products(*draw(4, 3), (1, 1, 1)).small == (not lag)
-    assert products(*draw(1, 7), (1, 1, 1)).windows == (not lag)
-    for size, own in ((2, True), (3, not lag)):
-        x, weight, _, dy = _draw(4, 256, 256, size, size, 3, 1, 1, seed=0)
+    monkeypatch.setattr(convolution, "limits", limits.__wrapped__)
+    draw = lambda N, size, window=3: _draw(N, 512, 512, size, size, window, 1, window // 2, seed=0)  # noqa: E731
+    for size in (2, 3, 4, 8):
+        x, weight, _, dy = draw(4, size)
+        assert products(x, weight, (1, 1, 1)).small == (size**2 <= pixels)
         with GradsAsked() as asked:
             convolve_backward(dy, x, weight, (1, 1, 1), False, True)
-        assert asked.masks == [[False, not own, False]]
+        assert asked.masks == [[False, size**2 > grad_weight_pixels, False]]
+    assert products(*draw(1, 7)[:2], (1, 1, 1)).windows == (pixels == 16)
+    assert products(*draw(1, 7, window=1)[:2], (1, 0, 1)).plain == (grad_weight_pixels > 4)
