@@ -4,7 +4,7 @@ oneDNN's direct convolution is slow where a map has few pixels and many channels
 at 96x96) 32 of its 81 products of a pixel and a tap meet padding. There the convolution is one matrix product per tap,
 over the pixels whose tap lies within the map. Where a batch has few pixels altogether, oneDNN spends its time on
 bringing the weight into its own layout. There one product of all windows takes the weight as it is. oneDNN's
-grad-weight is slow on larger maps too. A 1x1 convolution of stride 1 is one product without any of this.
+grad-weight is slow on larger maps too. A 1x1 convolution is one product without any of this.
 """
 
 from __future__ import annotations
