@@ -415,8 +415,10 @@ def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     out, index = aten.max_pool2d_with_indices(z, [3, 3], [2, 2], [1, 1])
     width = x.shape[3]
     place = index.int().sub_(_window_origins(out.shape[2:], width, x.device).int())
-    row = torch.div(place if width > 2 else place - 1, width, rounding_mode="floor")
-    tap = place.sub_(row, alpha=width - 3).to(torch.uint8)
+    # A window's column 0 lies within the map, unless that is 1 or 2 pixels wide. uint8 wraps around.
+    second = width if width > 2 else width + 1  # the place at which its second row begins
+    row = place.ge(second).view(torch.uint8).add_(place.ge(second + width).view(torch.uint8))
+    tap = place.to(torch.uint8).sub_(row, alpha=(width - 3) % 256)
     return out.relu_(), tap, stats
 
 

@@ -32,7 +32,7 @@ def test_a_stem_of_a_16_bit_type_is_as_exact_as_eager(any_backend, dtype, train)
 
 
 @train_and_eval
-@pytest.mark.parametrize("size", [(3, 1, 1), (2, 1, 9), (2, 5, 2), (1, 8, 8)], ids=name_of)
+@pytest.mark.parametrize("size", [(3, 1, 1), (2, 1, 9), (2, 5, 2), (1, 8, 8), (1, 3, 601)], ids=name_of)
 def test_a_stem_gives_eagers_values_on_odd_sizes(any_backend, size, train):
     n, h, w = size
     assert_exact(trio(Stem, 3, 4, dtype=torch.float64, train=train), draw(n, 3, h, w))
