@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -37,12 +37,6 @@ def _most(dtype: torch.dtype) -> int:
     return _PIXELS[dtype.itemsize == 2]
 
 
-@cache
-def _group(count: int, most: int) -> int:
-    """How many of `count` pixels make a group: as many as leave none over, if that is not far fewer than `most`."""
-    return next((size for size in range(most, most // 2, -1) if count % size == 0), most)
-
-
 def rows_of(x: Tensor) -> Tensor:
     """x (N, C, H, W) as (N, H, W, C), with which values per channel (C,) go together."""
     return x.permute(0, 2, 3, 1)
@@ -54,19 +48,24 @@ def _maps(x: Tensor, most: int) -> list[Tensor]:
     A group has `most` pixels, or fewer. Of k groups in a map, group i has the pixels i, i + k, i + 2 k, ... What is
     left over makes the last map.
     """
-    C = x.shape[1]
-    count = x.numel() // C
-    size = _group(count, most)
+    C, start = x.shape[1], x.storage_offset()
+    return [x.as_strided(size, strides, start + first) for size, strides, first in _pieces(x.numel() // C, C, most)]
+
+
+@lru_cache(1024)
+def _pieces(count: int, C: int, most: int) -> list[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """Size, strides and first value of each of `_maps`, from `count` pixels."""
+    # As many pixels in a group as leave none over, if that is not far fewer than `most`.
+    size = next((size for size in range(most, most // 2, -1) if count % size == 0), most)
     whole = count - count % size
     at_a_time = max(1, _SUMS // C) * size
-    maps = [_as_map(x, first, min(at_a_time, whole - first), size) for first in range(0, whole, at_a_time)]
-    return maps if whole == count else [*maps, _as_map(x, whole, count - whole, count - whole)]
 
+    def piece(first: int, pixels: int, size: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        width = pixels // size * C
+        return (1, width, 1, size), (pixels * C, 1, pixels * C, width), first * C
 
-def _as_map(x: Tensor, first: int, count: int, size: int) -> Tensor:
-    C = x.shape[1]
-    width = count // size * C
-    return x.as_strided((1, width, 1, size), (count * C, 1, count * C, width), x.storage_offset() + first * C)
+    found = [piece(first, min(at_a_time, whole - first), size) for first in range(0, whole, at_a_time)]
+    return found if whole == count else [*found, piece(whole, count - whole, count - whole)]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
