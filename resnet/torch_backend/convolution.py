@@ -68,7 +68,7 @@ def chain_shapes(x: Size, units: Iterable[tuple]) -> list[tuple]:
 
 def is_single_on_cpu(x: Tensor) -> bool:
     """Whether x is float32 on the CPU, where this module replaces some of PyTorch's convolutions."""
-    return x.device.type == "cpu" and x.dtype == torch.float32
+    return x.is_cpu and x.dtype == torch.float32
 
 
 class Products(NamedTuple):
