@@ -372,8 +372,9 @@ def _backward_of_many(
     mean, invstd, scale, _ = stats.unbind()
     C, rows_g, rows, sums = x.shape[1], rows_of(g), rows_of(x), []
     for some_g, some_x in [(g, x)] if are_few(x) else zip(*(_maps(t, _most(x.dtype)) for t in (g, x))):
-        of_each = stats.as_strided((2, some_x.shape[1] // C, C), (stats.stride(0), 0, stats.stride(1))).contiguous()
-        operands = some_g, some_x, None, None, None, *of_each.view(2, -1).unbind()
+        # Mean and invstd, once for each group and dense, as PyTorch takes them to be.
+        spread = stats.as_strided((2, some_x.shape[1] // C, C), (stats.stride(0), 0, stats.stride(1))).contiguous()
+        operands = some_g, some_x, None, None, None, *spread.view(2, -1).unbind()
         _, *some = aten.native_batch_norm_backward.default(*operands, True, norm.eps, [False, True, True])
         sums.append([v.view(-1, C) for v in some])
     dweight, sum_g = (_joined(some).sum(0) for some in zip(*sums))

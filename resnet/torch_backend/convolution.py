@@ -22,10 +22,10 @@ from resnet.operands import Geometry
 
 Size = Sequence[int | torch.SymInt]
 
-# Where products are faster than oneDNN's convolution, measured at batches of 1 to 128 with 2 threads: at least
+# Products are faster than oneDNN's convolution, as measured at batches of 1 to 128 with 2 threads, from so many on:
 _IMAGES, _CHANNELS, _WINDOW_CHANNELS, _PLAIN_CHANNELS = 4, 256, 512, 64
-_WEIGHTS = 1 << 14  # of a tap for each pixel
-_ROWS = 32  # of windows
+_WEIGHTS = 1 << 14  # of a tap, for each pixel
+_ROWS = 32  # output pixels of a batch, for one product of windows
 
 
 class Limits(NamedTuple):
@@ -36,14 +36,18 @@ class Limits(NamedTuple):
     rows: int  # of a batch's output pixels: one product of all windows
     plain_pixels: int  # of a batch: a 1x1 convolution's output and dx
     plain_grad_weight_pixels: int
-    many_rows: bool  # whether they are for a stem of one channel, and to add a shortcut
+    many_rows: bool  # any number of pixels of a stem of one channel, and of a shortcut that is added
 
 
 # oneDNN uses AVX-512 where a CPU has it. MKL does on Intel's; on AMD's it stays with AVX2, which has half the speed
 # from Zen 5 on. Zen 4 computes AVX-512 in two halves, so there the two are about even.
-KEEP_UP = Limits(16, 64, 256, 1152, sys.maxsize, True)
-ABOUT_EVEN = Limits(4, 16, 0, 576, 1152, True)
-LAG = Limits(4, 4, 0, 0, 0, False)
+KEEP_UP = Limits(
+    pixels=16, grad_weight_pixels=64, rows=256, plain_pixels=1152, plain_grad_weight_pixels=sys.maxsize, many_rows=True
+)
+ABOUT_EVEN = Limits(
+    pixels=4, grad_weight_pixels=16, rows=0, plain_pixels=576, plain_grad_weight_pixels=1152, many_rows=True
+)
+LAG = Limits(pixels=4, grad_weight_pixels=4, rows=0, plain_pixels=0, plain_grad_weight_pixels=0, many_rows=False)
 
 
 def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int, dilation: int = 1) -> int | torch.SymInt:
