@@ -14,6 +14,7 @@ from typing import Any
 
 from resnet.commands import DTYPES, ConfigError, write_output
 from resnet.data import DatasetError
+from resnet.heap import keep_freed_memory
 from resnet.kernels.host.command import Parser, RunError, ended_by, put, run, say
 from resnet.models import IMPLS, MODELS
 from resnet.ranks import Ranks
@@ -158,4 +159,5 @@ def _report(result: TrainResult, unsaved: str = "before the first step, nothing 
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # for a process that is this command's alone
     sys.exit(main())
