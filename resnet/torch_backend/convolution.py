@@ -248,10 +248,7 @@ def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Te
 
 
 def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    K, C, R, S = weight.shape
-    if R == S == geometry[0] == 1:
-        return (_nhwc(dy).flatten(0, 2).t() @ _nhwc(x).flatten(0, 2)).view(K, C, 1, 1)
-    taps = list(_taps(x, weight, geometry))
+    taps, (R, S) = list(_taps(x, weight, geometry)), weight.shape[2:]
     made = torch.empty_like if len(taps) == R * S else torch.zeros_like  # a tap that meets no pixel has no gradient
     dweight = made(weight, memory_format=torch.channels_last)
     for tap, outputs, inputs in taps:
