@@ -57,7 +57,7 @@ def block_forward(
 
 def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """Gradients of `block_forward` from dout (N, K, P, Q) channels_last; relu(bn(y)) is computed again from y."""
-    x, (out, ys, stats, projected), units, shortcut, *pooled = kept
+    x, (out, ys, stats, projected), units, shortcut, *_ = kept
     norm = batch_norm.backward(dout, ys[-1], out, stats[-1], units[-1].norm, shortcut=True)
     dys, grad, dshortcut, shortcut_grad = [norm.dx], unit_grad(norm), norm.g, UnitGrad(sum_g=norm.sum_g)
     del norm
@@ -66,15 +66,23 @@ def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
         z_norm = batch_norm.backward(dshortcut, z, None, z_stats, shortcut.norm, relu=False)
         dshortcut, shortcut_grad = z_norm.dx, UnitGrad(None, z_norm.dweight, z_norm.dbias, z_norm.sum_g)
     dx, grads = chain_backward(dys, grad, x, ys, stats, units, needs)
-    if shortcut.weight is not None:
-        read, flags = shortcut_input(kept), (needs.x, needs.shortcut.weight)
-        added, dconv = convolve_backward(dshortcut, read, shortcut.weight, shortcut.geometry, *flags)
-        shortcut_grad = shortcut_grad._replace(conv=dconv)
-    else:
-        added = dshortcut
-    if needs.x:
+    dconv = add_shortcut_grad(dx, dshortcut, kept, shortcut.weight, needs)
+    return BlockGrad(dx, grads, shortcut_grad._replace(conv=dconv))
+
+
+def add_shortcut_grad(dx: Tensor | None, dz: Tensor, kept: tuple, weight: Tensor | None, needs: tuple) -> Tensor | None:
+    """dx += the gradient of x by way of the shortcut, from dz, that of what it gives. Returns the gradient of `weight`.
+
+    `weight` is that of its convolution, None without one; dx is None where nobody needs it.
+    """
+    x, _, _, shortcut, *pooled = kept
+    added, dweight = dz, None
+    if weight is not None:
+        flags, to = (needs.x, needs.shortcut.weight), None if pooled else dx
+        added, dweight = convolve_backward(dz, shortcut_input(kept), weight, shortcut.geometry, *flags, to)
+    if needs.x and added is not dx:
         dx.add_(pool_backward(added, x, *pooled) if pooled else added)
-    return BlockGrad(dx, grads, shortcut_grad)
+    return dweight
 
 
 def unit_grad(norm: NormGrad) -> UnitGrad:

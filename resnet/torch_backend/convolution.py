@@ -4,7 +4,8 @@ oneDNN's direct convolution is slow where a map has few pixels and many channels
 at 96x96) 32 of its 81 products of a pixel and a tap meet padding. There the convolution is one matrix product per tap,
 over the pixels whose tap lies within the map. Where a batch has few pixels altogether, oneDNN spends its time on
 bringing the weight into its own layout. There one product of all windows takes the weight as it is. oneDNN's
-grad-weight is slow on larger maps too. A 1x1 convolution is one product without any of this.
+grad-weight is slow on larger maps too. A 1x1 convolution is one product without any of this. A strided one meets a
+quarter of the pixels: oneDNN writes the gradient of all of them, and takes longer for the output, too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resnet.operands import Geometry
+from resnet.operands import POINTWISE, Geometry
 
 Size = Sequence[int | torch.SymInt]
 
@@ -76,12 +77,13 @@ def is_single_on_cpu(x: Tensor) -> bool:
 
 
 class Products(NamedTuple):
-    """What of a convolution is computed as matrix products, in place of oneDNN's convolution."""
+    """What of a convolution is not oneDNN's convolution of x: matrix products, or a convolution of gathered pixels."""
 
     plain: bool = False  # the output and dx, as one product of pixels and weight
     small: bool = False  # the output and dx, as one product per tap
     windows: bool = False  # the output, as one product of all windows
     grad_weight: bool = False
+    gathered: bool = False  # of a strided 1x1 window: the output and dx, by the pixels of x that it meets and no others
 
 
 _NONE = Products()
@@ -114,10 +116,11 @@ def _products(x: torch.Size, weight: torch.Size, geometry: Geometry, most: Limit
         return _NONE
     P, Q = out_map(x, weight, geometry)
     if R == S == 1:
+        pixels, gathered = N * P * Q, stride > 1 and padding == 0 and N >= _IMAGES
         if padding > 0 or min(C, K) < _PLAIN_CHANNELS:
-            return Products(grad_weight=overruns(C, stride))
-        pixels = N * P * Q
-        return Products(plain=pixels <= most.plain_pixels, grad_weight=pixels <= most.plain_grad_weight_pixels)
+            return Products(grad_weight=overruns(C, stride), gathered=gathered)
+        plain, grad_weight = pixels <= most.plain_pixels, pixels <= most.plain_grad_weight_pixels
+        return Products(plain, grad_weight=grad_weight, gathered=gathered and not plain)
     if min(C, K) < _CHANNELS:
         return _NONE
     small = N >= _IMAGES and most.pixels >= P * Q and P * Q * _WEIGHTS <= C * K
@@ -193,6 +196,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
         y = F.linear(windows(x, weight, geometry).flatten(3), matrix, bias)
         if not y.isnan().any():  # as an infinite weight makes of the padding's zeros, which a convolution leaves out
             return y.permute(0, 3, 1, 2)
+    if own.gathered:
+        x, geometry = _met_by_1x1(x, geometry).contiguous().permute(0, 3, 1, 2), POINTWISE
     if not own.small:
         y = torch.conv2d(x, weight, bias, *geometry, groups_of(x, weight))
         return y.contiguous(memory_format=torch.channels_last)
@@ -223,28 +228,54 @@ def add_projected(to: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> 
 
 
 def convolve_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs_x: bool, needs_weight: bool
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    needs_x: bool,
+    needs_weight: bool,
+    to: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dx, dweight) of `convolve`, None where not needed; dx is channels_last, as dy (N, K, P, Q) is."""
-    own, (stride, padding, dilation) = products(x, weight, geometry), geometry
-    own_x, own_weight = needs_x and (own.plain or own.small), needs_weight and own.grad_weight
-    wanted = [needs_x and not own_x, needs_weight and not own_weight, False]  # with none PyTorch computes nothing
-    settings = [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], groups_of(x, weight)
-    dx, dweight, _ = torch.ops.aten.convolution_backward(dy, x, weight, None, *settings, wanted)
+    """(dx, dweight) of `convolve`, None where not needed; dx is channels_last, as dy (N, K, P, Q) is.
+
+    With `to`, like x and channels_last, dx is added to it and returned as that.
+    """
+    own = products(x, weight, geometry)
+    own_x, own_weight = needs_x and (own.plain or own.small or own.gathered), needs_weight and own.grad_weight
+    wanted = needs_x and not own_x, needs_weight and not own_weight  # with none PyTorch computes nothing
+    dx, dweight = _pytorchs_backward(dy, x, weight, geometry, *wanted)
     if own_x:
-        dx = _grad_input(dy, x, weight.contiguous(memory_format=torch.channels_last), geometry)
+        dx = _grad_input(dy, x, weight.contiguous(memory_format=torch.channels_last), geometry, own, to)
+    elif needs_x:
+        dx = dx.contiguous(memory_format=torch.channels_last) if to is None else to.add_(dx)
     if own_weight:
         dweight = _grad_weight(dy, x, weight, geometry)
-    return None if dx is None else dx.contiguous(memory_format=torch.channels_last), dweight
+    return dx, dweight
 
 
-def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    if weight.shape[2:] == (1, 1) and geometry[0] == 1:
-        return (_nhwc(dy) @ weight.flatten(1)).permute(0, 3, 1, 2)
-    dx = _nhwc(torch.zeros_like(x, memory_format=torch.channels_last))
+def _pytorchs_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, needs_x: bool, needs_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    stride, padding, dilation = geometry
+    settings = [stride] * 2, [padding] * 2, [dilation] * 2, False, [0, 0], groups_of(x, weight)
+    wanted = [needs_x, needs_weight, False]
+    return torch.ops.aten.convolution_backward(dy, x, weight, None, *settings, wanted)[:2]
+
+
+def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, own: Products, to: Tensor | None) -> Tensor:
+    if own.plain and geometry[0] == 1:
+        dx = (_nhwc(dy) @ weight.flatten(1)).permute(0, 3, 1, 2)
+        return dx if to is None else to.add_(dx)
+    dx = torch.zeros_like(x, memory_format=torch.channels_last) if to is None else to
+    if own.gathered:
+        (N, C), (P, Q) = x.shape[:2], dy.shape[2:]
+        shape_alone = dy.new_empty(N, P, Q, C).permute(0, 3, 1, 2)  # what x holds is not read for dx
+        met, _ = _pytorchs_backward(dy, shape_alone, weight, POINTWISE, True, False)
+        _met_by_1x1(dx, geometry).add_(_nhwc(met))
+        return dx
     for tap, outputs, inputs in _taps(x, weight, geometry):
-        _add_product(dx, inputs, _nhwc(dy)[outputs], weight[tap])
-    return dx.permute(0, 3, 1, 2)
+        _add_product(_nhwc(dx), inputs, _nhwc(dy)[outputs], weight[tap])
+    return dx
 
 
 def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.operands import BlockGrad, Pooled, Projection, Unit, UnitGrad, grad_inputs, shortcut_input
+from resnet.operands import BlockGrad, Pooled, Projection, Unit, UnitGrad, grad_inputs
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.block import activations, pool_backward
+from resnet.torch_backend.block import activations, add_shortcut_grad
 from resnet.torch_backend.convolution import convolve_backward
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ def unfolded(grad: Tensor | None, scale: Tensor) -> Tensor | None:
 
 def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
     """Gradients of `frozen_block_forward` from dout (N, K, P, Q) channels_last."""
-    x, (out, inner, stats), units, shortcut, *pooled = kept
+    x, (out, inner, stats), units, shortcut, *_ = kept
     scales = [each[2] for each in stats]
     asked, grads, dx = grad_inputs(needs), [UnitGrad()] * len(units), None
     g = dz = aten.threshold_backward.default(dout, out, 0)
@@ -54,13 +54,7 @@ def frozen_block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:
             break
         else:
             g = aten.threshold_backward.grad_input(da, a, 0, grad_input=da)
-    added, dconv = dz, None
-    if shortcut.weight is not None:
-        normed, weight = len(scales) > len(units), shortcut.weight
-        weight = folded(weight, scales[-1]) if normed else weight
-        read, flags = shortcut_input(kept), (needs.x, needs.shortcut.weight)
-        added, dconv = convolve_backward(dz, read, weight, shortcut.geometry, *flags)
-        dconv = unfolded(dconv, scales[-1]) if normed else dconv
-    if needs.x:
-        dx.add_(pool_backward(added, x, *pooled) if pooled else added)
+    weight, normed = shortcut.weight, len(scales) > len(units)
+    dconv = add_shortcut_grad(dx, dz, kept, folded(weight, scales[-1]) if normed else weight, needs)
+    dconv = unfolded(dconv, scales[-1]) if normed else dconv
     return BlockGrad(dx, tuple(grads), UnitGrad(dconv))

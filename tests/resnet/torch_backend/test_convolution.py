@@ -34,6 +34,10 @@ PLAIN = {
     "1x1 kernel, stride 2": (4, 128, 64, 6, 5, 1, 2, 0),
     "1x1 kernel, many pixels": (9, 64, 128, 12, 11, 1, 1, 0),
 }
+GATHERED = {
+    "1x1 kernel, stride 2, many pixels": (32, 64, 128, 13, 12, 1, 2, 0),
+    "1x1 kernel, stride 3, few channels": (4, 16, 24, 10, 9, 1, 3, 0),
+}
 OTHER = {
     "large maps": (4, 256, 256, 9, 9, 3, 1, 1),
     "few channels": (4, 128, 128, 3, 3, 3, 1, 1),
@@ -58,15 +62,17 @@ def _reference(x, weight, bias, dy, stride, padding):
 
 
 class GradsAsked(TorchDispatchMode):
-    """Records which gradients PyTorch's `convolution_backward` is asked for: of x, of the weight, of the bias."""
+    """Records which gradients PyTorch's `convolution_backward` is asked for (x, weight, bias), and its x's shape."""
 
     def __init__(self):
         super().__init__()
         self.masks: list[list[bool]] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator is torch.ops.aten.convolution_backward.default:
             self.masks.append(args[-1])
+            self.shapes.append(tuple(args[1].shape))
         return operator(*args, **(kwargs or {}))
 
 
@@ -93,6 +99,42 @@ def test_products_in_place_of_convolutions_are_as_exact_as_pytorch(shape):
     for i, name in enumerate(("y", "dx", "dweight")):
         assert_as_exact_as_eager(name, *([draw[j][i] for draw in results] for j in range(3)))
         assert all(draw[0][i].is_contiguous(memory_format=torch.channels_last) for draw in results), name
+
+
+@pytest.mark.parametrize("shape", GATHERED.values(), ids=GATHERED)
+def test_a_strided_1x1_kernel_convolves_the_pixels_that_it_meets_alone(shape):
+    *_, stride, padding = shape
+    geometry = stride, padding, 1
+    results = []
+    for seed in range(3):
+        x, weight, bias, dy = _draw(*shape, seed=seed)
+        with GradsAsked() as asked:
+            fused = (convolve(x, weight, bias, geometry), *convolve_backward(dy, x, weight, geometry, True, True))
+        assert asked.shapes == [x.shape, (*x.shape[:2], *dy.shape[2:])]
+        assert asked.masks[1] == [True, False, False]
+        exact = _reference(*(t.double() for t in (x, weight, bias, dy)), stride, padding)
+        results.append((fused, _reference(x, weight, bias, dy, stride, padding), exact))
+    for i, name in enumerate(("y", "dx", "dweight")):
+        assert_as_exact_as_eager(name, *([draw[j][i] for draw in results] for j in range(3)))
+        assert all(draw[0][i].is_contiguous(memory_format=torch.channels_last) for draw in results), name
+
+
+ADDED = {**SMALL, **PLAIN, **GATHERED, **OTHER}
+
+
+@pytest.mark.parametrize("shape", ADDED.values(), ids=ADDED)
+def test_grad_input_may_be_added_to_another_gradient(shape):
+    *_, stride, padding = shape
+    x, weight, _, dy = _draw(*shape, seed=0)
+    other = torch.randn_like(x)
+    expected = (
+        other.double() + _reference(*(t.double() for t in (x, weight, weight[:, 0, 0, 0], dy)), stride, padding)[1]
+    )
+    dx, dweight = convolve_backward(dy, x, weight, (stride, padding, 1), True, False, other)
+    assert dx is other and dweight is None
+    torch.testing.assert_close(dx.double(), expected, rtol=1e-5, atol=1e-5)
+    assert convolve_backward(dy, x, weight, (stride, padding, 1), False, True, other)[0] is None
+    torch.testing.assert_close(other.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [*SMALL.values(), *MOSTLY_WEIGHT.values()], ids=[*SMALL, *MOSTLY_WEIGHT])
