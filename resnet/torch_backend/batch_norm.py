@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache, partial
 
@@ -411,15 +412,25 @@ def forward_pool(x: Tensor, norm: Norm) -> tuple[Tensor, Tensor, Tensor]:
     out is (N, C, P, Q); tap is of its shape, uint8: which of its window's nine pixels was the maximum.
     """
     stats, scale, shift = norm_stats(x, norm)
-    z = affine(x, scale, shift)
-    out, index = aten.max_pool2d_with_indices(z, [3, 3], [2, 2], [1, 1])
+    # Where scales are positive the pool comes first: batch_norm is then of a quarter of the pixels.
+    first = x.is_cpu and _are_positive(scale)
+    out, index = aten.max_pool2d_with_indices(x if first else affine(x, scale, shift), [3, 3], [2, 2], [1, 1])
+    if first:
+        affine(out, scale, shift, out)
     width = x.shape[3]
-    place = index.int().sub_(_window_origins(out.shape[2:], width, x.device).int())
+    dtype = torch.uint8 if 2 * width + 2 < 256 else torch.int32  # of a place in a window, which ends with its third row
     # A window's column 0 lies within the map, unless that is 1 or 2 pixels wide. uint8 wraps around.
     second = width if width > 2 else width + 1  # the place at which its second row begins
+    place = index.to(dtype).sub_(_window_origins(out.shape[2:], width, x.device).to(dtype))
     row = place.ge(second).view(torch.uint8).add_(place.ge(second + width).view(torch.uint8))
     tap = place.to(torch.uint8).sub_(row, alpha=(width - 3) % 256)
     return out.relu_(), tap, stats
+
+
+def _are_positive(scale: Tensor) -> bool:
+    """Whether all are, and finite: then x * scale + shift keeps the order of a channel's values."""
+    least, most = scale.aminmax()
+    return least.item() > 0 and most.item() < math.inf
 
 
 def backward_pool(

@@ -38,6 +38,38 @@ def test_a_stem_gives_eagers_values_on_odd_sizes(any_backend, size, train):
     assert_exact(trio(Stem, 3, 4, dtype=torch.float64, train=train), draw(n, 3, h, w))
 
 
+SCALES = {
+    "above zero": (0.3, 1.2),
+    "below zero": (-1.2, -0.3),
+    "of both signs": (0.7, -0.7),
+    "zero": (0.0, 1.0),
+}
+
+
+@train_and_eval
+@pytest.mark.parametrize("width", [9, 271], ids="{} pixels wide".format)
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
+def test_a_stem_gives_eagers_values_with_scales(any_backend, scales, width, train):
+    def change(stem):
+        stem[1].weight.data = torch.tensor(scales).to(stem[1].weight)
+
+    assert_exact(trio(Stem, 1, 2, dtype=torch.float64, train=train).each(change), draw(2, 1, 7, width))
+
+
+def test_an_infinite_scale_of_a_stem_gives_eagers_values(any_backend):
+    """A window's maximum is NaN where any of its pixels is, as a zero is that meets the scale."""
+
+    def change(stem):
+        conv, bn, *_ = stem
+        for vector, value in ((conv.weight, 1.0), (conv.bias, 0.0), (bn.running_mean, -1.0), (bn.weight, torch.inf)):
+            nn.init.constant_(vector, value)
+
+    t = trio(Stem, 1, 2, train=False).each(change)
+    x = torch.zeros_like(draw(2, 1, 7, 15))
+    x[:, :, :, 4] = 1.0
+    torch.testing.assert_close(t.fused(x), t.eager(x), equal_nan=True)
+
+
 def test_a_kernel_too_large_for_the_fused_grad_weight_is_as_exact_as_eager(any_backend):
     modules, conv = trio(Stem, 1, 4), nn.Conv2d(1, 4, 31, 2, 15)
     gradients = []
