@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -19,6 +19,7 @@ aten = torch.ops.aten
 # they are taken in groups, each a channel of its own, and the groups are merged.
 _PIXELS = 128, 64  # of a group, at most; and of 16-bit values: the sums of many equal ones are rounded alike
 _SUMS = 1 << 14  # that PyTorch holds at a time: more of them leave the cache
+_LARGE, _PART = 1 << 23, 1 << 20  # elements of a map that leaves the cache between two passes, and of one that does not
 
 # Pixels, with one thread and at most, up to which PyTorch's own sums are about as exact, and quicker. Each thread has a
 # sum of its own, and what one loses is averaged over them. A call may get fewer threads than there are.
@@ -41,6 +42,14 @@ def _most(dtype: torch.dtype) -> int:
 def rows_of(x: Tensor) -> Tensor:
     """x (N, C, H, W) as (N, H, W, C), with which values per channel (C,) go together."""
     return x.permute(0, 2, 3, 1)
+
+
+def _in_parts(*maps: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Maps of one shape (N, C, H, W); of large ones a few images at a time, for more than one pass over them."""
+    count, images = maps[0].numel(), maps[0].shape[0]
+    if count < _LARGE or not maps[0].is_cpu:
+        return [maps]
+    return zip(*(some.split(max(1, images * _PART // count)) for some in maps))
 
 
 def _maps(x: Tensor, most: int) -> list[Tensor]:
@@ -239,10 +248,16 @@ def forward(
     updated in place when `norm.training`. `into`, a tensor like x that is no longer needed, becomes out.
     """
     own, scale, shift = norm_stats(x, norm)
-    out = affine(x, scale, shift if shortcut_shift is None else shift + shortcut_shift, into)
-    if shortcut is not None:
-        out.add_(shortcut)
-    return out.relu_() if relu else out, own
+    if shortcut_shift is not None:
+        shift = shift + shortcut_shift
+    out = torch.empty_like(x, memory_format=torch.channels_last) if into is None else into
+    for some, some_out, *added in _in_parts(x, out) if shortcut is None else _in_parts(x, out, shortcut):
+        affine(some, scale, shift, some_out)
+        for other in added:
+            some_out.add_(other)
+        if relu:
+            some_out.relu_()
+    return out, own
 
 
 def forward_normed(
@@ -251,9 +266,12 @@ def forward_normed(
     """out = relu(batch_norm(x) + batch_norm(shortcut)), and the stats (4, C) of both: see `forward`."""
     own, scale, shift = norm_stats(x, norm)
     other, other_scale, other_shift = norm_stats(shortcut, shortcut_norm)
-    out = affine(x, scale, shift + other_shift, into)
-    _add_scaled(out, shortcut, other_scale)
-    return out.relu_(), own, other
+    out, shift = torch.empty_like(x, memory_format=torch.channels_last) if into is None else into, shift + other_shift
+    for some, some_out, some_shortcut in _in_parts(x, out, shortcut):
+        affine(some, scale, shift, some_out)
+        _add_scaled(some_out, some_shortcut, other_scale)
+        some_out.relu_()
+    return out, own, other
 
 
 def _add_scaled(out: Tensor, x: Tensor, scale: Tensor) -> None:
@@ -309,7 +327,10 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
 
 def recompute(x: Tensor, stats: Tensor) -> Tensor:
     """relu(x * scale + shift), bit-equal to what `forward` gave."""
-    return affine(x, stats[2], stats[3]).relu_()
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    for some, some_out in _in_parts(x, out):
+        affine(some, stats[2], stats[3], some_out).relu_()
+    return out
 
 
 def backward(
@@ -371,7 +392,7 @@ def _backward_of_many(
     With `consume` dx is written over g.
     """
     mean, invstd, scale, _ = stats.unbind()
-    C, rows_g, rows, sums = x.shape[1], rows_of(g), rows_of(x), []
+    C, sums = x.shape[1], []
     for some_g, some_x in [(g, x)] if are_few(x) else zip(*(_maps(t, _most(x.dtype)) for t in (g, x))):
         # Mean and invstd, once for each group and dense, as PyTorch takes them to be.
         spread = stats.as_strided((2, some_x.shape[1] // C, C), (stats.stride(0), 0, stats.stride(1))).contiguous()
@@ -380,9 +401,8 @@ def _backward_of_many(
         sums.append([v.view(-1, C) for v in some])
     dweight, sum_g = (_joined(some).sum(0) for some in zip(*sums))
     dx = g if consume else torch.empty_like(x, memory_format=torch.channels_last)
-    rows_dx = rows_of(dx)
     if not norm.training:
-        torch.mul(rows_g, scale, out=rows_dx)
+        torch.mul(rows_of(g), scale, out=rows_of(dx))
         return dx, dweight, sum_g
     # dx = scale * (g - sum_g / n - (x - mean) * invstd * dweight / n), n pixels
     summed_g, summed_weight = sum_g, dweight
@@ -390,13 +410,14 @@ def _backward_of_many(
         summed_g, summed_weight = merge_sums(torch.stack((sum_g, dweight)), x.numel() // C, norm.group).unbind()
     share = scale * (-C / x.numel())
     slope, level = invstd * summed_weight * share, summed_g * share
-    if is_far_for_grad(mean, invstd):
-        rows = rows - mean
-    else:
+    far = is_far_for_grad(mean, invstd)
+    if not far:
         level.addcmul_(mean, slope, value=-1)
-    line = rows_dx if dx.dtype == stats.dtype else None  # else of a type of its own: dx is rounded once
-    line = torch.addcmul(level, rows_g, scale, out=line)
-    torch.addcmul(line, rows, slope, out=rows_dx)
+    for parts in _in_parts(g, x, dx):
+        rows_g, rows, rows_dx = map(rows_of, parts)
+        line = rows_dx if dx.dtype == stats.dtype else None  # else of a type of its own: dx is rounded once
+        line = torch.addcmul(level, rows_g, scale, out=line)
+        torch.addcmul(line, rows - mean if far else rows, slope, out=rows_dx)
     return dx, dweight, sum_g
 
 
