@@ -49,14 +49,6 @@ def any_backend(request):
         yield request.param
 
 
-@pytest.fixture
-def products_keep_up(monkeypatch):
-    """Convolutions become products as on a CPU with fast ones: see `torch_backend.convolution.limits`."""
-    from resnet.torch_backend import convolution
-
-    monkeypatch.setattr(convolution, "limits", lambda: convolution.KEEP_UP)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def offline():
     """No test, and no command that a test starts, downloads the data set; what they serve themselves needs no proxy."""

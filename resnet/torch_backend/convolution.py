@@ -38,10 +38,11 @@ class Limits(NamedTuple):
     plain_pixels: int  # of a batch: a 1x1 convolution's output and dx
     plain_grad_weight_pixels: int
     many_rows: bool  # any number of pixels of a stem of one channel, and of a shortcut that is added
+    by_onednn: bool = False  # the products are oneDNN's, not MKL's
 
 
-# oneDNN uses AVX-512 where a CPU has it. MKL does on Intel's; on AMD's it stays with AVX2, which has half the speed
-# from Zen 5 on. Zen 4 computes AVX-512 in two halves, so there the two are about even.
+# oneDNN uses AVX-512 where a CPU has it. MKL does on Intel's; on AMD's it stays with AVX2. Zen 4 computes AVX-512 in
+# two halves, so there the two are about even. From Zen 5 on AVX2 has half the speed, and products are oneDNN's, too.
 KEEP_UP = Limits(
     pixels=16, grad_weight_pixels=64, rows=256, plain_pixels=1152, plain_grad_weight_pixels=sys.maxsize, many_rows=True
 )
@@ -49,6 +50,17 @@ ABOUT_EVEN = Limits(
     pixels=4, grad_weight_pixels=16, rows=0, plain_pixels=576, plain_grad_weight_pixels=1152, many_rows=True
 )
 LAG = Limits(pixels=4, grad_weight_pixels=4, rows=0, plain_pixels=0, plain_grad_weight_pixels=0, many_rows=False)
+BY_ONEDNN = Limits(
+    pixels=16,
+    grad_weight_pixels=9,
+    rows=128,
+    plain_pixels=1152,
+    plain_grad_weight_pixels=1152,
+    many_rows=False,
+    by_onednn=True,
+)
+
+_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # PyTorch promises nothing about it
 
 
 def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int, dilation: int = 1) -> int | torch.SymInt:
@@ -105,7 +117,9 @@ def limits() -> Limits:
     if "AMD" not in capabilities.get("cpu_name", ""):
         return KEEP_UP
     since_zen_5 = "avx_vnni", "avx512_vp2intersect"
-    return LAG if any(map(capabilities.get, since_zen_5)) else ABOUT_EVEN
+    if not any(map(capabilities.get, since_zen_5)):
+        return ABOUT_EVEN
+    return LAG if _linear is None else BY_ONEDNN
 
 
 @lru_cache(1024)
@@ -119,7 +133,9 @@ def _products(x: torch.Size, weight: torch.Size, geometry: Geometry, most: Limit
         pixels, gathered = N * P * Q, stride > 1 and padding == 0 and N >= _IMAGES
         if padding > 0 or min(C, K) < _PLAIN_CHANNELS:
             return Products(grad_weight=overruns(C, stride), gathered=gathered)
-        plain, grad_weight = pixels <= most.plain_pixels, pixels <= most.plain_grad_weight_pixels
+        plain = pixels <= most.plain_pixels
+        wide = K // C if most.by_onednn and K > C else 1  # oneDNN copies what has the K channels
+        grad_weight = pixels * wide <= most.plain_grad_weight_pixels
         return Products(plain, grad_weight=grad_weight, gathered=gathered and not plain)
     if min(C, K) < _CHANNELS:
         return _NONE
@@ -162,9 +178,21 @@ def _taps(x: Tensor, weight: Tensor, geometry: Geometry) -> Iterator[tuple[tuple
                 yield (..., r, s), (slice(None), rows_out, columns_out), (slice(None), rows, columns)
 
 
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b.t() [+ bias], of matrices."""
+    if not limits().by_onednn:
+        return F.linear(a, b, bias)
+    return _linear(_dense(a), _dense(b), bias, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """The matrix with dense rows or columns: of others oneDNN's product takes a thousand times as long."""
+    return matrix.contiguous() if matrix.stride(1) == 1 else matrix.t().contiguous().t()
+
+
 def _add_product(to: Tensor, index: tuple, pixels: Tensor, matrix: Tensor) -> None:
-    """to[index] += pixels @ matrix. Gathering the rows first makes one product of it, which takes half the time."""
-    to[index].add_((pixels.flatten(0, 2) @ matrix).view(*pixels.shape[:3], -1))
+    """to[index] += pixels @ matrix.t(). Gathering the rows first makes one product, which takes half the time."""
+    to[index].add_(_product(pixels.flatten(0, 2), matrix).view(*pixels.shape[:3], -1))
 
 
 def windows(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -189,11 +217,12 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     own = products(x, weight, geometry)
     if own.plain:
         pixels = _met_by_1x1(x, geometry)
-        y = F.linear(pixels.flatten(0, 2), weight.flatten(1), bias)
+        y = _product(pixels.flatten(0, 2), weight.flatten(1), bias)
         return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
     if own.windows:
         matrix = _nhwc(weight.contiguous(memory_format=torch.channels_last)).flatten(1)
-        y = F.linear(windows(x, weight, geometry).flatten(3), matrix, bias)
+        met = windows(x, weight, geometry)
+        y = _product(met.flatten(3).flatten(0, 2), matrix, bias).view(*met.shape[:3], -1)
         if not y.isnan().any():  # as an infinite weight makes of the padding's zeros, which a convolution leaves out
             return y.permute(0, 3, 1, 2)
     if own.gathered:
@@ -206,7 +235,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
     P, Q = out_map(x.shape, weight.shape, geometry)
     y = x.new_zeros(N, P, Q, K) if bias is None else bias.expand(N, P, Q, K).contiguous()
     for tap, outputs, inputs in _taps(x, weight, geometry):
-        _add_product(y, outputs, _nhwc(x)[inputs], weight[tap].t())
+        _add_product(y, outputs, _nhwc(x)[inputs], weight[tap])
     return y.permute(0, 3, 1, 2)
 
 
@@ -264,7 +293,7 @@ def _pytorchs_backward(
 
 def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, own: Products, to: Tensor | None) -> Tensor:
     if own.plain and geometry[0] == 1:
-        dx = (_nhwc(dy) @ weight.flatten(1)).permute(0, 3, 1, 2)
+        dx = _product(_nhwc(dy).flatten(0, 2), weight.flatten(1).t()).view(_nhwc(x).shape).permute(0, 3, 1, 2)
         return dx if to is None else to.add_(dx)
     dx = torch.zeros_like(x, memory_format=torch.channels_last) if to is None else to
     if own.gathered:
@@ -274,14 +303,21 @@ def _grad_input(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, own: 
         _met_by_1x1(dx, geometry).add_(_nhwc(met))
         return dx
     for tap, outputs, inputs in _taps(x, weight, geometry):
-        _add_product(_nhwc(dx), inputs, _nhwc(dy)[outputs], weight[tap])
+        _add_product(_nhwc(dx), inputs, _nhwc(dy)[outputs], weight[tap].t())
     return dx
 
 
 def _grad_weight(dy: Tensor, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     taps, (R, S) = list(_taps(x, weight, geometry)), weight.shape[2:]
+    if len(taps) == R * S == 1:
+        _, outputs, inputs = taps[0]
+        return _product(_nhwc(dy)[outputs].flatten(0, 2).t(), _nhwc(x)[inputs].flatten(0, 2).t()).view(weight.shape)
     made = torch.empty_like if len(taps) == R * S else torch.zeros_like  # a tap that meets no pixel has no gradient
     dweight = made(weight, memory_format=torch.channels_last)
     for tap, outputs, inputs in taps:
-        torch.mm(_nhwc(dy)[outputs].flatten(0, 2).t(), _nhwc(x)[inputs].flatten(0, 2), out=dweight[tap])
+        pixels_dy, pixels = _nhwc(dy)[outputs].flatten(0, 2), _nhwc(x)[inputs].flatten(0, 2)
+        if limits().by_onednn:
+            dweight[tap] = _product(pixels_dy.t(), pixels.t())
+        else:
+            torch.mm(pixels_dy.t(), pixels, out=dweight[tap])
     return dweight

@@ -6,10 +6,15 @@ from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resnet.torch_backend import convolution
-from resnet.torch_backend.convolution import convolve, convolve_backward, limits, products
+from resnet.torch_backend.convolution import KEEP_UP, convolve, convolve_backward, limits, products
 from tests.helpers.parity import assert_as_exact_as_eager
 
-pytestmark = pytest.mark.usefixtures("products_keep_up")
+
+@pytest.fixture(params=[False, True], ids=["MKL", "oneDNN"], autouse=True)
+def library(request, monkeypatch):
+    """Whose products stand in for convolutions, as on a CPU where they are fast."""
+    monkeypatch.setattr(convolution, "limits", lambda: KEEP_UP._replace(by_onednn=request.param))
+
 
 # N, C, K, H, W, R, stride, padding
 SMALL = {
@@ -194,27 +199,69 @@ def test_a_small_float64_map_is_pytorchs_convolution():
     assert not any(products(x.double(), weight.double(), (1, 1, 1)))
 
 
-# By CPU: its name, what it can do, and up to how many pixels of an output map products per tap are faster, for the
-# output and for grad-weight.
+# By CPU: its name, what it can do, up to how many pixels of an output map products per tap are faster, for the output
+# and for grad-weight, and whose products.
 CPUS = {
-    "keeps up": ("Intel(R) Xeon(R) Platinum 8488C", {"avx_vnni"}, 16, 64),
-    "about even": ("AMD EPYC 9354", set(), 4, 16),
-    "lags": ("AMD EPYC 9355", {"avx_vnni", "avx512_vp2intersect"}, 4, 4),
+    "MKL keeps up": ("Intel(R) Xeon(R) Platinum 8488C", {"avx_vnni"}, 16, 64, "MKL"),
+    "MKL is about even": ("AMD EPYC 9354", set(), 4, 16, "MKL"),
+    "MKL lags": ("AMD EPYC 9355", {"avx_vnni", "avx512_vp2intersect"}, 16, 9, "oneDNN"),
 }
 
 
-@pytest.mark.parametrize(("name", "features", "pixels", "grad_weight_pixels"), CPUS.values(), ids=CPUS)
-def test_fewer_maps_are_products_on_a_cpu_whose_products_lag(monkeypatch, name, features, pixels, grad_weight_pixels):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(features, True)})
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(convolution, "limits", limits.__wrapped__)
-    draw = lambda N, size, window=3: _draw(N, 512, 512, size, size, window, 1, window // 2, seed=0)  # noqa: E731
+class Linears(TorchDispatchMode):
+    """Counts oneDNN's products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator.name() == "mkldnn::_linear_pointwise"
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """A function that has the limits be those of a CPU with AVX-512, by its name and what it can do."""
+
+    def choose(name, features):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(features, True)})
+        monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+        monkeypatch.setattr(convolution, "limits", limits.__wrapped__)
+
+    return choose
+
+
+def _draw_square(N, size, window=3):
+    return _draw(N, 512, 512, size, size, window, 1, window // 2, seed=0)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_what_becomes_products_depends_on_whose_are_fast_on_the_cpu(on_cpu, cpu):
+    name, features, pixels, grad_weight_pixels, whose = CPUS[cpu]
+    on_cpu(name, features)
     for size in (2, 3, 4, 8):
-        x, weight, _, dy = draw(4, size)
+        x, weight, _, dy = _draw_square(4, size)
         assert products(x, weight, (1, 1, 1)).small == (size**2 <= pixels)
-        with GradsAsked() as asked:
+        with GradsAsked() as asked, Linears() as linears:
             convolve_backward(dy, x, weight, (1, 1, 1), False, True)
         assert asked.masks == [[False, size**2 > grad_weight_pixels, False]]
-    assert products(*draw(1, 7)[:2], (1, 1, 1)).windows == (pixels == 16)
-    assert products(*draw(1, 7, window=1)[:2], (1, 0, 1)).plain == (grad_weight_pixels > 4)
+        assert linears.count == (9 if size**2 <= grad_weight_pixels and whose == "oneDNN" else 0)
+    assert products(*_draw_square(1, 7)[:2], (1, 1, 1)).windows == (pixels == 16)
+    assert products(*_draw_square(1, 7, window=1)[:2], (1, 0, 1)).plain
+
+
+def test_without_onednns_product_few_maps_are_products_where_mkl_lags(on_cpu, monkeypatch):
+    on_cpu(*CPUS["MKL lags"][:2])
+    monkeypatch.setattr(convolution, "_linear", None)
+    assert products(*_draw_square(4, 2)[:2], (1, 1, 1)).small
+    assert not any(products(*_draw_square(4, 3)[:2], (1, 1, 1)))
+    assert not any(products(*_draw_square(1, 7, window=1)[:2], (1, 0, 1)))
+
+
+def test_grad_weight_of_a_1x1_kernel_is_onednns_product_where_it_copies_little(on_cpu):
+    on_cpu(*CPUS["MKL lags"][:2])
+    x, (narrow, wide) = torch.zeros(32, 256, 6, 6), (torch.zeros(K, 256, 1, 1) for K in (256, 1024))
+    assert products(x, narrow, (1, 0, 1)).grad_weight and not products(x, wide, (1, 0, 1)).grad_weight
+    assert products(x[:8], wide, (1, 0, 1)).grad_weight
