@@ -26,7 +26,6 @@ Size = Sequence[int | torch.SymInt]
 # Products are faster than oneDNN's convolution, as measured at batches of 1 to 128 with 2 threads, from so many on:
 _IMAGES, _CHANNELS, _WINDOW_CHANNELS, _PLAIN_CHANNELS = 4, 256, 512, 64
 _WEIGHTS = 1 << 14  # of a tap, for each pixel
-_ROWS = 32  # output pixels of a batch, for one product of windows
 
 
 class Limits(NamedTuple):
@@ -34,7 +33,7 @@ class Limits(NamedTuple):
 
     pixels: int  # of an output map: one product per tap for the output and for dx
     grad_weight_pixels: int
-    rows: int  # of a batch's output pixels: one product of all windows
+    rows: range  # of a batch's output pixels: one product of all windows
     plain_pixels: int  # of a batch: a 1x1 convolution's output and dx
     plain_grad_weight_pixels: int
     many_rows: bool  # any number of pixels of a stem of one channel, and of a shortcut that is added
@@ -44,16 +43,21 @@ class Limits(NamedTuple):
 # oneDNN uses AVX-512 where a CPU has it. MKL does on Intel's; on AMD's it stays with AVX2. Zen 4 computes AVX-512 in
 # two halves, so there the two are about even. From Zen 5 on AVX2 has half the speed, and products are oneDNN's, too.
 KEEP_UP = Limits(
-    pixels=16, grad_weight_pixels=64, rows=256, plain_pixels=1152, plain_grad_weight_pixels=sys.maxsize, many_rows=True
+    pixels=16,
+    grad_weight_pixels=64,
+    rows=range(32, 257),
+    plain_pixels=1152,
+    plain_grad_weight_pixels=sys.maxsize,
+    many_rows=True,
 )
 ABOUT_EVEN = Limits(
-    pixels=4, grad_weight_pixels=16, rows=0, plain_pixels=576, plain_grad_weight_pixels=1152, many_rows=True
+    pixels=4, grad_weight_pixels=16, rows=range(0), plain_pixels=576, plain_grad_weight_pixels=1152, many_rows=True
 )
-LAG = Limits(pixels=4, grad_weight_pixels=4, rows=0, plain_pixels=0, plain_grad_weight_pixels=0, many_rows=False)
+LAG = Limits(pixels=4, grad_weight_pixels=4, rows=range(0), plain_pixels=0, plain_grad_weight_pixels=0, many_rows=False)
 BY_ONEDNN = Limits(
     pixels=16,
     grad_weight_pixels=9,
-    rows=128,
+    rows=range(1, 129),
     plain_pixels=1152,
     plain_grad_weight_pixels=1152,
     many_rows=False,
@@ -140,7 +144,7 @@ def _products(x: torch.Size, weight: torch.Size, geometry: Geometry, most: Limit
     if min(C, K) < _CHANNELS:
         return _NONE
     small = N >= _IMAGES and most.pixels >= P * Q and P * Q * _WEIGHTS <= C * K
-    windows = not small and _ROWS <= N * P * Q <= most.rows and K >= _WINDOW_CHANNELS
+    windows = not small and N * P * Q in most.rows and K >= _WINDOW_CHANNELS
     return Products(small=small, windows=windows, grad_weight=N >= _IMAGES and most.grad_weight_pixels >= P * Q)
 
 
