@@ -54,6 +54,7 @@ ABOUT_EVEN = Limits(
     pixels=4, grad_weight_pixels=16, rows=range(0), plain_pixels=576, plain_grad_weight_pixels=1152, many_rows=True
 )
 LAG = Limits(pixels=4, grad_weight_pixels=4, rows=range(0), plain_pixels=0, plain_grad_weight_pixels=0, many_rows=False)
+NO_PRODUCTS = LAG._replace(pixels=0, grad_weight_pixels=0)
 BY_ONEDNN = Limits(
     pixels=16,
     grad_weight_pixels=9,
@@ -112,9 +113,14 @@ def products(x: Tensor, weight: Tensor, geometry: Geometry) -> Products:
     return _products(x.shape, weight.shape, geometry, limits())
 
 
-@cache
 def limits() -> Limits:
-    """Those of this CPU."""
+    """Those of this CPU. None, where PyTorch may take float32 for less in products, and not in convolutions."""
+    exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    return _limits_of_cpu() if exact else NO_PRODUCTS
+
+
+@cache
+def _limits_of_cpu() -> Limits:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return KEEP_UP
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases have none

@@ -228,7 +228,8 @@ def on_cpu(monkeypatch):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name, **dict.fromkeys(features, True)})
         monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-        monkeypatch.setattr(convolution, "limits", limits.__wrapped__)
+        monkeypatch.setattr(convolution, "_limits_of_cpu", convolution._limits_of_cpu.__wrapped__)
+        monkeypatch.setattr(convolution, "limits", limits)
 
     return choose
 
@@ -258,6 +259,20 @@ def test_without_onednns_product_few_maps_are_products_where_mkl_lags(on_cpu, mo
     assert products(*_draw_square(4, 2)[:2], (1, 1, 1)).small
     assert not any(products(*_draw_square(4, 3)[:2], (1, 1, 1)))
     assert not any(products(*_draw_square(1, 7, window=1)[:2], (1, 0, 1)))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+@pytest.mark.parametrize("cpu", CPUS)
+def test_nothing_becomes_a_product_where_products_may_take_fewer_digits(on_cpu, cpu, precision):
+    on_cpu(*CPUS[cpu][:2])
+    few_maps, one_image, pixels = (_draw_square(*size)[:2] for size in ((4, 2), (1, 7), (1, 7, 1)))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert not any(products(*few_maps, (1, 1, 1)) + products(*one_image, (1, 1, 1)) + products(*pixels, (1, 0, 1)))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert products(*few_maps, (1, 1, 1)).small and products(*pixels, (1, 0, 1)).plain
 
 
 def test_grad_weight_of_a_1x1_kernel_is_onednns_product_where_it_copies_little(on_cpu):
