@@ -31,7 +31,8 @@ _FAR, _FAR_ALONE, _FAR_FOR_GRAD = 8, 2, 32
 
 def are_few(x: Tensor) -> bool:
     """Whether PyTorch's own sums over the pixels of x (N, C, H, W) keep their digits."""
-    return not x.is_cpu or x.numel() <= min(_FEW, _FEW_ALONE * torch.get_num_threads() ** 2) * x.shape[1]
+    pixels = x.numel() // x.shape[1]
+    return not x.is_cpu or (pixels <= _FEW and pixels <= _FEW_ALONE * torch.get_num_threads() ** 2)
 
 
 def _most(dtype: torch.dtype) -> int:

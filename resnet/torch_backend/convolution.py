@@ -115,7 +115,7 @@ def products(x: Tensor, weight: Tensor, geometry: Geometry) -> Products:
 
 def limits() -> Limits:
     """Those of this CPU. None, where PyTorch may take float32 for less in products, and not in convolutions."""
-    exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    exact = torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("none", "ieee")  # torch.backends takes 5 calls
     return _limits_of_cpu() if exact else NO_PRODUCTS
 
 
