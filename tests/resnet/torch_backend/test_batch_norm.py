@@ -129,3 +129,31 @@ def test_backward_asks_no_device_for_a_value_where_processes_share_their_statist
     stats = torch.empty(4, 4, device="meta")
     norm = Norm(*stats, None, True, 0.1, 1e-5, group="all")
     assert batch_norm.backward(x, x, x, stats, norm.kept()).dx.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("mean", [0.0, 1000.0], ids=["near zero", "far from zero"])
+@pytest.mark.parametrize("shortcut", ["none", "added", "normed"])
+def test_a_few_images_at_a_time_give_the_bits_of_all(monkeypatch, shortcut, mean, dtype):
+    x, dout, z = (draw(5, 13, 18, 18, seed=seed, dtype=dtype) for seed in range(3))
+    x += mean
+    norm = Norm(None, None, None, None, None, True, 0.0, 1e-5)
+
+    def results() -> list[Tensor]:
+        if shortcut == "normed":
+            out, stats, z_stats = batch_norm.forward_normed(x, norm, z, norm)
+        else:
+            out, stats = batch_norm.forward(x, norm, z if shortcut == "added" else None)
+            z_stats = stats
+        grad = batch_norm.backward(dout, x, out, stats, norm, shortcut=shortcut != "none")
+        return [out, stats, z_stats, batch_norm.recompute(x, stats), *grad[:4]]
+
+    expected = results()
+    splits = []
+    split = Tensor.split
+    monkeypatch.setattr(Tensor, "split", lambda t, size: splits.append(size) or split(t, size))
+    monkeypatch.setattr(batch_norm, "_LARGE", 1)
+    monkeypatch.setattr(batch_norm, "_PART", 2 * x[0].numel())
+    for got, value in zip(results(), expected, strict=True):
+        assert (got is None and value is None) or torch.equal(got, value)
+    assert set(splits) == ({2} if DEVICE.type == "cpu" else set())
