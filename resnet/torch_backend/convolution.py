@@ -11,7 +11,7 @@ quarter of the pixels: oneDNN writes the gradient of all of them, and takes long
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import NamedTuple
 
@@ -65,7 +65,15 @@ BY_ONEDNN = Limits(
     by_onednn=True,
 )
 
-_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # PyTorch promises nothing about it
+
+def _onednns_product() -> Callable[..., Tensor] | None:
+    """PyTorch's operator, about which it promises nothing: None where it has none with these arguments."""
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    arguments = [] if operator is None else [argument.name for argument in operator.default._schema.arguments]
+    return operator.default if arguments == ["X", "W", "B", "attr", "scalars", "algorithm"] else None
+
+
+_linear = _onednns_product()
 
 
 def out_size(size: int | torch.SymInt, kernel: int, stride: int, padding: int, dilation: int = 1) -> int | torch.SymInt:

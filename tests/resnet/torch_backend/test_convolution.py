@@ -253,6 +253,16 @@ def test_what_becomes_products_depends_on_whose_are_fast_on_the_cpu(on_cpu, cpu)
     assert products(*_draw_square(1, 7, window=1)[:2], (1, 0, 1)).plain
 
 
+def test_onednns_product_is_taken_with_the_arguments_that_are_known():
+    assert convolution._onednns_product() is torch.ops.mkldnn._linear_pointwise.default
+    with torch.library._scoped_library("mkldnn", "FRAGMENT") as library:
+        library.define("_linear_pointwise_of_another_release(Tensor X, Tensor W) -> Tensor")
+        other = torch.ops.mkldnn._linear_pointwise_of_another_release
+        with pytest.MonkeyPatch.context() as changes:
+            changes.setattr(torch.ops.mkldnn, "_linear_pointwise", other)
+            assert convolution._onednns_product() is None
+
+
 def test_without_onednns_product_few_maps_are_products_where_mkl_lags(on_cpu, monkeypatch):
     on_cpu(*CPUS["MKL lags"][:2])
     monkeypatch.setattr(convolution, "_linear", None)
