@@ -115,7 +115,7 @@ _NONE = Products()
 
 
 def products(x: Tensor, weight: Tensor, geometry: Geometry) -> Products:
-    """What is faster, or safer, as matrix products."""
+    """What is faster, or safer, than oneDNN's convolution of x."""
     if not is_single_on_cpu(x):
         return _NONE
     return _products(x.shape, weight.shape, geometry, limits())
@@ -222,6 +222,14 @@ def windows(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     return padded.as_strided(size, (n, stride * h, stride * w, h, w, c))
 
 
+def convolve_windows(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """`convolve` as one product of all windows, in which the padding's zeros are multiplied, too."""
+    matrix = _nhwc(weight.contiguous(memory_format=torch.channels_last)).flatten(1)
+    met = windows(x, weight, geometry)
+    y = _product(met.flatten(3).flatten(0, 2), matrix, bias)
+    return y.view(*met.shape[:3], -1).permute(0, 3, 1, 2)
+
+
 def groups_of(x: Tensor, weight: Tensor) -> int:
     """How many groups the convolution of x (N, C, H, W) with weight (K, C / groups, R, S) has."""
     return x.shape[1] // weight.shape[1]
@@ -238,11 +246,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
         y = _product(pixels.flatten(0, 2), weight.flatten(1), bias)
         return y.view(*pixels.shape[:3], -1).permute(0, 3, 1, 2)
     if own.windows:
-        matrix = _nhwc(weight.contiguous(memory_format=torch.channels_last)).flatten(1)
-        met = windows(x, weight, geometry)
-        y = _product(met.flatten(3).flatten(0, 2), matrix, bias).view(*met.shape[:3], -1)
+        y = convolve_windows(x, weight, bias, geometry)
         if not y.isnan().any():  # as an infinite weight makes of the padding's zeros, which a convolution leaves out
-            return y.permute(0, 3, 1, 2)
+            return y
     if own.gathered:
         x, geometry = _met_by_1x1(x, geometry).contiguous().permute(0, 3, 1, 2), POINTWISE
     if not own.small:

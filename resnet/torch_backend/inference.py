@@ -22,7 +22,7 @@ from torch import Tensor
 from resnet.norm import Norm
 from resnet.operands import Geometry, Unit
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.convolution import convolve, is_single_on_cpu, limits, out_map, out_size, windows
+from resnet.torch_backend.convolution import convolve, convolve_windows, is_single_on_cpu, limits, out_map, out_size
 
 _FOLDED = 1 << 16  # elements of the output; with fewer, a pass over it takes less time than the calls that fold
 _MANY_WINDOWS = 1 << 14  # of a stem of one channel; with fewer, oneDNN's convolution takes no longer
@@ -94,16 +94,9 @@ def stem_inference(x: Tensor, unit: Unit) -> Tensor:
         return torch.max_pool2d(conv_batch_norm(x, unit), 3, 2, 1).relu_()
     P, Q = out_map(x.shape, weight.shape, geometry)
     pooled = x.new_empty(x.shape[0], out_size(P, 3, 2, 1), out_size(Q, 3, 2, 1), K)
-    convolution = _product if by_products else convolve
+    convolution = convolve_windows if by_products else convolve
     images = max(1, _WINDOWS // (P * Q))
     for some, out in zip(x.split(images), pooled.split(images)):
         y = convolution(some, folded, bias, geometry)
         out.copy_(torch.max_pool2d(y, 3, 2, 1).permute(0, 2, 3, 1))
     return pooled.permute(0, 3, 1, 2).relu_()
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry) -> Tensor:
-    """`convolve` of one channel as one product of all windows."""
-    met = windows(x, weight, geometry)
-    y = torch.addmm(bias, met.reshape(-1, weight[0].numel()), weight.flatten(1).t())
-    return y.view(*met.shape[:3], -1).permute(0, 3, 1, 2)
