@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import resnet
+from tests.conftest import DEVICE
 from tests.helpers.blocks import (
     SIXTEEN_BIT,
     deep_stems,
@@ -114,7 +115,7 @@ def test_a_deep_stem_keeps_the_convolutions_and_two_maps_of_the_pooled_size():
 
 def test_a_deep_stem_under_autocast_trains_its_own_weights():
     t = deep_stems()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         outs = [stem(draw(2, 3, 32, 32)) for stem in (t.fused, t.eager)]
     assert outs[0].dtype == outs[1].dtype == torch.bfloat16
     torch.testing.assert_close(*outs, atol=0.1, rtol=0.1)

@@ -365,7 +365,7 @@ def test_backward_hooks_on_what_makes_the_gates_and_on_the_shortcut_are_called(a
 @cases
 def test_a_block_under_autocast_trains_its_own_weights(case):
     t = trio_of(case)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         outs = [block(input_of(case, 2, 16, 16)) for block in (t.fused, t.eager)]
     assert outs[0].dtype == torch.bfloat16
     torch.testing.assert_close(outs[0].float(), outs[1].float(), atol=0.1, rtol=0.1)

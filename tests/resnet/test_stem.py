@@ -67,7 +67,8 @@ def test_an_infinite_scale_of_a_stem_gives_eagers_values(any_backend):
     t = trio(Stem, 1, 2, train=False).each(change)
     x = torch.zeros_like(draw(2, 1, 7, 15))
     x[:, :, :, 4] = 1.0
-    torch.testing.assert_close(t.fused(x), t.eager(x), equal_nan=True)
+    # CUDA's eager subtracts the mean first, and makes Inf where the CPU's, and ours, makes NaN.
+    torch.testing.assert_close(t.fused(x).cpu(), t.eager.cpu()(x.cpu()), equal_nan=True)
 
 
 def test_a_kernel_too_large_for_the_fused_grad_weight_is_as_exact_as_eager(any_backend):
