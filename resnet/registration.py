@@ -43,6 +43,7 @@ _LIBRARY = Library(_NAMESPACE, "DEF")
 _ops = getattr(torch.ops, _NAMESPACE)
 _DIRECT: dict[str, tuple] = {}  # by name: what runs an operator, and its formula's `apply` or None
 _GIVEN: dict[str, int] = {}  # by name, how many outputs an operator gives whoever calls it; 1 where it is not here
+_LEGACY_LEVELS = 64  # of `vmap`s in one another, at most, in PyTorch's older implementation
 _LINKED: dict[type, Callable] = {}  # by the class of a block's node in autograd's graph: see `link`
 
 
@@ -496,9 +497,11 @@ def _of_each(
                 return functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0)
             return t.expand(size, *t.shape)
     elif legacy is not None:
-        add, level = torch._add_batch_dim, torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
-        size = len(torch._remove_batch_dim(legacy, level, 1, 0))
+        # The level is known in the thread of `vmap` alone, and a GPU's backward has another. At a level that the tensor
+        # does not have, an axis of the given size is made, here of 0.
+        add, levels = torch._add_batch_dim, range(_LEGACY_LEVELS, 0, -1)
+        sizes = ((level, len(torch._remove_batch_dim(legacy, level, 0, 0))) for level in levels)
+        level, size = next((level, size) for level, size in sizes if size)
 
         def each_of(t: Tensor) -> Tensor:
             return torch._remove_batch_dim(t, level, size, 0)

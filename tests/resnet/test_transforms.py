@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._vmap_internals import _vmap
 from torch.autograd import forward_ad
 from torch.func import functional_call, functionalize, grad, jacrev, jvp, vjp, vmap
 
@@ -73,8 +76,19 @@ def test_dual_tensors_have_eagers_tangent(any_backend, train, kind):
     torch.testing.assert_close(*tangents, atol=1e-9, rtol=1e-7)
 
 
+def in_another_thread(out: Tensor, x: list[Tensor], v: Tensor) -> tuple:
+    """What `is_grads_batched` does, with backward in a thread of its own, as it has on a GPU."""
+
+    def gradients(v: Tensor) -> tuple:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(torch.autograd.grad, out, x, v).result()
+
+    return _vmap(gradients, 0, 0)(v)
+
+
 GRADIENTS = {
     "is_grads_batched": lambda out, x, v: torch.autograd.grad(out, x, v, is_grads_batched=True),
+    "in another thread": in_another_thread,
     "vmap": lambda out, x, v: vmap(lambda v: torch.autograd.grad(out, x, v))(v),
     "vmap of vmap": lambda out, x, v: vmap(vmap(lambda v: torch.autograd.grad(out, x, v)), 1)(v[:, None]),
 }
