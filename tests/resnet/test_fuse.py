@@ -572,7 +572,7 @@ def test_a_copy_of_a_class_that_is_derived_from_a_fused_one_is_of_that_class():
 
 def test_a_model_whose_children_know_it_is_freed():
     """As by a hook that holds the model. It is once another one is fused."""
-    block = Block(4, 4)
+    block = Block(4, 4).to(DEVICE)
     fuse(block)
     block.conv2.owner = [block]
     block(draw(2, 4, 5, 6))
