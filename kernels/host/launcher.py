@@ -7,6 +7,8 @@ kernel and gives its launcher alone. So it may be used only while all that a key
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +19,30 @@ import torch
 import triton
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 _KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")  # versions whose sources were read for this module
 _OWN_RUN = JITFunction.run
 
 _thread = threading.local()  # by: the watcher; compiles: whether launches are compiled and not made
+
+
+def _one_at_a_time(function: Callable) -> Callable:
+    """The function, for one thread at a time."""
+    lock = threading.RLock()
+
+    @functools.wraps(function)
+    def alone(*arguments: object) -> object:
+        with lock:
+            return function(*arguments)
+
+    return alone
+
+
+if sys.version_info[:2] == (3, 11):
+    # Its `ast.parse` counts the depth of all threads in one place, and raises SystemError where two of them meet.
+    # Triton parses a kernel in each thread that compiles it, and for its cache key: half of one is kept after an error.
+    JITCallable.parse = _one_at_a_time(JITCallable.parse)
 
 
 class Launch(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -11,7 +12,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.jit import JITFunction
 
+from resnet.kernels.conv_forward import conv_forward_kernel
 from resnet.kernels.host import launcher, plan
 from resnet.kernels.host.launcher import compile_ahead, compiles_only, launch
 from tests.conftest import DEVICE
@@ -80,6 +83,34 @@ def test_it_may_be_asked_for_where_triton_compiles_asynchronously_already(x):
     with ThreadPoolExecutor(1) as threads, triton.AsyncCompileMode(threads):
         compile_ahead([lambda: launch(add_kernel, (1,), x, AMOUNT=4)])
     assert x.item() == 0
+
+
+def test_threads_parse_kernels_at_once():
+    """Python 3.11's own parser fails where threads meet in it. A collection that runs Python lets them."""
+    kernel = JITFunction(conv_forward_kernel.fn)
+
+    class Collected:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            sum(range(50))
+
+    def parse(depth: int) -> int:
+        if depth:
+            return parse(depth - 1)
+        for _ in range(15):
+            _ = [Collected() for _ in range(20)]
+            kernel.parse()
+        return 15
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            assert sum(threads.map(parse, (0, 40, 80, 120))) == 60
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_launches_are_repeated_with_each_triton_of_the_matrix():
