@@ -499,9 +499,9 @@ def _of_each(
     elif legacy is not None:
         # The level is known in the thread of `vmap` alone, and a GPU's backward has another. At a level that the tensor
         # does not have, an axis of the given size is made, here of 0.
-        add, levels = torch._add_batch_dim, range(_LEGACY_LEVELS, 0, -1)
-        sizes = ((level, len(torch._remove_batch_dim(legacy, level, 0, 0))) for level in levels)
-        level, size = next((level, size) for level, size in sizes if size)
+        sizes = {level: len(torch._remove_batch_dim(legacy, level, 0, 0)) for level in range(1, _LEGACY_LEVELS + 1)}
+        add, level = torch._add_batch_dim, max(level for level, size in sizes.items() if size)
+        size = sizes[level]
 
         def each_of(t: Tensor) -> Tensor:
             return torch._remove_batch_dim(t, level, size, 0)

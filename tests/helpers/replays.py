@@ -11,7 +11,7 @@ import torch
 
 @contextlib.contextmanager
 def replays() -> Iterator[list]:
-    """Gives a list with an entry for each call of a plan in this thread, backward's too: a GPU's has one of its own."""
+    """Gives a list with an entry for each call of a plan in this thread. Inside, a GPU's backward runs in it, too."""
     calls = []
 
     def watch(frame, event, _):
