@@ -414,7 +414,7 @@ def test_a_checkpointed_block_is_run_again_on_its_forwards_choice_or_if_reentran
     with chosen("triton, pytorch"):
         out = checkpoint(block, small().requires_grad_(), use_reentrant=reentrant)
     launched.clear()
-    with called("torch") if reentrant else chosen("torch"):  # a GPU's backward has a thread: the process's choice
+    with chosen("torch"), torch.autograd.set_multithreading_enabled(False):  # backward in this thread, on a GPU too
         out.sum().backward()
     assert ("statistics_kernel" in launched) == (expected != "torch")
     assert kind_of(launched) == expected  # backward, too, of what was run again
