@@ -121,7 +121,8 @@ def kernels(check: Check) -> Iterator[Measurement]:
 def textbook(check: Check) -> Iterator[Measurement]:
     for impl in ("fused", "eager"):
         target = check.folder / f"textbook-{impl}.json"
-        options = ("--impl", impl, "--dtype", "bfloat16", "--json", str(target), *check.scale.epochs)
+        settings = ("--impl", impl, "--dtype", "bfloat16", "--device", check.scale.device.type)
+        options = (*settings, "--json", str(target), *check.scale.epochs)
 
         def measure(options: tuple[str, ...] = options, target: Path = target) -> dict[str, object]:
             done = subprocess.run(
