@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from operator import index
 
 from torch import Tensor
 
@@ -25,7 +26,9 @@ def _with_choices(function: Callable[..., list], convolution: str) -> Callable[.
     """The function on this backend, with these convolutions: what another thread chooses meanwhile is not recorded."""
 
     def run(*arguments) -> list:
+        # A stride may be NumPy's number. It equals Python's, but the key of a choice is written as text.
+        plain = [tuple(map(index, a)) if type(a) is tuple else a for a in arguments]
         with settings.both(("triton", convolution)):
-            return function(*arguments)
+            return function(*plain)
 
     return run

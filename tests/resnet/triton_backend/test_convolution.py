@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,10 @@ def test_a_step_with_norms_of_constants_on_fused_convolutions_is_as_exact_as_eag
     fused_backend, kind, arguments, shape
 ):
     assert_trios_parity([trio(kind, *arguments).each(keep_norms_constant)], shape)
+
+
+def test_a_stride_may_be_numpys(fused_backend):
+    assert_trios_parity([trio(Residual, 2, 3, True, np.int64(2))], (2, 2, 4, 3))
 
 
 @pytest.fixture
