@@ -108,7 +108,8 @@ OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "tes
 
 
 def opcheck(op, args: list) -> None:
-    result = torch.library.opcheck(op.default, tuple(args), test_utils=OPCHECKS)
+    with torch.autograd.set_multithreading_enabled(False):  # backward in this thread, on its backend
+        result = torch.library.opcheck(op.default, tuple(args), test_utils=OPCHECKS)
     assert set(result.values()) == {"SUCCESS"}
 
 
