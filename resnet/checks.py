@@ -147,7 +147,7 @@ def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -
         if norm.training and t is not None and channels > 1 and t.stride(0) == 0:
             raise ValueError(f"{name}.{field}: expected {channels} values in memory to update, got one value expanded")
     for field, number in (("momentum", norm.momentum), ("eps", norm.eps)):
-        if not isinstance(number, (int, float)) and not hasattr(number, "__float__"):
+        if isinstance(number, Tensor) or (not isinstance(number, (int, float)) and not hasattr(number, "__float__")):
             raise TypeError(f"{name}.{field}: expected a number, got {type(number).__name__}")
     if norm.eps < 0 or (norm.training and norm.eps == 0):
         least = "above 0 in training" if norm.training else "of at least 0"

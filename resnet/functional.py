@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: F401, a name in the source of the 
 from resnet import backends, ops, reference, torch_backend
 from resnet.checks import check_activation, check_norm, check_shortcut, check_values_per_channel
 from resnet.kernels.host.facts import Recent, known
-from resnet.norm import Norm
+from resnet.norm import Norm, number
 from resnet.torch_backend.batch_norm import EAGER_DTYPES, are_few, eager, is_eager_as_good
 
 
@@ -61,7 +61,7 @@ def batch_norm_add_relu(
         ValueError, TypeError: a shape, type or device that does not fit, or one value per channel in training.
         RuntimeError: on double backward through a kernel.
     """
-    norm = Norm(weight, bias, running_mean, running_var, None, training, momentum, eps)
+    norm = Norm(weight, bias, running_mean, running_var, None, training, number(momentum), number(eps))
     out = unchecked(x, shortcut, norm, relu)
     if out is not None:
         return out

@@ -79,6 +79,13 @@ def _settings_of(bn: nn.Module) -> dict[str, object]:
     return {name: getattr(bn, name) for name in _SETTINGS if hasattr(bn, name)}
 
 
+def number(setting: object) -> object:
+    """A momentum or an eps as `F.batch_norm` takes it: a tensor () without a gradient stands for its value."""
+    if isinstance(setting, Tensor) and setting.dim() == 0 and not setting.requires_grad:
+        return setting.item()
+    return setting
+
+
 def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
     """The settings with which `nn.BatchNorm2d.forward` would call `F.batch_norm` now; changes nothing.
 
@@ -89,9 +96,12 @@ def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
     This batch is not counted yet, in `num_batches_tracked` either.
     """
     own = _settings_of(bn) if torch.compiler.is_compiling() else bn.__dict__
+    eps = own.get("eps", 1e-5)
+    if type(eps) is not float:
+        eps = number(eps)
     if "momentum" not in own:
         vectors = [held(bn, "_buffers", name) for name in VECTORS[:4]]
-        return Norm(*vectors, conv_bias, False, 0.0, own.get("eps", 1e-5))
+        return Norm(*vectors, conv_bias, False, 0.0, eps)
     training, momentum, count, counted = own["training"], own["momentum"], None, None
     mean, var = held(bn, "_buffers", "running_mean"), held(bn, "_buffers", "running_var")
     tracked = not training or own["track_running_stats"]
@@ -99,6 +109,8 @@ def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
         counted = held(bn, "_buffers", "num_batches_tracked")
     if momentum is None:
         momentum, count, counted = 0.0, counted, None
+    elif type(momentum) is not float:
+        momentum = number(momentum)
     return Norm(
         held(bn, "_parameters", "weight"),
         held(bn, "_parameters", "bias"),
@@ -107,7 +119,7 @@ def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
         conv_bias,
         training or mean is None,
         momentum,
-        own["eps"],
+        eps,
         count,
         counted,
         group_of(bn) if training and type(bn) is nn.SyncBatchNorm else "",

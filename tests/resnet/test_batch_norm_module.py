@@ -154,6 +154,8 @@ def test_any_settings_give_eagers_values_and_buffers_over_several_batches(any_ba
 CHANGES = {
     "tracked no longer": lambda bn: setattr(bn, "track_running_stats", False),
     "a momentum that is whole": lambda bn: setattr(bn, "momentum", 1),
+    "a momentum that is a tensor": lambda bn: setattr(bn, "momentum", torch.tensor(0.7)),
+    "an eps that is a tensor": lambda bn: setattr(bn, "eps", torch.tensor(0.3)),
     "without a count": lambda bn: setattr(bn, "num_batches_tracked", None),
     "a cumulative average without a count": lambda bn: (
         setattr(bn, "num_batches_tracked", None),

@@ -569,7 +569,7 @@ def test_an_eps_that_pytorch_refuses_is_refused_before_anything_changes(any_back
 
 
 @pytest.mark.parametrize("name", ["eps", "momentum"])
-@pytest.mark.parametrize("value", ["0.1", None, [0.1]], ids=repr)
+@pytest.mark.parametrize("value", ["0.1", None, [0.1], torch.ones(2), torch.ones((), requires_grad=True)], ids=repr)
 def test_a_setting_that_is_no_number_is_named_before_anything_changes(any_backend, name, value):
     x, running = draw(2, 3, 4, 4), (torch.zeros(3, device=DEVICE), torch.ones(3, device=DEVICE))
     with pytest.raises(TypeError, match=f"batch_norm.{name}: expected a number, got {type(value).__name__}"):

@@ -142,6 +142,10 @@ CHANGES = {
     "momentum": lambda m: setattr(m.bn1, "momentum", 0.7),
     "a cumulative average": lambda m: setattr(m.bn2, "momentum", None),
     "eps": lambda m: setattr(m.bn2, "eps", 0.3),
+    "a momentum and an eps that are tensors": lambda m: (
+        setattr(m.bn1, "momentum", torch.tensor(0.7)),
+        setattr(m.bn2, "eps", torch.tensor(0.3)),
+    ),
     "evaluation": lambda m: m.eval(),
     "evaluation of one norm": lambda m: m.bn1.eval(),
     "no running statistics": lambda m: setattr(m.bn1, "track_running_stats", False),
