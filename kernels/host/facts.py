@@ -100,7 +100,7 @@ def known(arguments: Sequence) -> Known | None:
             kind = type(argument)
             if kind is Parameter or kind is Tensor:
                 address, device = argument.data_ptr(), argument.device
-                if address == 0 and device.type == "meta":
+                if (address == 0 and device.type == "meta") or argument.is_neg():  # memory of the opposite sign
                     return None
                 addresses.append(address)
                 key.append((argument.shape, argument.stride(), argument.dtype, device, address & 15))

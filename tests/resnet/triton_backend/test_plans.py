@@ -150,6 +150,7 @@ CHANGES = {
     "evaluation of one norm": lambda m: m.bn1.eval(),
     "no running statistics": lambda m: setattr(m.bn1, "track_running_stats", False),
     "a weight": replace("bn1.weight", lambda t: 3 * t),
+    "a weight of the opposite sign in memory": replace("bn1.weight", torch._neg_view),
     "a misaligned weight": replace("bn2.weight", lambda t: misaligned(-t)),
     "a misaligned convolution": replace("conv1.weight", lambda t: misaligned(2 * t)),
     "an NCHW convolution": replace("conv1.weight", lambda t: (2 * t).contiguous()),
@@ -198,6 +199,7 @@ INPUTS = {
     "misaligned": lambda: misaligned(images().contiguous(memory_format=torch.channels_last)),
     "NCHW": lambda: images().contiguous(),
     "strided": lambda: images(2, 4, 5, 12)[..., ::2],
+    "of the opposite sign in memory": lambda: torch._neg_view(images().contiguous(memory_format=torch.channels_last)),
     "a batch's part": lambda: images(4, 4, 5, 6).contiguous(memory_format=torch.channels_last)[1:3],
 }
 
