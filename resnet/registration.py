@@ -27,12 +27,11 @@ from torch.autograd import forward_ad
 from torch.autograd.profiler import record_function
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.library import Library, register_fake
-from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from resnet import backends, settings
 from resnet.collectives import merge_sums
+from resnet.kernels.host import facts
 from resnet.kernels.host.facts import Known, is_plain
 from resnet.operands import BlockBefore
 from resnet.schema import leaves, pack, parameters, received, unpack, updates
@@ -137,14 +136,10 @@ def _has_functions_of_its_own(kind: type[Tensor]) -> bool:
 
 
 def function_mode() -> str | None:
-    """The class of a mode that may replace PyTorch's functions.
-
-    One that sets the device of new tensors replaces none of those that a fused operator stands for.
-    """
+    """The class of a mode that may replace PyTorch's functions; torch.compile has none."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
         return None
-    kinds = map(type, _get_current_function_mode_stack())
-    return next((kind.__name__ for kind in kinds if kind not in (DeviceContext, BaseTorchFunctionMode)), None)
+    return facts.function_mode()
 
 
 def call(name: str, flat: Sequence, known: Known | None) -> Tensor | tuple[Tensor, ...]:

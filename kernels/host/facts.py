@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 try:  # compares many tensors in one call; PyTorch keeps it for its compiler
     from torch._C._dynamo.guards import TensorGuards
@@ -147,11 +149,21 @@ def _matcher(arguments: Sequence, found: Known) -> Callable[[Sequence], list[int
     return addresses if addresses(arguments) is not None else None
 
 
+def function_mode() -> str | None:
+    """The class of a mode that may replace PyTorch's functions.
+
+    One that sets the device of new tensors, as `torch.set_default_device` does, changes nothing here: all that is made
+    has a device given.
+    """
+    kinds = map(type, _get_current_function_mode_stack())
+    return next((kind.__name__ for kind in kinds if kind not in (DeviceContext, BaseTorchFunctionMode)), None)
+
+
 def is_plain() -> bool:
     """Whether nobody watches, replaces or transforms PyTorch's operators now."""
     return not (
         torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or (torch._C._len_torch_function_stack() and function_mode() is not None)
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet
-from resnet import BasicBlock, Residual, Stem
+from resnet import BasicBlock, Residual, Stem, ops
 from resnet.kernels.host import plan
 from resnet.kernels.tuning import memory
 from tests.conftest import DEVICE
@@ -223,6 +223,18 @@ def test_settings_count_from_the_next_call_on():
     for convolution in ("pytorch", "epilogue", "pytorch", "epilogue", "epilogue"):
         with resnet.convolution(convolution):
             pair.assert_same(images(1, 4, 3, 2))
+
+
+def test_steps_are_replayed_without_the_dispatcher_under_a_default_device_too():
+    """It is another one than the tensors': what is made without a device given would be there."""
+    pair = Pair()
+    for seed in range(4):
+        x, dout = images(seed=seed).requires_grad_(), images(seed=seed + 4)
+        with torch.device("meta"), replays() as calls:
+            assert ops.is_direct()
+            (dx,) = torch.autograd.grad(pair.fused(x), x, dout)
+        torch.testing.assert_close(dx, torch.autograd.grad(pair.eager(x), x, dout)[0])
+    assert len(calls) == 2  # forward and backward
 
 
 def test_forgotten_choices_are_made_again(monkeypatch, tmp_path):
