@@ -96,13 +96,10 @@ def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
     This batch is not counted yet, in `num_batches_tracked` either.
     """
     own = _settings_of(bn) if torch.compiler.is_compiling() else bn.__dict__
-    eps = own.get("eps", 1e-5)
-    if type(eps) is not float:
-        eps = number(eps)
     if "momentum" not in own:
         vectors = [held(bn, "_buffers", name) for name in VECTORS[:4]]
-        return Norm(*vectors, conv_bias, False, 0.0, eps)
-    training, momentum, count, counted = own["training"], own["momentum"], None, None
+        return Norm(*vectors, conv_bias, False, 0.0, number(own.get("eps", 1e-5)))
+    training, momentum, eps, count, counted = own["training"], own["momentum"], own["eps"], None, None
     mean, var = held(bn, "_buffers", "running_mean"), held(bn, "_buffers", "running_var")
     tracked = not training or own["track_running_stats"]
     if training and tracked:
@@ -111,6 +108,8 @@ def norm_of(bn: nn.Module, conv_bias: Tensor | None = None) -> Norm:
         momentum, count, counted = 0.0, counted, None
     elif type(momentum) is not float:
         momentum = number(momentum)
+    if type(eps) is not float:
+        eps = number(eps)
     return Norm(
         held(bn, "_parameters", "weight"),
         held(bn, "_parameters", "bias"),

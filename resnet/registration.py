@@ -136,10 +136,8 @@ def _has_functions_of_its_own(kind: type[Tensor]) -> bool:
 
 
 def function_mode() -> str | None:
-    """The class of a mode that may replace PyTorch's functions; torch.compile has none."""
-    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
-        return None
-    return facts.function_mode()
+    """The class of a mode that may replace PyTorch's functions; None while torch.compile traces."""
+    return None if torch.compiler.is_compiling() else facts.function_mode()
 
 
 def call(name: str, flat: Sequence, known: Known | None) -> Tensor | tuple[Tensor, ...]:
