@@ -22,7 +22,7 @@ import torch
 from resnet import FusedResidual, Residual, metrics, models, resnet18, training
 from resnet.commands import DTYPES, ConfigError, find_device
 from resnet.data import DatasetError
-from resnet.fused import FusedBlock
+from resnet.fused.block import FusedBlock
 from resnet.models import IMPLS
 from resnet.recipes import RECIPES
 from resnet.train import main

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from resnet import SqueezeExcite
 from resnet.fusable import BlockParts, UnitParts, Watched, gate_parts
-from resnet.fused import FusedBlock
+from resnet.fused.block import FusedBlock
 
 
 class Inner(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet import Bottleneck, FusedResidual, Residual, fused, resnet18
+from resnet import Bottleneck, FusedResidual, Residual, resnet18
 from tests.conftest import DEVICE, ROOT
 from tests.helpers.blocks import GATED, POOLED, deep_stems, draw, trio
 from tests.helpers.fused_cases import images, inference_trio, kinds, train_and_eval
@@ -31,7 +31,8 @@ def counted(module: nn.Module, x: Tensor, what: str) -> int:
 def whichever_is_counted(request, monkeypatch):
     """The counter's global hooks make a module run its submodules; without them it is the fused operators' turn."""
     if request.param == "operator":
-        monkeypatch.setattr(fused, "_has_any_global_hook", lambda: None)
+        for name in ("module", "stem"):
+            monkeypatch.setattr(f"resnet.fused.{name}._has_any_global_hook", lambda: None)
 
 
 FROZEN = {

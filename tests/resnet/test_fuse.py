@@ -34,7 +34,10 @@ from resnet import (
     resnet18,
     unfuse,
 )
-from resnet.fusing import _KNOWN, BlockLayout, StemLayout, _Block, _Known, _Network
+from resnet.fusing.blocks import BlockMixin
+from resnet.fusing.known import KNOWN, Known
+from resnet.fusing.layouts import BlockLayout, StemLayout
+from resnet.fusing.stems import NetworkMixin
 from tests.conftest import DEVICE
 from tests.helpers.blocks import draw, infer, randomize, snapshot, step
 
@@ -100,9 +103,9 @@ LAYOUT = BlockLayout(
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    stem = _Known(_Network, StemLayout("conv", "bn", "relu", "pool"))
-    for cls, entry in ((Block, _Known(_Block, LAYOUT)), (Net, stem), (Branches, stem)):
-        monkeypatch.setitem(_KNOWN, f"{cls.__module__}.{cls.__qualname__}", entry)
+    stem = Known(NetworkMixin, StemLayout("conv", "bn", "relu", "pool"))
+    for cls, entry in ((Block, Known(BlockMixin, LAYOUT)), (Net, stem), (Branches, stem)):
+        monkeypatch.setitem(KNOWN, f"{cls.__module__}.{cls.__qualname__}", entry)
 
 
 def net() -> Net:
@@ -360,7 +363,7 @@ def test_a_tracer_comes_by_the_container_of_a_deep_stem():
 
 @pytest.mark.parametrize("place", ["conv", "conv.0", "conv.3", "pool"])
 def test_a_deep_stem_that_cannot_be_fused_warns_by_the_name_of_its_class(monkeypatch, place):
-    monkeypatch.setattr("resnet.fused._warned", set())
+    monkeypatch.setattr("resnet.fused.module._warned", set())
     model = net()
     deepened(model)
     assert "" in names(fuse(model).fused)

@@ -543,7 +543,7 @@ class DoublingMode(TorchFunctionMode):
 @kinds
 @pytest.mark.parametrize("by", ["input", "weight", "mode"])
 def test_who_replaces_pytorchs_functions_meets_them(monkeypatch, by, kind):
-    monkeypatch.setattr("resnet.fused._warned", set())
+    monkeypatch.setattr("resnet.fused.module._warned", set())
     t = trio(*KINDS[kind], train=False)
     x = images(kind, FEW)
     if by == "weight":
@@ -566,7 +566,7 @@ def test_a_mode_meets_a_shortcuts_pool_as_often_as_in_the_eager_block(monkeypatc
             called.append(function)
             return function(*args, **(kwargs or {}))
 
-    monkeypatch.setattr("resnet.fused._warned", set())
+    monkeypatch.setattr("resnet.fused.module._warned", set())
     called, t = [], trio(BasicBlock, 4, 6, 2, POOLED)
     with pytest.warns(UserWarning, match="a Counting is in force"), Counting():
         t.fused(draw(2, 4, 5, 6))

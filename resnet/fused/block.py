@@ -1,0 +1,271 @@
+"""A residual block on fused operators, with squeeze-and-excitation or without."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from resnet import ops, torch_backend
+from resnet.backends import implementation
+from resnet.checks import (
+    check_activation,
+    check_conv_weight,
+    check_input_type,
+    check_norm,
+    check_values_per_channel,
+    check_vector,
+)
+from resnet.functional import channels_last, checked, unchecked
+from resnet.fusable import (
+    AVERAGE,
+    BlockParts,
+    average_of,
+    conv_state,
+    gate_state,
+    geometry_of,
+    module_state,
+    passed_over,
+    pool_state,
+    unfusable_average,
+    unfusable_conv,
+    unfusable_gate,
+    unfusable_norm,
+    unfusable_other,
+    unfusable_unit,
+    unlike_input,
+)
+from resnet.fused.module import (
+    FusedModule,
+    is_of,
+    records_gradient,
+    trained_statistics,
+    unit_arguments,
+    weight_shapes,
+    without_autocast,
+)
+from resnet.kernels.host.facts import Recent
+from resnet.norm import Norm, held, norm_of
+from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator, squeeze_operator
+from resnet.sequential import FusedSequential
+from resnet.torch_backend.convolution import out_size
+
+_MAP = -len(Pooled._fields)  # the place of a pooled x among a block's arguments
+_OPERATORS = {(units == 3, *shortcut): block_operator(units, *shortcut) for units in (2, 3) for shortcut in SHORTCUTS}
+
+
+class FusedBlock(FusedModule):
+    """A residual block whose modules `_parts` names: a `BlockParts`, or why there are none."""
+
+    sequential = FusedSequential
+
+    def _parts(self) -> BlockParts | str:
+        raise NotImplementedError
+
+    def _operator(self, parts: BlockParts) -> str:
+        units, shortcut, _, pool, gate = parts
+        if gate is not None:
+            return squeeze_operator(gate.place)
+        return _OPERATORS[units[2:] != (), shortcut is not None and shortcut.bn is not None, pool is not None]
+
+    def _state(self, parts: BlockParts | str) -> tuple:
+        if type(parts) is str:
+            return "block", parts
+        units, shortcut, others, pool, gate = parts
+        state = ["block", len(units)]
+        for conv, bn, *_ in units if shortcut is None else (*units, shortcut):
+            state += (conv_state(conv), module_state(bn))
+        if gate is not None:
+            state += gate_state(gate)
+        for other in others:
+            state.append((other.kind, module_state(other.module)))
+        if pool is not None:
+            state.append(pool_state(pool.module, AVERAGE))
+        return tuple(state)
+
+    def _without_statistics(self, parts: BlockParts, flat: list) -> str | None:
+        if parts.gate is not None:
+            # Its operators are the same. With gates before the last convolution they save nothing on a CPU.
+            inner = parts.gate.place < len(parts.units) and not torch.compiler.is_compiling()
+            return None if inner and not records_gradient(flat) and implementation(flat[0]) is torch_backend else ""
+        form = super()._without_statistics(parts, flat)
+        if form or flat[0].dtype == torch.float16:  # its range is too small for weights that are scaled
+            return form
+        trained = any(isinstance(t, Tensor) and t.requires_grad and t.dim() == 1 for t in flat)
+        return "" if trained else "_frozen"
+
+    def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
+        reason, shortcut, pool = unfusable_other(parts.others), parts.shortcut, parts.pool
+        if parts.gate is not None:
+            reason = reason or unfusable_gate(parts.gate)
+        if reason is None and pool is not None:
+            reason = unfusable_average(pool.name, pool.module)
+            if shortcut is None or shortcut.bn is None:
+                reason = reason or f"{pool.name} is a pool, and there is no convolution with a norm after it"
+        if reason is not None:
+            return reason
+        strides = 1
+        for unit in parts.units:
+            reason = unfusable_unit(unit.conv_name, unit.conv) or unfusable_norm(unit.bn_name, unit.bn, parts.others)
+            if reason is not None:
+                return reason
+            strides *= unit.conv.stride[0]
+        if shortcut is not None:
+            reason = unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides if pool is None else 1)
+            if reason is None and shortcut.bn is not None:
+                reason = unfusable_norm(shortcut.bn_name, shortcut.bn, parts.others)
+            if reason is not None:
+                return reason
+        return None
+
+    def _norm_pairs(self, parts: BlockParts) -> list[tuple[nn.BatchNorm2d, nn.Conv2d]]:
+        units = parts.units if parts.gate is None else parts.units[: parts.gate.place]
+        pairs = [(unit.bn, unit.conv) for unit in units]
+        if parts.shortcut is not None and parts.shortcut.bn is not None:
+            pairs.append((parts.shortcut.bn, parts.shortcut.conv))
+        return pairs
+
+    def _check(self, parts: BlockParts, X: Tensor, flat: list, norms: list[Norm], cast: bool) -> str | None:
+        (units, shortcut, _, pool, gate), x = parts, flat[0]
+        if gate is not None:
+            units = units[: gate.place]
+        count, every = len(units), units if shortcut is None else (*units, shortcut)
+        groups = [part.conv.groups for part in every]
+
+        def channels(shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+            """(out, in) of each convolution, as those of a chain and its shortcut have to be."""
+            C, outs = shapes[0][1] * groups[0], [shape[0] for shape in shapes[:count]]
+            return [*zip(outs, [C, *outs]), (outs[-1], C)][: len(every)]
+
+        def fit(shapes: list[tuple[int, ...]]) -> bool:
+            widths = channels(shapes)
+            own = [(K, C * g) for (K, C, *_), g in zip(shapes, groups, strict=True)]
+            return own == widths and all(is_of(norm, K) for norm, (K, _) in zip(norms, widths))
+
+        shapes = weight_shapes([part.conv for part in every], fit)
+        widths = channels(shapes)
+        (K, _), (_, C) = widths[count - 1], widths[0]
+        check_activation(X, C)
+        weights = {f"{part.conv_name}.weight": part.conv.weight for part in every}
+        if not cast:
+            check_input_type(x, weights)
+        for (name, weight), (outs, ins), g, shape in zip(weights.items(), widths, groups, shapes, strict=True):
+            check_conv_weight(name, weight, x, (outs, ins // g, *shape[2:]), cast)
+            if outs % g or ins % g:
+                return f"{name} makes {outs} channels of {ins}, which are not whole groups, {g} of them"
+        if shortcut is not None and shortcut.bn is None and shortcut.conv.bias is not None:
+            check_vector(f"{shortcut.conv_name}.bias", shortcut.conv.bias, x, K)
+        for part, norm, (width, _) in zip(every, norms, widths):
+            reason = unlike_input(part.bn_name, part.bn, x.dtype)
+            if reason is not None:
+                return reason
+            check_norm(norm, x, width, part.bn_name)
+        for part, shape in zip(every, shapes, strict=True):
+            _, padding, dilation = geometry_of(part.conv)
+            size = 2 * padding // dilation + 1
+            if shape[2:] != (size, size):
+                return f"{part.conv_name}.weight is {shape[2]}x{shape[3]}, not {size}x{size}"
+        (N, _, P, Q), maps, strides = x.shape, [], 1
+        for unit, (width, _, size, _) in zip(units, shapes):
+            geometry = geometry_of(unit.conv)
+            P, Q = out_size(P, size, *geometry), out_size(Q, size, *geometry)
+            maps.append((N, width, P, Q))
+            strides *= geometry[0]
+        if (shortcut is None if gate is None else _is_added(parts)) and (C != K or strides != 1):
+            return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {strides}"
+        if pool is not None and (pooled := flat[_MAP].shape) != (N, C, P, Q):
+            return f"{pool.name} gives {tuple(pooled)}, and the convolutions give maps of {P}x{Q}"
+        for part, norm, shape in zip(every, norms, (*maps, maps[-1])):
+            check_values_per_channel(norm, shape, part.bn_name)
+        return None
+
+    def _arguments(self, parts: BlockParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> list:
+        units, shortcut, _, pool, gate = parts
+        if gate is not None:
+            convs = [unit.conv for unit in units[: gate.place]]
+            return [*unit_arguments(x, convs, norms, cast)[0], gate.place < len(units), _is_added(parts)]
+        convs = [unit.conv for unit in (units if shortcut is None else (*units, shortcut))]
+        flat, weights, masters = unit_arguments(x, convs, norms, cast)
+        if shortcut is None:
+            flat += (None, None, POINTWISE, None)
+        elif shortcut.bn is None:
+            conv = shortcut.conv
+            flat += (weights[-1], held(conv, "_parameters", "bias"), geometry_of(conv), masters[-1])
+        elif pool is not None:
+            check_activation(X, None)
+            with torch.no_grad():
+                map_ = channels_last(pool.module(X).to(x.dtype))
+            flat += (map_, *average_of(pool.module))
+        return flat
+
+    def _excite(
+        self,
+        parts: BlockParts,
+        X: Tensor,
+        x: Tensor,
+        recent: Recent,
+        y: Tensor,
+        pooled: Tensor,
+        link: Tensor,
+        stats: Tensor,
+    ) -> Tensor:
+        """What follows the squeeze, by its results: the gates, and the rest of the block."""
+        gate, (N, C) = parts.gate, pooled.shape
+        factor = pooled.view(N, 1, C) if gate.row else pooled.view(N, C, 1, 1)
+        for module in gate.called:
+            factor = module(factor)
+        if gate.row:
+            factor = factor.view(N, -1, 1, 1)
+        factor = factor.to(y.dtype).expand(N, C, 1, 1).flatten(1).contiguous()
+        if gate.place < len(parts.units):
+            return self._last_unit(parts, X, recent.next, _excited(recent, y, stats, link, factor, None, True, False))
+        if gate.shortcut is None:  # x has its gradient by the squeeze
+            return _excited(recent, y, stats, link, factor, x.detach(), False, True)
+        shortcut = _called(gate.shortcut, X)
+        if type(shortcut) is Tensor and shortcut.shape == y.shape and shortcut.dtype == y.dtype:
+            return _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True)
+        out = _excited(recent, y, stats, link, factor, None, False, False) + shortcut
+        return F.relu(out.to(y.dtype))  # the add in eager is in place
+
+    def _last_unit(self, parts: BlockParts, X: Tensor, recent: Recent, a: Tensor) -> Tensor:
+        """relu(norm(conv(a)) + shortcut), the convolution PyTorch's."""
+        (conv, bn, _, bn_name), shortcut = parts.units[-1], parts.gate.shortcut
+        shortcut = X if shortcut is None else _called(shortcut, X)
+        norm = norm_of(bn, conv.bias)
+        if unlike_input(bn_name, bn, a.dtype) or trained_statistics([norm]):
+            return F.relu(bn(conv(a)) + shortcut)
+        y = conv._conv_forward(a, conv.weight, None)
+        fits = type(shortcut) is Tensor and shortcut.shape == y.shape
+        added = shortcut.to(y.dtype) if fits else None
+        out = unchecked(y, added, norm, fits)
+        if out is None:
+            out = checked(y, added, norm, fits, bn_name, recent)
+        return out if fits else F.relu(out + shortcut)
+
+
+def _called(shortcut: nn.Module, X: Tensor) -> Tensor:
+    """What a shortcut gives. An `nn.SyncBatchNorm` at its end works on a CPU, too, as those of the units do."""
+    if isinstance(shortcut, nn.Sequential) and type(shortcut).forward is nn.Sequential.forward:
+        *others, bn = shortcut._modules.values() or (None,)
+        if type(bn) is nn.SyncBatchNorm and passed_over(bn) is passed_over(shortcut) is None:
+            norm = norm_of(bn)
+            if trained_statistics([norm]) is None:
+                for module in others:
+                    X = module(X)
+                out = unchecked(X, None, norm, False)
+                return checked(X, None, norm, False, "the shortcut's norm") if out is None else out
+    return shortcut(X)
+
+
+def _is_added(parts: BlockParts) -> bool:
+    """Whether the input of a block with squeeze-and-excitation at its end is its shortcut, too."""
+    return parts.gate.shortcut is None and parts.gate.place == len(parts.units)
+
+
+def _excited(recent: Recent, *flat: object) -> Tensor:
+    """[relu](gate * [relu](norm(y)) [+ shortcut]), by the fields of `operands.Excite`."""
+    found = recent.known(flat) if not torch.compiler.is_compiling() and ops.is_direct() else None
+    if found is not None and not torch._C._is_any_autocast_enabled():
+        return ops.call("excite", flat, found)
+    with without_autocast(flat[0]):
+        return ops.call("excite", flat, found)

@@ -1,0 +1,89 @@
+"""Residual blocks, and the stages that hold them, of the known libraries."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from resnet.fusable import BlockParts, UnitParts, Watched, gate_parts
+from resnet.fused.block import FusedBlock
+from resnet.fusing.changed import Changed, children_of, held_at, watched_in
+from resnet.sequential import run_in_turn
+
+
+class BlockMixin(Changed, FusedBlock):
+    """A residual block."""
+
+    _call = FusedBlock._run
+
+    def _find_parts(self) -> BlockParts | str:
+        layout = self._layout
+        units = tuple(UnitParts(held_at(self, conv), held_at(self, bn), conv, bn) for conv, bn in layout.units)
+        gate, attention = None, held_at(self, layout.gate) if layout.gate else None
+        shortcut, others, pool = held_at(self, layout.shortcut), [], None
+        if attention is not None and type(attention) is not nn.Identity:
+            gate = gate_parts(layout.gate, attention, layout.place, None if type(shortcut) is nn.Identity else shortcut)
+        if gate is None:
+            shortcut, others, pool = _shortcut(layout.shortcut, shortcut, layout.shortcut_class)
+            if attention is not None:
+                others.append(Watched(layout.gate, attention, nn.Identity))
+        elif gate.shortcut is None and shortcut is not None:
+            others.append(Watched(layout.shortcut, shortcut, nn.Identity))
+        shortcut = None if gate is not None else shortcut
+        others += [Watched(name, held_at(self, name), nn.ReLU) for name in layout.relus]
+        optional = (Watched(name, held_at(self, name), nn.Identity) for name in layout.optional)
+        others += [other for other in optional if other.module is not None]
+        for name, module, _ in others:
+            if module is not None and not isinstance(module, nn.Module):
+                return f"{name} is a {type(module).__name__} and no module"
+        return BlockParts(units, shortcut, (*others, *watched_in(self)), pool, gate)
+
+
+def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, list[Watched], Watched | None]:
+    """The shortcut's convolution and BatchNorm, None for the identity; all else, which has to be identities; a pool.
+
+    What follows the convolution is taken for the BatchNorm, so that another norm is refused as one.
+    """
+    if module is None:
+        return None, [], None
+    if isinstance(module, _ConvNd):
+        return UnitParts(module, None, name), [], None
+    if type(module) is nn.Identity or not isinstance(module, nn.Module):
+        return None, [Watched(name, module, nn.Identity)], None
+    others, children = [Watched(name, module, kind)], children_of(name, module)
+    nested = [child for child in children if type(child[1]) is kind]
+    if nested and kind is not nn.Sequential and type(module) is nn.Sequential:  # its children stand in its place
+        others = [Watched(name, module, nn.Sequential), Watched(*nested[0], kind)]
+        place = children.index(nested[0])
+        children[place : place + 1] = children_of(*nested[0])
+    conv = bn = pool = None
+    for place, child in children:
+        if conv is None and isinstance(child, _ConvNd):
+            conv = place, child
+        elif conv is not None and bn is None and type(child) not in (nn.Identity, type(None)):
+            bn = place, child
+        elif conv is None and pool is None and isinstance(child, nn.AvgPool2d):
+            pool = Watched(place, child, nn.AvgPool2d)
+        else:
+            others.append(Watched(place, child, nn.Identity))
+    if conv is None:
+        return None, others, pool
+    bn_name, norm = bn or ("", None)
+    if norm is not None and norm._modules:  # an activation that it holds would follow it
+        others.append(Watched(bn_name, norm, type(norm)))
+        others += [Watched(place, child, nn.Identity) for place, child in children_of(bn_name, norm)]
+    return UnitParts(conv[1], norm, conv[0], bn_name), others, pool
+
+
+class StageMixin(Changed):
+    """A stage that runs its blocks one after the other: see `FusedSequential`."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        if getattr(self, "grad_checkpointing", False):
+            return self._eager_method(x)
+        return run_in_turn(blocks_of(self)._modules.values(), x)
+
+
+def blocks_of(stage: nn.Module) -> nn.Module:
+    """What holds the blocks of a stage of an eager or fused class, and nothing else."""
+    return held_at(stage, "layers") or stage

@@ -1,0 +1,60 @@
+"""What the source of a method shows about its calls."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from types import FunctionType
+
+
+@functools.cache
+def begins_with(function: FunctionType, names: tuple[str, ...]) -> bool:
+    """Whether a forward begins with `x = self.NAME(x)` for each of these names, and has them nowhere else."""
+    tree = _tree_of(function)
+    if tree is None:
+        return False
+    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
+    attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return [ast.unparse(line) for line in body[: len(names)]] == [f"x = self.{name}(x)" for name in names] and all(
+        attributes.count(name) == 1 for name in names
+    )
+
+
+@functools.cache
+def called_in_turn(function: FunctionType) -> frozenset[str]:
+    """The NAMEs of `x = self.NAME(x)` in a method of x; none where it may show an x to others.
+
+    That is, where a statement reads x more than once, or neither gives x a new value nor returns.
+    """
+    tree = _tree_of(function)
+    if tree is None:
+        return frozenset()
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not hasattr(node, "body")]
+    reading = [(statement, _reads_of_x(statement)) for statement in statements if _reads_of_x(statement)]
+    if sum(reads for _, reads in reading) != _reads_of_x(tree):  # one is in a condition
+        return frozenset()
+    found = []
+    for statement, reads in reading:
+        targets = [ast.unparse(target) for target in getattr(statement, "targets", ())]
+        if reads > 1 or not (targets == ["x"] or isinstance(statement, ast.Return)):
+            return frozenset()
+        found += re.findall(r"^x = self\.(\w+)\(x\)$", ast.unparse(statement))
+    return frozenset(found)
+
+
+def _tree_of(function: FunctionType) -> ast.FunctionDef | None:
+    """None where there is no text to read."""
+    try:
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except OSError:
+        return None
+    return tree
+
+
+def _reads_of_x(tree: ast.AST) -> int:
+    return sum(
+        isinstance(node, ast.Name) and node.id == "x" and isinstance(node.ctx, ast.Load) for node in ast.walk(tree)
+    )

@@ -1,0 +1,154 @@
+"""Stems of the known libraries: modules of their own, and networks whose forward calls the stem's modules itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+
+from torch import Tensor, nn
+
+from resnet.fusable import StemParts, UnitParts, Watched
+from resnet.fused.stem import FusedStemBase
+from resnet.fusing.changed import Changed, children_of, held_at, watched_in
+from resnet.fusing.layouts import StemLayout
+from resnet.fusing.sources import called_in_turn
+from resnet.sequential import FusedSequential, is_watched, run_in_turn, run_linked
+
+
+class StemMixin(Changed, FusedStemBase):
+    """A module that is a stem and nothing else."""
+
+    _call = FusedStemBase._run
+
+    def _called(self) -> tuple[str, ...]:
+        """The names of the modules that are called."""
+        return self._layout.names
+
+    def _find_parts(self) -> StemParts:
+        conv, bn, relu, name = self._layout[:4]
+        before = [(each, held_at(self, each)) for each in sum(self._layout.before, ())]
+        last = held_at(self, conv)
+        pool, others = Watched(name, held_at(self, name), nn.MaxPool2d), watched_in(self)
+        if type(last) is nn.Sequential and len(last) % 3 == 1:
+            others.append(Watched(conv, last, nn.Sequential))
+            *before, (conv, last) = children_of(conv, last)
+        others += [Watched(*each, nn.ReLU) for each in before[2::3]]
+        if name not in self._called():
+            pool = None
+        elif type(pool.module) is nn.Identity:
+            others.append(pool._replace(kind=nn.Identity))
+            pool = None
+        return StemParts(
+            UnitParts(last, held_at(self, bn), conv, bn),
+            Watched(relu, held_at(self, relu), nn.ReLU),
+            pool,
+            tuple(others),
+            tuple(UnitParts(c, n, c_name, n_name) for (c_name, c), (n_name, n) in zip(before[::3], before[1::3])),
+        )
+
+
+class EmbeddingsMixin(StemMixin):
+    """A stem that checks the channels of its input."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._run(x) if x.shape[1] == self.num_channels else self._eager(x)  # which says what was expected
+
+
+class NetworkMixin(StemMixin):
+    """A network whose forward calls the stem's modules itself."""
+
+    _holds_more = True
+
+    def _call(self, x: Tensor) -> Tensor:
+        stages = frozenset()
+        if not is_watched(x) and not getattr(self, "grad_checkpointing", False):
+            stages = called_in_turn(self._eager_method.__func__)
+        return self._eager_method.__func__(_WithStem(self, stages), x)
+
+    def _eager(self, x: Tensor) -> Tensor:
+        for name in self._called():
+            x = getattr(self, name)(x)
+        return x
+
+
+class SequenceMixin(NetworkMixin):
+    """A network that is an `nn.Sequential`, whose first modules are the stem."""
+
+    def _called(self) -> tuple[str, ...]:
+        return first_names(self, self._layout)
+
+    def _call(self, x: Tensor) -> Tensor:
+        names = self._called()
+        if not starts_with(self, names):  # any more
+            return super().forward(x)
+        return run_in_turn([module for name, module in self._modules.items() if name not in names], self._run(x))
+
+
+class GetterMixin(SequenceMixin):
+    """A sequence, a mapping of its modules, that gives what some of them give: of the stem's the last at most."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        names = self._called()
+        if not starts_with(self, names) or given_inside(self, names) is not None:  # any more
+            return self._eager_method(x)
+        return self._eager_method.__func__(_ItemsWithStem(self), x)
+
+
+class FeaturesMixin(GetterMixin):
+    """One that may run each of its modules under a checkpoint, which counts a batch twice in the stem's BatchNorm."""
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._eager_method(x) if self.grad_checkpointing else super()._call(x)
+
+
+def given_inside(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """What lies inside a stem and is asked for."""
+    return next((name for name in names[:-1] if name in module.return_layers), None)
+
+
+def first_names(module: nn.Module, layout: StemLayout) -> tuple[str, ...]:
+    """The names that a sequence has to begin with: one for small images has no pool."""
+    return layout.names if layout.pool in module._modules else layout.names[:-1]
+
+
+def starts_with(module: nn.Module, names: tuple[str, ...]) -> bool:
+    return tuple(module._modules)[: len(names)] == names
+
+
+class _WithStem:
+    """A network as its own forward is to see it: the first module of the stem is all of it, and the others do nothing.
+
+    What follows the stem stays the library's own code, in whatever version. `stages` are modules that it calls one
+    after the other, so that the blocks of one may be linked to those of the next.
+    """
+
+    def __init__(self, network: NetworkMixin, stages: Iterable[str] = ()):
+        first, *rest = network._layout.names
+        self._network = network
+        setattr(self, first, network._run)
+        for name in rest:
+            setattr(self, name, _as_it_is)
+        last, before = None, None
+
+        def linked(stage: nn.Module, x: Tensor) -> Tensor:
+            nonlocal last, before
+            last, before = run_linked((stage,), x, before if x is last else None)
+            return last
+
+        for name in stages:
+            if type(stage := network._modules.get(name)) is FusedSequential:
+                setattr(self, name, functools.partial(linked, stage))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._network, name)
+
+
+class _ItemsWithStem(_WithStem):
+    """The same for a network whose forward goes through its `items`."""
+
+    def items(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:
+        return [(name, getattr(self, name)) for name in self._network._modules]
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
