@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from resnet.checkpoints import SavedNet, read_net
 from resnet.commands import (
     DTYPES,
     check_backend,
@@ -28,8 +27,9 @@ from resnet.commands import (
 )
 from resnet.data import CLASSES, Batches, DatasetError, load
 from resnet.kernels.host.command import Parser, put, run
-from resnet.train_result import versions
-from resnet.training import EVALUATION_BATCH
+from resnet.training.checkpoints import SavedNet, read_net
+from resnet.training.loop import EVALUATION_BATCH
+from resnet.training.result import versions
 
 
 def _parser() -> Parser:

@@ -13,7 +13,7 @@ from torch import Tensor
 from resnet.data import CLASSES
 
 if TYPE_CHECKING:
-    from resnet.train_result import Epoch
+    from resnet.training.result import Epoch
 
 ROWS, COLUMNS = 5, 8  # of images
 AS_IT_IS = {"parse_math": False}  # of a user's names, in which two dollars are no formula

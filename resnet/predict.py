@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resnet.checkpoints import read_net
 from resnet.commands import ConfigError, check_backend, find_device
 from resnet.data import CLASSES, Batches, ImageSpec
 from resnet.data.images import ImageError, read_image, require_pillow
 from resnet.kernels.host.command import Parser, one_line, put, run
-from resnet.training import EVALUATION_BATCH
+from resnet.training.checkpoints import read_net
+from resnet.training.loop import EVALUATION_BATCH
 
 MOST_LIKELY = 3  # classes that are printed
 

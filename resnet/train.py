@@ -18,11 +18,11 @@ from resnet.heap import keep_freed_memory
 from resnet.kernels.host.command import Parser, RunError, ended_by, put, run, say
 from resnet.models import IMPLS, MODELS
 from resnet.ranks import Ranks
-from resnet.recipes import RECIPES
 from resnet.reference import STEMS
-from resnet.train_config import CUDA_GRAPHS, TrainConfig
-from resnet.train_result import TrainResult
 from resnet.training import UnfinishedError, train
+from resnet.training.config import CUDA_GRAPHS, TrainConfig
+from resnet.training.recipes import RECIPES
+from resnet.training.result import TrainResult
 
 
 def _parser() -> Parser:

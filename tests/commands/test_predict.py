@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from resnet.checkpoints import read_net
 from resnet.data import CLASSES, FASHION_MNIST, Batches
 from resnet.predict import image_for, main, most_likely
+from resnet.training.checkpoints import read_net
 from tests.helpers.checkpoints import as_earlier, as_fused, changed, save_untrained
 from tests.helpers.runs import load_once
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet import training
 from resnet.commands import ConfigError
-from resnet.training import TrainConfig, UnfinishedError, train
+from resnet.training import TrainConfig, UnfinishedError, loop, train
 from tests.helpers.runs import small_runs  # noqa: F401
 
 
@@ -28,7 +27,7 @@ def test_the_trace_has_five_steps_and_changes_nothing():
 
 
 def test_a_run_that_ends_earlier_leaves_no_trace_and_no_profiler(monkeypatch):
-    monkeypatch.setattr(training, "_LOOK_SECONDS", 0.0)  # however fast the machine, the losses are looked at in time
+    monkeypatch.setattr(loop, "_LOOK_SECONDS", 0.0)  # however fast the machine, the losses are looked at in time
     with pytest.raises(ArithmeticError):
         train(config(lr=1e30))
     assert not Path("trace.json").exists() and not torch.autograd.profiler._is_profiler_enabled

@@ -1,4 +1,4 @@
-"""resnet.recipes and --recipe: schedule, decay, augmentation, average, and the runs that they make."""
+"""resnet.training.recipes and --recipe: schedule, decay, augmentation, average, and the runs that they make."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from resnet import FusedResidual, Residual, Stem, resnet18, training
-from resnet.checkpoints import read_net
+from resnet import FusedResidual, Residual, Stem, resnet18
 from resnet.data import Augmentation, Batches
-from resnet.recipes import RECIPES, Recipe, optimizer, rate, weight_average
 from resnet.train import main
-from resnet.training import ConfigError, TrainConfig, train
+from resnet.training import ConfigError, TrainConfig, loop, train
+from resnet.training.checkpoints import read_net
+from resnet.training.recipes import RECIPES, Recipe, optimizer, rate, weight_average
 from tests.conftest import DEVICE
 from tests.helpers.graphs import captures_on_the_cpu
 from tests.helpers.runs import begun, load_once, small_runs  # noqa: F401
@@ -67,13 +67,13 @@ def test_without_a_warm_up_the_rate_is_the_recipe_s_at_each_step():
 
 def test_each_step_is_taken_at_its_rate(monkeypatch):
     rates = []
-    learn = training._Run._learn
+    learn = loop._Run._learn
 
     def noted(run, index):
         rates.append([group["lr"].item() for group in run.optimizer.param_groups])
         return learn(run, index)
 
-    monkeypatch.setattr(training._Run, "_learn", noted)
+    monkeypatch.setattr(loop._Run, "_learn", noted)
     train(quick(limit_train=32))
     assert len(rates) == 8
     for step, of_groups in enumerate(rates):
@@ -320,7 +320,7 @@ def test_a_recipe_is_the_loop_written_by_hand(tmp_path):
     result = train(quick(save=str(tmp_path / "net.pt"), limit_train=16))
 
     data = load_once(None)
-    net = training._net("resnet18", "eager", seed=0).to(memory_format=torch.channels_last)
+    net = loop._net("resnet18", "eager", seed=0).to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
     )
@@ -390,7 +390,7 @@ def test_what_fills_no_batch_is_left_out_of_an_epoch_unless_nothing_does():
 # ---- graphs and half precision ---------------------------------------------------------------------------------
 
 
-def state_of(run: training._Run) -> list[Tensor]:
+def state_of(run: loop._Run) -> list[Tensor]:
     return [tensor.clone() for tensor in run._state()]
 
 
@@ -438,14 +438,14 @@ def test_a_step_asks_the_device_for_nothing(name):
 
 def test_what_a_graph_reads_and_writes_stays_where_it_is(monkeypatch, stand_in):
     places = []
-    learn = training._Run._learn
+    learn = loop._Run._learn
 
     def noted(run, index):
         rates = [group["lr"] for group in run.optimizer.param_groups]
         places.append([tensor.data_ptr() for tensor in (*run._state(), *rates)])
         return learn(run, index)
 
-    monkeypatch.setattr(training._Run, "_learn", noted)
+    monkeypatch.setattr(loop._Run, "_learn", noted)
     train(quick(cuda_graph="on"))
     assert len(places) > 5 and all(place == places[0] for place in places)
 
@@ -569,7 +569,7 @@ def test_an_option_overrides_the_recipe_s_value_and_json_holds_what_was_used(tmp
     ids=["no recipe", "too few steps", "a negative rate"],
 )
 def test_what_cannot_be_used_is_one_line_and_exit_status_2_before_any_work(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(training, "_Run", None)  # nothing may get so far
+    monkeypatch.setattr(loop, "_Run", None)  # nothing may get so far
     with pytest.raises(SystemExit) as exit:
         main(["--device", "cpu", "--impl", "eager", *arguments])
     assert exit.value.code == 2

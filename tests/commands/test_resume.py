@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet import training
-from resnet.recipes import RECIPES
 from resnet.train import main
-from resnet.training import TrainConfig, TrainResult, train
+from resnet.training import TrainConfig, TrainResult, loop, train
+from resnet.training.recipes import RECIPES
 from tests.helpers.checkpoints import as_earlier, changed
 from tests.helpers.graphs import captures_on_the_cpu
 from tests.helpers.runs import load_once, small_runs  # noqa: F401
@@ -38,17 +37,17 @@ def config(**changes) -> TrainConfig:
 
 def interrupt_at(monkeypatch, method: str, call: int) -> None:
     """Ctrl-C at one of the calls of a run's method, counted from 1."""
-    original = getattr(training._Run, method)
+    original = getattr(loop._Run, method)
     calls = []
 
     def interrupted(*args):
         calls.append(args)
         if len(calls) == call:
-            monkeypatch.setattr(training._Run, method, original)
+            monkeypatch.setattr(loop._Run, method, original)
             signal.raise_signal(signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(training._Run, method, interrupted)
+    monkeypatch.setattr(loop._Run, method, interrupted)
 
 
 def figures(result: TrainResult) -> list[tuple[float, float, float]]:
@@ -243,7 +242,7 @@ def test_another_number_of_images_is_refused(monkeypatch, as_it_was, images):
 
     def first(n):
         of = {"train_images": whole.train_images[:n], "train_labels": whole.train_labels[:n]}
-        monkeypatch.setattr(training, "load", lambda folder: dataclasses.replace(whole, **of))
+        monkeypatch.setattr(loop, "load", lambda folder: dataclasses.replace(whole, **of))
 
     first(16)
     interrupt_at(monkeypatch, "_step", 1)
@@ -252,5 +251,5 @@ def test_another_number_of_images_is_refused(monkeypatch, as_it_was, images):
         changed(Path("net.pt"), Path("net.pt"), lambda saved: saved.pop("train_images"))
     first(images)
     message = f"its run has {16 if as_it_was else 'another number of'} training images, not {images}"
-    with pytest.raises(training.ConfigError, match=message):
+    with pytest.raises(loop.ConfigError, match=message):
         train(config(resume="net.pt", **rest))

@@ -19,14 +19,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from resnet import FusedResidual, Residual, metrics, models, resnet18, training
+from resnet import FusedResidual, Residual, models, resnet18
 from resnet.commands import DTYPES, ConfigError, find_device
 from resnet.data import DatasetError
 from resnet.fused.block import FusedBlock
 from resnet.models import IMPLS
-from resnet.recipes import RECIPES
 from resnet.train import main
-from resnet.training import NonFiniteError, TrainConfig, train
+from resnet.training import NonFiniteError, TrainConfig, loop, metrics, train
+from resnet.training.recipes import RECIPES
 from tests.helpers.graphs import captures_on_the_cpu
 from tests.helpers.runs import as_typed, begun, command, load_once, options, small_runs  # noqa: F401
 
@@ -130,8 +130,8 @@ def test_json_holds_settings_epochs_device_source_and_versions(tmp_path, capsys)
 
 
 def test_the_published_form_is_printed_for_the_published_figures():
-    epoch = training.Epoch(loss=0.0141, train_acc=0.9962, test_acc=0.8949, examples=46802, seconds=10.0)
-    result = training.TrainResult(
+    epoch = loop.Epoch(loss=0.0141, train_acc=0.9962, test_acc=0.8949, examples=46802, seconds=10.0)
+    result = loop.TrainResult(
         config=TrainConfig(),
         device="cuda:0",
         device_name="",
@@ -170,9 +170,9 @@ def test_fused_follows_eager():
 
 def test_everything_is_compiled_before_the_clock_starts_and_leaves_no_trace(tmp_path, monkeypatch):
     """With two shapes of batches. Traced, not built: tests/resnet/test_ops.py builds a net."""
-    epoch = training._Run.epoch
+    epoch = loop._Run.epoch
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(training._Run, "epoch", torch.compiler.set_stance("fail_on_recompile")(epoch))
+    monkeypatch.setattr(loop._Run, "epoch", torch.compiler.set_stance("fail_on_recompile")(epoch))
     settings = {"epochs": 2, "limit_train": 12, "resize": 33}
     eager, compiled = (
         train(small(impl, save=str(tmp_path / f"{impl}.pt"), **settings)) for impl in ("eager", "compile")
@@ -208,7 +208,7 @@ def test_a_step_that_the_loss_scaler_skips_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**60))
     config = small(dtype="float16", batch_size=2, limit_train=2, limit_test=2, save=str(tmp_path / "net.pt"))
     train(config)
-    first = dict(training._net("resnet18", "eager", config.seed).named_parameters())
+    first = dict(loop._net("resnet18", "eager", config.seed).named_parameters())
     trained = weights_of(config.save)
     assert all(torch.equal(trained[name], value) for name, value in first.items())
 
@@ -228,7 +228,7 @@ def test_training_leaves_the_global_generator_alone():
 def test_looking_at_the_losses_more_often_changes_nothing(monkeypatch):
     losses = []
     for seconds in (0.0, 1e9):
-        monkeypatch.setattr(training, "_LOOK_SECONDS", seconds)
+        monkeypatch.setattr(loop, "_LOOK_SECONDS", seconds)
         losses.append(train(small(limit_train=20)).loss)
     assert losses[0] == losses[1]
 
@@ -237,9 +237,9 @@ def test_the_loss_is_the_mean_over_images_and_not_over_batches():
     """At a learning rate too small to change anything, so that an epoch's loss can be had at once."""
     config = small(limit_train=10, batch_size=8, lr=1e-30)
     data = load_once(None)
-    net = training._net("resnet18", "eager", config.seed).to(memory_format=torch.channels_last)
+    net = loop._net("resnet18", "eager", config.seed).to(memory_format=torch.channels_last)
     total = 0.0
-    for x, labels in training.Batches(
+    for x, labels in loop.Batches(
         data.train_images[:10], data.train_labels[:10], 8, device="cpu", resize=32, shuffle=True, seed=config.seed
     ):
         total += torch.nn.functional.cross_entropy(net(x), labels, reduction="sum").item()
@@ -248,13 +248,13 @@ def test_the_loss_is_the_mean_over_images_and_not_over_batches():
 
 @pytest.mark.parametrize("impl", ["eager", "fused"])
 def test_first_weights_are_xavier_uniform_and_the_same_for_each_impl(impl):
-    net = training._net("resnet18", impl, seed=0)
+    net = loop._net("resnet18", impl, seed=0)
     for name, weight in net.named_parameters():
         if weight.dim() > 1:
             fan_out, fan_in = weight.shape[0] * weight[0, 0].numel(), weight[0].numel()
             bound = (6 / (fan_in + fan_out)) ** 0.5
             assert 0.9 * bound < weight.abs().max() <= bound, name
-    eager = training._net("resnet18", "eager", seed=0).state_dict()
+    eager = loop._net("resnet18", "eager", seed=0).state_dict()
     assert all(torch.equal(eager[name], value) for name, value in net.state_dict().items())
 
 
@@ -290,7 +290,7 @@ def stand_in(monkeypatch) -> list[int]:
     return captures_on_the_cpu(monkeypatch)
 
 
-def epochs_without_times(result: training.TrainResult) -> list[training.Epoch]:
+def epochs_without_times(result: loop.TrainResult) -> list[loop.Epoch]:
     return [dataclasses.replace(epoch, seconds=0.0) for epoch in result.epochs]
 
 
@@ -326,7 +326,7 @@ def test_the_loss_scaler_is_as_it_was_before_the_warm_up(monkeypatch, stand_in):
 def test_what_a_graph_reads_and_writes_stays_where_it_is(tmp_path, monkeypatch, stand_in):
     """Over warm-up, epochs, evaluation and checkpoints, and what a user's in-place load writes."""
     runs, places = [], []
-    learn = training._Run._learn
+    learn = loop._Run._learn
 
     def noted(run, index):
         runs.append(run)
@@ -335,21 +335,21 @@ def test_what_a_graph_reads_and_writes_stays_where_it_is(tmp_path, monkeypatch, 
             places.append([tensor.data_ptr() for tensor in state])
         return learn(run, index)
 
-    monkeypatch.setattr(training._Run, "_learn", noted)
+    monkeypatch.setattr(loop._Run, "_learn", noted)
     train(small(cuda_graph="on", save=str(tmp_path / "net.pt"), **WITH_A_SHORT_BATCH))
     runs[0].net.load_state_dict(weights_of(tmp_path / "net.pt"))
     runs[0]._step(torch.arange(8))
     assert len(places) > 5 and all(place == places[0] for place in places)
 
 
-def run_of(config: TrainConfig) -> training._Run:
+def run_of(config: TrainConfig) -> loop._Run:
     """Warmed up, and captured where the configuration asks for that."""
     run = begun(config)
     run.warm_up()
     return run
 
 
-def weights_move(run: training._Run, index: torch.Tensor) -> bool:
+def weights_move(run: loop._Run, index: torch.Tensor) -> bool:
     before = [parameter.detach().clone() for parameter in run.net.parameters()]
     run._step(index)
     return not all(torch.equal(*pair) for pair in zip(before, run.net.parameters(), strict=True))
@@ -396,12 +396,12 @@ def test_the_learning_rate_is_a_tensor_that_the_optimizer_s_step_reads_on_the_de
     ],
 )
 def test_auto_is_a_graph_where_that_can_be(graph, impl, device, wanted):
-    assert training._wants_graph(TrainConfig(impl=impl, cuda_graph=graph), torch.device(device)) == wanted
+    assert loop._wants_graph(TrainConfig(impl=impl, cuda_graph=graph), torch.device(device)) == wanted
 
 
 def test_no_graph_of_torch_compile_even_on_a_gpu():
     with pytest.raises(ConfigError, match="--cuda-graph on: expected --impl eager or fused"):
-        training._wants_graph(TrainConfig(impl="compile", cuda_graph="on"), torch.device("cuda:0"))
+        loop._wants_graph(TrainConfig(impl="compile", cuda_graph="on"), torch.device("cuda:0"))
 
 
 def test_ctrl_c_between_replays_leaves_a_checkpoint_that_says_where(tmp_path, monkeypatch, stand_in):
@@ -452,7 +452,7 @@ def test_a_checkpoint_loads_into_either_block_and_gives_the_same_accuracy(tmp_pa
         net.load_state_dict(checkpoint["model"], strict=True)
         torch.optim.SGD(net.parameters(), lr=1.0).load_state_dict(checkpoint["optimizer"])
         net.eval()
-        ((x, labels),) = training.Batches(
+        ((x, labels),) = loop.Batches(
             data.test_images[:100], data.test_labels[:100], 100, device="cpu", resize=config.resize
         )
         with torch.no_grad():
@@ -580,14 +580,14 @@ def test_an_interrupted_run_leaves_its_lines_and_its_plot(monkeypatch):
     pytest.importorskip("matplotlib")
     seen = []
     interrupt_before(monkeypatch, "save")
-    save = training._Run.save
-    monkeypatch.setattr(training._Run, "save", lambda run, path: (seen.append(lines_of("log")), save(run, path))[1])
+    save = loop._Run.save
+    monkeypatch.setattr(loop._Run, "save", lambda run, path: (seen.append(lines_of("log")), save(run, path))[1])
     monkeypatch.setitem(RECIPES, "quick", dataclasses.replace(RECIPES["best"], stem="textbook", average=0.0))
     settings = {"recipe": "quick", "epochs": 2, "batch_size": 4, "limit_train": 8, "limit_test": 4, "resize": 33}
     config = small(save="net.pt", log="log", log_every=1, plot="out.png", **settings)
     assert main(options(config)) == 130
     first, second, epoch = seen[0]  # in the file before anything else is done
-    assert [first["lr"], second["lr"]] == [training.rate(config.plan, step, 4) for step in range(2)]
+    assert [first["lr"], second["lr"]] == [loop.rate(config.plan, step, 4) for step in range(2)]
     assert epoch["lr"] == second["lr"] != first["lr"]
     assert seen[-1] == lines_of("log") and Path("out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -606,7 +606,7 @@ def test_the_plot_has_the_textbook_s_three_curves_over_all_epochs_that_are_plann
     pytest.importorskip("matplotlib")
     from resnet import plots
 
-    epochs = [training.Epoch(2.0 / n, 0.3 * n, 0.25 * n, 16, 1.0) for n in range(1, min(planned, 2) + 1)]
+    epochs = [loop.Epoch(2.0 / n, 0.3 * n, 0.25 * n, 16, 1.0) for n in range(1, min(planned, 2) + 1)]
     (axes,) = plots.training(epochs, planned).axes
     curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     numbers = list(range(1, len(epochs) + 1))
@@ -703,14 +703,14 @@ def test_ctrl_c_amid_a_write_to_standard_error_ends_the_run_after_the_step(monke
 
 def interrupt_before(monkeypatch, method: str) -> None:
     """Ctrl-C at the moment that a run's method is called for the first time."""
-    original = getattr(training._Run, method)
+    original = getattr(loop._Run, method)
 
     def interrupted(*args):
-        monkeypatch.setattr(training._Run, method, original)
+        monkeypatch.setattr(loop._Run, method, original)
         signal.raise_signal(signal.SIGINT)
         return original(*args)
 
-    monkeypatch.setattr(training._Run, method, interrupted)
+    monkeypatch.setattr(loop._Run, method, interrupted)
 
 
 @pytest.mark.parametrize(
@@ -760,7 +760,7 @@ def test_ctrl_c_leaves_a_checkpoint_though_the_current_folder_was_removed(tmp_pa
 def test_ctrl_c_where_no_checkpoint_can_be_written_says_so(tmp_path, monkeypatch, capsys):
     interrupt_before(monkeypatch, "_step")
     path = str(tmp_path / "gone" / "net.pt")
-    monkeypatch.setattr(training, "_unused_paths", lambda config: [path])
+    monkeypatch.setattr(loop, "_unused_paths", lambda config: [path])
     assert main(options(small())) == 1
     *_, line, error = capsys.readouterr().err.splitlines()
     assert line == "interrupted after 0 epochs; not saved"
@@ -782,7 +782,7 @@ def heard_ctrl_c():
 
 def test_a_second_ctrl_c_stops_at_once(heard_ctrl_c):
     usual = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), training._deferred_interrupt() as interrupt:
+    with pytest.raises(KeyboardInterrupt), loop._deferred_interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.is_set()
         signal.raise_signal(signal.SIGINT)
@@ -790,7 +790,7 @@ def test_a_second_ctrl_c_stops_at_once(heard_ctrl_c):
 
 
 def test_ctrl_c_while_the_data_are_read_is_exit_status_130(heard_ctrl_c, monkeypatch):
-    monkeypatch.setattr(training, "load", lambda folder: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(loop, "load", lambda folder: signal.raise_signal(signal.SIGINT))
     assert main(options(small())) == 130
 
 
@@ -807,7 +807,7 @@ def test_training_works_outside_the_main_thread():
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9], ids=["looking at every step", "looking at the end"])
 def test_a_non_finite_loss_names_the_first_such_step_and_keeps_the_checkpoint(tmp_path, monkeypatch, capsys, seconds):
-    monkeypatch.setattr(training, "_LOOK_SECONDS", seconds)
+    monkeypatch.setattr(loop, "_LOOK_SECONDS", seconds)
     path = tmp_path / "net.pt"
     path.write_bytes(b"the old checkpoint")
     # One step at this rate leaves finite weights, whose activations overflow in the second.
@@ -823,7 +823,7 @@ def test_a_non_finite_loss_names_the_first_such_step_and_keeps_the_checkpoint(tm
 def test_the_step_named_is_that_of_its_epoch():
     losses = torch.tensor([1.0, 2.0, float("inf"), float("nan")])
     with pytest.raises(NonFiniteError, match=r"non-finite loss \(inf\) at epoch 3, step 13;"):
-        training._check_losses(losses, epoch=3, first_step=11)
+        loop._check_losses(losses, epoch=3, first_step=11)
 
 
 def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
@@ -894,7 +894,7 @@ def test_weights_that_the_last_step_made_non_finite_are_not_saved(tmp_path):
 def test_what_cannot_be_used_is_one_line_and_exit_status_2_before_any_work(
     tmp_path, monkeypatch, capsys, arguments, message
 ):
-    monkeypatch.setattr(training, "_Run", None)  # nothing may get so far
+    monkeypatch.setattr(loop, "_Run", None)  # nothing may get so far
     with pytest.raises(SystemExit) as exit:
         main(["--device", "cpu", "--impl", "eager", *arguments])
     assert exit.value.code == 2

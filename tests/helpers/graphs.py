@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from resnet import graphs, training
+from resnet import graphs
+from resnet.training import loop
 
 
 def captures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -27,5 +28,5 @@ def captures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, outputs
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(training, "_wants_graph", lambda config, device, ranks=None: config.cuda_graph == "on")
+    monkeypatch.setattr(loop, "_wants_graph", lambda config, device, ranks=None: config.cuda_graph == "on")
     return replays

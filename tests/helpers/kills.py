@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from resnet.checkpoints import read_checkpoint
 from resnet.training import TrainConfig, TrainResult, train
+from resnet.training.checkpoints import read_checkpoint
 from tests.helpers.runs import command
 
 ENDLESS = 100_000  # epochs: the kill comes first

@@ -10,10 +10,9 @@ import sys
 
 import pytest
 
-from resnet import training
 from resnet.commands import find_device
 from resnet.data import load
-from resnet.training import TrainConfig
+from resnet.training import TrainConfig, loop
 from tests.conftest import ROOT
 
 load_once = functools.cache(load)  # half a second, for half a hundred runs
@@ -22,17 +21,17 @@ load_once = functools.cache(load)  # half a second, for half a hundred runs
 @pytest.fixture(autouse=True)
 def small_runs(one_thread, monkeypatch, tmp_path):
     """The whole set where the machine has it, or else the sample; files of a run go into an empty folder."""
-    monkeypatch.setattr(training, "load", load_once)
+    monkeypatch.setattr(loop, "load", load_once)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands
 
 
-def begun(config: TrainConfig) -> training._Run:
+def begun(config: TrainConfig) -> loop._Run:
     """A run before its first step."""
     device = find_device(config.device)
-    batches, evaluation = training._batches(config, load_once(None), device)
-    graph = training._wants_graph(config, device)
-    return training._Run(config, device, graph, batches, evaluation, training._Interrupt())
+    batches, evaluation = loop._batches(config, load_once(None), device)
+    graph = loop._wants_graph(config, device)
+    return loop._Run(config, device, graph, batches, evaluation, loop._Interrupt())
 
 
 def options(config: TrainConfig) -> list[str]:

@@ -1,8 +1,8 @@
-"""Trains a ResNet on Fashion-MNIST, or on a folder of images, by a recipe, and times it.
+"""The training loop: steps, looks at the loss, evaluation, checkpoints; for one process or several.
 
 The first recipe is d2l.ai's `train_ch6`: plain SGD, Xavier-uniform weights, cross entropy, images enlarged to 96 x 96.
-The others are in `resnet.recipes`. Loss and training accuracy are means over the last epoch, taken as it ran, of the
-images as the recipe augments them; the rate counts training steps only.
+The others are in `resnet.training.recipes`. Loss and training accuracy are means over the last epoch, taken as it ran,
+of the images as the recipe augments them; the rate counts training steps only.
 """
 
 from __future__ import annotations
@@ -28,15 +28,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from resnet.checkpoints import (
-    FORMAT,
-    another_net,
-    check_images,
-    check_processes,
-    check_progress,
-    check_settings,
-    read_checkpoint,
-)
 from resnet.commands import (
     DTYPES,
     ConfigError,
@@ -51,13 +42,22 @@ from resnet.commands import (
 from resnet.data import FASHION_MNIST, Batches, DatasetError, ImageSet, ImageSpec, load
 from resnet.graphs import Graphed
 from resnet.kernels.host.command import ENDING, RunError, say_amid
-from resnet.metrics import Board, Log
 from resnet.models import BUILDERS
-from resnet.profiling import RECORDED, SKIPPED, Trace
 from resnet.ranks import ALONE, Ranks
-from resnet.recipes import optimizer, rate, warm_up_steps, weight_average
-from resnet.train_config import TrainConfig
-from resnet.train_result import Epoch, TrainResult
+from resnet.training.checkpoints import (
+    FORMAT,
+    another_net,
+    check_images,
+    check_processes,
+    check_progress,
+    check_settings,
+    read_checkpoint,
+)
+from resnet.training.config import TrainConfig
+from resnet.training.metrics import Board, Log
+from resnet.training.profiling import RECORDED, SKIPPED, Trace
+from resnet.training.recipes import optimizer, rate, warm_up_steps, weight_average
+from resnet.training.result import Epoch, TrainResult
 
 __all__ = ["ConfigError", "NonFiniteError", "TrainConfig", "TrainResult", "UnfinishedError", "train"]
 

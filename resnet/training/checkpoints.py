@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from resnet.commands import DTYPES, LARGEST, ConfigError
 from resnet.data import FASHION_MNIST, IMAGE_SIZE, ImageSpec
 from resnet.models import BUILDERS, OLD_MODEL
-from resnet.recipes import RECIPES
 from resnet.reference import STEMS
+from resnet.training.recipes import RECIPES
 
 FORMAT = 1
 KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "tally", "history", "args"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resnet.train_config import TrainConfig
+from resnet.training.config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from resnet.commands import (
 from resnet.data import IMAGE_SIZE
 from resnet.kernels.host.command import say
 from resnet.models import IMPLS, MODELS, OLD_MODEL
-from resnet.recipes import OVERRIDABLE, RECIPES, Recipe
 from resnet.reference import STEMS
+from resnet.training.recipes import OVERRIDABLE, RECIPES, Recipe
 
 CUDA_GRAPHS = ("auto", "on", "off")
 PATHS = ("data", "save", "json", "log", "tensorboard", "profile", "plot", "resume")
