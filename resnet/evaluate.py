@@ -28,7 +28,7 @@ from resnet.commands import (
 from resnet.data import CLASSES, Batches, DatasetError, load
 from resnet.kernels.host.command import Parser, put, run
 from resnet.training.checkpoints import SavedNet, read_net
-from resnet.training.loop import EVALUATION_BATCH
+from resnet.training.preparation import EVALUATION_BATCH
 from resnet.training.result import versions
 
 

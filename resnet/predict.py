@@ -15,7 +15,7 @@ from resnet.data import CLASSES, Batches, ImageSpec
 from resnet.data.images import ImageError, read_image, require_pillow
 from resnet.kernels.host.command import Parser, one_line, put, run
 from resnet.training.checkpoints import read_net
-from resnet.training.loop import EVALUATION_BATCH
+from resnet.training.preparation import EVALUATION_BATCH
 
 MOST_LIKELY = 3  # classes that are printed
 

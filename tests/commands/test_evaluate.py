@@ -13,7 +13,7 @@ import torch
 from resnet import evaluate
 from resnet.data import CLASSES
 from resnet.evaluate import class_figures, class_table, confusion, confusion_table, main
-from resnet.training import loop
+from resnet.training import preparation
 from tests.helpers.checkpoints import IMAGES, as_earlier, as_fused, as_small, bad_checkpoints, changed, train_tiny
 from tests.helpers.runs import as_typed, load_once
 
@@ -24,7 +24,7 @@ def quick():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as changes:
-        changes.setattr(loop, "load", load_once)
+        changes.setattr(preparation, "load", load_once)
         changes.setattr(evaluate, "load", load_once)
         yield
     torch.set_num_threads(threads)

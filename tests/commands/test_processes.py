@@ -21,7 +21,7 @@ from resnet.data import Batches
 from resnet.kernels.host.command import ConfigError
 from resnet.ranks import ALONE, Ranks
 from resnet.train import main
-from resnet.training import TrainConfig, loop
+from resnet.training import TrainConfig, preparation
 from tests.helpers.runs import command, load_once, options, small_runs  # noqa: F401
 
 PROCESSES = 2
@@ -59,7 +59,7 @@ def figures_of(path: str) -> dict:
 def test_with_statistics_of_the_whole_batch_two_processes_learn_what_one_does(rest):
     """Of each batch the one has 17 images and the other one 16. With statistics of their own they differ by half."""
     settings = config(epochs=1, batch_size=33, lr=1e-4, seed=3, save="net.pt", json="figures.json", **rest)
-    first = dict(loop._net("resnet18", "fused", settings.seed, settings.stem).named_parameters())
+    first = dict(preparation.net_of("resnet18", "fused", settings.seed, settings.stem).named_parameters())
     found, figures = [], []
     for run in (lambda: main(options(settings)), lambda: ended(torchrun(settings, "--sync-batch-norm"))[0]):
         assert run() == 0
@@ -153,7 +153,7 @@ def test_a_file_that_cannot_be_written_ends_all_processes_and_the_weights_are_ke
 def test_a_batch_has_an_image_for_each_process_or_as_many_as_batchnorm_needs(capsys, resize, each):
     def batches(batch_size: int) -> Batches:
         settings = config(resize=resize, batch_size=batch_size, limit_train=3 * each + 1)
-        return loop._batches(settings, load_once(None), torch.device("cpu"), Ranks(0, 2))[0]
+        return preparation.batches_of(settings, load_once(None), torch.device("cpu"), Ranks(0, 2))[0]
 
     with pytest.raises(ConfigError, match=rf"--batch-size: expected {2 * each} images or more, {each} for each of 2"):
         batches(2 * each - 1)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resnet import FusedResidual, Residual, Stem, resnet18
 from resnet.data import Augmentation, Batches
 from resnet.train import main
-from resnet.training import ConfigError, TrainConfig, loop, train
+from resnet.training import ConfigError, TrainConfig, loop, preparation, train
 from resnet.training.checkpoints import read_net
 from resnet.training.recipes import RECIPES, Recipe, optimizer, rate, weight_average
 from tests.conftest import DEVICE
@@ -320,7 +320,7 @@ def test_a_recipe_is_the_loop_written_by_hand(tmp_path):
     result = train(quick(save=str(tmp_path / "net.pt"), limit_train=16))
 
     data = load_once(None)
-    net = loop._net("resnet18", "eager", seed=0).to(memory_format=torch.channels_last)
+    net = preparation.net_of("resnet18", "eager", seed=0).to(memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(
         net, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5), use_buffers=True
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from resnet.train import main
-from resnet.training import TrainConfig, TrainResult, loop, train
+from resnet.training import ConfigError, TrainConfig, TrainResult, loop, preparation, train
 from resnet.training.recipes import RECIPES
 from tests.helpers.checkpoints import as_earlier, changed
 from tests.helpers.graphs import captures_on_the_cpu
@@ -242,7 +242,7 @@ def test_another_number_of_images_is_refused(monkeypatch, as_it_was, images):
 
     def first(n):
         of = {"train_images": whole.train_images[:n], "train_labels": whole.train_labels[:n]}
-        monkeypatch.setattr(loop, "load", lambda folder: dataclasses.replace(whole, **of))
+        monkeypatch.setattr(preparation, "load", lambda folder: dataclasses.replace(whole, **of))
 
     first(16)
     interrupt_at(monkeypatch, "_step", 1)
@@ -251,5 +251,5 @@ def test_another_number_of_images_is_refused(monkeypatch, as_it_was, images):
         changed(Path("net.pt"), Path("net.pt"), lambda saved: saved.pop("train_images"))
     first(images)
     message = f"its run has {16 if as_it_was else 'another number of'} training images, not {images}"
-    with pytest.raises(loop.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         train(config(resume="net.pt", **rest))

@@ -21,12 +21,22 @@ import torch
 
 from resnet import FusedResidual, Residual, models, resnet18
 from resnet.commands import DTYPES, ConfigError, find_device
-from resnet.data import DatasetError
+from resnet.data import Batches, DatasetError
 from resnet.fused.block import FusedBlock
 from resnet.models import IMPLS
 from resnet.train import main
-from resnet.training import NonFiniteError, TrainConfig, loop, metrics, train
-from resnet.training.recipes import RECIPES
+from resnet.training import (
+    Epoch,
+    NonFiniteError,
+    TrainConfig,
+    TrainResult,
+    interrupts,
+    loop,
+    metrics,
+    preparation,
+    train,
+)
+from resnet.training.recipes import RECIPES, rate
 from tests.helpers.graphs import captures_on_the_cpu
 from tests.helpers.runs import as_typed, begun, command, load_once, options, small_runs  # noqa: F401
 
@@ -130,8 +140,8 @@ def test_json_holds_settings_epochs_device_source_and_versions(tmp_path, capsys)
 
 
 def test_the_published_form_is_printed_for_the_published_figures():
-    epoch = loop.Epoch(loss=0.0141, train_acc=0.9962, test_acc=0.8949, examples=46802, seconds=10.0)
-    result = loop.TrainResult(
+    epoch = Epoch(loss=0.0141, train_acc=0.9962, test_acc=0.8949, examples=46802, seconds=10.0)
+    result = TrainResult(
         config=TrainConfig(),
         device="cuda:0",
         device_name="",
@@ -208,7 +218,7 @@ def test_a_step_that_the_loss_scaler_skips_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**60))
     config = small(dtype="float16", batch_size=2, limit_train=2, limit_test=2, save=str(tmp_path / "net.pt"))
     train(config)
-    first = dict(loop._net("resnet18", "eager", config.seed).named_parameters())
+    first = dict(preparation.net_of("resnet18", "eager", config.seed).named_parameters())
     trained = weights_of(config.save)
     assert all(torch.equal(trained[name], value) for name, value in first.items())
 
@@ -237,9 +247,9 @@ def test_the_loss_is_the_mean_over_images_and_not_over_batches():
     """At a learning rate too small to change anything, so that an epoch's loss can be had at once."""
     config = small(limit_train=10, batch_size=8, lr=1e-30)
     data = load_once(None)
-    net = loop._net("resnet18", "eager", config.seed).to(memory_format=torch.channels_last)
+    net = preparation.net_of("resnet18", "eager", config.seed).to(memory_format=torch.channels_last)
     total = 0.0
-    for x, labels in loop.Batches(
+    for x, labels in Batches(
         data.train_images[:10], data.train_labels[:10], 8, device="cpu", resize=32, shuffle=True, seed=config.seed
     ):
         total += torch.nn.functional.cross_entropy(net(x), labels, reduction="sum").item()
@@ -248,13 +258,13 @@ def test_the_loss_is_the_mean_over_images_and_not_over_batches():
 
 @pytest.mark.parametrize("impl", ["eager", "fused"])
 def test_first_weights_are_xavier_uniform_and_the_same_for_each_impl(impl):
-    net = loop._net("resnet18", impl, seed=0)
+    net = preparation.net_of("resnet18", impl, seed=0)
     for name, weight in net.named_parameters():
         if weight.dim() > 1:
             fan_out, fan_in = weight.shape[0] * weight[0, 0].numel(), weight[0].numel()
             bound = (6 / (fan_in + fan_out)) ** 0.5
             assert 0.9 * bound < weight.abs().max() <= bound, name
-    eager = loop._net("resnet18", "eager", seed=0).state_dict()
+    eager = preparation.net_of("resnet18", "eager", seed=0).state_dict()
     assert all(torch.equal(eager[name], value) for name, value in net.state_dict().items())
 
 
@@ -290,7 +300,7 @@ def stand_in(monkeypatch) -> list[int]:
     return captures_on_the_cpu(monkeypatch)
 
 
-def epochs_without_times(result: loop.TrainResult) -> list[loop.Epoch]:
+def epochs_without_times(result: TrainResult) -> list[Epoch]:
     return [dataclasses.replace(epoch, seconds=0.0) for epoch in result.epochs]
 
 
@@ -396,12 +406,12 @@ def test_the_learning_rate_is_a_tensor_that_the_optimizer_s_step_reads_on_the_de
     ],
 )
 def test_auto_is_a_graph_where_that_can_be(graph, impl, device, wanted):
-    assert loop._wants_graph(TrainConfig(impl=impl, cuda_graph=graph), torch.device(device)) == wanted
+    assert preparation.wants_graph(TrainConfig(impl=impl, cuda_graph=graph), torch.device(device)) == wanted
 
 
 def test_no_graph_of_torch_compile_even_on_a_gpu():
     with pytest.raises(ConfigError, match="--cuda-graph on: expected --impl eager or fused"):
-        loop._wants_graph(TrainConfig(impl="compile", cuda_graph="on"), torch.device("cuda:0"))
+        preparation.wants_graph(TrainConfig(impl="compile", cuda_graph="on"), torch.device("cuda:0"))
 
 
 def test_ctrl_c_between_replays_leaves_a_checkpoint_that_says_where(tmp_path, monkeypatch, stand_in):
@@ -452,7 +462,7 @@ def test_a_checkpoint_loads_into_either_block_and_gives_the_same_accuracy(tmp_pa
         net.load_state_dict(checkpoint["model"], strict=True)
         torch.optim.SGD(net.parameters(), lr=1.0).load_state_dict(checkpoint["optimizer"])
         net.eval()
-        ((x, labels),) = loop.Batches(
+        ((x, labels),) = Batches(
             data.test_images[:100], data.test_labels[:100], 100, device="cpu", resize=config.resize
         )
         with torch.no_grad():
@@ -587,7 +597,7 @@ def test_an_interrupted_run_leaves_its_lines_and_its_plot(monkeypatch):
     config = small(save="net.pt", log="log", log_every=1, plot="out.png", **settings)
     assert main(options(config)) == 130
     first, second, epoch = seen[0]  # in the file before anything else is done
-    assert [first["lr"], second["lr"]] == [loop.rate(config.plan, step, 4) for step in range(2)]
+    assert [first["lr"], second["lr"]] == [rate(config.plan, step, 4) for step in range(2)]
     assert epoch["lr"] == second["lr"] != first["lr"]
     assert seen[-1] == lines_of("log") and Path("out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -606,7 +616,7 @@ def test_the_plot_has_the_textbook_s_three_curves_over_all_epochs_that_are_plann
     pytest.importorskip("matplotlib")
     from resnet import plots
 
-    epochs = [loop.Epoch(2.0 / n, 0.3 * n, 0.25 * n, 16, 1.0) for n in range(1, min(planned, 2) + 1)]
+    epochs = [Epoch(2.0 / n, 0.3 * n, 0.25 * n, 16, 1.0) for n in range(1, min(planned, 2) + 1)]
     (axes,) = plots.training(epochs, planned).axes
     curves = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     numbers = list(range(1, len(epochs) + 1))
@@ -782,7 +792,7 @@ def heard_ctrl_c():
 
 def test_a_second_ctrl_c_stops_at_once(heard_ctrl_c):
     usual = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), loop._deferred_interrupt() as interrupt:
+    with pytest.raises(KeyboardInterrupt), interrupts.deferred_interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.is_set()
         signal.raise_signal(signal.SIGINT)
@@ -790,7 +800,7 @@ def test_a_second_ctrl_c_stops_at_once(heard_ctrl_c):
 
 
 def test_ctrl_c_while_the_data_are_read_is_exit_status_130(heard_ctrl_c, monkeypatch):
-    monkeypatch.setattr(loop, "load", lambda folder: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(preparation, "load", lambda folder: signal.raise_signal(signal.SIGINT))
     assert main(options(small())) == 130
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from resnet import resnet18
-from resnet.training import TrainConfig, TrainResult, loop
+from resnet.training import TrainConfig, TrainResult, train
 
 IMAGES = 16  # of the test set
 
@@ -19,7 +19,7 @@ IMAGES = 16  # of the test set
 def train_tiny(path: Path, **changes: Any) -> TrainResult:
     """Two steps of an eager net on a few images of 33x33; its checkpoint is at the path."""
     settings = {"impl": "eager", "epochs": 1, "batch_size": 8, "resize": 33, "lr": 0.01, "limit_train": 16}
-    return loop.train(TrainConfig(**{**settings, "limit_test": IMAGES, "device": "cpu", "save": str(path), **changes}))
+    return train(TrainConfig(**{**settings, "limit_test": IMAGES, "device": "cpu", "save": str(path), **changes}))
 
 
 def save_untrained(path: Path) -> Path:

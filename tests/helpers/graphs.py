@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from resnet import graphs
-from resnet.training import loop
+from resnet.training import preparation
 
 
 def captures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -28,5 +28,5 @@ def captures_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replay, outputs
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(loop, "_wants_graph", lambda config, device, ranks=None: config.cuda_graph == "on")
+    monkeypatch.setattr(preparation, "wants_graph", lambda config, device, ranks=None: config.cuda_graph == "on")
     return replays

@@ -12,7 +12,7 @@ import pytest
 
 from resnet.commands import find_device
 from resnet.data import load
-from resnet.training import TrainConfig, loop
+from resnet.training import TrainConfig, interrupts, loop, preparation
 from tests.conftest import ROOT
 
 load_once = functools.cache(load)  # half a second, for half a hundred runs
@@ -21,7 +21,7 @@ load_once = functools.cache(load)  # half a second, for half a hundred runs
 @pytest.fixture(autouse=True)
 def small_runs(one_thread, monkeypatch, tmp_path):
     """The whole set where the machine has it, or else the sample; files of a run go into an empty folder."""
-    monkeypatch.setattr(loop, "load", load_once)
+    monkeypatch.setattr(preparation, "load", load_once)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands
 
@@ -29,9 +29,9 @@ def small_runs(one_thread, monkeypatch, tmp_path):
 def begun(config: TrainConfig) -> loop._Run:
     """A run before its first step."""
     device = find_device(config.device)
-    batches, evaluation = loop._batches(config, load_once(None), device)
-    graph = loop._wants_graph(config, device)
-    return loop._Run(config, device, graph, batches, evaluation, loop._Interrupt())
+    batches, evaluation = preparation.batches_of(config, load_once(None), device)
+    graph = preparation.wants_graph(config, device)
+    return loop._Run(config, device, graph, batches, evaluation, interrupts.Interrupt())
 
 
 def options(config: TrainConfig) -> list[str]:
