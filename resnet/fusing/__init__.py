@@ -20,7 +20,16 @@ from resnet.fusing.known import EAGER, OWN, STAGES, eager_class, is_known, known
 from resnet.fusing.layouts import BlockLayout, looked_up, places_of
 from resnet.fusing.report import FuseItem, FuseReport
 from resnet.fusing.sources import begins_with
-from resnet.fusing.stems import GetterMixin, NetworkMixin, SequenceMixin, first_names, given_inside, starts_with
+from resnet.fusing.stems import (
+    CutMixin,
+    GetterMixin,
+    NetworkMixin,
+    SequenceMixin,
+    begins_with_stem,
+    first_names,
+    given_inside,
+    starts_with,
+)
 from resnet.sequential import FusedSequential, holds_blocks, linkable
 
 
@@ -43,7 +52,9 @@ def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
     if eager in OWN:
         return OWN[eager]
     mixin, layout, method = known(eager)
-    cls = _derived(mixin, eager, method, _layout=looked_up(eager, layout), _places=places_of(layout))
+    # Of a sequence each has names of its own.
+    own = {} if mixin is CutMixin else {"_layout": looked_up(eager, layout), "_places": places_of(layout)}
+    cls = _derived(mixin, eager, method, **own)
     return linkable(cls) if mixin is BlockMixin else cls
 
 
@@ -63,12 +74,12 @@ def _derived(mixin: type[Changed], eager: type[nn.Module], method: str, **others
         "_rebuild": staticmethod(_rebuild),
         method: _calling(getattr(eager, method)),
     }
-    return type(f"Fused{eager.__name__}", (mixin, eager), own | others)
+    return type(f"{mixin._prefix}{eager.__name__}", (mixin, eager), own | others)
 
 
 def _rebuild(eager: type[nn.Module]) -> nn.Module:
     """An empty fused module, which pickle and deepcopy fill."""
-    cls = _fused_class(eager) if is_known(eager) else _fused_stage_class(eager)
+    cls = _fused_class(eager) if known(eager) or eager in OWN else _fused_stage_class(eager)
     return cls.__new__(cls)
 
 
@@ -88,6 +99,8 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
     for cls, name in ((eager, method), *((cls, "forward") for cls in classes)):
         if was_replaced(cls, name):
             return f"{full_name(cls)}.{name} was replaced"
+    if issubclass(mixin, CutMixin):
+        return None
     if issubclass(mixin, SequenceMixin):
         names = first_names(module, layout)
         if not starts_with(module, names):
@@ -131,6 +144,13 @@ def _runs_its_blocks_in_turn(module: nn.Module) -> bool:
     return not was_replaced(kind, "forward") and holds_blocks(blocks_of(module))
 
 
+def _base_of(module: nn.Module, eager: type[nn.Module]) -> type[nn.Module] | None:
+    """The known class that a module is of, or that its own is derived from."""
+    if eager is nn.Sequential:
+        return eager if begins_with_stem(module) else None
+    return next(filter(is_known, eager.__mro__), None)
+
+
 def _normalizes(module: nn.Module) -> bool:
     children = module._modules.values()
     return any(isinstance(child, _ConvNd) for child in children) and any(map(is_norm, children))
@@ -145,7 +165,8 @@ def fuse(model: nn.Module) -> FuseReport:
     would have `fuse` return now a model and now a report.
 
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
-    too, and those of their RegNets, but for timm's stems. A block may have squeeze-and-excitation: timm's `SEModule`,
+    too, and those of their RegNets, but for timm's stems; and an `nn.Sequential` that begins with a stem's modules, as
+    it does where a network was cut up by `children()`. A block may have squeeze-and-excitation: timm's `SEModule`,
     `EffectiveSEModule` and `EcaModule` after its last norm, and what RegNetYs have before the last convolution. Where a
     network calls the modules of its stem itself, it is the network that changes its class. An `nn.Sequential` of blocks
     becomes a `FusedSequential`, and the classes of stages that these libraries have become such, too; the report does
@@ -170,7 +191,7 @@ def fuse(model: nn.Module) -> FuseReport:
     inside = None  # the block, or the stem's container, whose submodules come now
     for name, module in model.named_modules():
         eager = eager_class(type(module))
-        base = next(filter(is_known, eager.__mro__), None)
+        base = _base_of(module, eager)
         if base is None:
             if _normalizes(module) and not (inside is not None and f"{name}.".startswith(inside)):
                 unknown[full_name(eager)] += 1
@@ -183,7 +204,9 @@ def fuse(model: nn.Module) -> FuseReport:
             reason = f"it is derived from {full_name(base)} and may compute something else"
         (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason))
         inside = f"{name}." if name else ""
-        if base not in OWN and issubclass(known(base).mixin, NetworkMixin):
+        if base is nn.Sequential:
+            inside += f"{next(iter(module._modules))}."
+        elif base not in OWN and issubclass(known(base).mixin, NetworkMixin):
             inside += f"{known(base).layout.conv}."
     for module in reversed(list(model.modules())):  # what holds others comes after these
         if _runs_its_blocks_in_turn(module):

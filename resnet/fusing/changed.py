@@ -88,6 +88,7 @@ class Changed:
     _layout: BlockLayout | StemLayout  # its containers' classes are looked up
     _places: frozenset[str]  # of the layout
     _rebuild: Callable[[type[nn.Module]], nn.Module]  # an empty module, from the eager class
+    _prefix = "Fused"  # of the name of the class
     _holds_more = False  # than the modules of the layout
 
     def __reduce_ex__(self, protocol: int) -> tuple:

@@ -27,7 +27,15 @@ from resnet.fusing.layouts import (
     torchvision_regnet,
     transformers_block,
 )
-from resnet.fusing.stems import EmbeddingsMixin, FeaturesMixin, GetterMixin, NetworkMixin, SequenceMixin, StemMixin
+from resnet.fusing.stems import (
+    CutMixin,
+    EmbeddingsMixin,
+    FeaturesMixin,
+    GetterMixin,
+    NetworkMixin,
+    SequenceMixin,
+    StemMixin,
+)
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
 from resnet.sequential import FusedSequential
 
@@ -41,6 +49,7 @@ class Known(NamedTuple):
 
 
 KNOWN = {
+    "torch.nn.modules.container.Sequential": Known(CutMixin, StemLayout("0", "1", "2", "3")),
     "resnet.published.ResNet": Known(SequenceMixin, StemLayout("conv1", "bn1", "relu", "maxpool")),
     "torchvision.models.resnet.BasicBlock": Known(BlockMixin, torchvision_block(2)),
     "torchvision.models.resnet.Bottleneck": Known(BlockMixin, torchvision_block(3)),
@@ -121,4 +130,5 @@ def eager_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def is_known(cls: type) -> bool:
-    return cls in OWN or known(cls) is not None
+    """Whether a class says what its modules are for. That is not so of `nn.Sequential`."""
+    return cls in OWN or (cls is not nn.Sequential and known(cls) is not None)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
-from resnet.fusable import StemParts, UnitParts, Watched
+from resnet.fusable import StemParts, UnitParts, Watched, is_norm
 from resnet.fused.stem import FusedStemBase
 from resnet.fusing.changed import Changed, children_of, held_at, watched_in
 from resnet.fusing.layouts import StemLayout
@@ -80,8 +80,41 @@ class SequenceMixin(NetworkMixin):
     def _call(self, x: Tensor) -> Tensor:
         names = self._called()
         if not starts_with(self, names):  # any more
-            return super().forward(x)
+            return self._eager_method(x)
         return run_in_turn([module for name, module in self._modules.items() if name not in names], self._run(x))
+
+
+class CutMixin(SequenceMixin):
+    """An `nn.Sequential` of any modules whose first four are a stem, as they are where a network was cut up."""
+
+    _prefix = "FusedStem"  # there is a FusedSequential
+    __jit_unused_properties__ = ("_layout",)
+
+    @property
+    def _layout(self) -> StemLayout:
+        return StemLayout(*[*self._modules][:4])
+
+    def _called(self) -> tuple[str, ...]:
+        return self._layout.names
+
+    def _call(self, x: Tensor) -> Tensor:
+        return super()._call(x) if begins_with_stem(self) else self._eager_method(x)
+
+
+def _is_conv(module: nn.Module) -> bool:
+    """Whether it is a convolution, or a deep stem's, which its own norms and ReLUs lie between."""
+    deep = type(module) is nn.Sequential and len(module) % 3 == 1
+    return isinstance(module[0] if deep else module, nn.Conv2d)
+
+
+def begins_with_stem(sequence: nn.Sequential) -> bool:
+    """Whether its first four modules are a stem's.
+
+    In one that is fused one of them may have been replaced since: a warning is to name that. A slice of it has others.
+    """
+    conv, norm, relu, pool = [*sequence._modules.values(), *[None] * 4][:4]
+    there = _is_conv(conv), is_norm(norm), isinstance(relu, nn.ReLU), isinstance(pool, nn.MaxPool2d)
+    return sum(there) >= (3 if isinstance(sequence, CutMixin) else 4)
 
 
 class GetterMixin(SequenceMixin):

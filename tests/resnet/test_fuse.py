@@ -140,7 +140,14 @@ def gated() -> ResNet:
     return model.to(DEVICE, torch.float64)
 
 
-models = pytest.mark.parametrize("make", [own, net, published, deep, gated])
+def cut() -> nn.Sequential:
+    """A network cut up: its stem's modules are the first of a sequence, as `children()` gives them."""
+    model = nn.Sequential(*Stem(3, 8), nn.Sequential(Block(8, 8), Block(8, 12, 2)), nn.Flatten())
+    randomize(model)
+    return model.to(DEVICE, torch.float64)
+
+
+models = pytest.mark.parametrize("make", [own, net, published, deep, gated, cut])
 IMAGES = (2, 3, 32, 28)
 
 
@@ -174,7 +181,8 @@ def test_a_fused_model_does_the_steps_of_the_eager_one(make, train):
 @models
 def test_a_fused_model_keeps_all_that_it_has(make):
     model = make().eval()
-    block = {own: lambda: model[1], net: lambda: model.blocks[0]}.get(make, lambda: model.layer1[0])()
+    places = {own: lambda: model[1], net: lambda: model.blocks[0], cut: lambda: model[4][0]}
+    block = places.get(make, lambda: model.layer1[0])()
     block.train()
     calls = []
     block.register_forward_hook(lambda *_: calls.append("hook"))
@@ -496,6 +504,64 @@ def test_a_sequential_network_whose_first_layers_are_no_stem_runs_them_as_they_a
         del model.bn1
     with torch.no_grad():
         torch.testing.assert_close(fused(x), eager(x), atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("convs", [1, 3])
+def test_a_sequence_that_begins_with_the_modules_of_a_stem_gives_what_the_eager_one_gives(any_backend, train, convs):
+    model = net()
+    if convs == 3:
+        deepened(model)
+    eager = nn.Sequential(model.conv, model.bn, model.relu, model.pool, nn.Tanh()).train(train)
+    fused, x = copy.deepcopy(eager), draw(2, 3, 13, 10, dtype=torch.float64)
+    report = fuse(fused)
+    assert names(report.fused) == [""] and not report.left and not report.unknown
+    torch.testing.assert_close(step(fused, x), step(eager, x), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(infer(fused, x), infer(eager, x), atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m[1].register_forward_hook(print), "1 has hooks"),
+        (lambda m: setattr(m[3], "kernel_size", 2), "3.kernel_size is 2, not 3"),
+        (lambda m: setattr(m, "forward", m.forward), "a forward of its own"),
+    ],
+)
+def test_a_sequence_whose_stem_might_compute_something_else_is_left_alone(change, reason):
+    model = cut()
+    change(model)
+    report = fuse(model)
+    assert names(report.left) == [""] and reason in reason_of(report)
+    assert names(report.fused) == ["4.0", "4.1"]
+
+
+def test_a_sequence_that_begins_with_something_else_is_none_with_a_stem():
+    conv, bn, relu, pool = Stem(3, 8)
+    for modules in ((), (bn, relu, pool), (conv, bn, relu), (conv, nn.GroupNorm(2, 8), relu, pool)):
+        report = fuse(nn.Sequential(*modules))
+        assert not report.fused and not report.left
+
+
+def test_what_was_put_in_the_place_of_a_module_of_a_sequences_stem_is_run_and_named_by_a_warning(monkeypatch):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    eager, x = cut().eval(), draw(*IMAGES, dtype=torch.float64)
+    fused = copy.deepcopy(eager)
+    fuse(fused)
+    for model in (eager, fused):
+        model[2] = nn.Tanh()
+    with pytest.warns(UserWarning, match="^FusedStemSequential runs PyTorch's operators one by one: 2 is a Tanh"):
+        torch.testing.assert_close(infer(fused, x), infer(eager, x), atol=1e-9, rtol=1e-7)
+    assert reason_of(fuse(fused)) == "2 is a Tanh, not a ReLU"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_part_of_a_sequence_with_a_stem_computes_what_the_eager_part_does():
+    eager, x = cut().eval(), draw(2, 8, 13, 10, dtype=torch.float64)
+    fused = copy.deepcopy(eager)
+    fuse(fused)
+    for part in (slice(1, None), slice(4, None), slice(1, 3)):
+        torch.testing.assert_close(infer(fused[part], x), infer(eager[part], x), atol=1e-9, rtol=1e-7)
 
 
 def test_a_class_whose_forward_was_replaced_is_left_alone(monkeypatch):
