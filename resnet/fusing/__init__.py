@@ -1,7 +1,7 @@
 """`fuse` and `unfuse`: the residual blocks and stems of a finished model change their class for a fused one, and back.
 
 Known are the ResNets and RegNets of torchvision, timm and transformers, none of which is imported, and this library's
-own.
+own. The forward of a block of another class is read.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from resnet.fusing.stems import (
     given_inside,
     starts_with,
 )
+from resnet.fusing.written import Written, WrittenMixin, read_block
 from resnet.sequential import FusedSequential, holds_blocks, linkable
 
 
@@ -59,6 +60,13 @@ def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
 
 
 @functools.cache
+def _fused_written_class(eager: type[nn.Module], written: Written) -> type[nn.Module]:
+    own = {"_layout": written.layout, "_conditions": written.conditions, "_places": places_of(written.layout)}
+    rebuild = staticmethod(functools.partial(_rebuild_written, written=written))
+    return linkable(_derived(WrittenMixin, eager, "forward", **own, _rebuild=rebuild))
+
+
+@functools.cache
 def _fused_stage_class(eager: type[nn.Module]) -> type[nn.Module]:
     return FusedSequential if eager is nn.Sequential else _derived(StageMixin, eager, "forward")
 
@@ -79,14 +87,22 @@ def _derived(mixin: type[Changed], eager: type[nn.Module], method: str, **others
 
 def _rebuild(eager: type[nn.Module]) -> nn.Module:
     """An empty fused module, which pickle and deepcopy fill."""
-    cls = _fused_class(eager) if known(eager) or eager in OWN else _fused_stage_class(eager)
+    cls = _fused_stage_class(eager) if full_name(eager) in STAGES else _fused_class(eager)
+    return cls.__new__(cls)
+
+
+def _rebuild_written(eager: type[nn.Module], written: Written) -> nn.Module:
+    """The same for a block of a class that is not known."""
+    cls = _fused_written_class(eager, written)
     return cls.__new__(cls)
 
 
 def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
     """Why what a module computes cannot be told from its class."""
-    if eager in OWN:
+    if eager in OWN or isinstance(module, WrittenMixin):
         return "it has a forward of its own" if "forward" in vars(module) else None
+    if known(eager) is None:
+        return None
     mixin, layout, method = known(eager)
     for name in {"forward", method}:
         if name in vars(module):
@@ -124,12 +140,20 @@ def _reason_not_to_fuse(module: nn.Module) -> str | None:
     return parts if isinstance(parts, str) else module._reason_not_to_fuse(parts)
 
 
+def _class_for(module: nn.Module, eager: type[nn.Module]) -> type[nn.Module]:
+    """The fused class of a module of a known one, or of one whose forward was read."""
+    if eager in OWN or known(eager):
+        return _fused_class(eager)
+    written = read_block(module, eager)
+    return type(module) if written is None else _fused_written_class(eager, written)
+
+
 def _fuse(module: nn.Module, eager: type[nn.Module]) -> str | None:
     """Change the class of a module of a known one, or say why not."""
     reason = _unlike_its_class(module, eager)
     if reason is not None:
         return reason
-    before, module.__class__ = type(module), _fused_class(eager)
+    before, module.__class__ = type(module), _class_for(module, eager)
     reason = _reason_not_to_fuse(module)
     if reason is not None:
         module.__class__ = before
@@ -145,10 +169,15 @@ def _runs_its_blocks_in_turn(module: nn.Module) -> bool:
 
 
 def _base_of(module: nn.Module, eager: type[nn.Module]) -> type[nn.Module] | None:
-    """The known class that a module is of, or that its own is derived from."""
+    """The class that says what a module does: a known one that it is of or derived from, or its own, if read."""
     if eager is nn.Sequential:
         return eager if begins_with_stem(module) else None
-    return next(filter(is_known, eager.__mro__), None)
+    base = next(filter(is_known, eager.__mro__), None)
+    if base is not None:
+        return base
+    if isinstance(module, WrittenMixin):
+        return module._eager_class
+    return eager if read_block(module, eager) else None
 
 
 def _normalizes(module: nn.Module) -> bool:
@@ -166,7 +195,9 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
     too, and those of their RegNets, but for timm's stems; and an `nn.Sequential` that begins with a stem's modules, as
-    it does where a network was cut up by `children()`. A block may have squeeze-and-excitation: timm's `SEModule`,
+    it does where a network was cut up by `children()`. A block of any other class is fused where the text of its
+    forward says that it is one: d2l.ai's `Residual`, say. Its calls, sums and conditions are read, and what is not
+    understood leaves it alone. A block may have squeeze-and-excitation: timm's `SEModule`,
     `EffectiveSEModule` and `EcaModule` after its last norm, and what RegNetYs have before the last convolution. Where a
     network calls the modules of its stem itself, it is the network that changes its class. An `nn.Sequential` of blocks
     becomes a `FusedSequential`, and the classes of stages that these libraries have become such, too; the report does
@@ -206,7 +237,7 @@ def fuse(model: nn.Module) -> FuseReport:
         inside = f"{name}." if name else ""
         if base is nn.Sequential:
             inside += f"{next(iter(module._modules))}."
-        elif base not in OWN and issubclass(known(base).mixin, NetworkMixin):
+        elif known(base) and issubclass(known(base).mixin, NetworkMixin):
             inside += f"{known(base).layout.conv}."
     for module in reversed(list(model.modules())):  # what holds others comes after these
         if _runs_its_blocks_in_turn(module):

@@ -25,12 +25,14 @@ class BlockMixin(Changed, FusedBlock):
             gate = gate_parts(layout.gate, attention, layout.place, None if type(shortcut) is nn.Identity else shortcut)
         if gate is None:
             shortcut, others, pool = _shortcut(layout.shortcut, shortcut, layout.shortcut_class)
+            if layout.shortcut_norm and shortcut is not None:
+                shortcut = shortcut._replace(bn=held_at(self, layout.shortcut_norm), bn_name=layout.shortcut_norm)
             if attention is not None:
                 others.append(Watched(layout.gate, attention, nn.Identity))
         elif gate.shortcut is None and shortcut is not None:
             others.append(Watched(layout.shortcut, shortcut, nn.Identity))
         shortcut = None if gate is not None else shortcut
-        others += [Watched(name, held_at(self, name), nn.ReLU) for name in layout.relus]
+        others += [Watched(name, held_at(self, name), nn.ReLU) for name in dict.fromkeys(filter(None, layout.relus))]
         optional = (Watched(name, held_at(self, name), nn.Identity) for name in layout.optional)
         others += [other for other in optional if other.module is not None]
         for name, module, _ in others:

@@ -14,18 +14,22 @@ class BlockLayout(NamedTuple):
     """The dotted names, in a block, of the modules that its forward calls."""
 
     units: tuple[tuple[str, str], ...]  # convolution and BatchNorm, in their order
-    relus: tuple[str, ...]
+    relus: tuple[str, ...]  # one of each unit, "" where that is a function; or those that there are
     shortcut: str  # a convolution, or a container of one and perhaps a BatchNorm; the identity where there is neither
     optional: tuple[str, ...] = ()  # what other kinds of blocks have, and this one must not
     containers: tuple[tuple[str, type | str], ...] = ()  # and their classes: see `_neighbour`
     shortcut_class: type | str = nn.Sequential
     gate: str = ""  # squeeze-and-excitation, where a block may have it, else an identity or nothing
     place: int = 0  # how many units precede it
+    shortcut_norm: str = ""  # where it lies beside the shortcut's convolution
 
     @property
     def names(self) -> tuple[str, ...]:
-        units = [*self.units[: self.place], *[(self.gate,)] * bool(self.gate), *self.units[self.place :]]
-        return (*sum(units, ()), *self.relus, self.shortcut, *self.optional)
+        relus, units = self.relus, self.units
+        if len(relus) == len(units):
+            relus, units = (), [(*unit, relu) for unit, relu in zip(units, relus)]
+        units = [*units[: self.place], (self.gate,), *units[self.place :]]
+        return (*filter(None, (*sum(units, ()), *relus, self.shortcut, self.shortcut_norm)), *self.optional)
 
     @property
     def perhaps_containers(self) -> tuple[str, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import re
 import textwrap
-from types import FunctionType
+from types import CodeType, FunctionType
 
 
 @functools.cache
@@ -58,3 +59,29 @@ def _reads_of_x(tree: ast.AST) -> int:
     return sum(
         isinstance(node, ast.Name) and node.id == "x" and isinstance(node.ctx, ast.Load) for node in ast.walk(tree)
     )
+
+
+def method_text(function: FunctionType) -> ast.FunctionDef | None:
+    """The text of a method, where that is what it was compiled from: a file may have been edited since."""
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    try:
+        tree, codes = _compiled("".join(lines))
+    except SyntaxError:
+        return None
+    if code not in codes:
+        return None
+    texts = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == code.co_name)
+    return next((text for text in texts if text.lineno == code.co_firstlineno), None)
+
+
+@functools.lru_cache(8)
+def _compiled(text: str) -> tuple[ast.Module, set[CodeType]]:
+    """A file's tree, and the code of all that it defines."""
+    tree = ast.parse(text)
+    codes, found = [compile(tree, "<read>", "exec", dont_inherit=True)], set()
+    while codes:
+        inside = [const for const in codes.pop().co_consts if isinstance(const, CodeType)]
+        codes += inside
+        found.update(inside)
+    return tree, found

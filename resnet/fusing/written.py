@@ -1,0 +1,318 @@
+"""Blocks that somebody wrote: a forward whose text says that it is a residual block's, and nothing else.
+
+Read are assignments, sums, ReLUs, calls of the module's own children, and conditions on what they are. They are
+followed for one module, so that in the end it is known what is called, in which order, and on what.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import itertools
+from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from resnet.fusable import is_norm, was_replaced
+from resnet.fused.module import autocast_dtype
+from resnet.fusing.blocks import BlockMixin
+from resnet.fusing.changed import held_at
+from resnet.fusing.layouts import BlockLayout
+from resnet.fusing.sources import method_text
+
+
+class Condition(NamedTuple):
+    """What a forward asks about an attribute of its module, and the answer."""
+
+    name: str
+    is_none: bool  # whether it is None; else whether it is true
+    answer: bool
+
+    def holds(self, module: nn.Module) -> bool:
+        value = held_at(module, self.name)
+        return (value is None if self.is_none else bool(value)) == self.answer
+
+
+class Written(NamedTuple):
+    """What the text of a forward says about one module."""
+
+    layout: BlockLayout
+    conditions: tuple[Condition, ...]
+
+
+class WrittenMixin(BlockMixin):
+    """A residual block of a class that nobody has listed."""
+
+    _conditions: tuple[Condition, ...]
+
+    def _call(self, x: Tensor) -> Tensor:
+        if not all(condition.holds(self) for condition in self._conditions):
+            parts = "its forward takes another way than it did when it was fused"
+        else:
+            parts = self._parts()
+            if type(parts) is not str and parts.shortcut is None and _is_cast(x):
+                parts = f"autocast leaves the input {x.dtype}, which is added"
+        return self._run(x, parts)
+
+
+def _is_cast(x: object) -> bool:
+    return isinstance(x, Tensor) and autocast_dtype(x) not in (None, x.dtype)
+
+
+def read_block(module: nn.Module, eager: type[nn.Module]) -> Written | None:
+    """What the forward of its class says about a module; None where that is no residual block, or cannot be told."""
+    tree = _text_of(eager) if _may_be_block(module) and "forward" not in vars(module) else None
+    if tree is None:
+        return None
+    reader = _Reader(module, eager)
+    try:
+        layout = reader.layout(reader.run(tree.body))
+    except _Unread:
+        return None
+    return Written(layout, tuple(reader.conditions))
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    """Whether it holds as many convolutions and norms as a block does, at most: few texts have to be read."""
+    held = list(itertools.islice(module.modules(), 30))
+    convs, norms = sum(isinstance(child, _ConvNd) for child in held), sum(map(is_norm, held))
+    return 2 <= convs <= 4 and 2 <= norms <= 4
+
+
+@functools.cache
+def _text_of(cls: type[nn.Module]) -> ast.FunctionDef | None:
+    """The forward of a class; None where calling a module may do something else, or where there is no text."""
+    return method_text(cls.forward) if _is_plain(cls) else None
+
+
+def _is_plain(cls: type[nn.Module]) -> bool:
+    """Whether calling a module of a class does what its forward says, on the attributes that it has."""
+    usual = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
+    if any(getattr(cls, name) is not getattr(nn.Module, name) for name in usual) or was_replaced(cls, "forward"):
+        return False
+    code = cls.forward.__code__
+    return not (code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))
+
+
+class _Unread(Exception):
+    """The text says something that a residual block does not do, or that is not understood."""
+
+
+@dataclass(eq=False)
+class _Value:
+    """What a forward has computed: by one of its modules, by a ReLU or a sum, or its input."""
+
+    what: str  # input, module, relu, sum
+    of: tuple[_Value, ...] = ()
+    name: str = ""  # of the module, or of a ReLU that is one
+    module: nn.Module | None = None
+
+
+@dataclass
+class _Reader:
+    """Follows the text of a forward with what a module holds."""
+
+    module: nn.Module
+    eager: type[nn.Module]
+    values: dict[str, _Value] = field(init=False)
+    made: list[_Value] = field(default_factory=list)
+    conditions: list[Condition] = field(default_factory=list)
+    sequences: list[str] = field(default_factory=list)  # that were called
+    idle: list[str] = field(default_factory=list)  # identities that were called
+
+    def __post_init__(self):
+        self.function: FunctionType = self.eager.forward
+        self.me, argument = self.function.__code__.co_varnames[:2]
+        self.input = _Value("input")
+        self.values = {argument: self.input}
+
+    # ---- statements and expressions ----------------------------------------------------------------------------------
+
+    def run(self, body: list[ast.stmt]) -> _Value | None:
+        """What the statements return; None where they end before."""
+        for statement in body:
+            match statement:
+                case ast.Return(ast.expr() as value):
+                    return self.value(value)
+                case ast.Assign([ast.Name(name)], value):
+                    self.values[name] = self.value(value)
+                case ast.AugAssign(ast.Name(name), ast.Add(), value):
+                    if self.values.get(name, self.input) is self.input:  # the caller's tensor would change
+                        raise _Unread
+                    self.values[name] = self.make("sum", self.values[name], self.value(value))
+                case ast.If(test, then, otherwise):
+                    returned = self.run(then if self.holds(test) else otherwise)
+                    if returned is not None:
+                        return returned
+                case ast.Expr(ast.Constant()):
+                    pass
+                case _:
+                    raise _Unread
+        return None
+
+    def value(self, expression: ast.expr) -> _Value:
+        match expression:
+            case ast.Name(name) if name in self.values:
+                return self.values[name]
+            case ast.BinOp(left, ast.Add(), right):
+                return self.make("sum", self.value(left), self.value(right))
+            case ast.IfExp(test, then, otherwise):
+                return self.value(then if self.holds(test) else otherwise)
+            case ast.Call(called, [argument], []) if (name := self.own(called)) is not None:
+                return self.call(name, self.module._modules.get(name), self.value(argument))
+            case ast.Call(called, [left, right], []) if self.resolved(called) is torch.add:
+                return self.make("sum", self.value(left), self.value(right))
+            case ast.Call(called, [argument], options) if _is_relu(self.resolved(called)) and _in_place(options):
+                return self.make("relu", self.value(argument))
+            case ast.Call(ast.Call(made, [], options), [argument], []):
+                if self.resolved(made) is nn.ReLU and _in_place(options):
+                    return self.make("relu", self.value(argument))
+            case ast.Call(ast.Attribute(value, "relu" | "relu_"), [], []) if self.resolved(value) is None:
+                return self.make("relu", self.value(value))
+        raise _Unread
+
+    def holds(self, test: ast.expr) -> bool:
+        """The answer to a condition, which is noted."""
+        match test:
+            case ast.UnaryOp(ast.Not(), operand):
+                return not self.holds(operand)
+            case ast.Compare(operand, [ast.Is() | ast.IsNot() as asked], [ast.Constant(None)]):
+                answer = self.note(operand, is_none=True)
+                return answer if isinstance(asked, ast.Is) else not answer
+        return self.note(test, is_none=False)
+
+    def note(self, attribute: ast.expr, is_none: bool) -> bool:
+        name = self.own(attribute)
+        value = None if name is None else getattr(self.module, name)
+        if name is None or not isinstance(value, (nn.Module, bool, int, str, type(None))):
+            raise _Unread
+        answer = value is None if is_none else bool(value)
+        self.conditions.append(Condition(name, is_none, answer))
+        return answer
+
+    def own(self, expression: ast.expr) -> str | None:
+        """NAME of `self.NAME`, where that is the module's own and not its class's."""
+        match expression:
+            case ast.Attribute(ast.Name(self.me), name):
+                places = vars(self.module), self.module._modules
+                return name if sum(name in place for place in places) == 1 and not hasattr(self.eager, name) else None
+        return None
+
+    def resolved(self, expression: ast.expr) -> object:
+        """What a name outside of the forward stands for, as `F.relu` does; None where that is not known."""
+        match expression:
+            case ast.Name(name) if name not in self.function.__code__.co_varnames:
+                return self.function.__globals__.get(name)
+            case ast.Attribute(value, name) if isinstance(found := self.resolved(value), ModuleType):
+                return getattr(found, name, None)
+        return None
+
+    # ---- what is computed --------------------------------------------------------------------------------------------
+
+    def make(self, what: str, *of: _Value, name: str = "", module: nn.Module | None = None) -> _Value:
+        value = _Value(what, of, name, module)
+        self.made.append(value)
+        return value
+
+    def call(self, name: str, module: object, of: _Value) -> _Value:
+        kind = type(module)
+        if kind is nn.Sequential and "forward" not in vars(module):
+            self.sequences.append(name)
+            for key, child in module._modules.items():
+                of = self.call(f"{name}.{key}", child, of)
+            return of
+        if kind is nn.Identity:
+            self.idle.append(name)
+            return of
+        if kind is nn.ReLU:
+            return self.make("relu", of, name=name)
+        if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
+            return self.make("module", of, name=name, module=module)
+        raise _Unread
+
+    def layout(self, result: _Value | None) -> BlockLayout:
+        """Where the modules of the block are that gives this."""
+        if result is None or result.what != "relu" or result.of[0].what != "sum":
+            raise _Unread
+        for main, branch in itertools.permutations(map(self.steps, result.of[0].of)):
+            if len(main) in (5, 8) and len(branch) <= 3:
+                break
+        else:
+            raise _Unread
+        convs, norms, relus = main[::3], main[1::3], main[2::3]
+        # Each value is read once: nothing is computed beside, and nothing that was changed in place is read again.
+        names = [value.name for value in self.made if value.what == "module"]
+        if len(main) + len(branch) + 2 != len(self.made) or len({*names}) != len(names):
+            raise _Unread
+        if not (all(map(_is_conv, convs)) and all(map(_is_norm, norms)) and all(step.what == "relu" for step in relus)):
+            raise _Unread
+        shortcut, shortcut_norm = self.shortcut(branch)
+        return BlockLayout(
+            units=tuple((conv.name, norm.name) for conv, norm in zip(convs, norms, strict=True)),
+            relus=tuple(step.name for step in (*relus, result)),
+            shortcut=shortcut,
+            shortcut_norm=shortcut_norm,
+            optional=tuple(name for name in self.idle if name != shortcut and not self.is_inside(name)),
+            containers=tuple((name, nn.Sequential) for name in self.sequences if name != shortcut),
+        )
+
+    def steps(self, value: _Value) -> list[_Value]:
+        """What was done to the input, one after the other."""
+        found = []
+        while value is not self.input:
+            if value.what == "sum":
+                raise _Unread
+            found.insert(0, value)
+            (value,) = value.of
+        return found
+
+    def shortcut(self, steps: list[_Value]) -> tuple[str, str]:
+        """The name of the module that is the shortcut, and of its norm where that lies beside it; "" for none."""
+        if not steps:
+            idle = [
+                name for name in (*self.sequences, *self.idle) if not self.is_inside(name) and not self.holds_any(name)
+            ]
+            return next(iter(idle), ""), ""
+        if any(step.what != "module" for step in steps):
+            raise _Unread
+        around = {step.name.rpartition(".")[0] for step in steps}
+        if len(around) == 1 and around <= {*self.sequences}:
+            return around.pop(), ""
+        conv, *norm = steps
+        if self.is_inside(conv.name) or not _is_conv(conv) or len(norm) > 1 or not all(map(_is_norm, norm)):
+            raise _Unread
+        return conv.name, norm[0].name if norm else ""
+
+    def is_inside(self, name: str) -> bool:
+        """Whether it is a module of a sequence that was called."""
+        return name.rpartition(".")[0] in self.sequences
+
+    def holds_any(self, name: str) -> bool:
+        """Whether something in a module of this name was called."""
+        return any(value.name.startswith(f"{name}.") for value in self.made)
+
+
+_RELUS = F.relu, F.relu_, torch.relu, torch.relu_
+
+
+def _is_relu(function: object) -> bool:
+    return any(function is each for each in _RELUS)
+
+
+def _in_place(options: list[ast.keyword]) -> bool:
+    """Whether a ReLU's options say no more than that it may overwrite what it reads."""
+    return all(option.arg == "inplace" and isinstance(option.value, ast.Constant) for option in options)
+
+
+def _is_conv(value: _Value) -> bool:
+    return isinstance(value.module, _ConvNd)
+
+
+def _is_norm(value: _Value) -> bool:
+    return is_norm(value.module)

@@ -1,0 +1,237 @@
+"""Residual blocks as people write them, and modules that are none, each by a forward of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Textbook(nn.Module):
+    """As in d2l.ai: functions, and a convolution for a shortcut where there is one."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(C, K, 3, stride, 1), nn.Conv2d(K, K, 3, 1, 1)
+        self.conv3 = None if (C, stride) == (K, 1) else nn.Conv2d(C, K, 1, stride)
+        self.bn1, self.bn2 = nn.BatchNorm2d(K), nn.BatchNorm2d(K)
+
+    def forward(self, X):
+        Y = F.relu(self.bn1(self.conv1(X)))
+        Y = self.bn2(self.conv2(Y))
+        if self.conv3:
+            X = self.conv3(X)
+        Y += X
+        return F.relu(Y)
+
+
+class StepByStep(nn.Module):
+    """A module a line, and a shortcut that may be None."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(C, K, 3, stride, 1, bias=False), nn.BatchNorm2d(K)
+        self.conv2, self.bn2 = nn.Conv2d(K, K, 3, 1, 1, bias=False), nn.BatchNorm2d(K)
+        self.relu = nn.ReLU(inplace=True)
+        project = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
+        self.downsample = None if (C, stride) == (K, 1) else project
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut)"""
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
+class Narrow(nn.Module):
+    """A bottleneck, whose shortcut is an empty sequence where it is the identity."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        width = K // 2
+        self.conv1, self.bn1 = nn.Conv2d(C, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, K, 1, bias=False), nn.BatchNorm2d(K)
+        project = [] if (C, stride) == (K, 1) else [nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K)]
+        self.shortcut = nn.Sequential(*project)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)), inplace=True)
+        out = self.bn3(self.conv3(out))
+        out += self.shortcut(x)
+        return torch.relu(out)
+
+
+class InSequence(nn.Module):
+    """All in one expression, the units in a sequence."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        first = nn.Conv2d(C, K, 3, stride, 1), nn.BatchNorm2d(K), nn.ReLU(inplace=True)
+        self.residual = nn.Sequential(*first, nn.Conv2d(K, K, 3, 1, 1), nn.BatchNorm2d(K))
+        project = [] if (C, stride) == (K, 1) else [nn.Conv2d(C, K, 1, stride), nn.BatchNorm2d(K)]
+        self.shortcut = nn.Sequential(*project)
+
+    def forward(self, x):
+        return nn.ReLU(inplace=True)(self.shortcut(x) + self.residual(x))
+
+
+class Flagged(nn.Module):
+    """A flag says whether there is a shortcut, whose norm lies beside it."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.a, self.norm_a = nn.Conv2d(C, K, 3, stride, 1), nn.BatchNorm2d(K)
+        self.b, self.norm_b = nn.Conv2d(K, K, 3, 1, 1), nn.BatchNorm2d(K)
+        self.drop = nn.Identity()
+        self.projects = (C, stride) != (K, 1)
+        if self.projects:
+            self.c, self.norm_c = nn.Conv2d(C, K, 1, stride), nn.BatchNorm2d(K)
+
+    def forward(self, x):
+        y = self.drop(self.norm_a(self.a(x)).relu())
+        shortcut = x if not self.projects else self.norm_c(self.c(x))
+        return torch.add(shortcut, self.norm_b(self.b(y))).relu_()
+
+
+BLOCKS = [Textbook, StepByStep, Narrow, InSequence, Flagged]
+
+
+class Parts(nn.Module):
+    """What a block is made of."""
+
+    def __init__(self, C: int = 4):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(C, C, 3, 1, 1), nn.BatchNorm2d(C)
+        self.conv2, self.bn2 = nn.Conv2d(C, C, 3, 1, 1), nn.BatchNorm2d(C)
+        self.relu, self.scale = nn.ReLU(), 1.0
+
+
+class WithoutLastReLU(Parts):
+    def forward(self, x):
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x
+
+
+class NormBeforeConvolution(Parts):
+    def forward(self, x):
+        out = self.conv1(self.relu(self.bn1(x)))
+        return self.relu(self.conv2(self.relu(self.bn2(out))) + x)
+
+
+class AddsTwice(Parts):
+    def forward(self, x):
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x + x)
+
+
+class Scales(Parts):
+    def forward(self, x):
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) * self.scale + x)
+
+
+class ChangesItsInput(Parts):
+    def forward(self, x):
+        x += self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(x)
+
+
+class AddsWhatFollows(Parts):
+    def forward(self, x):
+        first = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(first)) + first)
+
+
+class ReadsWhatAReLUHasOverwritten(Parts):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        unused = F.relu(out, inplace=True)  # noqa: F841
+        out += x
+        return self.relu(out)
+
+
+class CallsMore(Parts):
+    def forward(self, x):
+        first = self.bn1(self.conv1(x))
+        self.seen = first
+        return self.relu(self.bn2(self.conv2(self.relu(first))) + x)
+
+
+class OneModuleForBoth(Parts):
+    def forward(self, x):
+        return self.relu(self.bn2(self.conv1(self.relu(self.bn1(self.conv1(x))))) + x)
+
+
+class WithAnotherReLU(Parts):
+    def forward(self, x):
+        return relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+
+
+def relu(x: Tensor) -> Tensor:
+    return x.clamp(0, 6)
+
+
+class WithAnOption(Parts):
+    def forward(self, x, *, doubled=False):
+        out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+        return out
+
+
+class AsksItsInput(Parts):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        if x.requires_grad:
+            return out
+        return self.relu(out + x)
+
+
+class AsksItsClass(Parts):
+    @property
+    def deep(self):
+        return self.scale > 1
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return out if self.deep else self.relu(out + x)
+
+
+class CallsItsClass(Parts):
+    def bn2(self, x):
+        return -x
+
+    def forward(self, x):
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+
+
+class CalledInAWayOfItsOwn(Parts):
+    def __call__(self, x):
+        return -super().__call__(x)
+
+    def forward(self, x):
+        return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
+
+
+OTHERS = [
+    WithoutLastReLU,
+    NormBeforeConvolution,
+    AddsTwice,
+    Scales,
+    ChangesItsInput,
+    AddsWhatFollows,
+    ReadsWhatAReLUHasOverwritten,
+    CallsMore,
+    OneModuleForBoth,
+    WithAnotherReLU,
+    WithAnOption,
+    AsksItsInput,
+    AsksItsClass,
+    CallsItsClass,
+    CalledInAWayOfItsOwn,
+]

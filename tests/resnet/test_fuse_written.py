@@ -1,0 +1,199 @@
+"""`fuse` on blocks of classes that nobody has listed: what their forward's text says is what is fused."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from resnet import FusedSequential, fuse, unfuse
+from tests.conftest import DEVICE
+from tests.helpers import written_blocks
+from tests.helpers.blocks import draw, infer, randomize, step
+from tests.helpers.written_blocks import BLOCKS, OTHERS, Flagged, InSequence, StepByStep, Textbook
+
+blocks = pytest.mark.parametrize("cls", BLOCKS)
+CLOSE = {"atol": 1e-9, "rtol": 1e-7}
+
+
+def stage(cls: type[nn.Module]) -> nn.Sequential:
+    model = nn.Sequential(cls(4, 4), cls(4, 6, 2), cls(6, 6))
+    randomize(model)
+    return model.to(DEVICE, torch.float64)
+
+
+def kinds(model: nn.Module) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+def images(C: int = 4):
+    return draw(2, C, 9, 8, dtype=torch.float64)
+
+
+# ---- what is fused ---------------------------------------------------------------------------------------------------
+
+
+@blocks
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("error")
+def test_written_blocks_do_the_steps_of_the_eager_ones(any_backend, cls, train):
+    eager = stage(cls).train(train)
+    fused = copy.deepcopy(eager)
+    report = fuse(fused)
+    assert [item.name for item in report.fused] == ["0", "1", "2"] and not report.left and not report.unknown
+    assert {item.kind for item in report.fused} == {f"{cls.__module__}.{cls.__name__}"}
+    torch.testing.assert_close(step(fused, images()), step(eager, images()), **CLOSE)
+    torch.testing.assert_close(infer(fused, images()), infer(eager, images()), **CLOSE)
+
+
+@blocks
+def test_written_blocks_keep_their_class_as_a_base_and_are_linked(cls):
+    model = stage(cls)
+    before = kinds(model)
+    report = fuse(model)
+    assert type(model) is FusedSequential
+    assert all(isinstance(block, cls) and type(block).__name__ == f"Fused{cls.__name__}" for block in model)
+    after = kinds(model)
+    assert fuse(model) == report and kinds(model) == after
+    unfuse(model)
+    assert kinds(model) == before
+
+
+@blocks
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_of_written_blocks_are_fused(cls, duplicate):
+    model = stage(cls).eval()
+    fuse(model)
+    twin = duplicate(model)
+    assert kinds(twin) == kinds(model)
+    torch.testing.assert_close(infer(twin, images()), infer(model, images()), atol=0, rtol=0)
+
+
+@blocks
+def test_compiled_and_exported_written_blocks_compute_the_same(cls):
+    model = stage(cls).eval()
+    fuse(model)
+    with torch.no_grad():
+        expected = model(images())
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    exported = torch.export.export(model, (images(),)).module()
+    for other in (compiled, exported):
+        with torch.no_grad():
+            torch.testing.assert_close(other(images()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("cls", [StepByStep, InSequence])
+def test_the_modules_of_a_written_block_are_watched(monkeypatch, cls):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    model, called = cls(4, 4).to(DEVICE), []
+    assert fuse(model).fused
+    relu = model.relu if cls is StepByStep else model.residual[2]
+    relu.register_forward_hook(lambda *_: called.append("relu"))
+    with pytest.warns(UserWarning, match=f"Fused{cls.__name__} runs PyTorch's operators one by one: .* has hooks"):
+        model(draw(2, 4, 5, 6))
+    assert called
+    assert "has hooks" in fuse(model).left[0].reason
+
+
+@pytest.mark.parametrize(
+    ("cls", "change"),
+    [
+        (Textbook, lambda block: setattr(block, "conv3", None)),
+        (Flagged, lambda block: setattr(block, "projects", False)),
+        (StepByStep, lambda block: setattr(block, "downsample", None)),
+    ],
+)
+def test_a_forward_that_takes_another_way_than_when_it_was_fused_is_run(monkeypatch, cls, change):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    eager = cls(4, 6).to(DEVICE, torch.float64).eval()
+    fused, x = copy.deepcopy(eager), draw(2, 6, 9, 8, dtype=torch.float64)
+    assert fuse(fused).fused
+    for block in (eager, fused):
+        for name in ("conv1", "a"):
+            if hasattr(block, name):
+                setattr(block, name, nn.Conv2d(6, 6, 3, 1, 1).to(DEVICE, torch.float64))
+        change(block)
+    fused.load_state_dict(eager.state_dict())
+    with pytest.warns(UserWarning, match="its forward takes another way than it did when it was fused"):
+        torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
+    fuse(fused)
+    with warnings.catch_warnings(action="error"):
+        torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
+
+
+def test_under_autocast_an_identity_that_is_not_cast_is_added_as_it_is(monkeypatch):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    eager = InSequence(4, 4).to(DEVICE)
+    fused, x = copy.deepcopy(eager), draw(2, 4, 5, 6)
+    assert fuse(fused).fused
+    with torch.autocast(DEVICE.type, torch.bfloat16), pytest.warns(UserWarning, match="autocast leaves the input"):
+        out, expected = fused(x), eager(x)
+    assert out.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
+
+
+# ---- what is left alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", OTHERS)
+def test_a_forward_that_does_something_else_is_left_alone(cls):
+    model = cls()
+    report = fuse(model)
+    assert not report.fused and not report.left
+    assert type(model) is cls
+
+
+@pytest.mark.parametrize("other", [nn.GELU(), nn.Dropout(), nn.Sequential(nn.Dropout())], ids=["GELU", "Dropout", "in"])
+def test_a_module_that_a_block_does_not_have_leaves_it_alone(other):
+    model = StepByStep(4, 4)
+    model.relu = other
+    assert not fuse(model).fused
+
+
+def test_a_module_with_a_forward_of_its_own_is_left_alone():
+    model = Textbook(4, 4)
+    model.forward = model.forward
+    assert not fuse(model).fused
+
+
+SOURCE = """
+from torch import nn
+from torch.nn import functional as F
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, 1, 1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, 1, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+"""
+
+
+def test_a_text_that_was_edited_since_it_was_compiled_is_not_believed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, later, fused in (("kept", SOURCE, 1), ("edited", SOURCE.replace("+ x", "+ 2 * x"), 0)):
+        path = tmp_path / f"{name}.py"
+        path.write_text(SOURCE.replace("+ x", "- x") if name == "edited" else SOURCE)
+        module = importlib.import_module(name)
+        path.write_text(later if name == "kept" else SOURCE)  # a block's text, of code that does something else
+        assert len(fuse(module.Block()).fused) == fused
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_class_without_a_text_is_left_alone():
+    names: dict = {"__name__": "nowhere"}
+    exec(SOURCE, names)
+    assert not fuse(names["Block"]()).fused
+
+
+def test_what_the_forwards_names_stand_for_is_looked_up(monkeypatch):
+    monkeypatch.setattr(written_blocks, "F", nn)
+    assert not fuse(Textbook(4, 4)).fused
