@@ -194,8 +194,8 @@ def fuse(model: nn.Module) -> FuseReport:
     would have `fuse` return now a model and now a report.
 
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
-    too, and those of their RegNets, but for timm's stems; and an `nn.Sequential` that begins with a stem's modules, as
-    it does where a network was cut up by `children()`. A block of any other class is fused where the text of its
+    too, and those of their RegNets, but for timm's stems; and an `nn.Sequential` that is a stem or begins with one,
+    as it does where a network was cut up by `children()`. A block of any other class is fused where the text of its
     forward says that it is one: d2l.ai's `Residual`, say. Its calls, sums and conditions are read, and what is not
     understood leaves it alone. A block may have squeeze-and-excitation: timm's `SEModule`,
     `EffectiveSEModule` and `EcaModule` after its last norm, and what RegNetYs have before the last convolution. Where a
@@ -222,9 +222,10 @@ def fuse(model: nn.Module) -> FuseReport:
     inside = None  # the block, or the stem's container, whose submodules come now
     for name, module in model.named_modules():
         eager = eager_class(type(module))
-        base = _base_of(module, eager)
+        within = inside is not None and f"{name}.".startswith(inside)
+        base = None if within and eager is nn.Sequential else _base_of(module, eager)
         if base is None:
-            if _normalizes(module) and not (inside is not None and f"{name}.".startswith(inside)):
+            if _normalizes(module) and not within:
                 unknown[full_name(eager)] += 1
             continue
         if base is eager:

@@ -84,15 +84,19 @@ class SequenceMixin(NetworkMixin):
         return run_in_turn([module for name, module in self._modules.items() if name not in names], self._run(x))
 
 
+_POOLS = nn.MaxPool2d, nn.Identity
+
+
 class CutMixin(SequenceMixin):
-    """An `nn.Sequential` of any modules whose first four are a stem, as they are where a network was cut up."""
+    """An `nn.Sequential` whose first modules are a stem, as they are where a network was cut up, or that is one."""
 
     _prefix = "FusedStem"  # there is a FusedSequential
     __jit_unused_properties__ = ("_layout",)
 
     @property
     def _layout(self) -> StemLayout:
-        return StemLayout(*[*self._modules][:4])
+        names = [*self._modules][:4]
+        return StemLayout(*names if isinstance(self._modules[names[-1]], _POOLS) else names[:3])
 
     def _called(self) -> tuple[str, ...]:
         return self._layout.names
@@ -108,12 +112,13 @@ def _is_conv(module: nn.Module) -> bool:
 
 
 def begins_with_stem(sequence: nn.Sequential) -> bool:
-    """Whether its first four modules are a stem's.
+    """Whether its first modules are a stem's, with a pool, or without one where blocks follow, or nothing.
 
     In one that is fused one of them may have been replaced since: a warning is to name that. A slice of it has others.
     """
     conv, norm, relu, pool = [*sequence._modules.values(), *[None] * 4][:4]
-    there = _is_conv(conv), is_norm(norm), isinstance(relu, nn.ReLU), isinstance(pool, nn.MaxPool2d)
+    ends = len(sequence) == 3 or isinstance(pool, _POOLS) or (pool is not None and len(pool._modules) > 0)
+    there = _is_conv(conv), is_norm(norm), isinstance(relu, nn.ReLU), ends
     return sum(there) >= (3 if isinstance(sequence, CutMixin) else 4)
 
 

@@ -507,12 +507,19 @@ def test_a_sequential_network_whose_first_layers_are_no_stem_runs_them_as_they_a
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("convs", [1, 3])
-def test_a_sequence_that_begins_with_the_modules_of_a_stem_gives_what_the_eager_one_gives(any_backend, train, convs):
-    model = net()
-    if convs == 3:
-        deepened(model)
-    eager = nn.Sequential(model.conv, model.bn, model.relu, model.pool, nn.Tanh()).train(train)
+@pytest.mark.parametrize(
+    "begun",
+    [
+        lambda m: [m.conv, m.bn, m.relu, m.pool, nn.Tanh()],
+        lambda m: [deepened(m), m.bn, m.relu, m.pool],
+        lambda m: [m.conv, m.bn, m.relu, nn.Identity(), nn.Tanh()],
+        lambda m: [m.conv, m.bn, m.relu],
+        lambda m: [m.conv, m.bn, m.relu, nn.Sequential(nn.Tanh())],
+    ],
+    ids=["pool", "deep", "identity", "alone", "no pool"],
+)
+def test_a_sequence_that_begins_with_the_modules_of_a_stem_gives_what_the_eager_one_gives(any_backend, train, begun):
+    eager = nn.Sequential(*begun(net())).train(train)
     fused, x = copy.deepcopy(eager), draw(2, 3, 13, 10, dtype=torch.float64)
     report = fuse(fused)
     assert names(report.fused) == [""] and not report.left and not report.unknown
@@ -538,7 +545,7 @@ def test_a_sequence_whose_stem_might_compute_something_else_is_left_alone(change
 
 def test_a_sequence_that_begins_with_something_else_is_none_with_a_stem():
     conv, bn, relu, pool = Stem(3, 8)
-    for modules in ((), (bn, relu, pool), (conv, bn, relu), (conv, nn.GroupNorm(2, 8), relu, pool)):
+    for modules in ((), (bn, relu, pool), (conv, bn, relu, conv), (conv, nn.GroupNorm(2, 8), relu, pool)):
         report = fuse(nn.Sequential(*modules))
         assert not report.fused and not report.left
 
