@@ -67,7 +67,7 @@ def method_text(function: FunctionType) -> ast.FunctionDef | None:
     lines = linecache.getlines(code.co_filename, function.__globals__)
     try:
         tree, codes = _compiled("".join(lines))
-    except SyntaxError:
+    except (SyntaxError, ValueError):
         return None
     if code not in codes:
         return None

@@ -140,7 +140,7 @@ class _Reader:
             match statement:
                 case ast.Return(ast.expr() as value):
                     return self.value(value)
-                case ast.Assign([ast.Name(name)], value):
+                case ast.Assign([ast.Name(name)], value) if name != self.me:
                     self.values[name] = self.value(value)
                 case ast.AugAssign(ast.Name(name), ast.Add(), value):
                     if self.values.get(name, self.input) is self.input:  # the caller's tensor would change
