@@ -123,7 +123,8 @@ def test_a_forward_that_takes_another_way_than_when_it_was_fused_is_run(monkeypa
     with pytest.warns(UserWarning, match="its forward takes another way than it did when it was fused"):
         torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
     fuse(fused)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
 
 
