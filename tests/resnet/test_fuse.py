@@ -562,7 +562,7 @@ def test_what_was_put_in_the_place_of_a_module_of_a_sequences_stem_is_run_and_na
     assert reason_of(fuse(fused)) == "2 is a Tanh, not a ReLU"
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_part_of_a_sequence_with_a_stem_computes_what_the_eager_part_does():
     eager, x = cut().eval(), draw(2, 8, 13, 10, dtype=torch.float64)
     fused = copy.deepcopy(eager)

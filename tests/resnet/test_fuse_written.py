@@ -41,7 +41,7 @@ def images(C: int = 4):
 
 @blocks
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_written_blocks_do_the_steps_of_the_eager_ones(any_backend, cls, train):
     eager = stage(cls).train(train)
     fused = copy.deepcopy(eager)
@@ -124,7 +124,7 @@ def test_a_forward_that_takes_another_way_than_when_it_was_fused_is_run(monkeypa
         torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
     fuse(fused)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
 
 
