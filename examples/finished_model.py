@@ -1,7 +1,8 @@
 """A finished model whose blocks and stem `resnet.fuse` changes for fused ones, and back.
 
 The model is a small ResNet in the published form; `torchvision.models.resnet50()`, timm's and transformers' ResNets are
-fused by the same call. An optimizer that was made before goes on, since parameters stay the same objects.
+fused by the same call, and so are blocks of your own, by the text of their forward. An optimizer that was made before
+goes on, since parameters stay the same objects.
 """
 
 import copy

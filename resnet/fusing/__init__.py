@@ -172,12 +172,12 @@ def _base_of(module: nn.Module, eager: type[nn.Module]) -> type[nn.Module] | Non
     """The class that says what a module does: a known one that it is of or derived from, or its own, if read."""
     if eager is nn.Sequential:
         return eager if begins_with_stem(module) else None
-    base = next(filter(is_known, eager.__mro__), None)
-    if base is not None:
-        return base
     if isinstance(module, WrittenMixin):
         return module._eager_class
-    return eager if read_block(module, eager) else None
+    base = next(filter(is_known, eager.__mro__), None)
+    if base is eager or isinstance(module, (Changed, *EAGER)) or read_block(module, eager) is None:
+        return base
+    return eager
 
 
 def _normalizes(module: nn.Module) -> bool:
@@ -203,7 +203,7 @@ def fuse(model: nn.Module) -> FuseReport:
     becomes a `FusedSequential`, and the classes of stages that these libraries have become such, too; the report does
     not name them. A module stays as it is where it might compute something else than the operator: with another
     activation or norm, another attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is
-    derived from a known one.
+    derived from a known one and has a forward that is not understood.
 
     A second call changes nothing, and its report is the same.
 

@@ -24,7 +24,8 @@ class FuseReport:
 
     Attributes:
         fused: the blocks and stems that are fused now.
-        left: those that are not, with a reason, and the modules of classes that are derived from known ones.
+        left: those that are not, with a reason, and the modules of classes that are derived from known ones, unless
+            their forward could be read.
         unknown: how many modules of each other class hold both a convolution and a BatchNorm.
     """
 

@@ -609,14 +609,16 @@ def test_what_is_put_into_the_class_of_a_pool_or_of_a_container_is_run(monkeypat
 
 
 class Derived(Block):
-    pass
+    def forward(self, image):
+        return super().forward(image)
 
 
 class DerivedResidual(Residual):
-    pass
+    def forward(self, X):
+        return super().forward(X)
 
 
-def test_derived_classes_are_left_alone():
+def test_derived_classes_whose_forward_is_not_understood_are_left_alone():
     model = nn.Sequential(Derived(4, 4), DerivedResidual(4, 4), LazyFusedResidual(4))
     before = kinds(model)
     report = fuse(model)
@@ -626,6 +628,24 @@ def test_derived_classes_are_left_alone():
         "it is derived from resnet.reference.Residual and may compute something else",
         "conv1 is a LazyConv2d, not a Conv2d",
     ]
+
+
+class Initialised(Residual):
+    """One that changes its weights alone."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        nn.init.zeros_(self.bn2.weight)
+
+
+def test_derived_classes_that_have_the_forward_of_a_known_one_are_fused():
+    eager = nn.Sequential(Initialised(4, 4), Initialised(4, 6, True, 2)).to(DEVICE, torch.float64)
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(2, 4, 9, 8, dtype=torch.float64)
+    report = fuse(fused)
+    assert names(report.fused) == ["0", "1"] and not report.left
+    assert [type(block).__name__ for block in fused] == ["FusedInitialised"] * 2
+    torch.testing.assert_close(step(fused, x), step(eager, x), atol=1e-9, rtol=1e-7)
 
 
 def test_a_class_that_a_tool_derives_from_a_fused_one_stays_and_is_reported_as_fused():
