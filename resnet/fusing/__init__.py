@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from resnet.fusable import full_name, is_norm, was_replaced
 from resnet.fusing.blocks import BlockMixin, StageMixin, blocks_of
 from resnet.fusing.changed import Changed, kept_parts
-from resnet.fusing.known import EAGER, OWN, STAGES, eager_class, is_known, known
+from resnet.fusing.known import EAGER, OWN, STAGES, Known, eager_class, is_known, known
 from resnet.fusing.layouts import BlockLayout, looked_up, places_of
 from resnet.fusing.report import FuseItem, FuseReport
 from resnet.fusing.sources import begins_with
@@ -25,12 +25,13 @@ from resnet.fusing.stems import (
     GetterMixin,
     NetworkMixin,
     SequenceMixin,
+    StemMixin,
     begins_with_stem,
     first_names,
     given_inside,
     starts_with,
 )
-from resnet.fusing.written import Written, WrittenMixin, read_block
+from resnet.fusing.written import read_block, read_stem
 from resnet.sequential import FusedSequential, holds_blocks, linkable
 
 
@@ -49,21 +50,15 @@ def _calling(eager: FunctionType) -> FunctionType:
 
 
 @functools.cache
-def _fused_class(eager: type[nn.Module]) -> type[nn.Module]:
-    if eager in OWN:
-        return OWN[eager]
-    mixin, layout, method = known(eager)
-    # Of a sequence each has names of its own.
-    own = {} if mixin is CutMixin else {"_layout": looked_up(eager, layout), "_places": places_of(layout)}
+def _fused_class(eager: type[nn.Module], entry: Known) -> type[nn.Module]:
+    mixin, layout, method, conditions = entry
+    own: dict[str, object] = {"_known": entry, "_conditions": conditions}
+    if mixin is not CutMixin:  # of which each has names of its own
+        own |= {"_layout": looked_up(eager, layout), "_places": places_of(layout)}
+    if entry is not known(eager):
+        own["_rebuild"] = staticmethod(functools.partial(_rebuild, entry=entry))
     cls = _derived(mixin, eager, method, **own)
-    return linkable(cls) if mixin is BlockMixin else cls
-
-
-@functools.cache
-def _fused_written_class(eager: type[nn.Module], written: Written) -> type[nn.Module]:
-    own = {"_layout": written.layout, "_conditions": written.conditions, "_places": places_of(written.layout)}
-    rebuild = staticmethod(functools.partial(_rebuild_written, written=written))
-    return linkable(_derived(WrittenMixin, eager, "forward", **own, _rebuild=rebuild))
+    return linkable(cls) if issubclass(mixin, BlockMixin) else cls
 
 
 @functools.cache
@@ -85,25 +80,17 @@ def _derived(mixin: type[Changed], eager: type[nn.Module], method: str, **others
     return type(f"{mixin._prefix}{eager.__name__}", (mixin, eager), own | others)
 
 
-def _rebuild(eager: type[nn.Module]) -> nn.Module:
-    """An empty fused module, which pickle and deepcopy fill."""
-    cls = _fused_stage_class(eager) if full_name(eager) in STAGES else _fused_class(eager)
-    return cls.__new__(cls)
-
-
-def _rebuild_written(eager: type[nn.Module], written: Written) -> nn.Module:
-    """The same for a block of a class that is not known."""
-    cls = _fused_written_class(eager, written)
+def _rebuild(eager: type[nn.Module], entry: Known | None = None) -> nn.Module:
+    """An empty fused module, which pickle and deepcopy fill; `entry` where its class is not known."""
+    cls = _fused_stage_class(eager) if full_name(eager) in STAGES else _fused_class(eager, entry or known(eager))
     return cls.__new__(cls)
 
 
 def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
     """Why what a module computes cannot be told from its class."""
-    if eager in OWN or isinstance(module, WrittenMixin):
+    if eager in OWN:
         return "it has a forward of its own" if "forward" in vars(module) else None
-    if known(eager) is None:
-        return None
-    mixin, layout, method = known(eager)
+    mixin, layout, method, _ = _entry(module, eager)
     for name in {"forward", method}:
         if name in vars(module):
             return f"it has a {name} of its own"
@@ -115,7 +102,7 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
     for cls, name in ((eager, method), *((cls, "forward") for cls in classes)):
         if was_replaced(cls, name):
             return f"{full_name(cls)}.{name} was replaced"
-    if issubclass(mixin, CutMixin):
+    if mixin is CutMixin or known(eager) is None:
         return None
     if issubclass(mixin, SequenceMixin):
         names = first_names(module, layout)
@@ -140,12 +127,14 @@ def _reason_not_to_fuse(module: nn.Module) -> str | None:
     return parts if isinstance(parts, str) else module._reason_not_to_fuse(parts)
 
 
-def _class_for(module: nn.Module, eager: type[nn.Module]) -> type[nn.Module]:
-    """The fused class of a module of a known one, or of one whose forward was read."""
-    if eager in OWN or known(eager):
-        return _fused_class(eager)
-    written = read_block(module, eager)
-    return type(module) if written is None else _fused_written_class(eager, written)
+def _read(module: nn.Module, eager: type[nn.Module]) -> Known | None:
+    """What is known of a module by the text of its forward."""
+    return read_block(module, eager) or read_stem(module, eager)
+
+
+def _entry(module: nn.Module, eager: type[nn.Module]) -> Known | None:
+    """What is known of a module, whose class may be a fused one that can be read no more."""
+    return known(eager) or _read(module, eager) or getattr(module, "_known", None)
 
 
 def _fuse(module: nn.Module, eager: type[nn.Module]) -> str | None:
@@ -153,7 +142,7 @@ def _fuse(module: nn.Module, eager: type[nn.Module]) -> str | None:
     reason = _unlike_its_class(module, eager)
     if reason is not None:
         return reason
-    before, module.__class__ = type(module), _class_for(module, eager)
+    before, module.__class__ = type(module), OWN.get(eager) or _fused_class(eager, _entry(module, eager))
     reason = _reason_not_to_fuse(module)
     if reason is not None:
         module.__class__ = before
@@ -168,16 +157,26 @@ def _runs_its_blocks_in_turn(module: nn.Module) -> bool:
     return not was_replaced(kind, "forward") and holds_blocks(blocks_of(module))
 
 
+def _known_base(eager: type[nn.Module]) -> type[nn.Module] | None:
+    return next(filter(is_known, eager.__mro__), None)
+
+
 def _base_of(module: nn.Module, eager: type[nn.Module]) -> type[nn.Module] | None:
     """The class that says what a module does: a known one that it is of or derived from, or its own, if read."""
     if eager is nn.Sequential:
         return eager if begins_with_stem(module) else None
-    if isinstance(module, WrittenMixin):
+    if isinstance(module, (BlockMixin, StemMixin)):
         return module._eager_class
-    base = next(filter(is_known, eager.__mro__), None)
-    if base is eager or isinstance(module, (Changed, *EAGER)) or read_block(module, eager) is None:
-        return base
-    return eager
+    base = _known_base(eager)
+    return base if base is eager or isinstance(module, (*EAGER,)) or _read(module, eager) is None else eager
+
+
+def _container_of_stem(module: nn.Module, base: type[nn.Module]) -> str | None:
+    """The name of a stem's first module in a network that calls them itself; None for all else."""
+    entry = None if base in OWN else _entry(module, base)
+    if entry is None or not issubclass(entry.mixin, NetworkMixin):
+        return None
+    return next(iter(module._modules)) if entry.mixin is CutMixin else entry.layout.conv
 
 
 def _normalizes(module: nn.Module) -> bool:
@@ -194,16 +193,20 @@ def fuse(model: nn.Module) -> FuseReport:
     would have `fuse` return now a model and now a report.
 
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
-    too, and those of their RegNets, but for timm's stems; and an `nn.Sequential` that is a stem or begins with one,
-    as it does where a network was cut up by `children()`. A block of any other class is fused where the text of its
-    forward says that it is one: d2l.ai's `Residual`, say. Its calls, sums and conditions are read, and what is not
-    understood leaves it alone. A block may have squeeze-and-excitation: timm's `SEModule`,
+    too, and those of their RegNets, but for timm's stems; and an `nn.Sequential` that is a stem or begins with one, as
+    it does where a network was cut up by `children()`. A block may have squeeze-and-excitation: timm's `SEModule`,
     `EffectiveSEModule` and `EcaModule` after its last norm, and what RegNetYs have before the last convolution. Where a
     network calls the modules of its stem itself, it is the network that changes its class. An `nn.Sequential` of blocks
     becomes a `FusedSequential`, and the classes of stages that these libraries have become such, too; the report does
-    not name them. A module stays as it is where it might compute something else than the operator: with another
-    activation or norm, another attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is
-    derived from a known one and has a forward that is not understood.
+    not name them.
+
+    A block of another class is fused where the text of its forward says that it is one: d2l.ai's `Residual`, say. Its
+    calls, sums and conditions are read, and what is not understood leaves it alone. So is the stem of a network whose
+    forward begins with it.
+
+    A module stays as it is where it might compute something else than the operator: with another activation or norm,
+    another attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known
+    one and has a forward that is not understood.
 
     A second call changes nothing, and its report is the same.
 
@@ -223,7 +226,7 @@ def fuse(model: nn.Module) -> FuseReport:
     for name, module in model.named_modules():
         eager = eager_class(type(module))
         within = inside is not None and f"{name}.".startswith(inside)
-        base = None if within and eager is nn.Sequential else _base_of(module, eager)
+        base = _known_base(eager) if within else _base_of(module, eager)
         if base is None:
             if _normalizes(module) and not within:
                 unknown[full_name(eager)] += 1
@@ -234,12 +237,9 @@ def fuse(model: nn.Module) -> FuseReport:
             reason = _reason_not_to_fuse(module)
         else:
             reason = f"it is derived from {full_name(base)} and may compute something else"
-        (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason))
-        inside = f"{name}." if name else ""
-        if base is nn.Sequential:
-            inside += f"{next(iter(module._modules))}."
-        elif known(base) and issubclass(known(base).mixin, NetworkMixin):
-            inside += f"{known(base).layout.conv}."
+        stem = _container_of_stem(module, base)
+        (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason, stem is not None))
+        inside = (f"{name}." if name else "") + (f"{stem}." if stem else "")
     for module in reversed(list(model.modules())):  # what holds others comes after these
         if _runs_its_blocks_in_turn(module):
             module.__class__ = _fused_stage_class(type(module))

@@ -7,7 +7,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from resnet.fusable import BlockParts, UnitParts, Watched, gate_parts
 from resnet.fused.block import FusedBlock
-from resnet.fusing.changed import Changed, children_of, held_at, watched_in
+from resnet.fusing.changed import Changed, children_of, watched_in
+from resnet.fusing.layouts import held_at
 from resnet.sequential import run_in_turn
 
 

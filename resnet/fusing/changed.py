@@ -11,16 +11,7 @@ from torch import Tensor, nn
 
 from resnet.fusable import BlockParts, StemParts, Watched, full_name
 from resnet.fused.module import warn_once
-from resnet.fusing.layouts import BlockLayout, StemLayout
-
-
-def held_at(module: object, name: str) -> object:
-    """What a dotted name in a module stands for; None where there is nothing."""
-    for part in name.split("."):
-        own = getattr(module, "__dict__", {})
-        children = own.get("_modules", {})
-        module = children[part] if part in children else own.get(part)
-    return module
+from resnet.fusing.layouts import BlockLayout, StemLayout, held_at
 
 
 def children_of(name: str, module: nn.Module) -> list[tuple[str, nn.Module | None]]:

@@ -19,6 +19,7 @@ from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.changed import Changed
 from resnet.fusing.layouts import (
     BlockLayout,
+    Condition,
     StemLayout,
     rt_detr_stem,
     timm_block,
@@ -41,11 +42,12 @@ from resnet.sequential import FusedSequential
 
 
 class Known(NamedTuple):
-    """What a known class is changed with."""
+    """What a class is changed with: one that is listed here, or that was read."""
 
     mixin: type[Changed]
     layout: BlockLayout | StemLayout
     method: str = "forward"  # what the mixin's `_call` replaces
+    conditions: tuple[Condition, ...] = ()  # under which the layout is that of a module
 
 
 KNOWN = {

@@ -127,6 +127,27 @@ def rt_detr_stem() -> StemLayout:
     return StemLayout(*last, "pooler", containers, tuple(before))
 
 
+class Condition(NamedTuple):
+    """What a forward asks about an attribute of its module, and the answer."""
+
+    name: str
+    is_none: bool  # whether it is None; else whether it is true
+    answer: bool
+
+    def holds(self, module: nn.Module) -> bool:
+        value = held_at(module, self.name)
+        return (value is None if self.is_none else bool(value)) == self.answer
+
+
+def held_at(module: object, name: str) -> object:
+    """What a dotted name in a module stands for; None where there is nothing."""
+    for part in name.split("."):
+        own = getattr(module, "__dict__", {})
+        children = own.get("_modules", {})
+        module = children[part] if part in children else own.get(part)
+    return module
+
+
 def places_of(layout: BlockLayout | StemLayout) -> frozenset[str]:
     """A layout's names, and those of all that they lie in."""
     paths = [name.split(".") for name in layout.names]

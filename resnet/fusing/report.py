@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from resnet.fusing.known import KNOWN
-from resnet.fusing.stems import NetworkMixin
-
 
 class FuseItem(NamedTuple):
     """One module of a model: its name there, "" for the model itself, its eager class, and why it was left alone."""
@@ -16,6 +13,7 @@ class FuseItem(NamedTuple):
     name: str
     kind: str
     reason: str | None = None
+    stem: bool = False  # whether it is a network, or a sequence, whose stem is meant
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,11 @@ class FuseReport:
 
 def _grouped(items: tuple[FuseItem, ...]) -> Iterator[str]:
     """A line for each class and reason, with the names of the modules."""
-    groups: dict[tuple[str, str | None], list[str]] = {}
-    for name, kind, reason in items:
-        groups.setdefault((kind, reason), []).append(name or "the model itself")
-    for (kind, reason), names in groups.items():
-        known = KNOWN.get(kind)
-        of = "stem of " if known is not None and issubclass(known.mixin, NetworkMixin) else ""
+    groups: dict[tuple[str, str | None, bool], list[str]] = {}
+    for name, *what in items:
+        groups.setdefault(tuple(what), []).append(name or "the model itself")
+    for (kind, reason, stem), names in groups.items():
+        of = "stem of " if stem else ""
         why = "" if reason is None else f", since {reason}"
         yield f"  {len(names)} {of}{kind}{why}: {', '.join(_in_ranges(names))}"
 

@@ -8,6 +8,7 @@ import inspect
 import linecache
 import re
 import textwrap
+from collections import Counter
 from types import CodeType, FunctionType
 
 
@@ -59,6 +60,53 @@ def _reads_of_x(tree: ast.AST) -> int:
     return sum(
         isinstance(node, ast.Name) and node.id == "x" and isinstance(node.ctx, ast.Load) for node in ast.walk(tree)
     )
+
+
+def delegated_to(function: FunctionType) -> str | None:
+    """The NAME of `return self.NAME(x)`, where a method of x does no more."""
+    tree = method_text(function)
+    if tree is None:
+        return None
+    *before, last = tree.body
+    found = re.fullmatch(rf"return {_called_by(function)}", ast.unparse(last))
+    return found[1] if found is not None and not any(map(_does_something, before)) else None
+
+
+@functools.cache
+def first_calls(function: FunctionType) -> tuple[str, ...]:
+    """The NAMEs of `x = self.NAME(x)` that a method of x begins with, each of which it has nowhere else.
+
+    There are none where it does more with `self` than to read its attributes: it will be given another one.
+    """
+    tree = method_text(function)
+    if tree is None:
+        return ()
+    me, x = function.__code__.co_varnames[:2]
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    read = [node for node in attributes if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load)]
+    names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    if names.count(me) != sum(node.value.id == me for node in read) or _SEES_SELF & {*names}:
+        return ()
+    found, counts = [], Counter(node.attr for node in attributes)
+    for statement in filter(_does_something, tree.body):
+        called = re.fullmatch(rf"{x} = {_called_by(function)}", ast.unparse(statement))
+        if called is None or counts[called[1]] > 1:
+            break
+        found.append(called[1])
+    return tuple(found)
+
+
+_SEES_SELF = {"super", "__class__", "locals", "vars", "eval", "exec"}
+
+
+def _called_by(function: FunctionType) -> str:
+    """A pattern of `self.NAME(x)`, in a method's own words."""
+    me, x = function.__code__.co_varnames[:2]
+    return rf"{me}\.(\w+)\({x}\)"
+
+
+def _does_something(statement: ast.stmt) -> bool:
+    return not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
 
 
 def method_text(function: FunctionType) -> ast.FunctionDef | None:

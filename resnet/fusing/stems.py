@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from resnet.fusable import StemParts, UnitParts, Watched, is_norm
 from resnet.fused.stem import FusedStemBase
-from resnet.fusing.changed import Changed, children_of, held_at, watched_in
-from resnet.fusing.layouts import StemLayout
+from resnet.fusing.changed import Changed, children_of, watched_in
+from resnet.fusing.layouts import StemLayout, held_at
 from resnet.fusing.sources import called_in_turn
 from resnet.sequential import FusedSequential, is_watched, run_in_turn, run_linked
 
@@ -84,7 +84,7 @@ class SequenceMixin(NetworkMixin):
         return run_in_turn([module for name, module in self._modules.items() if name not in names], self._run(x))
 
 
-_POOLS = nn.MaxPool2d, nn.Identity
+POOLS = nn.MaxPool2d, nn.Identity
 
 
 class CutMixin(SequenceMixin):
@@ -96,7 +96,7 @@ class CutMixin(SequenceMixin):
     @property
     def _layout(self) -> StemLayout:
         names = [*self._modules][:4]
-        return StemLayout(*names if isinstance(self._modules[names[-1]], _POOLS) else names[:3])
+        return StemLayout(*names if isinstance(self._modules[names[-1]], POOLS) else names[:3])
 
     def _called(self) -> tuple[str, ...]:
         return self._layout.names
@@ -116,10 +116,14 @@ def begins_with_stem(sequence: nn.Sequential) -> bool:
 
     In one that is fused one of them may have been replaced since: a warning is to name that. A slice of it has others.
     """
-    conv, norm, relu, pool = [*sequence._modules.values(), *[None] * 4][:4]
-    ends = len(sequence) == 3 or isinstance(pool, _POOLS) or (pool is not None and len(pool._modules) > 0)
-    there = _is_conv(conv), is_norm(norm), isinstance(relu, nn.ReLU), ends
-    return sum(there) >= (3 if isinstance(sequence, CutMixin) else 4)
+    *modules, after = [*sequence._modules.values(), *[None] * 4][:4]
+    ends = len(sequence) == 3 or isinstance(after, POOLS) or (after is not None and len(after._modules) > 0)
+    return sum((*alike(*modules), ends)) >= (3 if isinstance(sequence, CutMixin) else 4)
+
+
+def alike(conv: nn.Module | None, norm: nn.Module | None, relu: nn.Module | None) -> tuple[bool, bool, bool]:
+    """Which of three modules are what a stem has in their place."""
+    return _is_conv(conv), is_norm(norm), isinstance(relu, nn.ReLU)
 
 
 class GetterMixin(SequenceMixin):

@@ -1,7 +1,8 @@
-"""Blocks that somebody wrote: a forward whose text says that it is a residual block's, and nothing else.
+"""Blocks and stems that somebody wrote: a forward whose text says that it is one, or that it begins with one.
 
-Read are assignments, sums, ReLUs, calls of the module's own children, and conditions on what they are. They are
-followed for one module, so that in the end it is known what is called, in which order, and on what.
+A block's forward may have assignments, sums, ReLUs, calls of the module's own children, and conditions on what they
+are. It is followed for one module, so that in the end it is known what is called, in which order, and on what. With
+anything else in it a module is left alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import inspect
 import itertools
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +22,10 @@ from torch.nn.modules.conv import _ConvNd
 from resnet.fusable import is_norm, was_replaced
 from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
-from resnet.fusing.changed import held_at
-from resnet.fusing.layouts import BlockLayout
-from resnet.fusing.sources import method_text
-
-
-class Condition(NamedTuple):
-    """What a forward asks about an attribute of its module, and the answer."""
-
-    name: str
-    is_none: bool  # whether it is None; else whether it is true
-    answer: bool
-
-    def holds(self, module: nn.Module) -> bool:
-        value = held_at(module, self.name)
-        return (value is None if self.is_none else bool(value)) == self.answer
-
-
-class Written(NamedTuple):
-    """What the text of a forward says about one module."""
-
-    layout: BlockLayout
-    conditions: tuple[Condition, ...]
+from resnet.fusing.known import Known
+from resnet.fusing.layouts import BlockLayout, Condition, StemLayout
+from resnet.fusing.sources import delegated_to, first_calls, method_text
+from resnet.fusing.stems import POOLS, NetworkMixin, alike
 
 
 class WrittenMixin(BlockMixin):
@@ -65,7 +47,7 @@ def _is_cast(x: object) -> bool:
     return isinstance(x, Tensor) and autocast_dtype(x) not in (None, x.dtype)
 
 
-def read_block(module: nn.Module, eager: type[nn.Module]) -> Written | None:
+def read_block(module: nn.Module, eager: type[nn.Module]) -> Known | None:
     """What the forward of its class says about a module; None where that is no residual block, or cannot be told."""
     tree = _text_of(eager) if _may_be_block(module) and "forward" not in vars(module) else None
     if tree is None:
@@ -75,7 +57,28 @@ def read_block(module: nn.Module, eager: type[nn.Module]) -> Written | None:
         layout = reader.layout(reader.run(tree.body))
     except _Unread:
         return None
-    return Written(layout, tuple(reader.conditions))
+    return Known(WrittenMixin, layout, conditions=tuple(reader.conditions))
+
+
+def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
+    """The stem that the forward of a network begins with, a module a line; None where there is none, or it is unclear.
+
+    The forward may be all in another method, as torchvision has it.
+    """
+    if not any(map(is_norm, module._modules.values())) or not _is_plain(eager):
+        return None
+    method = delegated_to(eager.forward) or "forward"
+    function = getattr(eager, method, None)
+    if {"forward", method} & vars(module).keys() or function is None or was_replaced(eager, method):
+        return None
+    calls = itertools.takewhile(
+        lambda name: name in module._modules and not hasattr(eager, name), first_calls(function)
+    )
+    names = [*calls][:4]
+    modules = [module._modules[name] for name in names]
+    if len(modules) < 3 or not all(alike(*modules[:3])):
+        return None
+    return Known(NetworkMixin, StemLayout(*names if isinstance(modules[-1], POOLS) else names[:3]), method)
 
 
 def _may_be_block(module: nn.Module) -> bool:

@@ -235,3 +235,120 @@ OTHERS = [
     CallsItsClass,
     CalledInAWayOfItsOwn,
 ]
+
+
+class Network(nn.Module):
+    """A network whose forward names its stem's modules, one a line."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.stage = nn.Sequential(StepByStep(8, 8), StepByStep(8, 12, 2))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        """Logits."""
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.act(x)
+        x = self.pool(x)
+        x = self.stage(x)
+        return self.head(x.mean((2, 3)))
+
+
+class Delegating(Network):
+    """One that does all in another method."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)
+
+    def features(self, input: Tensor) -> Tensor:
+        input = self.conv(input)
+        input = self.bn(input)
+        input = self.act(input)
+        input = self.pool(input)
+        out = self.stage(input)
+        out = torch.flatten(out.mean((2, 3)), 1)
+        return self.head(out)
+
+
+class WithoutPool(Network):
+    """One for small images."""
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.act(x)
+        return self.head(self.stage(x).mean((2, 3)))
+
+
+NETWORKS = [Network, Delegating, WithoutPool]
+
+
+class KeepsItsStem(Network):
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.act(x)
+        self.stem = x
+        return self.head(self.stage(self.pool(x)).mean((2, 3)))
+
+
+class ShowsItself(Network):
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.act(x)
+        return rest(self, x)
+
+
+def rest(network: Network, x: Tensor) -> Tensor:
+    return network.head(network.stage(network.act(x)).mean((2, 3)))
+
+
+class UsesItsReLUAgain(Network):
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.act(x)
+        return self.head(self.act(self.stage(x)).mean((2, 3)))
+
+
+class DoesMoreBetween(Network):
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = x * 2
+        x = self.act(x)
+        return self.head(self.stage(x).mean((2, 3)))
+
+
+class CallsAMethodBetween(Network):
+    def double(self, x):
+        return x * 2
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.double(x)
+        x = self.bn(x)
+        x = self.act(x)
+        return self.head(self.stage(x).mean((2, 3)))
+
+
+class AsksItsParent(Network):
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.act(x)
+        return super().__getattr__("head")(self.stage(x).mean((2, 3)))
+
+
+OTHER_NETWORKS = [
+    KeepsItsStem,
+    ShowsItself,
+    UsesItsReLUAgain,
+    DoesMoreBetween,
+    CallsAMethodBetween,
+    AsksItsParent,
+]

@@ -1,4 +1,4 @@
-"""`fuse` on blocks of classes that nobody has listed: what their forward's text says is what is fused."""
+"""`fuse` on blocks and stems of classes that nobody has listed: what their forward's text says is what is fused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ from resnet import FusedSequential, fuse, unfuse
 from tests.conftest import DEVICE
 from tests.helpers import written_blocks
 from tests.helpers.blocks import draw, infer, randomize, step
-from tests.helpers.written_blocks import BLOCKS, OTHERS, Flagged, InSequence, StepByStep, Textbook
+from tests.helpers.written_blocks import (
+    BLOCKS,
+    NETWORKS,
+    OTHER_NETWORKS,
+    OTHERS,
+    Flagged,
+    InSequence,
+    Network,
+    StepByStep,
+    Textbook,
+)
 
 blocks = pytest.mark.parametrize("cls", BLOCKS)
 CLOSE = {"atol": 1e-9, "rtol": 1e-7}
@@ -139,6 +149,52 @@ def test_under_autocast_an_identity_that_is_not_cast_is_added_as_it_is(monkeypat
     torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("cls", NETWORKS)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_written_networks_have_a_fused_stem(any_backend, cls, train):
+    eager = cls().to(DEVICE, torch.float64).train(train)
+    randomize(eager)
+    fused, x = copy.deepcopy(eager), draw(2, 3, 20, 18, dtype=torch.float64)
+    report = fuse(fused)
+    assert [item.name for item in report.fused] == ["", "stage.0", "stage.1"] and not report.left
+    assert f"1 stem of {cls.__module__}.{cls.__name__}" in str(report)
+    assert fuse(fused) == report
+    torch.testing.assert_close(step(fused, x), step(eager, x), **CLOSE)
+    eager.eval()
+    for twin in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert type(twin) is type(fused)
+        torch.testing.assert_close(infer(twin.eval(), x), infer(eager, x), **CLOSE)
+    unfuse(fused)
+    assert type(fused) is cls
+
+
+@pytest.mark.parametrize("cls", NETWORKS)
+def test_compiled_and_exported_written_networks_compute_the_same(cls):
+    model, x = cls().to(DEVICE, torch.float64).eval(), draw(2, 3, 20, 18, dtype=torch.float64)
+    fuse(model)
+    with torch.no_grad():
+        expected = model(x)
+        for other in (
+            torch.compile(model, fullgraph=True, backend="eager"),
+            torch.export.export(model, (x,)).module(),
+            torch.fx.symbolic_trace(model),
+        ):
+            torch.testing.assert_close(other(x), expected, **CLOSE)
+
+
+def test_the_modules_of_a_written_networks_stem_are_watched(monkeypatch):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    eager, x = Network().to(DEVICE, torch.float64).eval(), draw(2, 3, 20, 18, dtype=torch.float64)
+    fused = copy.deepcopy(eager)
+    fuse(fused)
+    for model in (eager, fused):
+        model.act = nn.SiLU()
+    with pytest.warns(UserWarning, match="FusedNetwork runs PyTorch's operators one by one: act is a SiLU, not a ReLU"):
+        torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
+    assert fuse(fused).left[0].reason == "act is a SiLU, not a ReLU"
+
+
 # ---- what is left alone ----------------------------------------------------------------------------------------------
 
 
@@ -147,6 +203,13 @@ def test_a_forward_that_does_something_else_is_left_alone(cls):
     model = cls()
     report = fuse(model)
     assert not report.fused and not report.left
+    assert type(model) is cls
+
+
+@pytest.mark.parametrize("cls", OTHER_NETWORKS)
+def test_a_network_that_does_more_with_its_stem_is_left_alone(cls):
+    model = cls()
+    assert [item.name for item in fuse(model).fused] == ["stage.0", "stage.1"]
     assert type(model) is cls
 
 
