@@ -87,13 +87,21 @@ def first_calls(function: FunctionType) -> tuple[str, ...]:
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
     if names.count(me) != sum(node.value.id == me for node in read) or _SEES_SELF & {*names}:
         return ()
-    found, counts = [], Counter(node.attr for node in attributes)
+    found = []
     for statement in filter(_does_something, tree.body):
         called = re.fullmatch(rf"{x} = {_called_by(function)}", ast.unparse(statement))
-        if called is None or counts[called[1]] > 1:
+        if called is None or called[1] not in named_once(function):
             break
         found.append(called[1])
     return tuple(found)
+
+
+@functools.cache
+def named_once(function: FunctionType) -> frozenset[str]:
+    """The attributes, of whatever, that a method names once."""
+    tree = method_text(function)
+    counts = Counter(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)) if tree else Counter()
+    return frozenset(name for name, count in counts.items() if count == 1)
 
 
 _SEES_SELF = {"super", "__class__", "locals", "vars", "eval", "exec"}

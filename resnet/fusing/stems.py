@@ -62,8 +62,12 @@ class NetworkMixin(StemMixin):
     def _call(self, x: Tensor) -> Tensor:
         stages = frozenset()
         if not is_watched(x) and not getattr(self, "grad_checkpointing", False):
-            stages = called_in_turn(self._eager_method.__func__)
+            stages = self._stages()
         return self._eager_method.__func__(_WithStem(self, stages), x)
+
+    def _stages(self) -> frozenset[str]:
+        """The names of the modules that it calls one after the other."""
+        return called_in_turn(self._eager_method.__func__)
 
     def _eager(self, x: Tensor) -> Tensor:
         for name in self._called():

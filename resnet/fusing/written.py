@@ -24,7 +24,7 @@ from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.known import Known
 from resnet.fusing.layouts import BlockLayout, Condition, StemLayout
-from resnet.fusing.sources import delegated_to, first_calls, method_text
+from resnet.fusing.sources import delegated_to, first_calls, method_text, named_once
 from resnet.fusing.stems import POOLS, NetworkMixin, alike
 
 
@@ -41,6 +41,13 @@ class WrittenMixin(BlockMixin):
             if type(parts) is not str and parts.shortcut is None and _is_cast(x):
                 parts = f"autocast leaves the input {x.dtype}, which is added"
         return self._run(x, parts)
+
+
+class WrittenNetworkMixin(NetworkMixin):
+    """A network of a class that nobody has listed, whose forward begins with a stem."""
+
+    def _stages(self) -> frozenset[str]:
+        return super()._stages() & named_once(self._eager_method.__func__)
 
 
 def _is_cast(x: object) -> bool:
@@ -78,7 +85,7 @@ def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
     modules = [module._modules[name] for name in names]
     if len(modules) < 3 or not all(alike(*modules[:3])):
         return None
-    return Known(NetworkMixin, StemLayout(*names if isinstance(modules[-1], POOLS) else names[:3]), method)
+    return Known(WrittenNetworkMixin, StemLayout(*names if isinstance(modules[-1], POOLS) else names[:3]), method)
 
 
 def _may_be_block(module: nn.Module) -> bool:
