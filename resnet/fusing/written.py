@@ -56,7 +56,7 @@ def _is_cast(x: object) -> bool:
 
 def read_block(module: nn.Module, eager: type[nn.Module]) -> Known | None:
     """What the forward of its class says about a module; None where that is no residual block, or cannot be told."""
-    tree = _text_of(eager) if _may_be_block(module) and "forward" not in vars(module) else None
+    tree = _text_of(eager) if _may_be_block(module) else None
     if tree is None:
         return None
     reader = _Reader(module, eager)
@@ -76,7 +76,7 @@ def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
         return None
     method = delegated_to(eager.forward) or "forward"
     function = getattr(eager, method, None)
-    if {"forward", method} & vars(module).keys() or function is None or was_replaced(eager, method):
+    if function is None or was_replaced(eager, method):
         return None
     calls = itertools.takewhile(
         lambda name: name in module._modules and not hasattr(eager, name), first_calls(function)

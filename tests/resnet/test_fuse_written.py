@@ -21,6 +21,7 @@ from tests.helpers.written_blocks import (
     NETWORKS,
     OTHER_NETWORKS,
     OTHERS,
+    Delegating,
     Flagged,
     InSequence,
     Network,
@@ -220,10 +221,11 @@ def test_a_module_that_a_block_does_not_have_leaves_it_alone(other):
     assert not fuse(model).fused
 
 
-def test_a_module_with_a_forward_of_its_own_is_left_alone():
-    model = Textbook(4, 4)
-    model.forward = model.forward
-    assert not fuse(model).fused
+@pytest.mark.parametrize(("make", "method"), [(lambda: Textbook(4, 4), "forward"), (Delegating, "features")])
+def test_a_module_with_a_method_of_its_own_is_left_alone(make, method):
+    model = make()
+    setattr(model, method, getattr(model, method))
+    assert [item.reason for item in fuse(model).left] == [f"it has a {method} of its own"]
 
 
 SOURCE = """
