@@ -51,8 +51,8 @@ def _calling(eager: FunctionType) -> FunctionType:
 
 @functools.cache
 def _fused_class(eager: type[nn.Module], entry: Known) -> type[nn.Module]:
-    mixin, layout, method, conditions = entry
-    own: dict[str, object] = {"_known": entry, "_conditions": conditions}
+    mixin, layout, method, _ = entry
+    own: dict[str, object] = {"_known": entry}
     if mixin is not CutMixin:  # of which each has names of its own
         own |= {"_layout": looked_up(eager, layout), "_places": places_of(layout)}
     if entry is not known(eager):
@@ -86,11 +86,11 @@ def _rebuild(eager: type[nn.Module], entry: Known | None = None) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _unlike_its_class(module: nn.Module, eager: type[nn.Module]) -> str | None:
+def _unlike_its_class(module: nn.Module, eager: type[nn.Module], entry: Known | None) -> str | None:
     """Why what a module computes cannot be told from its class."""
     if eager in OWN:
         return "it has a forward of its own" if "forward" in vars(module) else None
-    mixin, layout, method, _ = _entry(module, eager)
+    mixin, layout, method, _ = entry
     for name in {"forward", method}:
         if name in vars(module):
             return f"it has a {name} of its own"
@@ -132,17 +132,12 @@ def _read(module: nn.Module, eager: type[nn.Module]) -> Known | None:
     return read_block(module, eager) or read_stem(module, eager)
 
 
-def _entry(module: nn.Module, eager: type[nn.Module]) -> Known | None:
-    """What is known of a module, whose class may be a fused one that can be read no more."""
-    return known(eager) or _read(module, eager) or getattr(module, "_known", None)
-
-
-def _fuse(module: nn.Module, eager: type[nn.Module]) -> str | None:
-    """Change the class of a module of a known one, or say why not."""
-    reason = _unlike_its_class(module, eager)
+def _fuse(module: nn.Module, eager: type[nn.Module], entry: Known | None) -> str | None:
+    """Change the class of a module of which something is known, or say why not."""
+    reason = _unlike_its_class(module, eager, entry)
     if reason is not None:
         return reason
-    before, module.__class__ = type(module), OWN.get(eager) or _fused_class(eager, _entry(module, eager))
+    before, module.__class__ = type(module), OWN.get(eager) or _fused_class(eager, entry)
     reason = _reason_not_to_fuse(module)
     if reason is not None:
         module.__class__ = before
@@ -157,23 +152,26 @@ def _runs_its_blocks_in_turn(module: nn.Module) -> bool:
     return not was_replaced(kind, "forward") and holds_blocks(blocks_of(module))
 
 
-def _known_base(eager: type[nn.Module]) -> type[nn.Module] | None:
-    return next(filter(is_known, eager.__mro__), None)
+def _recognised(module: nn.Module, eager: type[nn.Module], within: bool) -> tuple[type[nn.Module] | None, Known | None]:
+    """The class that says what a module does, and what is known by it; of this library's own nothing has to be.
 
-
-def _base_of(module: nn.Module, eager: type[nn.Module]) -> type[nn.Module] | None:
-    """The class that says what a module does: a known one that it is of or derived from, or its own, if read."""
+    The class is a known one that the module is of or derived from, or its own, if that can be read. Within a block or
+    a stem nothing is read.
+    """
     if eager is nn.Sequential:
-        return eager if begins_with_stem(module) else None
-    if isinstance(module, (BlockMixin, StemMixin)):
-        return module._eager_class
-    base = _known_base(eager)
-    return base if base is eager or isinstance(module, (*EAGER,)) or _read(module, eager) is None else eager
+        return (eager, known(eager)) if not within and begins_with_stem(module) else (None, None)
+    base = next(filter(is_known, eager.__mro__), None)
+    listed = base, base and known(base)
+    if within or base is eager or isinstance(module, (*EAGER,)):
+        return listed
+    entry = _read(module, eager)
+    if isinstance(module, (BlockMixin, StemMixin)):  # fused before, and perhaps to be read no more
+        return module._eager_class, entry or module._known
+    return listed if entry is None else (eager, entry)
 
 
-def _container_of_stem(module: nn.Module, base: type[nn.Module]) -> str | None:
+def _container_of_stem(module: nn.Module, entry: Known | None) -> str | None:
     """The name of a stem's first module in a network that calls them itself; None for all else."""
-    entry = None if base in OWN else _entry(module, base)
     if entry is None or not issubclass(entry.mixin, NetworkMixin):
         return None
     return next(iter(module._modules)) if entry.mixin is CutMixin else entry.layout.conv
@@ -226,18 +224,18 @@ def fuse(model: nn.Module) -> FuseReport:
     for name, module in model.named_modules():
         eager = eager_class(type(module))
         within = inside is not None and f"{name}.".startswith(inside)
-        base = _known_base(eager) if within else _base_of(module, eager)
+        base, entry = _recognised(module, eager, within)
         if base is None:
             if _normalizes(module) and not within:
                 unknown[full_name(eager)] += 1
             continue
         if base is eager:
-            reason = _fuse(module, eager)
+            reason = _fuse(module, eager, entry)
         elif isinstance(module, (Changed, *EAGER)):  # derived from a fused one, as by a tool that changes classes
             reason = _reason_not_to_fuse(module)
         else:
             reason = f"it is derived from {full_name(base)} and may compute something else"
-        stem = _container_of_stem(module, base)
+        stem = _container_of_stem(module, entry)
         (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason, stem is not None))
         inside = (f"{name}." if name else "") + (f"{stem}." if stem else "")
     for module in reversed(list(model.modules())):  # what holds others comes after these

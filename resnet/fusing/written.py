@@ -31,10 +31,8 @@ from resnet.fusing.stems import POOLS, NetworkMixin, alike
 class WrittenMixin(BlockMixin):
     """A residual block of a class that nobody has listed."""
 
-    _conditions: tuple[Condition, ...]
-
     def _call(self, x: Tensor) -> Tensor:
-        if not all(condition.holds(self) for condition in self._conditions):
+        if not all(condition.holds(self) for condition in self._known.conditions):
             parts = "its forward takes another way than it did when it was fused"
         else:
             parts = self._parts()
