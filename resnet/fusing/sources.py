@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import linecache
 import re
-import textwrap
 from collections import Counter
 from types import CodeType, FunctionType
 
 
-@functools.cache
 def begins_with(function: FunctionType, names: tuple[str, ...]) -> bool:
-    """Whether a forward begins with `x = self.NAME(x)` for each of these names, and has them nowhere else."""
-    tree = _tree_of(function)
-    if tree is None:
-        return False
-    body = tree.body[1:] if ast.get_docstring(tree) is not None else tree.body
-    attributes = [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    return [ast.unparse(line) for line in body[: len(names)]] == [f"x = self.{name}(x)" for name in names] and all(
-        attributes.count(name) == 1 for name in names
-    )
+    """Whether the `first_calls` of a method are these, or begin with them."""
+    return first_calls(function)[: len(names)] == names
 
 
 @functools.cache
@@ -31,7 +21,7 @@ def called_in_turn(function: FunctionType) -> frozenset[str]:
 
     That is, where a statement reads x more than once, or neither gives x a new value nor returns.
     """
-    tree = _tree_of(function)
+    tree = method_text(function)
     if tree is None:
         return frozenset()
     statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not hasattr(node, "body")]
@@ -45,15 +35,6 @@ def called_in_turn(function: FunctionType) -> frozenset[str]:
             return frozenset()
         found += re.findall(r"^x = self\.(\w+)\(x\)$", ast.unparse(statement))
     return frozenset(found)
-
-
-def _tree_of(function: FunctionType) -> ast.FunctionDef | None:
-    """None where there is no text to read."""
-    try:
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-    except OSError:
-        return None
-    return tree
 
 
 def _reads_of_x(tree: ast.AST) -> int:
