@@ -54,11 +54,11 @@ def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, 
     if type(module) is nn.Identity or not isinstance(module, nn.Module):
         return None, [Watched(name, module, nn.Identity)], None
     others, children = [Watched(name, module, kind)], children_of(name, module)
-    nested = [child for child in children if type(child[1]) is kind]
+    nested = [at for at, child in enumerate(children) if type(child[1]) is kind]
     if nested and kind is not nn.Sequential and type(module) is nn.Sequential:  # its children stand in its place
-        others = [Watched(name, module, nn.Sequential), Watched(*nested[0], kind)]
-        place = children.index(nested[0])
-        children[place : place + 1] = children_of(*nested[0])
+        inner = children[nested[0]]
+        others = [Watched(name, module, nn.Sequential), Watched(*inner, kind)]
+        children[nested[0] : nested[0] + 1] = children_of(*inner)
     conv = bn = pool = None
     for place, child in children:
         if conv is None and isinstance(child, _ConvNd):
