@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import FunctionType
 from typing import NamedTuple
 
@@ -141,6 +142,23 @@ def was_replaced(cls: type, method: str) -> bool:
         or hasattr(found, "__wrapped__")
         or found.__code__.co_argcount != 2
     )
+
+
+def is_plain(cls: type[nn.Module]) -> bool:
+    """Whether calling a module of a class does what its forward says, on the attributes that it has."""
+    usual = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
+    if any(getattr(cls, name) is not getattr(nn.Module, name) for name in usual) or was_replaced(cls, "forward"):
+        return False
+    code = cls.forward.__code__
+    return not (code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))
+
+
+def is_sequence(cls: type[nn.Module]) -> bool:
+    """Whether a class is `nn.Sequential`, or one that is derived from it and calls its modules as it does."""
+    as_it_does = issubclass(cls, nn.Sequential) and all(
+        getattr(cls, name) is getattr(nn.Sequential, name) for name in ("forward", "__iter__")
+    )
+    return as_it_does and is_plain(cls)
 
 
 def is_frozen(norm: nn.Module | None) -> bool:

@@ -13,7 +13,7 @@ from types import FunctionType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import full_name, is_norm, was_replaced
+from resnet.fusable import full_name, is_norm, is_sequence, was_replaced
 from resnet.fusing.blocks import BlockMixin, StageMixin, blocks_of
 from resnet.fusing.changed import Changed, kept_parts
 from resnet.fusing.known import EAGER, OWN, STAGES, Known, eager_class, is_known, known
@@ -158,9 +158,9 @@ def _recognised(module: nn.Module, eager: type[nn.Module], within: bool) -> tupl
     The class is a known one that the module is of or derived from, or its own, if that can be read. Within a block or
     a stem nothing is read.
     """
-    if eager is nn.Sequential:
-        return (eager, known(eager)) if not within and begins_with_stem(module) else (None, None)
     base = next(filter(is_known, eager.__mro__), None)
+    if base is None and is_sequence(eager):
+        return (eager, known(nn.Sequential)) if not within and begins_with_stem(module) else (None, None)
     listed = base, base and known(base)
     if within or base is eager or isinstance(module, (*EAGER,)):
         return listed

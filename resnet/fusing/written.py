@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import itertools
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import is_norm, was_replaced
+from resnet.fusable import is_norm, is_plain, is_sequence, was_replaced
 from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.known import Known
@@ -70,7 +69,7 @@ def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
 
     The forward may be all in another method, as torchvision has it.
     """
-    if not any(map(is_norm, module._modules.values())) or not _is_plain(eager):
+    if not any(map(is_norm, module._modules.values())) or not is_plain(eager):
         return None
     method = delegated_to(eager.forward) or "forward"
     function = getattr(eager, method, None)
@@ -96,16 +95,7 @@ def _may_be_block(module: nn.Module) -> bool:
 @functools.cache
 def _text_of(cls: type[nn.Module]) -> ast.FunctionDef | None:
     """The forward of a class; None where calling a module may do something else, or where there is no text."""
-    return method_text(cls.forward) if _is_plain(cls) else None
-
-
-def _is_plain(cls: type[nn.Module]) -> bool:
-    """Whether calling a module of a class does what its forward says, on the attributes that it has."""
-    usual = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
-    if any(getattr(cls, name) is not getattr(nn.Module, name) for name in usual) or was_replaced(cls, "forward"):
-        return False
-    code = cls.forward.__code__
-    return not (code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))
+    return method_text(cls.forward) if is_plain(cls) else None
 
 
 class _Unread(Exception):
@@ -131,7 +121,7 @@ class _Reader:
     values: dict[str, _Value] = field(init=False)
     made: list[_Value] = field(default_factory=list)
     conditions: list[Condition] = field(default_factory=list)
-    sequences: list[str] = field(default_factory=list)  # that were called
+    sequences: dict[str, type[nn.Module]] = field(default_factory=dict)  # that were called, and of which class
     idle: list[str] = field(default_factory=list)  # identities that were called
 
     def __post_init__(self):
@@ -148,7 +138,9 @@ class _Reader:
             match statement:
                 case ast.Return(ast.expr() as value):
                     return self.value(value)
-                case ast.Assign([ast.Name(name)], value) if name != self.me:
+                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value) if (
+                    name != self.me
+                ):
                     self.values[name] = self.value(value)
                 case ast.AugAssign(ast.Name(name), ast.Add(), value):
                     if self.values.get(name, self.input) is self.input:  # the caller's tensor would change
@@ -230,8 +222,8 @@ class _Reader:
 
     def call(self, name: str, module: object, of: _Value) -> _Value:
         kind = type(module)
-        if kind is nn.Sequential and "forward" not in vars(module):
-            self.sequences.append(name)
+        if is_sequence(kind) and "forward" not in vars(module):
+            self.sequences[name] = kind
             for key, child in module._modules.items():
                 of = self.call(f"{name}.{key}", child, of)
             return of
@@ -260,14 +252,17 @@ class _Reader:
             raise _Unread
         if not (all(map(_is_conv, convs)) and all(map(_is_norm, norms)) and all(step.what == "relu" for step in relus)):
             raise _Unread
-        shortcut, shortcut_norm = self.shortcut(branch)
+        shortcut, shortcut_norm, shortcut_class = self.shortcut(branch)
         return BlockLayout(
             units=tuple((conv.name, norm.name) for conv, norm in zip(convs, norms, strict=True)),
             relus=tuple(step.name for step in (*relus, result)),
             shortcut=shortcut,
             shortcut_norm=shortcut_norm,
             optional=tuple(name for name in self.idle if name != shortcut and not self.is_inside(name)),
-            containers=tuple((name, nn.Sequential) for name in self.sequences if name != shortcut),
+            containers=tuple(
+                (name, kind) for name, kind in self.sequences.items() if not f"{name}.".startswith(f"{shortcut}.")
+            ),
+            shortcut_class=shortcut_class,
         )
 
     def steps(self, value: _Value) -> list[_Value]:
@@ -280,22 +275,26 @@ class _Reader:
             (value,) = value.of
         return found
 
-    def shortcut(self, steps: list[_Value]) -> tuple[str, str]:
-        """The name of the module that is the shortcut, and of its norm where that lies beside it; "" for none."""
+    def shortcut(self, steps: list[_Value]) -> tuple[str, str, type[nn.Module]]:
+        """The name of the module that is the shortcut, and of its norm where that lies beside it; "" for none.
+
+        The third is the class of what holds its convolution, or of the sequence in it that does.
+        """
         if not steps:
             idle = [
                 name for name in (*self.sequences, *self.idle) if not self.is_inside(name) and not self.holds_any(name)
             ]
-            return next(iter(idle), ""), ""
+            name = next(iter(idle), "")
+            return name, "", self.sequences.get(name, nn.Sequential)
         if any(step.what != "module" for step in steps):
             raise _Unread
-        around = {step.name.rpartition(".")[0] for step in steps}
-        if len(around) == 1 and around <= {*self.sequences}:
-            return around.pop(), ""
+        outer, *inner = sorted({step.name.rpartition(".")[0] for step in steps})
+        if {outer, *inner} <= {*self.sequences} and [name.rpartition(".")[0] for name in inner] in ([], [outer]):
+            return outer, "", self.sequences[(outer, *inner)[-1]]
         conv, *norm = steps
         if self.is_inside(conv.name) or not _is_conv(conv) or len(norm) > 1 or not all(map(_is_norm, norm)):
             raise _Unread
-        return conv.name, norm[0].name if norm else ""
+        return conv.name, norm[0].name if norm else "", nn.Sequential
 
     def is_inside(self, name: str) -> bool:
         """Whether it is a module of a sequence that was called."""

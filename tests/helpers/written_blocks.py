@@ -39,7 +39,7 @@ class StepByStep(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut)"""
         identity = x
-        out = self.conv1(x)
+        out: Tensor = self.conv1(x)
         out = self.bn1(out)
         out = self.relu(out)
         out = self.conv2(out)
@@ -103,7 +103,38 @@ class Flagged(nn.Module):
         return torch.add(shortcut, self.norm_b(self.b(y))).relu_()
 
 
-BLOCKS = [Textbook, StepByStep, Narrow, InSequence, Flagged]
+class Layer(nn.Sequential):
+    """A convolution, its norm, and perhaps a ReLU: an `nn.Sequential` that is told what to hold."""
+
+    def __init__(self, C: int, K: int, size: int, stride: int = 1, relu: bool = True):
+        layers = nn.Conv2d(C, K, size, stride, size // 2, bias=False), nn.BatchNorm2d(K)
+        super().__init__(*layers, *[nn.ReLU()] * relu)
+
+
+class OfLayers(nn.Module):
+    """Sequences in sequences, and a shortcut that may begin with a pool."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.residual = nn.Sequential(Layer(C, K, 3, stride), Layer(K, K, 3, relu=False))
+        pool = [nn.AvgPool2d(stride, ceil_mode=True)] if stride > 1 else []
+        self.shortcut = nn.Sequential(*pool, *[Layer(C, K, 1, relu=False)] * (C != K))
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        return self.act(self.residual(x) + self.shortcut(x))
+
+
+class OfPlainLayers(OfLayers):
+    """One whose shortcut is a layer itself."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__(C, K)
+        self.residual[0][0].stride = stride, stride
+        self.shortcut = Layer(C, K, 1, stride, relu=False)
+
+
+BLOCKS = [Textbook, StepByStep, Narrow, InSequence, Flagged, OfLayers, OfPlainLayers]
 
 
 class Parts(nn.Module):

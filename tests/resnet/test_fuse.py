@@ -9,6 +9,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -541,6 +542,53 @@ def test_a_sequence_whose_stem_might_compute_something_else_is_left_alone(change
     report = fuse(model)
     assert names(report.left) == [""] and reason in reason_of(report)
     assert names(report.fused) == ["4.0", "4.1"]
+
+
+class Named(nn.Sequential):
+    """A sequence that is told its name."""
+
+    def __init__(self, name: str, **modules: nn.Module):
+        super().__init__(OrderedDict(modules))
+        self.name = name
+
+
+class Backwards(nn.Sequential):
+    """A sequence that goes through its modules from the last to the first."""
+
+    def __iter__(self):
+        return reversed(self._modules.values())
+
+
+class Negated(nn.Sequential):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+class Counting(nn.Sequential):
+    calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return super().__call__(x)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_class_that_is_derived_from_a_sequence_and_adds_nothing_is_fused_as_one(any_backend, duplicate):
+    conv, bn, relu, _ = Stem(3, 8)
+    eager = Named("first", conv=conv, bn=bn, relu=relu).to(DEVICE, torch.float64)
+    fused, x = copy.deepcopy(eager), draw(2, 3, 13, 10, dtype=torch.float64)
+    assert names(fuse(fused).fused) == [""] and type(fused).__name__ == "FusedStemNamed" and isinstance(fused, Named)
+    fused = duplicate(fused)
+    assert fused.name == "first"
+    torch.testing.assert_close(step(fused, x), step(eager, x), atol=1e-9, rtol=1e-7)
+    unfuse(fused)
+    assert type(fused) is Named
+
+
+@pytest.mark.parametrize("cls", [Backwards, Negated, Counting])
+def test_a_class_that_is_derived_from_a_sequence_and_does_more_is_left_alone(cls):
+    report = fuse(cls(*[*Stem(3, 8)][:3]))
+    assert not report.fused and report.unknown == {f"{__name__}.{cls.__name__}": 1}
 
 
 def test_a_sequence_that_begins_with_something_else_is_none_with_a_stem():
