@@ -59,10 +59,9 @@ class StemParts(NamedTuple):
     """The modules of a stem."""
 
     unit: UnitParts
-    relu: Watched
     pool: Watched | None  # None: there is no pool, and the convolution is left to PyTorch
     others: tuple[Watched, ...] = ()
-    before: tuple[UnitParts, ...] = ()  # of a deep stem: the units before it; their ReLUs are among the others
+    before: tuple[UnitParts, ...] = ()  # of a deep stem: the units before it
 
 
 # ---- why not -----------------------------------------------------------------------------------------------------

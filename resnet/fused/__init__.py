@@ -40,7 +40,8 @@ class FusedStem(_FusedTextbookStem, Stem):
         if len(children) != 4:
             return f"it has {len(children)} children, not 4"
         conv, bn, relu, pool = children
-        return StemParts(UnitParts(conv, bn, "0", "1"), Watched("2", relu, nn.ReLU), Watched("3", pool, nn.MaxPool2d))
+        unit, others = UnitParts(conv, bn, "0", "1"), (Watched("2", relu, nn.ReLU),)
+        return StemParts(unit, Watched("3", pool, nn.MaxPool2d), others)
 
 
 class FusedSmallStem(_FusedTextbookStem, SmallStem):
@@ -59,7 +60,7 @@ class FusedSmallStem(_FusedTextbookStem, SmallStem):
         if len(children) != 3:
             return f"it has {len(children)} children, not 3"
         conv, bn, relu = children
-        return StemParts(UnitParts(conv, bn, "0", "1"), Watched("2", relu, nn.ReLU), None)
+        return StemParts(UnitParts(conv, bn, "0", "1"), None, (Watched("2", relu, nn.ReLU),))
 
 
 class _FusedTextbook(FusedBlock):

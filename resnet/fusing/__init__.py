@@ -19,7 +19,7 @@ from resnet.fusing.changed import Changed, kept_parts
 from resnet.fusing.known import EAGER, OWN, STAGES, Known, eager_class, is_known, known
 from resnet.fusing.layouts import BlockLayout, looked_up, places_of
 from resnet.fusing.report import FuseItem, FuseReport
-from resnet.fusing.sources import begins_with
+from resnet.fusing.sources import calls_in_turn
 from resnet.fusing.stems import (
     CutMixin,
     GetterMixin,
@@ -31,7 +31,7 @@ from resnet.fusing.stems import (
     given_inside,
     starts_with,
 )
-from resnet.fusing.written import read_block, read_stem
+from resnet.fusing.written import WrittenNetworkMixin, read_block, read_stem
 from resnet.sequential import FusedSequential, holds_blocks, linkable
 
 
@@ -111,10 +111,9 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module], entry: Known | 
         given = given_inside(module, names) if issubclass(mixin, GetterMixin) else None
         return None if given is None else f"it gives what {given} gives"
     if issubclass(mixin, NetworkMixin):
-        if not begins_with(getattr(eager, method), layout.names):
-            return (
-                f"{full_name(eager)}.{method} does not begin with {', '.join(layout.names)}, and have them nowhere else"
-            )
+        names = ", ".join(layout.names)
+        if not calls_in_turn(getattr(eager, method), layout.names):
+            return f"{full_name(eager)}.{method} does not call {names} in turn, and nowhere else"
         return None
     held = (*module._modules, *module._parameters, *module._buffers)
     other = next((name for name in held if name not in places_of(layout)), None)
@@ -127,9 +126,11 @@ def _reason_not_to_fuse(module: nn.Module) -> str | None:
     return parts if isinstance(parts, str) else module._reason_not_to_fuse(parts)
 
 
-def _read(module: nn.Module, eager: type[nn.Module]) -> Known | None:
-    """What is known of a module by the text of its forward."""
-    return read_block(module, eager) or read_stem(module, eager)
+def _read(module: nn.Module, eager: type[nn.Module], base: type[nn.Module] | None) -> Known | None:
+    """What is known of a module by the text of its forward. One whose base is a known block is one, or nothing."""
+    entry = read_block(module, eager)
+    is_block = base in OWN or (base is not None and issubclass(known(base).mixin, BlockMixin))
+    return entry if entry is not None or is_block else read_stem(module, eager)
 
 
 def _fuse(module: nn.Module, eager: type[nn.Module], entry: Known | None) -> str | None:
@@ -164,7 +165,7 @@ def _recognised(module: nn.Module, eager: type[nn.Module], within: bool) -> tupl
     listed = base, base and known(base)
     if within or base is eager or isinstance(module, (*EAGER,)):
         return listed
-    entry = _read(module, eager)
+    entry = _read(module, eager, base)
     if isinstance(module, (BlockMixin, StemMixin)):  # fused before, and perhaps to be read no more
         return module._eager_class, entry or module._known
     return listed if entry is None else (eager, entry)
@@ -178,7 +179,9 @@ def _container_of_stem(module: nn.Module, entry: Known | None) -> str | None:
 
 
 def _normalizes(module: nn.Module) -> bool:
-    children = module._modules.values()
+    """Whether it holds a convolution and a norm, beside those of a stem that was fused."""
+    of_stem = module._layout.names if isinstance(module, StemMixin) else ()
+    children = [child for name, child in module._modules.items() if name not in of_stem]
     return any(isinstance(child, _ConvNd) for child in children) and any(map(is_norm, children))
 
 
@@ -237,6 +240,8 @@ def fuse(model: nn.Module) -> FuseReport:
             reason = f"it is derived from {full_name(base)} and may compute something else"
         stem = _container_of_stem(module, entry)
         (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason, stem is not None))
+        if entry is not None and entry.mixin is WrittenNetworkMixin and _normalizes(module):
+            unknown[full_name(eager)] += 1
         inside = (f"{name}." if name else "") + (f"{stem}." if stem else "")
     for module in reversed(list(model.modules())):  # what holds others comes after these
         if _runs_its_blocks_in_turn(module):

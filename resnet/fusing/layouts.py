@@ -41,7 +41,7 @@ class StemLayout(NamedTuple):
 
     conv: str  # the last one, or a container of several: a deep stem
     bn: str
-    relu: str
+    relu: str  # "" for a function
     pool: str = ""  # of a net for small images it may be an identity; or there is none
     containers: tuple[tuple[str, type | str], ...] = ()
     before: tuple[tuple[str, str, str], ...] = ()  # of a deep stem: the other convolutions, each with its norm and ReLU
@@ -50,7 +50,7 @@ class StemLayout(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return (*sum(self.before, ()), self.conv, self.bn, self.relu, *filter(None, [self.pool]))
+        return (*sum(self.before, ()), self.conv, self.bn, *filter(None, (self.relu, self.pool)))
 
     @property
     def perhaps_containers(self) -> tuple[str, ...]:

@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import linecache
 import re
 from collections import Counter
-from types import CodeType, FunctionType
+from collections.abc import Iterator
+from types import CodeType, FunctionType, ModuleType
+from typing import NamedTuple
 
-
-def begins_with(function: FunctionType, names: tuple[str, ...]) -> bool:
-    """Whether the `first_calls` of a method are these, or begin with them."""
-    return first_calls(function)[: len(names)] == names
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 
 @functools.cache
 def called_in_turn(function: FunctionType) -> frozenset[str]:
-    """The NAMEs of `x = self.NAME(x)` in a method of x; none where it may show an x to others.
+    """The NAMEs of `x = self.NAME(x)` in a method, for each x that it shows to nothing else.
 
-    That is, where a statement reads x more than once, or neither gives x a new value nor returns.
+    It would, where a statement reads x more than once, or neither gives x a new value nor returns.
     """
     tree = method_text(function)
     if tree is None:
         return frozenset()
+    me = function.__code__.co_varnames[0]
     statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not hasattr(node, "body")]
-    reading = [(statement, _reads_of_x(statement)) for statement in statements if _reads_of_x(statement)]
-    if sum(reads for _, reads in reading) != _reads_of_x(tree):  # one is in a condition
-        return frozenset()
     found = []
-    for statement, reads in reading:
-        targets = [ast.unparse(target) for target in getattr(statement, "targets", ())]
-        if reads > 1 or not (targets == ["x"] or isinstance(statement, ast.Return)):
-            return frozenset()
-        found += re.findall(r"^x = self\.(\w+)\(x\)$", ast.unparse(statement))
+    for x in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+        reading = [(statement, _reads_of(x, statement)) for statement in statements if _reads_of(x, statement)]
+        if sum(reads for _, reads in reading) == _reads_of(x, tree) and all(  # none is in a condition
+            reads == 1 and ([x] == _targets(statement) or isinstance(statement, ast.Return))
+            for statement, reads in reading
+        ):
+            called = rf"{x} = {me}\.(\w+)\({x}\)"
+            found += [match[1] for each, _ in reading if (match := re.fullmatch(called, ast.unparse(each)))]
     return frozenset(found)
 
 
-def _reads_of_x(tree: ast.AST) -> int:
+def _targets(statement: ast.stmt) -> list[str]:
+    return [ast.unparse(target) for target in getattr(statement, "targets", ())]
+
+
+def _reads_of(name: str, tree: ast.AST) -> int:
     return sum(
-        isinstance(node, ast.Name) and node.id == "x" and isinstance(node.ctx, ast.Load) for node in ast.walk(tree)
+        isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load) for node in ast.walk(tree)
     )
 
 
@@ -53,28 +60,125 @@ def delegated_to(function: FunctionType) -> str | None:
     return found[1] if found is not None and not any(map(_does_something, before)) else None
 
 
-@functools.cache
-def first_calls(function: FunctionType) -> tuple[str, ...]:
-    """The NAMEs of `x = self.NAME(x)` that a method of x begins with, each of which it has nowhere else.
+class Call(NamedTuple):
+    """`self.NAME(x)` in a method, or a ReLU of x that is a function."""
 
-    There are none where it does more with `self` than to read its attributes: it will be given another one.
+    name: str  # "" for a ReLU
+    node: ast.expr
+    of: ast.expr  # x
+
+
+def chains_of_calls(function: FunctionType) -> list[list[Call]]:
+    """What a method calls one after the other, each on what the one before gave, which nothing else sees.
+
+    The modules are those that it names nowhere else. There are none where it does more with `self` than to read its
+    attributes: it will be given another one.
     """
     tree = method_text(function)
-    if tree is None:
-        return ()
-    me, x = function.__code__.co_varnames[:2]
+    if tree is None or _shows_itself(tree, function.__code__.co_varnames[0]):
+        return []
+    chains = []
+    for statements in _blocks(tree):
+        before = None
+        for statement in filter(_does_something, statements):
+            target, value = _assigned(statement)
+            calls, read = _nested_calls(value, function)
+            if before is not None and before == read and target in (read, None):
+                chains[-1] += calls
+            else:
+                chains.append(calls)
+            before = target if calls and target in function.__code__.co_varnames else None
+    return chains
+
+
+def calls_in_turn(function: FunctionType, names: tuple[str, ...]) -> bool:
+    """Whether a method calls the modules of these names so, one after the other."""
+    chains = [tuple(call.name for call in chain) for chain in chains_of_calls(function)]
+    return any(chain[at : at + len(names)] == names for chain in chains for at in range(len(chain)))
+
+
+def _shows_itself(tree: ast.FunctionDef, me: str) -> bool:
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = [node for node in attributes if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load)]
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    if names.count(me) != sum(node.value.id == me for node in read) or _SEES_SELF & {*names}:
-        return ()
-    found = []
-    for statement in filter(_does_something, tree.body):
-        called = re.fullmatch(rf"{x} = {_called_by(function)}", ast.unparse(statement))
-        if called is None or called[1] not in named_once(function):
-            break
-        found.append(called[1])
-    return tuple(found)
+    return names.count(me) != sum(node.value.id == me for node in read) or not _SEES_SELF.isdisjoint(names)
+
+
+def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    """The statements of a method that follow each other, but for those of functions and classes in it."""
+    for _, statements in ast.iter_fields(tree):
+        if isinstance(statements, list) and statements and isinstance(statements[0], ast.stmt):
+            yield statements
+    for child in ast.iter_child_nodes(tree):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            yield from _blocks(child)
+
+
+def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
+    """The name that a statement gives a value, and the value; without a name what it returns."""
+    match statement:
+        case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value):
+            return name, value
+        case ast.Return(value):
+            return None, value
+    return None, None
+
+
+def _nested_calls(value: ast.expr | None, function: FunctionType) -> tuple[list[Call], str | None]:
+    """The calls that a value is the result of, the first one first, and the name of what that is called on."""
+    calls, me = [], function.__code__.co_varnames[0]
+    while True:
+        match value:
+            case ast.Call(ast.Attribute(ast.Name(whose), name), [of], []) if whose == me and name in named_once(
+                function
+            ):
+                pass
+            case _ if (of := relu_argument(value, function)) is not None:
+                name = ""
+            case _:
+                return calls, value.id if isinstance(value, ast.Name) else None
+        calls.insert(0, Call(name, value, of))
+        value = of
+
+
+_RELUS = F.relu, F.relu_, torch.relu, torch.relu_
+
+
+def relu_argument(expression: ast.expr | None, function: FunctionType) -> ast.expr | None:
+    """What the ReLU of an expression in a method is taken of; None for any other expression."""
+    match expression:
+        case ast.Call(called, [of], options) if any(resolved(called, function) is relu for relu in _RELUS):
+            return of if _in_place(options) else None
+        case ast.Call(ast.Call(made, [], options), [of], []) if resolved(made, function) is nn.ReLU:
+            return of if _in_place(options) else None
+        case ast.Call(ast.Attribute(of, "relu" | "relu_"), [], []) if resolved(of, function) is None:
+            return of
+    return None
+
+
+def _in_place(options: list[ast.keyword]) -> bool:
+    """Whether a ReLU's options say no more than that it may overwrite what it reads."""
+    return all(option.arg == "inplace" and isinstance(option.value, ast.Constant) for option in options)
+
+
+def resolved(expression: ast.expr, function: FunctionType) -> object:
+    """What a name outside of a method stands for, as `F.relu` does; None where that is not known."""
+    code = function.__code__
+    match expression:
+        case ast.Name(name) if name not in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
+            return function.__globals__.get(name)
+        case ast.Attribute(value, name) if isinstance(found := resolved(value, function), ModuleType):
+            return getattr(found, name, None)
+    return None
+
+
+def without(function: FunctionType, call: Call) -> FunctionType:
+    """A method with what a call in it is called on in its place."""
+    code = function.__code__
+    changed = copy.deepcopy(_compiled(_file_of(function))[0], {id(call.node): call.of})
+    where = code.co_name, code.co_firstlineno
+    code = next(each for each in _codes_of(changed, code.co_filename) if (each.co_name, each.co_firstlineno) == where)
+    return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
 
 
 @functools.cache
@@ -101,9 +205,8 @@ def _does_something(statement: ast.stmt) -> bool:
 def method_text(function: FunctionType) -> ast.FunctionDef | None:
     """The text of a method, where that is what it was compiled from: a file may have been edited since."""
     code = function.__code__
-    lines = linecache.getlines(code.co_filename, function.__globals__)
     try:
-        tree, codes = _compiled("".join(lines))
+        tree, codes = _compiled(_file_of(function))
     except (SyntaxError, ValueError):
         return None
     if code not in codes:
@@ -112,13 +215,19 @@ def method_text(function: FunctionType) -> ast.FunctionDef | None:
     return next((text for text in texts if text.lineno == code.co_firstlineno), None)
 
 
+def _file_of(function: FunctionType) -> str:
+    return "".join(linecache.getlines(function.__code__.co_filename, function.__globals__))
+
+
 @functools.lru_cache(8)
 def _compiled(text: str) -> tuple[ast.Module, set[CodeType]]:
     """A file's tree, and the code of all that it defines."""
     tree = ast.parse(text)
-    codes, found = [compile(tree, "<read>", "exec", dont_inherit=True)], set()
-    while codes:
-        inside = [const for const in codes.pop().co_consts if isinstance(const, CodeType)]
-        codes += inside
-        found.update(inside)
-    return tree, found
+    return tree, {*_codes_of(tree, "<read>")}
+
+
+def _codes_of(tree: ast.Module, name: str) -> list[CodeType]:
+    codes = [compile(tree, name, "exec", dont_inherit=True)]
+    for code in codes:  # which grows
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+    return codes

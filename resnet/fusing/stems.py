@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from types import FunctionType
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from resnet.fusable import StemParts, UnitParts, Watched, is_norm
 from resnet.fused.stem import FusedStemBase
@@ -33,6 +35,8 @@ class StemMixin(Changed, FusedStemBase):
             others.append(Watched(conv, last, nn.Sequential))
             *before, (conv, last) = children_of(conv, last)
         others += [Watched(*each, nn.ReLU) for each in before[2::3]]
+        if relu:
+            others.append(Watched(relu, held_at(self, relu), nn.ReLU))
         if name not in self._called():
             pool = None
         elif type(pool.module) is nn.Identity:
@@ -40,7 +44,6 @@ class StemMixin(Changed, FusedStemBase):
             pool = None
         return StemParts(
             UnitParts(last, held_at(self, bn), conv, bn),
-            Watched(relu, held_at(self, relu), nn.ReLU),
             pool,
             tuple(others),
             tuple(UnitParts(c, n, c_name, n_name) for (c_name, c), (n_name, n) in zip(before[::3], before[1::3])),
@@ -58,12 +61,13 @@ class NetworkMixin(StemMixin):
     """A network whose forward calls the stem's modules itself."""
 
     _holds_more = True
+    _around: FunctionType | None = None  # what calls the stem, where that is not the eager method
 
     def _call(self, x: Tensor) -> Tensor:
         stages = frozenset()
         if not is_watched(x) and not getattr(self, "grad_checkpointing", False):
             stages = self._stages()
-        return self._eager_method.__func__(_WithStem(self, stages), x)
+        return (self._around or self._eager_method.__func__)(_WithStem(self, stages), x)
 
     def _stages(self) -> frozenset[str]:
         """The names of the modules that it calls one after the other."""
@@ -72,6 +76,8 @@ class NetworkMixin(StemMixin):
     def _eager(self, x: Tensor) -> Tensor:
         for name in self._called():
             x = getattr(self, name)(x)
+            if name == self._layout.bn and not self._layout.relu:
+                x = F.relu(x)
         return x
 
 
@@ -95,7 +101,12 @@ class CutMixin(SequenceMixin):
     """An `nn.Sequential` whose first modules are a stem, as they are where a network was cut up, or that is one."""
 
     _prefix = "FusedStem"  # there is a FusedSequential
-    __jit_unused_properties__ = ("_layout",)
+
+    @property
+    def _keeps_layout(self) -> bool:
+        return len(self._modules) == len(self._layout.names)  # nothing follows
+
+    __jit_unused_properties__ = ("_keeps_layout", "_layout")
 
     @property
     def _layout(self) -> StemLayout:

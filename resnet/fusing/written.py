@@ -1,4 +1,4 @@
-"""Blocks and stems that somebody wrote: a forward whose text says that it is one, or that it begins with one.
+"""Blocks and stems that somebody wrote: a forward whose text says that it is one, or that it has one.
 
 A block's forward may have assignments, sums, ReLUs, calls of the module's own children, and conditions on what they
 are. It is followed for one module, so that in the end it is known what is called, in which order, and on what. With
@@ -11,11 +11,10 @@ import ast
 import functools
 import itertools
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
+from types import FunctionType
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from resnet.fusable import is_norm, is_plain, is_sequence, was_replaced
@@ -23,7 +22,15 @@ from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.known import Known
 from resnet.fusing.layouts import BlockLayout, Condition, StemLayout
-from resnet.fusing.sources import delegated_to, first_calls, method_text, named_once
+from resnet.fusing.sources import (
+    chains_of_calls,
+    delegated_to,
+    method_text,
+    named_once,
+    relu_argument,
+    resolved,
+    without,
+)
 from resnet.fusing.stems import POOLS, NetworkMixin, alike
 
 
@@ -41,7 +48,19 @@ class WrittenMixin(BlockMixin):
 
 
 class WrittenNetworkMixin(NetworkMixin):
-    """A network of a class that nobody has listed, whose forward begins with a stem."""
+    """A network of a class that nobody has listed, whose forward has a stem."""
+
+    _keeps_layout = True
+
+    def __init_subclass__(cls, **options: object):
+        super().__init_subclass__(**options)
+        if "_layout" in vars(cls) and not cls._layout.relu:
+            cls._around = staticmethod(_without_relu(cls._eager_method, cls._layout))
+
+    def _call(self, x: Tensor) -> Tensor:
+        if self._layout.relu or self._around is not None:
+            return super()._call(x)
+        return self._eager_method(x)  # the text is not what it was when it was fused
 
     def _stages(self) -> frozenset[str]:
         return super()._stages() & named_once(self._eager_method.__func__)
@@ -65,7 +84,7 @@ def read_block(module: nn.Module, eager: type[nn.Module]) -> Known | None:
 
 
 def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
-    """The stem that the forward of a network begins with, a module a line; None where there is none, or it is unclear.
+    """The first stem in the forward of a network, its modules called in turn; None where there is none, or not clearly.
 
     The forward may be all in another method, as torchvision has it.
     """
@@ -75,14 +94,31 @@ def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
     function = getattr(eager, method, None)
     if function is None or was_replaced(eager, method):
         return None
-    calls = itertools.takewhile(
-        lambda name: name in module._modules and not hasattr(eager, name), first_calls(function)
-    )
-    names = [*calls][:4]
-    modules = [module._modules[name] for name in names]
-    if len(modules) < 3 or not all(alike(*modules[:3])):
+    for chain in chains_of_calls(function):
+        names = [call.name for call in chain]
+        for place in range(len(names) - 2):
+            layout = _stem_of(module, eager, names[place : place + 4])
+            if layout is not None and (layout.relu or _without_relu(function, layout)):
+                return Known(WrittenNetworkMixin, layout, method)
+    return None
+
+
+def _stem_of(module: nn.Module, eager: type[nn.Module], names: list[str]) -> StemLayout | None:
+    """The stem of a network whose forward calls the modules of these names; "" is a ReLU that is a function."""
+    found = [None if hasattr(eager, name) else module._modules.get(name) for name in names]
+    *are_alike, ends_in_relu = alike(*found[:3])
+    if not all(are_alike) or not (ends_in_relu or names[2] == ""):
         return None
-    return Known(WrittenNetworkMixin, StemLayout(*names if isinstance(modules[-1], POOLS) else names[:3]), method)
+    return StemLayout(*names if isinstance(found[-1], POOLS) else names[:3])
+
+
+def _without_relu(function: FunctionType, layout: StemLayout) -> FunctionType | None:
+    """A network's method without the ReLU that is a function, which its stem has; None where that cannot be told."""
+    for chain in chains_of_calls(function):
+        for call, after in itertools.pairwise(chain):
+            if call.name == layout.bn and after.name == "":
+                return without(function, after)
+    return None
 
 
 def _may_be_block(module: nn.Module) -> bool:
@@ -166,15 +202,10 @@ class _Reader:
                 return self.value(then if self.holds(test) else otherwise)
             case ast.Call(called, [argument], []) if (name := self.own(called)) is not None:
                 return self.call(name, self.module._modules.get(name), self.value(argument))
-            case ast.Call(called, [left, right], []) if self.resolved(called) is torch.add:
+            case ast.Call(called, [left, right], []) if resolved(called, self.function) is torch.add:
                 return self.make("sum", self.value(left), self.value(right))
-            case ast.Call(called, [argument], options) if _is_relu(self.resolved(called)) and _in_place(options):
+            case _ if (argument := relu_argument(expression, self.function)) is not None:
                 return self.make("relu", self.value(argument))
-            case ast.Call(ast.Call(made, [], options), [argument], []):
-                if self.resolved(made) is nn.ReLU and _in_place(options):
-                    return self.make("relu", self.value(argument))
-            case ast.Call(ast.Attribute(value, "relu" | "relu_"), [], []) if self.resolved(value) is None:
-                return self.make("relu", self.value(value))
         raise _Unread
 
     def holds(self, test: ast.expr) -> bool:
@@ -202,15 +233,6 @@ class _Reader:
             case ast.Attribute(ast.Name(self.me), name):
                 places = vars(self.module), self.module._modules
                 return name if sum(name in place for place in places) == 1 and not hasattr(self.eager, name) else None
-        return None
-
-    def resolved(self, expression: ast.expr) -> object:
-        """What a name outside of the forward stands for, as `F.relu` does; None where that is not known."""
-        match expression:
-            case ast.Name(name) if name not in self.function.__code__.co_varnames:
-                return self.function.__globals__.get(name)
-            case ast.Attribute(value, name) if isinstance(found := self.resolved(value), ModuleType):
-                return getattr(found, name, None)
         return None
 
     # ---- what is computed --------------------------------------------------------------------------------------------
@@ -303,18 +325,6 @@ class _Reader:
     def holds_any(self, name: str) -> bool:
         """Whether something in a module of this name was called."""
         return any(value.name.startswith(f"{name}.") for value in self.made)
-
-
-_RELUS = F.relu, F.relu_, torch.relu, torch.relu_
-
-
-def _is_relu(function: object) -> bool:
-    return any(function is each for each in _RELUS)
-
-
-def _in_place(options: list[ast.keyword]) -> bool:
-    """Whether a ReLU's options say no more than that it may overwrite what it reads."""
-    return all(option.arg == "inplace" and isinstance(option.value, ast.Constant) for option in options)
 
 
 def _is_conv(value: _Value) -> bool:

@@ -326,7 +326,46 @@ class LooksIntoItsStage(Network):
         return self.head(x.mean((2, 3)))
 
 
-NETWORKS = [Network, Delegating, WithoutPool, LooksIntoItsStage]
+class InOneExpression(Network):
+    """One whose ReLUs are functions, as in networks for CIFAR-10."""
+
+    def forward(self, x):
+        out = F.relu(self.bn(self.conv(x)))
+        out = self.stage(out)
+        out = F.avg_pool2d(F.relu(out), 2)
+        return self.head(out.mean((2, 3)))
+
+
+class InBranches(Network):
+    """One that gives away what follows its stem, as encoders do."""
+
+    depth = 2
+
+    def forward(self, x):
+        features = [x * 2]
+        if self.depth > 0:
+            x: Tensor = self.conv(x / 2)
+            x = self.bn(x)
+            x = torch.relu(x)
+            features.append(x)
+        if self.depth > 1:
+            x = self.pool(x)
+            features.append(self.stage(x))
+        return self.head(features[-1].mean((2, 3))) + features[0].mean() + features[1].mean()
+
+
+NETWORKS = [Network, Delegating, WithoutPool, LooksIntoItsStage, InOneExpression, InBranches]
+
+
+class Unit(nn.Module):
+    """A convolution, its norm and a ReLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(x)).relu_()
 
 
 class KeepsItsStem(Network):
@@ -356,6 +395,19 @@ class UsesItsReLUAgain(Network):
         x = self.bn(x)
         x = self.act(x)
         return self.head(self.act(self.stage(x)).mean((2, 3)))
+
+
+class ReadsAConvolutionAgain(Network):
+    def forward(self, x):
+        y = self.conv(x)
+        x = F.relu(self.bn(y))
+        return self.head(self.stage(x + y).mean((2, 3)))
+
+
+class RunsItsNormTwice(Network):
+    def forward(self, x):
+        x = F.relu(self.bn(self.bn(self.conv(x))))
+        return self.head(self.stage(x).mean((2, 3)))
 
 
 class DoesMoreBetween(Network):
@@ -391,6 +443,8 @@ OTHER_NETWORKS = [
     KeepsItsStem,
     ShowsItself,
     UsesItsReLUAgain,
+    ReadsAConvolutionAgain,
+    RunsItsNormTwice,
     DoesMoreBetween,
     CallsAMethodBetween,
     AsksItsParent,

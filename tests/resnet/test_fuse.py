@@ -489,7 +489,7 @@ def test_a_network_with_an_identity_for_a_pool_has_a_fused_stem_too(train):
 
 def test_a_network_that_uses_its_stem_twice_is_left_alone():
     model = Branches()
-    assert "forward does not begin with conv, bn, relu, pool, and have them nowhere else" in reason_of(fuse(model))
+    assert "forward does not call conv, bn, relu, pool in turn, and nowhere else" in reason_of(fuse(model))
     assert type(model) is Branches
 
 

@@ -23,10 +23,13 @@ from tests.helpers.written_blocks import (
     OTHERS,
     Delegating,
     Flagged,
+    InOneExpression,
     InSequence,
+    Layer,
     Network,
     StepByStep,
     Textbook,
+    Unit,
 )
 
 blocks = pytest.mark.parametrize("cls", BLOCKS)
@@ -182,6 +185,28 @@ def test_compiled_and_exported_written_networks_compute_the_same(cls):
             torch.fx.symbolic_trace(model),
         ):
             torch.testing.assert_close(other(x), expected, **CLOSE)
+
+
+def test_a_network_does_not_repeat_the_relu_of_its_stem(monkeypatch):
+    model, sizes, relu = InOneExpression().to(DEVICE, torch.float64).eval(), [], nn.functional.relu
+    fuse(model)
+    monkeypatch.setattr(nn.functional, "relu", lambda x: sizes.append(tuple(x.shape[2:])) or relu(x))
+    infer(model, draw(2, 3, 20, 18, dtype=torch.float64))
+    assert sizes == [(5, 5)]  # after its last stage
+
+
+@pytest.mark.parametrize("input_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("make", [Unit, lambda: Layer(3, 8, 3)], ids=["written", "sequence"])
+def test_a_convolution_its_norm_and_relu_alone_give_the_layout_that_the_eager_ones_give(
+    any_backend, make, input_layout, weight_layout
+):
+    eager, x = make().to(DEVICE, memory_format=weight_layout), draw(2, 3, 9, 8).contiguous(memory_format=input_layout)
+    fused = copy.deepcopy(eager)
+    assert [item.name for item in fuse(fused).fused] == [""]
+    out, expected = fused(x), eager(x)
+    assert out.stride() == expected.stride()
+    torch.testing.assert_close(out, expected)
 
 
 def test_the_modules_of_a_written_networks_stem_are_watched(monkeypatch):

@@ -542,9 +542,10 @@ def test_a_pool_of_another_size_is_called(case, pool, called):
     assert [item.reason for item in fuse(fused).left] == [f"{pool}.output_size is 2, not 1"]
 
 
-def test_split_attention_is_in_blocks_of_another_class():
+def test_split_attention_is_in_blocks_of_another_class_whose_first_convolution_is_fused_with_its_norm():
     report = fuse(timm("resnest14d"))
-    assert len(report.fused) == 1 and report.unknown["timm.models.resnest.ResNestBottleneck"] == 4
+    assert len(report.fused) == 9 and all(item.stem for item in report.fused)
+    assert report.unknown["timm.models.resnest.ResNestBottleneck"] == 4
 
 
 def _last(container: nn.Module, name: str) -> None:
