@@ -40,7 +40,7 @@ class GateParts(NamedTuple):
     watched: tuple[Watched, ...]  # the module, and its pool where it has one
     called: tuple[nn.Module, ...]
     unset: tuple[str, ...]  # attributes of the module that have to be false
-    row: bool  # whether they are called on (N, 1, C), in place of (N, C, 1, 1)
+    means: str  # what they are called on: see `Attention`
     place: int  # how many units precede it: all, or all but one
     shortcut: nn.Module | None  # of the block, called as it is; None: the identity
 
@@ -103,24 +103,27 @@ _FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d"} | {
 }
 
 
-class _Attention(NamedTuple):
+class Attention(NamedTuple):
     """A class of modules that multiply each map with a gate, which they make of the means of all maps."""
 
-    called: tuple[str, ...]  # what they call on the means, in its order
+    called: tuple[str, ...]  # what they call on the means, in its order: modules, or of `_FUNCTIONS`
     pool: str = ""  # what takes the means, where it is a module
     unset: tuple[str, ...] = ()  # attributes with which they would do something else
-    row: bool = False  # whether the means lie in a row (N, 1, C)
+    means: str = "map"  # (N, C, 1, 1); or "row", (N, 1, C); or "matrix", (N, C)
+
+
+_FUNCTIONS = {"relu()": nn.ReLU(), "sigmoid()": nn.Sigmoid()}
 
 
 _ATTENTION = {
-    "resnet.reference.SqueezeExcite": _Attention(("fc1", "act", "fc2", "gate")),
-    "timm.layers.squeeze_excite.SEModule": _Attention(("fc1", "bn", "act", "fc2", "gate"), unset=("add_maxpool",)),
-    "timm.layers.squeeze_excite.EffectiveSEModule": _Attention(("fc", "gate"), unset=("add_maxpool",)),
-    "timm.layers.eca.EcaModule": _Attention(("conv", "gate"), unset=("conv2",), row=True),
-    "torchvision.ops.misc.SqueezeExcitation": _Attention(
+    "resnet.reference.SqueezeExcite": Attention(("fc1", "act", "fc2", "gate")),
+    "timm.layers.squeeze_excite.SEModule": Attention(("fc1", "bn", "act", "fc2", "gate"), unset=("add_maxpool",)),
+    "timm.layers.squeeze_excite.EffectiveSEModule": Attention(("fc", "gate"), unset=("add_maxpool",)),
+    "timm.layers.eca.EcaModule": Attention(("conv", "gate"), unset=("conv2",), means="row"),
+    "torchvision.ops.misc.SqueezeExcitation": Attention(
         ("fc1", "activation", "fc2", "scale_activation"), pool="avgpool"
     ),
-    "transformers.models.regnet.modeling_regnet.RegNetSELayer": _Attention(("attention",), pool="pooler"),
+    "transformers.models.regnet.modeling_regnet.RegNetSELayer": Attention(("attention",), pool="pooler"),
 }
 
 
@@ -176,18 +179,32 @@ def is_norm(module: nn.Module | None) -> bool:
     return isinstance(module, _BatchNorm) or is_frozen(module)
 
 
-def gate_parts(name: str, module: object, place: int, shortcut: nn.Module | None) -> GateParts | None:
-    """The parts of squeeze-and-excitation after `place` units; None where the module is of no class that is known."""
-    known = _ATTENTION.get(full_name(type(module)))
-    if known is None or not _is_as_written(type(module)):
+def is_attention(module: object) -> bool:
+    return full_name(type(module)) in _ATTENTION
+
+
+def gate_parts(
+    name: str,
+    module: object,
+    place: int,
+    shortcut: nn.Module | None,
+    read: tuple[type[nn.Module], Attention] | None = None,
+) -> GateParts | None:
+    """The parts of squeeze-and-excitation after `place` units; None where the module is of no class that is known.
+
+    `read` is a class that nobody has listed, and what its text says of it.
+    """
+    kind = type(module)
+    known = read[1] if read and kind is read[0] else _ATTENTION.get(full_name(kind))
+    if known is None or not _is_as_written(kind):
         return None
-    own, kind = module._modules, type(module)
-    called = tuple(own.get(each) for each in known.called)
+    own = module._modules
+    called = tuple(own.get(each, _FUNCTIONS.get(each)) for each in known.called)
     if None in called:
         return None
     watched = Watched(name, module, kind)
     pools = (Watched(f"{name}.{known.pool}", own.get(known.pool), nn.AdaptiveAvgPool2d),) if known.pool else ()
-    return GateParts((watched, *pools), called, known.unset, known.row, place, shortcut)
+    return GateParts((watched, *pools), called, known.unset, known.means, place, shortcut)
 
 
 def gate_state(gate: GateParts) -> tuple:

@@ -211,10 +211,10 @@ class FusedBlock(FusedModule):
     ) -> Tensor:
         """What follows the squeeze, by its results: the gates, and the rest of the block."""
         gate, (N, C) = parts.gate, pooled.shape
-        factor = pooled.view(N, 1, C) if gate.row else pooled.view(N, C, 1, 1)
+        factor = pooled.view({"map": (N, C, 1, 1), "row": (N, 1, C), "matrix": (N, C)}[gate.means])
         for module in gate.called:
             factor = module(factor)
-        if gate.row:
+        if gate.means != "map":
             factor = factor.view(N, -1, 1, 1)
         factor = factor.to(y.dtype).expand(N, C, 1, 1).flatten(1).contiguous()
         if gate.place < len(parts.units):

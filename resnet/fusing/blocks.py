@@ -23,7 +23,8 @@ class BlockMixin(Changed, FusedBlock):
         gate, attention = None, held_at(self, layout.gate) if layout.gate else None
         shortcut, others, pool = held_at(self, layout.shortcut), [], None
         if attention is not None and type(attention) is not nn.Identity:
-            gate = gate_parts(layout.gate, attention, layout.place, None if type(shortcut) is nn.Identity else shortcut)
+            added = None if type(shortcut) is nn.Identity else shortcut
+            gate = gate_parts(layout.gate, attention, layout.place, added, layout.attention)
         if gate is None:
             shortcut, others, pool = _shortcut(layout.shortcut, shortcut, layout.shortcut_class)
             if layout.shortcut_norm and shortcut is not None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from resnet.fusable import NORM_WITH_ACTIVATION
+from resnet.fusable import NORM_WITH_ACTIVATION, Attention
 
 
 class BlockLayout(NamedTuple):
@@ -21,6 +21,7 @@ class BlockLayout(NamedTuple):
     shortcut_class: type | str = nn.Sequential
     gate: str = ""  # squeeze-and-excitation, where a block may have it, else an identity or nothing
     place: int = 0  # how many units precede it
+    attention: tuple[type, Attention] | None = None  # its class, and what that does, where nobody has listed it
     shortcut_norm: str = ""  # where it lies beside the shortcut's convolution
 
     @property

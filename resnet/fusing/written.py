@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import is_norm, is_plain, is_sequence, was_replaced
+from resnet.fusable import Attention, is_attention, is_norm, is_plain, is_sequence, was_replaced
 from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
+from resnet.fusing.gates import read_gate
 from resnet.fusing.known import Known
 from resnet.fusing.layouts import BlockLayout, Condition, StemLayout
 from resnet.fusing.sources import (
@@ -125,7 +126,7 @@ def _may_be_block(module: nn.Module) -> bool:
     """Whether it holds as many convolutions and norms as a block does, at most: few texts have to be read."""
     held = list(itertools.islice(module.modules(), 30))
     convs, norms = sum(isinstance(child, _ConvNd) for child in held), sum(map(is_norm, held))
-    return 2 <= convs <= 4 and 2 <= norms <= 4
+    return 2 <= convs <= 6 and 2 <= norms <= 4
 
 
 @functools.cache
@@ -142,7 +143,7 @@ class _Unread(Exception):
 class _Value:
     """What a forward has computed: by one of its modules, by a ReLU or a sum, or its input."""
 
-    what: str  # input, module, relu, sum
+    what: str  # input, module, gate, relu, sum
     of: tuple[_Value, ...] = ()
     name: str = ""  # of the module, or of a ReLU that is one
     module: nn.Module | None = None
@@ -256,6 +257,8 @@ class _Reader:
             return self.make("relu", of, name=name)
         if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
             return self.make("module", of, name=name, module=module)
+        if isinstance(module, nn.Module) and (is_attention(module) or read_gate(kind)):
+            return self.make("gate", of, name=name, module=module)
         raise _Unread
 
     def layout(self, result: _Value | None) -> BlockLayout:
@@ -263,18 +266,27 @@ class _Reader:
         if result is None or result.what != "relu" or result.of[0].what != "sum":
             raise _Unread
         for main, branch in itertools.permutations(map(self.steps, result.of[0].of)):
-            if len(main) in (5, 8) and len(branch) <= 3:
+            gates = [step for step in main if step.what == "gate"]
+            if len(main) - len(gates) in (5, 8) and len(branch) <= 3:
                 break
         else:
+            raise _Unread
+        before_gate = len(main) if not gates else main.index(gates[0])
+        main = [step for step in main if step not in gates]
+        if len(gates) > 1 or before_gate not in (len(main) - 2, len(main)):
             raise _Unread
         convs, norms, relus = main[::3], main[1::3], main[2::3]
         # Each value is read once: nothing is computed beside, and nothing that was changed in place is read again.
         names = [value.name for value in self.made if value.what == "module"]
-        if len(main) + len(branch) + 2 != len(self.made) or len({*names}) != len(names):
+        if len(main) + len(gates) + len(branch) + 2 != len(self.made) or len({*names}) != len(names):
             raise _Unread
         if not (all(map(_is_conv, convs)) and all(map(_is_norm, norms)) and all(step.what == "relu" for step in relus)):
             raise _Unread
         shortcut, shortcut_norm, shortcut_class = self.shortcut(branch)
+        place = (before_gate + 1) // 3 if gates else 0
+        if gates and (place < 2 or shortcut_norm):  # no operator ends sooner, and a shortcut is called as one module
+            raise _Unread
+        gate = {"gate": gates[0].name, "place": place, "attention": _read(gates[0])} if gates else {}
         return BlockLayout(
             units=tuple((conv.name, norm.name) for conv, norm in zip(convs, norms, strict=True)),
             relus=tuple(step.name for step in (*relus, result)),
@@ -285,6 +297,7 @@ class _Reader:
                 (name, kind) for name, kind in self.sequences.items() if not f"{name}.".startswith(f"{shortcut}.")
             ),
             shortcut_class=shortcut_class,
+            **gate,
         )
 
     def steps(self, value: _Value) -> list[_Value]:
@@ -325,6 +338,11 @@ class _Reader:
     def holds_any(self, name: str) -> bool:
         """Whether something in a module of this name was called."""
         return any(value.name.startswith(f"{name}.") for value in self.made)
+
+
+def _read(gate: _Value) -> tuple[type[nn.Module], Attention] | None:
+    kind = type(gate.module)
+    return None if is_attention(gate.module) else (kind, read_gate(kind))
 
 
 def _is_conv(value: _Value) -> bool:

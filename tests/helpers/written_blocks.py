@@ -134,7 +134,183 @@ class OfPlainLayers(OfLayers):
         self.shortcut = Layer(C, K, 1, stride, relu=False)
 
 
-BLOCKS = [Textbook, StepByStep, Narrow, InSequence, Flagged, OfLayers, OfPlainLayers]
+class Gate(nn.Module):
+    """Squeeze-and-excitation on a matrix of means, as most have copied it."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Sequential(nn.Linear(C, 2), nn.ReLU(inplace=True), nn.Linear(2, C), nn.Sigmoid())
+
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        y = self.avg_pool(x).view(b, c)
+        y = self.fc(y).view(b, c, 1, 1)
+        return x * y.expand_as(x)
+
+
+class GateOfMaps(nn.Module):
+    """Squeeze-and-excitation by convolutions of a pixel."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(C, 2, 1), nn.Conv2d(2, C, 1)
+
+    def forward(self, x):
+        whole = x
+        x = F.relu(self.fc1(x.mean((2, 3), keepdim=True)), inplace=True)
+        x = torch.sigmoid(self.fc2(x))
+        return x * whole
+
+
+class GateOfShapes(Gate):
+    def forward(self, x):
+        y: Tensor = x.mean(dim=[-2, -1])
+        gates = self.fc(y).reshape(x.shape[0], -1, 1, 1)
+        x = x * gates
+        return x
+
+
+class GateOfAFunction(GateOfMaps):
+    def forward(self, x):
+        y = self.fc2(self.fc1(F.adaptive_avg_pool2d(x, 1)).relu_()).sigmoid()
+        return x * y
+
+
+GATES = [Gate, GateOfMaps, GateOfShapes, GateOfAFunction]
+
+
+class Excited(nn.Module):
+    """A block with squeeze-and-excitation after its last norm."""
+
+    gate: type[nn.Module] = Gate
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(C, K, 3, stride, 1, bias=False), nn.BatchNorm2d(K)
+        self.conv2, self.bn2 = nn.Conv2d(K, K, 3, 1, 1, bias=False), nn.BatchNorm2d(K)
+        self.relu, self.se = nn.ReLU(inplace=True), self.gate(K)
+        project = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
+        self.downsample = None if (C, stride) == (K, 1) else project
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.se(self.bn2(self.conv2(out)))
+        out = out + (x if self.downsample is None else self.downsample(x))
+        return self.relu(out)
+
+
+class ExcitedInside(nn.Module):
+    """A bottleneck with squeeze-and-excitation before its last convolution, as RegNetY's."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(C, K, 1, bias=False), nn.BatchNorm2d(K)
+        self.conv2, self.bn2 = nn.Conv2d(K, K, 3, stride, 1, bias=False), nn.BatchNorm2d(K)
+        self.conv3, self.bn3 = nn.Conv2d(K, K, 1, bias=False), nn.BatchNorm2d(K)
+        self.se = GateOfMaps(K)
+        project = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
+        self.downsample = None if (C, stride) == (K, 1) else project
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.se(F.relu(self.bn2(self.conv2(out))))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return F.relu(out)
+
+
+BLOCKS = [
+    Textbook,
+    StepByStep,
+    Narrow,
+    InSequence,
+    Flagged,
+    OfLayers,
+    OfPlainLayers,
+    Excited,
+    ExcitedInside,
+]
+
+
+class AddsItsGate(Gate):
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        y = self.fc(self.avg_pool(x).view(b, c)).view(b, c, 1, 1)
+        return x + y
+
+
+class SquaresItsGate(Gate):
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        y = self.fc(self.avg_pool(x).view(b, c)).view(b, c, 1, 1)
+        return y * y
+
+
+class ReadsItsMeansAgain(GateOfMaps):
+    def forward(self, x):
+        y = self.fc1(x.mean((2, 3), keepdim=True))
+        y.relu_()
+        return x * self.fc2(y).sigmoid()
+
+
+class KeepsAMean(GateOfMaps):
+    def forward(self, x):
+        y = self.fc1(x.mean((2, 3), keepdim=True))
+        z = F.relu_(y)
+        return x * self.fc2(y).sigmoid() * z.sum()
+
+
+class MeansOfRows(GateOfMaps):
+    def forward(self, x):
+        return x * self.fc2(self.fc1(x.mean((3,), keepdim=True))).sigmoid()
+
+
+class WithoutMeans(GateOfMaps):
+    def forward(self, x):
+        return x * self.fc2(self.fc1(x)).sigmoid()
+
+
+class ChangesItsMap(GateOfMaps):
+    def forward(self, x):
+        x = self.fc2(self.fc1(x.mean((2, 3), keepdim=True)))
+        return x * x.sigmoid()
+
+
+class CallsWhatItDoesNotUse(GateOfMaps):
+    def forward(self, x):
+        y = self.fc1(x.mean((2, 3), keepdim=True))
+        y = x.mean((2, 3), keepdim=True)
+        return x * self.fc2(self.fc1(y)).sigmoid()
+
+
+class SwapsItsSizes(Gate):
+    def forward(self, x):
+        c, b, _, _ = x.size()
+        y = self.fc(self.avg_pool(x).view(b, c)).view(b, c, 1, 1)
+        return x * y
+
+
+class CallsItsMethod(GateOfMaps):
+    def fc1(self, x):
+        return x
+
+    def forward(self, x):
+        return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True))).sigmoid()
+
+
+OTHER_GATES = [
+    AddsItsGate,
+    SquaresItsGate,
+    ReadsItsMeansAgain,
+    KeepsAMean,
+    MeansOfRows,
+    WithoutMeans,
+    ChangesItsMap,
+    CallsWhatItDoesNotUse,
+    SwapsItsSizes,
+    CallsItsMethod,
+]
 
 
 class Parts(nn.Module):
@@ -249,7 +425,20 @@ class CalledInAWayOfItsOwn(Parts):
         return self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))) + x)
 
 
+class ExcitedEarly(Parts):
+    """A block whose squeeze-and-excitation no operator ends at."""
+
+    def __init__(self):
+        super().__init__()
+        self.se = Gate(4)
+
+    def forward(self, x):
+        out = self.se(self.relu(self.bn1(self.conv1(x))))
+        return self.relu(self.bn2(self.conv2(out)) + x)
+
+
 OTHERS = [
+    ExcitedEarly,
     WithoutLastReLU,
     NormBeforeConvolution,
     AddsTwice,

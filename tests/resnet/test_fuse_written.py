@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import pickle
+import re
 import sys
 import warnings
 
@@ -18,10 +19,13 @@ from tests.helpers import written_blocks
 from tests.helpers.blocks import draw, infer, randomize, step
 from tests.helpers.written_blocks import (
     BLOCKS,
+    GATES,
     NETWORKS,
+    OTHER_GATES,
     OTHER_NETWORKS,
     OTHERS,
     Delegating,
+    Excited,
     Flagged,
     InOneExpression,
     InSequence,
@@ -66,6 +70,48 @@ def test_written_blocks_do_the_steps_of_the_eager_ones(any_backend, cls, train):
     torch.testing.assert_close(infer(fused, images()), infer(eager, images()), **CLOSE)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_written_squeeze_and_excitation_gives_what_the_eager_one_gives(any_backend, gate, train):
+    eager = Excited(4, 4).train(train)
+    eager.se = gate(4)
+    randomize(eager)
+    eager.to(DEVICE, torch.float64)
+    fused = copy.deepcopy(eager)
+    assert [item.stem for item in fuse(fused).fused] == [False]
+    torch.testing.assert_close(step(fused, images()), step(eager, images()), **CLOSE)
+    torch.testing.assert_close(infer(fused, images()), infer(eager, images()), **CLOSE)
+
+
+@pytest.mark.parametrize("gate", OTHER_GATES)
+def test_attention_that_does_something_else_leaves_its_block_alone(gate):
+    model = Excited(4, 4)
+    model.se = gate(4)
+    assert not fuse(model).fused
+
+
+@pytest.mark.filterwarnings("ignore:FusedExcited runs PyTorch's operators one by one")
+def test_written_squeeze_and_excitation_is_watched():
+    eager = Excited(4, 4).to(DEVICE, torch.float64)
+    fused = copy.deepcopy(eager)
+    for change in (
+        lambda m: m.se.fc.register_forward_hook(lambda module, args, out: out * (args[0].dim() + 1)),
+        lambda m: setattr(m.se.avg_pool, "output_size", (1, 2)),
+        lambda m: setattr(m, "se", nn.Tanh()),
+    ):
+        fuse(fused)
+        for model in (fused, eager):
+            change(model)
+        try:
+            expected = eager(images())
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                fused(images())
+        else:
+            torch.testing.assert_close(fused(images()), expected, **CLOSE)
+
+
 @blocks
 def test_written_blocks_keep_their_class_as_a_base_and_are_linked(cls):
     model = stage(cls)
@@ -91,6 +137,7 @@ def test_copies_of_written_blocks_are_fused(cls, duplicate):
 
 @blocks
 def test_compiled_and_exported_written_blocks_compute_the_same(cls):
+    torch.compiler.reset()  # a sequence's forward is compiled for no more than 8
     model = stage(cls).eval()
     fuse(model)
     with torch.no_grad():

@@ -1,0 +1,166 @@
+"""Squeeze-and-excitation that somebody wrote: a forward whose text says that it is that."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from resnet.fusable import Attention, is_plain
+from resnet.fusing.sources import method_text, relu_argument, resolved
+
+_SIGMOIDS = torch.sigmoid, F.sigmoid
+
+
+@functools.cache
+def read_gate(cls: type[nn.Module]) -> Attention | None:
+    """What the forward of a class calls on the means of its input's maps, to multiply the maps with; else None.
+
+    It is followed from its first line to its last. It may take means by a pool or by `mean`, and have them in a matrix
+    (N, C) between two calls of `view`.
+    """
+    tree = method_text(cls.forward) if is_plain(cls) else None
+    if tree is None:
+        return None
+    try:
+        return _Reader(cls).attention(tree.body)
+    except (_Unread, ValueError):
+        return None
+
+
+@dataclass(frozen=True)
+class _Value:
+    """The input, or what was made of its means."""
+
+    called: tuple[str, ...] | None = None  # None: the input
+    pool: str = ""
+    means: str = "map"  # what the modules are called on: see `Attention`
+    is_map: bool = True  # (N, C, 1, 1), else (N, C)
+
+
+_INPUT = _Value()
+
+
+class _Unread(Exception):
+    """The text says something else, or something that is not understood."""
+
+
+class _Reader:
+    """Follows the text of a forward."""
+
+    def __init__(self, cls: type[nn.Module]):
+        self.cls, self.function = cls, cls.forward
+        self.me, x = self.function.__code__.co_varnames[:2]
+        self.values: dict[str, _Value] = {x: _INPUT}
+        self.sizes: dict[str, str] = {}  # what a name stands for: N, C, H or W
+
+    def attention(self, statements: list[ast.stmt]) -> Attention:
+        """What the statements multiply the input with and return."""
+        for at, statement in enumerate(statements):
+            match statement:
+                case ast.Return(ast.BinOp(left, ast.Mult(), right)):
+                    return self.product(left, right)
+                case ast.Assign([ast.Name(name)], ast.BinOp(left, ast.Mult(), right)):
+                    if [ast.unparse(each) for each in statements[at + 1 :]] != [f"return {name}"]:
+                        raise _Unread
+                    return self.product(left, right)
+                case ast.Assign([ast.Tuple(targets)], value):
+                    for target, size in zip(targets, self.sizes_of(value), strict=True):
+                        self.give(target, size=size)
+                case ast.Assign([target], value) | ast.AnnAssign(target, _, ast.expr() as value):
+                    self.give(target, self.value(value))
+                case ast.Expr(ast.Constant()):
+                    pass
+                case _:
+                    raise _Unread
+        raise _Unread
+
+    def give(self, target: ast.expr, value: _Value | None = None, size: str = "") -> None:
+        """A name stands for a value from now on, or for a size; what it stood for was used."""
+        if not isinstance(target, ast.Name) or target.id == self.me:
+            raise _Unread
+        if self.values.pop(target.id, _INPUT) != _INPUT:
+            raise _Unread
+        self.sizes[target.id] = size
+        if value is not None:
+            self.values[target.id] = value
+
+    def product(self, left: ast.expr, right: ast.expr) -> Attention:
+        gates = self.value(left if self.is_input(right) else right)
+        if not self.is_input(right if self.is_input(right) else left) or any(v != _INPUT for v in self.values.values()):
+            raise _Unread
+        if not gates.called or not gates.is_map:
+            raise _Unread
+        return Attention(gates.called, gates.pool, means=gates.means)
+
+    def is_input(self, expression: ast.expr) -> bool:
+        return isinstance(expression, ast.Name) and self.values.get(expression.id) == _INPUT
+
+    def value(self, expression: ast.expr) -> _Value:
+        """What an expression gives. A name is read once, unless it is the input: a ReLU may overwrite what it reads."""
+        match expression:
+            case ast.Name(name) if name in self.values:
+                return _INPUT if self.is_input(expression) else self.values.pop(name)
+            case ast.Call(ast.Attribute(ast.Name(self.me), name), [of], []) if not hasattr(self.cls, name):
+                return _Value((), name) if self.is_input(of) else self.call(name, self.value(of))
+            case ast.Call(called, [of], []) if any(resolved(called, self.function) is each for each in _SIGMOIDS):
+                return self.call("sigmoid()", self.value(of))
+            case ast.Call(ast.Attribute(of, "sigmoid"), [], []):
+                return self.call("sigmoid()", self.value(of))
+            case _ if (of := relu_argument(expression, self.function)) is not None:
+                return self.call("relu()", self.value(of))
+            case ast.Call(called, [of, ast.Constant(1)], []) if self.is_input(of):
+                if resolved(called, self.function) is F.adaptive_avg_pool2d:
+                    return _Value(())
+            case ast.Call(ast.Attribute(of, "mean"), _, _) if self.is_input(of):
+                return _means(expression)
+            case ast.Call(ast.Attribute(of, "view" | "reshape"), sizes, []):
+                return _viewed(self.value(of), [self.size(each) for each in sizes])
+            case ast.Call(ast.Attribute(of, "expand_as"), [x], []) if self.is_input(x):
+                return self.value(of)
+        raise _Unread
+
+    def call(self, name: str, of: _Value) -> _Value:
+        if of.called is None or of.is_map != (of.means == "map"):
+            raise _Unread
+        return replace(of, called=(*of.called, name))
+
+    def sizes_of(self, expression: ast.expr) -> list[str]:
+        match expression:
+            case ast.Call(ast.Attribute(x, "size"), [], []) | ast.Attribute(x, "shape") if self.is_input(x):
+                return ["N", "C", "H", "W"]
+            case ast.Subscript(value, ast.Slice(None, ast.Constant(2), None)):
+                return self.sizes_of(value)[:2]
+        raise _Unread
+
+    def size(self, expression: ast.expr) -> str:
+        match expression:
+            case ast.Name(name) if name in self.sizes:
+                return self.sizes[name]
+            case ast.Call(ast.Attribute(x, "size"), [ast.Constant(0 | 1 as at)], []) if self.is_input(x):
+                return "NC"[at]
+            case ast.Subscript(ast.Attribute(x, "shape"), ast.Constant(0 | 1 as at)) if self.is_input(x):
+                return "NC"[at]
+        return ast.unparse(expression)
+
+
+def _means(call: ast.Call) -> _Value:
+    """`x.mean((2, 3))` and its like."""
+    arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+    arguments |= {name: ast.unparse(value) for name, value in zip(("dim", "keepdim"), call.args)}
+    dims, keepdim = arguments.pop("dim", ""), arguments.pop("keepdim", "False")
+    if arguments or dims.strip("()[]") not in ("2, 3", "-2, -1") or keepdim not in ("True", "False"):
+        raise _Unread
+    return _Value(()) if keepdim == "True" else _Value((), means="matrix", is_map=False)
+
+
+def _viewed(of: _Value, sizes: list[str]) -> _Value:
+    if of.is_map and of.called == () and sizes in (["N", "C"], ["N", "-1"]):
+        return replace(of, means="matrix", is_map=False)
+    if not of.is_map and sizes in (["N", "C", "1", "1"], ["N", "-1", "1", "1"]):
+        return replace(of, is_map=True)
+    raise _Unread
