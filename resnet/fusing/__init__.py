@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from resnet.fusable import full_name, is_norm, is_sequence, was_replaced
 from resnet.fusing.blocks import BlockMixin, StageMixin, blocks_of
 from resnet.fusing.changed import Changed, kept_parts
-from resnet.fusing.known import EAGER, OWN, STAGES, Known, eager_class, is_known, known
+from resnet.fusing.known import EAGER, OWN, STAGES, Known, eager_class, is_block, is_known, known
 from resnet.fusing.layouts import BlockLayout, looked_up, places_of
 from resnet.fusing.report import FuseItem, FuseReport
 from resnet.fusing.sources import calls_in_turn
@@ -31,7 +31,7 @@ from resnet.fusing.stems import (
     given_inside,
     starts_with,
 )
-from resnet.fusing.written import WrittenNetworkMixin, read_block, read_stem
+from resnet.fusing.written import WrittenStemMixin, read_block, read_stem
 from resnet.sequential import FusedSequential, holds_blocks, linkable
 
 
@@ -129,8 +129,7 @@ def _reason_not_to_fuse(module: nn.Module) -> str | None:
 def _read(module: nn.Module, eager: type[nn.Module], base: type[nn.Module] | None) -> Known | None:
     """What is known of a module by the text of its forward. One whose base is a known block is one, or nothing."""
     entry = read_block(module, eager)
-    is_block = base in OWN or (base is not None and issubclass(known(base).mixin, BlockMixin))
-    return entry if entry is not None or is_block else read_stem(module, eager)
+    return entry if entry is not None or (base is not None and is_block(base)) else read_stem(module, eager)
 
 
 def _fuse(module: nn.Module, eager: type[nn.Module], entry: Known | None) -> str | None:
@@ -195,15 +194,16 @@ def fuse(model: nn.Module) -> FuseReport:
 
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
     too, and those of their RegNets, but for timm's stems; and an `nn.Sequential` that is a stem or begins with one, as
-    it does where a network was cut up by `children()`. A block may have squeeze-and-excitation: timm's `SEModule`,
-    `EffectiveSEModule` and `EcaModule` after its last norm, and what RegNetYs have before the last convolution. Where a
-    network calls the modules of its stem itself, it is the network that changes its class. An `nn.Sequential` of blocks
-    becomes a `FusedSequential`, and the classes of stages that these libraries have become such, too; the report does
-    not name them.
+    it does where a network was cut up by `children()`, or one of a class that is derived from it and adds nothing. A
+    block may have squeeze-and-excitation: timm's `SEModule`, `EffectiveSEModule` and `EcaModule` after its last norm,
+    and what RegNetYs have before the last convolution. Where a network calls the modules of its stem itself, it is the
+    network that changes its class. An `nn.Sequential` of blocks becomes a `FusedSequential`, and the classes of stages
+    that these libraries have become such, too; the report does not name them.
 
     A block of another class is fused where the text of its forward says that it is one: d2l.ai's `Residual`, say. Its
-    calls, sums and conditions are read, and what is not understood leaves it alone. So is the stem of a network whose
-    forward begins with it.
+    calls, sums and conditions are read, and what is not understood leaves it alone. So is squeeze-and-excitation, and
+    the first convolution, norm and ReLU that a forward calls in turn: the stem of a network. Without a pool, and where
+    there are no blocks, these are fused in channels_last alone, so that they give the layout that eager gives.
 
     A module stays as it is where it might compute something else than the operator: with another activation or norm,
     another attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known
@@ -240,7 +240,7 @@ def fuse(model: nn.Module) -> FuseReport:
             reason = f"it is derived from {full_name(base)} and may compute something else"
         stem = _container_of_stem(module, entry)
         (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason, stem is not None))
-        if entry is not None and entry.mixin is WrittenNetworkMixin and _normalizes(module):
+        if entry is not None and issubclass(entry.mixin, WrittenStemMixin) and _normalizes(module):
             unknown[full_name(eager)] += 1
         inside = (f"{name}." if name else "") + (f"{stem}." if stem else "")
     for module in reversed(list(model.modules())):  # what holds others comes after these

@@ -15,6 +15,7 @@ from resnet.fused import (
     FusedSmallStem,
     FusedStem,
 )
+from resnet.fused.block import FusedBlock
 from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.changed import Changed
 from resnet.fusing.layouts import (
@@ -134,3 +135,9 @@ def eager_class(cls: type[nn.Module]) -> type[nn.Module]:
 def is_known(cls: type) -> bool:
     """Whether a class says what its modules are for. That is not so of `nn.Sequential`."""
     return cls in OWN or (cls is not nn.Sequential and known(cls) is not None)
+
+
+def is_block(cls: type) -> bool:
+    """Whether a class is known as a block's."""
+    entry = known(cls)
+    return issubclass(OWN.get(cls) or (entry.mixin if entry else object), FusedBlock)

@@ -234,11 +234,12 @@ def test_compiled_and_exported_written_networks_compute_the_same(cls):
             torch.testing.assert_close(other(x), expected, **CLOSE)
 
 
-def test_a_network_does_not_repeat_the_relu_of_its_stem(monkeypatch):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_network_does_not_repeat_the_relu_of_its_stem(monkeypatch, layout):
     model, sizes, relu = InOneExpression().to(DEVICE, torch.float64).eval(), [], nn.functional.relu
     fuse(model)
     monkeypatch.setattr(nn.functional, "relu", lambda x: sizes.append(tuple(x.shape[2:])) or relu(x))
-    infer(model, draw(2, 3, 20, 18, dtype=torch.float64))
+    infer(model, draw(2, 3, 20, 18, dtype=torch.float64).contiguous(memory_format=layout))
     assert sizes == [(5, 5)]  # after its last stage
 
 
