@@ -19,7 +19,7 @@ from resnet.fusing.changed import Changed, kept_parts
 from resnet.fusing.known import EAGER, OWN, STAGES, Known, eager_class, is_block, is_known, known
 from resnet.fusing.layouts import BlockLayout, looked_up, places_of
 from resnet.fusing.report import FuseItem, FuseReport
-from resnet.fusing.sources import calls_in_turn
+from resnet.fusing.sources import has_chain
 from resnet.fusing.stems import (
     CutMixin,
     GetterMixin,
@@ -112,7 +112,7 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module], entry: Known | 
         return None if given is None else f"it gives what {given} gives"
     if issubclass(mixin, NetworkMixin):
         names = ", ".join(layout.names)
-        if not calls_in_turn(getattr(eager, method), layout.names):
+        if not has_chain(getattr(eager, method), layout.names):
             return f"{full_name(eager)}.{method} does not call {names} in turn, and nowhere else"
         return None
     held = (*module._modules, *module._parameters, *module._buffers)

@@ -21,8 +21,8 @@ class BlockLayout(NamedTuple):
     shortcut_class: type | str = nn.Sequential
     gate: str = ""  # squeeze-and-excitation, where a block may have it, else an identity or nothing
     place: int = 0  # how many units precede it
-    attention: tuple[type, Attention] | None = None  # its class, and what that does, where nobody has listed it
     shortcut_norm: str = ""  # where it lies beside the shortcut's convolution
+    attention: tuple[type, Attention] | None = None  # the gate's class, and what that does, where nobody has listed it
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ def called_in_turn(function: FunctionType) -> frozenset[str]:
     me = function.__code__.co_varnames[0]
     statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not hasattr(node, "body")]
     found = []
-    for x in {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}:
+    for x in _seen_by_it_alone(function):
         reading = [(statement, _reads_of(x, statement)) for statement in statements if _reads_of(x, statement)]
         if sum(reads for _, reads in reading) == _reads_of(x, tree) and all(  # none is in a condition
             reads == 1 and ([x] == _targets(statement) or isinstance(statement, ast.Return))
@@ -87,11 +87,16 @@ def chains_of_calls(function: FunctionType) -> list[list[Call]]:
                 chains[-1] += calls
             else:
                 chains.append(calls)
-            before = target if calls and target in function.__code__.co_varnames else None
+            before = target if calls and target in _seen_by_it_alone(function) else None
     return chains
 
 
-def calls_in_turn(function: FunctionType, names: tuple[str, ...]) -> bool:
+def _seen_by_it_alone(function: FunctionType) -> set[str]:
+    """The variables of a method that no function in it sees."""
+    return {*function.__code__.co_varnames} - {*function.__code__.co_cellvars}
+
+
+def has_chain(function: FunctionType, names: tuple[str, ...]) -> bool:
     """Whether a method calls the modules of these names so, one after the other."""
     chains = [tuple(call.name for call in chain) for chain in chains_of_calls(function)]
     return any(chain[at : at + len(names)] == names for chain in chains for at in range(len(chain)))
@@ -126,12 +131,10 @@ def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
 
 def _nested_calls(value: ast.expr | None, function: FunctionType) -> tuple[list[Call], str | None]:
     """The calls that a value is the result of, the first one first, and the name of what that is called on."""
-    calls, me = [], function.__code__.co_varnames[0]
+    calls, me, once = [], function.__code__.co_varnames[0], named_once(function)
     while True:
         match value:
-            case ast.Call(ast.Attribute(ast.Name(whose), name), [of], []) if whose == me and name in named_once(
-                function
-            ):
+            case ast.Call(ast.Attribute(ast.Name(whose), name), [of], []) if whose == me and name in once:
                 pass
             case _ if (of := relu_argument(value, function)) is not None:
                 name = ""
