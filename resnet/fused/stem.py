@@ -45,7 +45,7 @@ class FusedStemBase(FusedModule):
     One without a pool leaves little to look at, since its convolution is PyTorch's, and has a `_run` of its own.
     """
 
-    _keeps_layout = False  # runs eager, without a pool, where its output would be channels_last, and eager's not
+    _keeps_layout = False  # without a pool: runs eager where its output would be channels_last, and eager's not
 
     def _parts(self) -> StemParts | str:
         raise NotImplementedError

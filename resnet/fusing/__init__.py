@@ -31,7 +31,7 @@ from resnet.fusing.stems import (
     given_inside,
     starts_with,
 )
-from resnet.fusing.written import WrittenStemMixin, read_block, read_stem
+from resnet.fusing.written import WrittenNetworkMixin, read_block, read_stem
 from resnet.sequential import FusedSequential, holds_blocks, linkable
 
 
@@ -51,8 +51,10 @@ def _calling(eager: FunctionType) -> FunctionType:
 
 @functools.cache
 def _fused_class(eager: type[nn.Module], entry: Known) -> type[nn.Module]:
-    mixin, layout, method, _ = entry
+    mixin, layout, method, *_ = entry
     own: dict[str, object] = {"_known": entry}
+    if entry.keeps_layout:
+        own["_keeps_layout"] = True
     if mixin is not CutMixin:  # of which each has names of its own
         own |= {"_layout": looked_up(eager, layout), "_places": places_of(layout)}
     if entry is not known(eager):
@@ -90,7 +92,7 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module], entry: Known | 
     """Why what a module computes cannot be told from its class."""
     if eager in OWN:
         return "it has a forward of its own" if "forward" in vars(module) else None
-    mixin, layout, method, _ = entry
+    mixin, layout, method, *_ = entry
     for name in {"forward", method}:
         if name in vars(module):
             return f"it has a {name} of its own"
@@ -170,6 +172,12 @@ def _recognised(module: nn.Module, eager: type[nn.Module], within: bool) -> tupl
     return listed if entry is None else (eager, entry)
 
 
+def _is_block(module: nn.Module) -> bool:
+    """Whether it is a residual block, one that may have to be left alone too."""
+    eager = eager_class(type(module))
+    return any(map(is_block, eager.__mro__)) or read_block(module, eager) is not None
+
+
 def _container_of_stem(module: nn.Module, entry: Known | None) -> str | None:
     """The name of a stem's first module in a network that calls them itself; None for all else."""
     if entry is None or not issubclass(entry.mixin, NetworkMixin):
@@ -202,8 +210,8 @@ def fuse(model: nn.Module) -> FuseReport:
 
     A block of another class is fused where the text of its forward says that it is one: d2l.ai's `Residual`, say. Its
     calls, sums and conditions are read, and what is not understood leaves it alone. So is squeeze-and-excitation, and
-    the first convolution, norm and ReLU that a forward calls in turn: the stem of a network. Without a pool, and where
-    there are no blocks, these are fused in channels_last alone, so that they give the layout that eager gives.
+    the first convolution, norm and ReLU that a forward calls in turn: the stem of a network. In a model without blocks
+    these are fused in channels_last alone, where no pool follows, so that they give the layout that eager gives.
 
     A module stays as it is where it might compute something else than the operator: with another activation or norm,
     another attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known
@@ -223,11 +231,14 @@ def fuse(model: nn.Module) -> FuseReport:
     _check_module("fuse", model)
     kept_parts.clear()
     fused, left, unknown = [], [], Counter()
+    has_blocks = any(map(_is_block, model.modules()))
     inside = None  # the block, or the stem's container, whose submodules come now
     for name, module in model.named_modules():
         eager = eager_class(type(module))
         within = inside is not None and f"{name}.".startswith(inside)
         base, entry = _recognised(module, eager, within)
+        if entry is not None and entry.mixin in (CutMixin, WrittenNetworkMixin) and not has_blocks:
+            entry = entry._replace(keeps_layout=True)
         if base is None:
             if _normalizes(module) and not within:
                 unknown[full_name(eager)] += 1
@@ -240,7 +251,7 @@ def fuse(model: nn.Module) -> FuseReport:
             reason = f"it is derived from {full_name(base)} and may compute something else"
         stem = _container_of_stem(module, entry)
         (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason, stem is not None))
-        if entry is not None and issubclass(entry.mixin, WrittenStemMixin) and _normalizes(module):
+        if entry is not None and entry.mixin is WrittenNetworkMixin and _normalizes(module):
             unknown[full_name(eager)] += 1
         inside = (f"{name}." if name else "") + (f"{stem}." if stem else "")
     for module in reversed(list(model.modules())):  # what holds others comes after these

@@ -90,10 +90,11 @@ class _Reader:
             self.values[target.id] = value
 
     def product(self, left: ast.expr, right: ast.expr) -> Attention:
-        gates = self.value(left if self.is_input(right) else right)
-        if not self.is_input(right if self.is_input(right) else left) or any(v != _INPUT for v in self.values.values()):
+        if self.is_input(left) == self.is_input(right):
             raise _Unread
-        if not gates.called or not gates.is_map:
+        gates = self.value(right if self.is_input(left) else left)
+        unused = any(value != _INPUT for value in self.values.values())
+        if unused or not gates.called or not gates.is_map:
             raise _Unread
         return Attention(gates.called, gates.pool, means=gates.means)
 

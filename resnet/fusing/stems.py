@@ -102,11 +102,7 @@ class CutMixin(SequenceMixin):
 
     _prefix = "FusedStem"  # there is a FusedSequential
 
-    @property
-    def _keeps_layout(self) -> bool:
-        return len(self._modules) == len(self._layout.names)  # nothing follows
-
-    __jit_unused_properties__ = ("_keeps_layout", "_layout")
+    __jit_unused_properties__ = ("_layout",)
 
     @property
     def _layout(self) -> StemLayout:

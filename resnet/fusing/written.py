@@ -21,7 +21,7 @@ from resnet.fusable import Attention, is_attention, is_norm, is_plain, is_sequen
 from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.gates import read_gate
-from resnet.fusing.known import Known, eager_class, is_block
+from resnet.fusing.known import Known
 from resnet.fusing.layouts import BlockLayout, Condition, StemLayout
 from resnet.fusing.sources import (
     chains_of_calls,
@@ -48,10 +48,8 @@ class WrittenMixin(BlockMixin):
         return self._run(x, parts)
 
 
-class WrittenStemMixin(NetworkMixin):
-    """A module of a class that nobody has listed, whose forward has a stem."""
-
-    _keeps_layout = True
+class WrittenNetworkMixin(NetworkMixin):
+    """A network of a class that nobody has listed, whose forward has a stem."""
 
     def __init_subclass__(cls, **options: object):
         super().__init_subclass__(**options)
@@ -65,12 +63,6 @@ class WrittenStemMixin(NetworkMixin):
 
     def _stages(self) -> frozenset[str]:
         return super()._stages() & named_once(self._eager_method.__func__)
-
-
-class WrittenNetworkMixin(WrittenStemMixin):
-    """One that holds residual blocks."""
-
-    _keeps_layout = False
 
 
 def _is_cast(x: object) -> bool:
@@ -106,13 +98,8 @@ def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
         for place in range(len(names) - 2):
             layout = _stem_of(module, eager, names[place : place + 4])
             if layout is not None and (layout.relu or _without_relu(function, layout)):
-                return Known(WrittenNetworkMixin if _holds_blocks(module) else WrittenStemMixin, layout, method)
+                return Known(WrittenNetworkMixin, layout, method)
     return None
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    inside = ((child, eager_class(type(child))) for child in module.modules() if child is not module)
-    return any(is_block(eager) or read_block(child, eager) for child, eager in inside)
 
 
 def _stem_of(module: nn.Module, eager: type[nn.Module], names: list[str]) -> StemLayout | None:

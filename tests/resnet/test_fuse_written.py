@@ -243,6 +243,16 @@ def test_a_network_does_not_repeat_the_relu_of_its_stem(monkeypatch, layout):
     assert sizes == [(5, 5)]  # after its last stage
 
 
+@pytest.mark.parametrize("make", [Unit, lambda: Layer(3, 8, 3)], ids=["written", "sequence"])
+def test_before_a_residual_block_a_convolution_its_norm_and_relu_give_channels_last(any_backend, make):
+    model, x = nn.Sequential(make(), Textbook(8, 8)).to(DEVICE), draw(2, 3, 9, 8).contiguous()
+    fused = copy.deepcopy(model)
+    assert [item.name for item in fuse(fused).fused] == ["0", "1"]
+    out = fused[0](x)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, model[0](x))
+
+
 @pytest.mark.parametrize("input_layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("make", [Unit, lambda: Layer(3, 8, 3)], ids=["written", "sequence"])
