@@ -251,8 +251,8 @@ def fuse(model: nn.Module) -> FuseReport:
             reason = f"it is derived from {full_name(base)} and may compute something else"
         stem = _container_of_stem(module, entry)
         (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason, stem is not None))
-        if entry is not None and entry.mixin is WrittenNetworkMixin and _normalizes(module):
-            unknown[full_name(eager)] += 1
+        if reason is None and entry is not None and entry.mixin is WrittenNetworkMixin and _normalizes(module):
+            unknown[full_name(eager)] += 1  # what else it does was not read
         inside = (f"{name}." if name else "") + (f"{stem}." if stem else "")
     for module in reversed(list(model.modules())):  # what holds others comes after these
         if _runs_its_blocks_in_turn(module):

@@ -557,6 +557,14 @@ class Unit(nn.Module):
         return self.bn(self.conv(x)).relu_()
 
 
+class Half(Parts):
+    """A block of which all but the first convolution, norm and ReLU is something else."""
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.gelu(self.bn2(self.conv2(y)) + x)
+
+
 class KeepsItsStem(Network):
     def forward(self, x):
         x = self.conv(x)

@@ -27,6 +27,7 @@ from tests.helpers.written_blocks import (
     Delegating,
     Excited,
     Flagged,
+    Half,
     InOneExpression,
     InSequence,
     Layer,
@@ -234,6 +235,11 @@ def test_compiled_and_exported_written_networks_compute_the_same(cls):
             torch.testing.assert_close(other(x), expected, **CLOSE)
 
 
+def test_a_module_that_has_more_than_a_stem_is_also_one_of_another_class():
+    report = fuse(Half())
+    assert [item.stem for item in report.fused] == [True] and report.unknown == {f"{Half.__module__}.Half": 1}
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_network_does_not_repeat_the_relu_of_its_stem(monkeypatch, layout):
     model, sizes, relu = InOneExpression().to(DEVICE, torch.float64).eval(), [], nn.functional.relu
@@ -276,7 +282,8 @@ def test_the_modules_of_a_written_networks_stem_are_watched(monkeypatch):
         model.act = nn.SiLU()
     with pytest.warns(UserWarning, match="FusedNetwork runs PyTorch's operators one by one: act is a SiLU, not a ReLU"):
         torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
-    assert fuse(fused).left[0].reason == "act is a SiLU, not a ReLU"
+    report = fuse(fused)
+    assert report.left[0].reason == "act is a SiLU, not a ReLU" and not report.unknown
 
 
 # ---- what is left alone ----------------------------------------------------------------------------------------------
