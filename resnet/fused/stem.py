@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
@@ -45,8 +44,6 @@ class FusedStemBase(FusedModule):
     One without a pool leaves little to look at, since its convolution is PyTorch's, and has a `_run` of its own.
     """
 
-    _keeps_layout = False  # without a pool: runs eager where its output would be channels_last, and eager's not
-
     def _parts(self) -> StemParts | str:
         raise NotImplementedError
 
@@ -55,8 +52,6 @@ class FusedStemBase(FusedModule):
         if type(parts) is str or parts.pool is not None:
             return super()._run(X, parts)
         if isinstance(X, Proxy) or ops.is_transformed_or_recorded():
-            return self._eager(X)
-        if self._keeps_layout and not any(map(_is_channels_last, (X, parts.unit.conv.weight))):
             return self._eager(X)
         reason = GLOBAL_HOOKS if _has_any_global_hook() else self._reason_not_to_fuse(parts)
         conv, bn, _, bn_name = parts.unit
@@ -126,13 +121,6 @@ class FusedStemBase(FusedModule):
 
     def _arguments(self, parts: StemParts, X: Tensor, x: Tensor, norms: list[Norm], cast: bool) -> list:
         return unit_arguments(x, [unit.conv for unit in _units_of(parts)], norms, cast)[0]
-
-
-def _is_channels_last(x: object) -> bool:
-    """Whether a convolution gives channels_last for it, be it the input or the weights."""
-    if not isinstance(x, Tensor) or x.dim() != 4:
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _units_of(parts: StemParts) -> tuple[UnitParts, ...]:

@@ -22,6 +22,7 @@ from resnet.fusing.report import FuseItem, FuseReport
 from resnet.fusing.sources import has_chain
 from resnet.fusing.stems import (
     CutMixin,
+    FoundMixin,
     GetterMixin,
     NetworkMixin,
     SequenceMixin,
@@ -211,7 +212,8 @@ def fuse(model: nn.Module) -> FuseReport:
     A block of another class is fused where the text of its forward says that it is one: d2l.ai's `Residual`, say. Its
     calls, sums and conditions are read, and what is not understood leaves it alone. So is squeeze-and-excitation, and
     the first convolution, norm and ReLU that a forward calls in turn: the stem of a network. In a model without blocks
-    these are fused in channels_last alone, where no pool follows, so that they give the layout that eager gives.
+    these are fused in channels_last alone, where no pool follows, so that they give the layout that eager gives; on a
+    CPU they gain nothing and PyTorch's operators run.
 
     A module stays as it is where it might compute something else than the operator: with another activation or norm,
     another attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known
@@ -237,7 +239,7 @@ def fuse(model: nn.Module) -> FuseReport:
         eager = eager_class(type(module))
         within = inside is not None and f"{name}.".startswith(inside)
         base, entry = _recognised(module, eager, within)
-        if entry is not None and entry.mixin in (CutMixin, WrittenNetworkMixin) and not has_blocks:
+        if entry is not None and issubclass(entry.mixin, FoundMixin) and not has_blocks:
             entry = entry._replace(keeps_layout=True)
         if base is None:
             if _normalizes(module) and not within:

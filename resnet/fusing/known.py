@@ -49,7 +49,7 @@ class Known(NamedTuple):
     layout: BlockLayout | StemLayout
     method: str = "forward"  # what the mixin's `_call` replaces
     conditions: tuple[Condition, ...] = ()  # under which the layout is that of a module
-    keeps_layout: bool = False  # of a stem: see `FusedStemBase`
+    keeps_layout: bool = False  # of a stem: see `FoundMixin`
 
 
 KNOWN = {

@@ -6,9 +6,12 @@ import functools
 from collections.abc import Callable, Iterable
 from types import FunctionType
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from resnet import torch_backend
+from resnet.backends import implementation
 from resnet.fusable import StemParts, UnitParts, Watched, is_norm
 from resnet.fused.stem import FusedStemBase
 from resnet.fusing.changed import Changed, children_of, watched_in
@@ -94,10 +97,35 @@ class SequenceMixin(NetworkMixin):
         return run_in_turn([module for name, module in self._modules.items() if name not in names], self._run(x))
 
 
+class FoundMixin(NetworkMixin):
+    """A convolution, its norm and a ReLU, wherever they were found: a stem, or another layer.
+
+    Without a pool they are left to PyTorch's operators where these are as fast, as they are on a CPU. They are so, too,
+    where a model has no residual blocks and eager's output would not be channels_last: what follows may want a view.
+    """
+
+    _keeps_layout = False
+
+    def _run(self, x: Tensor) -> Tensor:
+        parts = self._parts()
+        if type(parts) is not str and parts.pool is None and isinstance(x, Tensor):
+            on_cpu = not torch.compiler.is_compiling() and implementation(x) is torch_backend
+            if on_cpu or (self._keeps_layout and not any(map(_is_channels_last, (x, parts.unit.conv.weight)))):
+                return self._eager(x)
+        return super()._run(x)
+
+
+def _is_channels_last(x: object) -> bool:
+    """Whether a convolution gives channels_last for it, be it the input or the weights."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
 POOLS = nn.MaxPool2d, nn.Identity
 
 
-class CutMixin(SequenceMixin):
+class CutMixin(FoundMixin, SequenceMixin):
     """An `nn.Sequential` whose first modules are a stem, as they are where a network was cut up, or that is one."""
 
     _prefix = "FusedStem"  # there is a FusedSequential

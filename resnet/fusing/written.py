@@ -32,7 +32,7 @@ from resnet.fusing.sources import (
     resolved,
     without,
 )
-from resnet.fusing.stems import POOLS, NetworkMixin, alike
+from resnet.fusing.stems import POOLS, FoundMixin, alike
 
 
 class WrittenMixin(BlockMixin):
@@ -48,7 +48,7 @@ class WrittenMixin(BlockMixin):
         return self._run(x, parts)
 
 
-class WrittenNetworkMixin(NetworkMixin):
+class WrittenNetworkMixin(FoundMixin):
     """A network of a class that nobody has listed, whose forward has a stem."""
 
     def __init_subclass__(cls, **options: object):
