@@ -94,7 +94,7 @@ class _Reader:
             raise _Unread
         gates = self.value(right if self.is_input(left) else left)
         unused = any(value != _INPUT for value in self.values.values())
-        if unused or not gates.called or not gates.is_map:
+        if unused or not gates.is_map:
             raise _Unread
         return Attention(gates.called, gates.pool, means=gates.means)
 

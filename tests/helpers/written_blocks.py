@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -299,7 +301,46 @@ class CallsItsMethod(GateOfMaps):
         return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True))).sigmoid()
 
 
+class LeavesAMean(GateOfMaps):
+    def forward(self, x):
+        z = self.fc1(x.mean((2, 3), keepdim=True))
+        y = self.fc1(x.mean((2, 3), keepdim=True))
+        z = self.fc2(z)
+        return x * self.fc2(y).sigmoid()
+
+
+class GatesByAMatrix(Gate):
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3)))
+
+
+class TwoForms(GateOfMaps):
+    """Convolutions before a matrix, or after one."""
+
+    def __init__(self, C: int):
+        super().__init__(C)
+        self.linear = nn.Linear(C, C)
+
+
+class ConvolutionsFirst(TwoForms):
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        y = self.fc2(self.fc1(x.mean((2, 3), keepdim=True))).view(b, c)
+        return x * self.linear(y).view(b, c, 1, 1)
+
+
+class ConvolutionsLast(TwoForms):
+    def forward(self, x):
+        b, c, _, _ = x.size()
+        y = self.linear(x.mean((2, 3))).view(b, c, 1, 1)
+        return x * self.fc2(self.fc1(y))
+
+
 OTHER_GATES = [
+    LeavesAMean,
+    GatesByAMatrix,
+    ConvolutionsFirst,
+    ConvolutionsLast,
     AddsItsGate,
     SquaresItsGate,
     ReadsItsMeansAgain,
@@ -437,8 +478,46 @@ class ExcitedEarly(Parts):
         return self.relu(self.bn2(self.conv2(out)) + x)
 
 
+class ExcitedTwice(ExcitedEarly):
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(self.se(self.se(out)) + x)
+
+
+class ExcitedWithANormBeside(ExcitedEarly):
+    """One whose shortcut is two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv3, self.bn3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        out = self.se(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.relu(out + self.bn3(self.conv3(x)))
+
+
+class ExcitedBeforeItsNorm(ExcitedWithANormBeside):
+    def forward(self, x):
+        out = self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))))
+        return self.relu(self.bn3(self.se(self.conv3(out))) + x)
+
+
+def with_functions(F) -> type[nn.Module]:
+    """A class whose functions are those of what made it."""
+
+    class Local(Parts):
+        def forward(self, x):
+            return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+    return Local
+
+
 OTHERS = [
     ExcitedEarly,
+    ExcitedTwice,
+    ExcitedWithANormBeside,
+    ExcitedBeforeItsNorm,
+    with_functions(SimpleNamespace(relu=torch.neg)),
     WithoutLastReLU,
     NormBeforeConvolution,
     AddsTwice,
@@ -594,6 +673,28 @@ class UsesItsReLUAgain(Network):
         return self.head(self.act(self.stage(x)).mean((2, 3)))
 
 
+class HasAMethodOfTheName(Network):
+    def bn(self, x):
+        return -x
+
+    def forward(self, x):
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.act(x)
+        return self.head(self.stage(x).mean((2, 3)))
+
+
+class SeesItsStages(Network):
+    def forward(self, x):
+        def mean():
+            return x.mean()
+
+        x = self.stage(x)
+        between = mean()
+        x = self.pool(x)
+        return x + between
+
+
 class ReadsAConvolutionAgain(Network):
     def forward(self, x):
         y = self.conv(x)
@@ -640,6 +741,7 @@ OTHER_NETWORKS = [
     KeepsItsStem,
     ShowsItself,
     UsesItsReLUAgain,
+    HasAMethodOfTheName,
     ReadsAConvolutionAgain,
     RunsItsNormTwice,
     DoesMoreBetween,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from resnet import FusedSequential, fuse, unfuse
+from resnet.fusing.sources import called_in_turn
 from tests.conftest import DEVICE
 from tests.helpers import written_blocks
 from tests.helpers.blocks import draw, infer, randomize, step
@@ -31,7 +32,9 @@ from tests.helpers.written_blocks import (
     InOneExpression,
     InSequence,
     Layer,
+    LooksIntoItsStage,
     Network,
+    SeesItsStages,
     StepByStep,
     Textbook,
     Unit,
@@ -233,6 +236,11 @@ def test_compiled_and_exported_written_networks_compute_the_same(cls):
             torch.fx.symbolic_trace(model),
         ):
             torch.testing.assert_close(other(x), expected, **CLOSE)
+
+
+def test_a_value_that_a_function_in_the_forward_sees_goes_from_stage_to_stage_as_it_is():
+    assert called_in_turn(LooksIntoItsStage.forward) == {"conv", "bn", "act", "stage"}
+    assert not called_in_turn(SeesItsStages.forward)
 
 
 def test_a_module_that_has_more_than_a_stem_is_also_one_of_another_class():
