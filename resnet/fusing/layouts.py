@@ -137,7 +137,9 @@ class Condition(NamedTuple):
 
     def holds(self, module: nn.Module) -> bool:
         value = held_at(module, self.name)
-        return (value is None if self.is_none else bool(value)) == self.answer
+        if self.is_none:
+            return (value is None) == self.answer
+        return self.answer if value else not self.answer  # dynamo of PyTorch 2.11 has no `bool` of a module
 
 
 def held_at(module: object, name: str) -> object:
