@@ -54,8 +54,6 @@ def _calling(eager: FunctionType) -> FunctionType:
 def _fused_class(eager: type[nn.Module], entry: Known) -> type[nn.Module]:
     mixin, layout, method, *_ = entry
     own: dict[str, object] = {"_known": entry}
-    if entry.keeps_layout:
-        own["_keeps_layout"] = True
     if mixin is not CutMixin:  # of which each has names of its own
         own |= {"_layout": looked_up(eager, layout), "_places": places_of(layout)}
     if entry is not known(eager):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from resnet.fusable import Attention, is_plain
-from resnet.fusing.sources import method_text, relu_argument, resolved
+from resnet.fusable import Attention
+from resnet.fusing.sources import Unread, forward_text, relu_argument, resolved
 
 _SIGMOIDS = torch.sigmoid, F.sigmoid
 
@@ -23,12 +23,12 @@ def read_gate(cls: type[nn.Module]) -> Attention | None:
     It is followed from its first line to its last. It may take means by a pool or by `mean`, and have them in a matrix
     (N, C) between two calls of `view`.
     """
-    tree = method_text(cls.forward) if is_plain(cls) else None
+    tree = forward_text(cls)
     if tree is None:
         return None
     try:
         return _Reader(cls).attention(tree.body)
-    except (_Unread, ValueError):
+    except (Unread, ValueError):
         return None
 
 
@@ -43,10 +43,6 @@ class _Value:
 
 
 _INPUT = _Value()
-
-
-class _Unread(Exception):
-    """The text says something else, or something that is not understood."""
 
 
 class _Reader:
@@ -66,7 +62,7 @@ class _Reader:
                     return self.product(left, right)
                 case ast.Assign([ast.Name(name)], ast.BinOp(left, ast.Mult(), right)):
                     if [ast.unparse(each) for each in statements[at + 1 :]] != [f"return {name}"]:
-                        raise _Unread
+                        raise Unread
                     return self.product(left, right)
                 case ast.Assign([ast.Tuple(targets)], value):
                     for target, size in zip(targets, self.sizes_of(value), strict=True):
@@ -76,26 +72,26 @@ class _Reader:
                 case ast.Expr(ast.Constant()):
                     pass
                 case _:
-                    raise _Unread
-        raise _Unread
+                    raise Unread
+        raise Unread
 
     def give(self, target: ast.expr, value: _Value | None = None, size: str = "") -> None:
         """A name stands for a value from now on, or for a size; what it stood for was used."""
         if not isinstance(target, ast.Name) or target.id == self.me:
-            raise _Unread
+            raise Unread
         if self.values.pop(target.id, _INPUT) != _INPUT:
-            raise _Unread
+            raise Unread
         self.sizes[target.id] = size
         if value is not None:
             self.values[target.id] = value
 
     def product(self, left: ast.expr, right: ast.expr) -> Attention:
         if self.is_input(left) == self.is_input(right):
-            raise _Unread
+            raise Unread
         gates = self.value(right if self.is_input(left) else left)
         unused = any(value != _INPUT for value in self.values.values())
         if unused or not gates.is_map:
-            raise _Unread
+            raise Unread
         return Attention(gates.called, gates.pool, means=gates.means)
 
     def is_input(self, expression: ast.expr) -> bool:
@@ -123,11 +119,11 @@ class _Reader:
                 return _viewed(self.value(of), [self.size(each) for each in sizes])
             case ast.Call(ast.Attribute(of, "expand_as"), [x], []) if self.is_input(x):
                 return self.value(of)
-        raise _Unread
+        raise Unread
 
     def call(self, name: str, of: _Value) -> _Value:
         if of.called is None or of.is_map != (of.means == "map"):
-            raise _Unread
+            raise Unread
         return replace(of, called=(*of.called, name))
 
     def sizes_of(self, expression: ast.expr) -> list[str]:
@@ -136,7 +132,7 @@ class _Reader:
                 return ["N", "C", "H", "W"]
             case ast.Subscript(value, ast.Slice(None, ast.Constant(2), None)):
                 return self.sizes_of(value)[:2]
-        raise _Unread
+        raise Unread
 
     def size(self, expression: ast.expr) -> str:
         match expression:
@@ -155,7 +151,7 @@ def _means(call: ast.Call) -> _Value:
     arguments |= {name: ast.unparse(value) for name, value in zip(("dim", "keepdim"), call.args)}
     dims, keepdim = arguments.pop("dim", ""), arguments.pop("keepdim", "False")
     if arguments or dims.strip("()[]") not in ("2, 3", "-2, -1") or keepdim not in ("True", "False"):
-        raise _Unread
+        raise Unread
     return _Value(()) if keepdim == "True" else _Value((), means="matrix", is_map=False)
 
 
@@ -164,4 +160,4 @@ def _viewed(of: _Value, sizes: list[str]) -> _Value:
         return replace(of, means="matrix", is_map=False)
     if not of.is_map and sizes in (["N", "C", "1", "1"], ["N", "-1", "1", "1"]):
         return replace(of, is_map=True)
-    raise _Unread
+    raise Unread

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from resnet.fusable import is_plain
+
 
 @functools.cache
 def called_in_turn(function: FunctionType) -> frozenset[str]:
@@ -77,7 +79,7 @@ def chains_of_calls(function: FunctionType) -> list[list[Call]]:
     tree = method_text(function)
     if tree is None or _shows_itself(tree, function.__code__.co_varnames[0]):
         return []
-    chains = []
+    chains, variables = [], _seen_by_it_alone(function)
     for statements in _blocks(tree):
         before = None
         for statement in filter(_does_something, statements):
@@ -87,7 +89,7 @@ def chains_of_calls(function: FunctionType) -> list[list[Call]]:
                 chains[-1] += calls
             else:
                 chains.append(calls)
-            before = target if calls and target in _seen_by_it_alone(function) else None
+            before = target if calls and target in variables else None
     return chains
 
 
@@ -203,6 +205,16 @@ def _called_by(function: FunctionType) -> str:
 
 def _does_something(statement: ast.stmt) -> bool:
     return not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+
+
+class Unread(Exception):
+    """A text says something that is not looked for, or that is not understood."""
+
+
+@functools.cache
+def forward_text(cls: type[nn.Module]) -> ast.FunctionDef | None:
+    """The forward of a class; None where calling a module may do something else, or where there is no text."""
+    return method_text(cls.forward) if is_plain(cls) else None
 
 
 def method_text(function: FunctionType) -> ast.FunctionDef | None:

@@ -104,13 +104,13 @@ class FoundMixin(NetworkMixin):
     where a model has no residual blocks and eager's output would not be channels_last: what follows may want a view.
     """
 
-    _keeps_layout = False
-
     def _run(self, x: Tensor) -> Tensor:
         parts = self._parts()
         if type(parts) is not str and parts.pool is None and isinstance(x, Tensor):
+            conv = parts.unit.conv
             on_cpu = not torch.compiler.is_compiling() and implementation(x) is torch_backend
-            if on_cpu or (self._keeps_layout and not any(map(_is_channels_last, (x, parts.unit.conv.weight)))):
+            keeps = self._known.keeps_layout and not any(map(_is_channels_last, (x, conv.weight)))
+            if on_cpu or keeps:
                 return self._eager(x)
         return super()._run(x)
 
@@ -129,7 +129,6 @@ class CutMixin(FoundMixin, SequenceMixin):
     """An `nn.Sequential` whose first modules are a stem, as they are where a network was cut up, or that is one."""
 
     _prefix = "FusedStem"  # there is a FusedSequential
-
     __jit_unused_properties__ = ("_layout",)
 
     @property

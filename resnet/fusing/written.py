@@ -8,7 +8,6 @@ anything else in it a module is left alone.
 from __future__ import annotations
 
 import ast
-import functools
 import itertools
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -24,9 +23,10 @@ from resnet.fusing.gates import read_gate
 from resnet.fusing.known import Known
 from resnet.fusing.layouts import BlockLayout, Condition, StemLayout
 from resnet.fusing.sources import (
+    Unread,
     chains_of_calls,
     delegated_to,
-    method_text,
+    forward_text,
     named_once,
     relu_argument,
     resolved,
@@ -71,13 +71,13 @@ def _is_cast(x: object) -> bool:
 
 def read_block(module: nn.Module, eager: type[nn.Module]) -> Known | None:
     """What the forward of its class says about a module; None where that is no residual block, or cannot be told."""
-    tree = _text_of(eager) if _may_be_block(module) else None
+    tree = forward_text(eager) if _may_be_block(module) else None
     if tree is None:
         return None
     reader = _Reader(module, eager)
     try:
         layout = reader.layout(reader.run(tree.body))
-    except _Unread:
+    except Unread:
         return None
     return Known(WrittenMixin, layout, conditions=tuple(reader.conditions))
 
@@ -97,7 +97,7 @@ def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
         names = [call.name for call in chain]
         for place in range(len(names) - 2):
             layout = _stem_of(module, eager, names[place : place + 4])
-            if layout is not None and (layout.relu or _without_relu(function, layout)):
+            if layout is not None:
                 return Known(WrittenNetworkMixin, layout, method)
     return None
 
@@ -125,16 +125,6 @@ def _may_be_block(module: nn.Module) -> bool:
     held = list(itertools.islice(module.modules(), 30))
     convs, norms = sum(isinstance(child, _ConvNd) for child in held), sum(map(is_norm, held))
     return 2 <= convs <= 6 and 2 <= norms <= 4
-
-
-@functools.cache
-def _text_of(cls: type[nn.Module]) -> ast.FunctionDef | None:
-    """The forward of a class; None where calling a module may do something else, or where there is no text."""
-    return method_text(cls.forward) if is_plain(cls) else None
-
-
-class _Unread(Exception):
-    """The text says something that a residual block does not do, or that is not understood."""
 
 
 @dataclass(eq=False)
@@ -179,7 +169,7 @@ class _Reader:
                     self.values[name] = self.value(value)
                 case ast.AugAssign(ast.Name(name), ast.Add(), value):
                     if self.values.get(name, self.input) is self.input:  # the caller's tensor would change
-                        raise _Unread
+                        raise Unread
                     self.values[name] = self.make("sum", self.values[name], self.value(value))
                 case ast.If(test, then, otherwise):
                     returned = self.run(then if self.holds(test) else otherwise)
@@ -188,7 +178,7 @@ class _Reader:
                 case ast.Expr(ast.Constant()):
                     pass
                 case _:
-                    raise _Unread
+                    raise Unread
         return None
 
     def value(self, expression: ast.expr) -> _Value:
@@ -205,7 +195,7 @@ class _Reader:
                 return self.make("sum", self.value(left), self.value(right))
             case _ if (argument := relu_argument(expression, self.function)) is not None:
                 return self.make("relu", self.value(argument))
-        raise _Unread
+        raise Unread
 
     def holds(self, test: ast.expr) -> bool:
         """The answer to a condition, which is noted."""
@@ -221,7 +211,7 @@ class _Reader:
         name = self.own(attribute)
         value = None if name is None else getattr(self.module, name)
         if name is None or not isinstance(value, (nn.Module, bool, int, str, type(None))):
-            raise _Unread
+            raise Unread
         answer = value is None if is_none else bool(value)
         self.conditions.append(Condition(name, is_none, answer))
         return answer
@@ -257,33 +247,33 @@ class _Reader:
             return self.make("module", of, name=name, module=module)
         if isinstance(module, nn.Module) and (is_attention(module) or read_gate(kind)):
             return self.make("gate", of, name=name, module=module)
-        raise _Unread
+        raise Unread
 
     def layout(self, result: _Value | None) -> BlockLayout:
         """Where the modules of the block are that gives this."""
         if result is None or result.what != "relu" or result.of[0].what != "sum":
-            raise _Unread
+            raise Unread
         for main, branch in itertools.permutations(map(self.steps, result.of[0].of)):
             gates = [step for step in main if step.what == "gate"]
             if len(main) - len(gates) in (5, 8) and len(branch) <= 3:
                 break
         else:
-            raise _Unread
+            raise Unread
         before_gate = len(main) if not gates else main.index(gates[0])
         main = [step for step in main if step not in gates]
         if len(gates) > 1 or before_gate not in (len(main) - 2, len(main)):
-            raise _Unread
+            raise Unread
         convs, norms, relus = main[::3], main[1::3], main[2::3]
         # Each value is read once: nothing is computed beside, and nothing that was changed in place is read again.
         names = [value.name for value in self.made if value.what == "module"]
         if len(main) + len(gates) + len(branch) + 2 != len(self.made) or len({*names}) != len(names):
-            raise _Unread
+            raise Unread
         if not (all(map(_is_conv, convs)) and all(map(_is_norm, norms)) and all(step.what == "relu" for step in relus)):
-            raise _Unread
+            raise Unread
         shortcut, shortcut_norm, shortcut_class = self.shortcut(branch)
         place = (before_gate + 1) // 3 if gates else 0
         if gates and (place < 2 or shortcut_norm):  # no operator ends sooner, and a shortcut is called as one module
-            raise _Unread
+            raise Unread
         gate = {"gate": gates[0].name, "place": place, "attention": _read(gates[0])} if gates else {}
         return BlockLayout(
             units=tuple((conv.name, norm.name) for conv, norm in zip(convs, norms, strict=True)),
@@ -303,7 +293,7 @@ class _Reader:
         found = []
         while value is not self.input:
             if value.what == "sum":
-                raise _Unread
+                raise Unread
             found.insert(0, value)
             (value,) = value.of
         return found
@@ -320,13 +310,13 @@ class _Reader:
             name = next(iter(idle), "")
             return name, "", self.sequences.get(name, nn.Sequential)
         if any(step.what != "module" for step in steps):
-            raise _Unread
+            raise Unread
         outer, *inner = sorted({step.name.rpartition(".")[0] for step in steps})
         if {outer, *inner} <= {*self.sequences} and [name.rpartition(".")[0] for name in inner] in ([], [outer]):
             return outer, "", self.sequences[(outer, *inner)[-1]]
         conv, *norm = steps
         if self.is_inside(conv.name) or not _is_conv(conv) or len(norm) > 1 or not all(map(_is_norm, norm)):
-            raise _Unread
+            raise Unread
         return conv.name, norm[0].name if norm else "", nn.Sequential
 
     def is_inside(self, name: str) -> bool:
