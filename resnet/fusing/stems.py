@@ -107,10 +107,11 @@ class FoundMixin(NetworkMixin):
     def _run(self, x: Tensor) -> Tensor:
         parts = self._parts()
         if type(parts) is not str and parts.pool is None and isinstance(x, Tensor):
-            conv = parts.unit.conv
+            conv, bn, *_ = parts.unit
+            needed = x.is_cpu and type(bn) is nn.SyncBatchNorm  # PyTorch's own works on GPUs alone
             on_cpu = not torch.compiler.is_compiling() and implementation(x) is torch_backend
             keeps = self._known.keeps_layout and not any(map(_is_channels_last, (x, conv.weight)))
-            if on_cpu or keeps:
+            if not needed and (on_cpu or keeps):
                 return self._eager(x)
         return super()._run(x)
 

@@ -35,6 +35,7 @@ from resnet.triton_backend.batch_norm import batch_stats
 from tests.conftest import DEVICE
 from tests.helpers.blocks import FUSED, averaged, deep_stems, draw, randomize, same, snapshot, step
 from tests.helpers.gated import FusedInner, Inner
+from tests.helpers.written_blocks import Layer, Unit
 
 PROCESSES = 2
 Result = dict[str, Tensor]
@@ -331,6 +332,14 @@ def group_of_one(tmp_path: Path) -> Iterator[str]:
     dist.init_process_group(backend, init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield dist.group.WORLD.group_name
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [Unit, lambda: Layer(3, 8, 3)], ids=["written", "sequence"])
+def test_a_layer_that_fuse_found_is_synchronized_where_pytorchs_own_norm_refuses(any_backend, group_of_one, make):
+    eager, x = make().to(DEVICE), draw(2, 3, 9, 8)
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(eager))
+    assert fuse(model).fused
+    torch.testing.assert_close(model(x), eager(x))
 
 
 def test_what_one_process_gathers_is_what_it_gave(group_of_one):
