@@ -165,10 +165,10 @@ def is_sequence(cls: type[nn.Module]) -> bool:
 
 def is_frozen(norm: nn.Module | None) -> bool:
     """Whether a norm is exactly of a class whose statistics are constants, as torchvision's `FrozenBatchNorm2d`."""
-    return full_name(type(norm)) in _FROZEN and _is_as_written(type(norm))
+    return full_name(type(norm)) in _FROZEN and is_as_written(type(norm))
 
 
-def _is_as_written(kind: type) -> bool:
+def is_as_written(kind: type[nn.Module]) -> bool:
     """Whether a class of another library has the forward of its definition, from which one put in later is told."""
     if kind not in _FORWARD and not was_replaced(kind, "forward"):
         _FORWARD[kind] = kind.forward
@@ -196,7 +196,7 @@ def gate_parts(
     """
     kind = type(module)
     known = read[1] if read and kind is read[0] else _ATTENTION.get(full_name(kind))
-    if known is None or not _is_as_written(kind):
+    if known is None or not is_as_written(kind):
         return None
     own = module._modules
     called = tuple(own.get(each, _FUNCTIONS.get(each)) for each in known.called)
@@ -269,7 +269,7 @@ def unfusable_norm(name: str, bn: nn.Module, others: tuple[Watched, ...]) -> str
     kind = type(bn)
     known = kind is nn.SyncBatchNorm or is_frozen(bn)
     if not known and full_name(kind) == NORM_WITH_ACTIVATION:
-        known = any(other.module is bn for other in others) and _is_as_written(kind)
+        known = any(other.module is bn for other in others) and is_as_written(kind)
     return unfusable(name, bn, kind if known else nn.BatchNorm2d)
 
 

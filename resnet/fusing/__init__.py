@@ -13,11 +13,11 @@ from types import FunctionType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import full_name, is_norm, is_sequence, was_replaced
+from resnet.fusable import full_name, is_as_written, is_norm, is_sequence, was_replaced
 from resnet.fusing.blocks import BlockMixin, StageMixin, blocks_of
 from resnet.fusing.changed import Changed, kept_parts
 from resnet.fusing.known import EAGER, OWN, STAGES, Known, eager_class, is_block, is_known, known
-from resnet.fusing.layouts import BlockLayout, looked_up, places_of
+from resnet.fusing.layouts import classes_in, looked_up, places_of
 from resnet.fusing.report import FuseItem, FuseReport
 from resnet.fusing.sources import has_chain
 from resnet.fusing.stems import (
@@ -56,6 +56,8 @@ def _fused_class(eager: type[nn.Module], entry: Known) -> type[nn.Module]:
     own: dict[str, object] = {"_known": entry}
     if mixin is not CutMixin:  # of which each has names of its own
         own |= {"_layout": looked_up(eager, layout), "_places": places_of(layout)}
+        for kind in classes_in(own["_layout"]):
+            is_as_written(kind)  # from now on a forward that is put in is told
     if entry is not known(eager):
         own["_rebuild"] = staticmethod(functools.partial(_rebuild, entry=entry))
     cls = _derived(mixin, eager, method, **own)
@@ -95,12 +97,7 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module], entry: Known | 
     for name in {"forward", method}:
         if name in vars(module):
             return f"it has a {name} of its own"
-    found = looked_up(eager, layout)
-    containers = [kind for _, kind in found.containers]
-    if isinstance(found, BlockLayout):
-        containers.append(found.shortcut_class)
-    classes = [kind for kind in containers if kind.__module__ == eager.__module__ and "forward" in vars(kind)]
-    for cls, name in ((eager, method), *((cls, "forward") for cls in classes)):
+    for cls, name in ((eager, method), *((kind, "forward") for kind in classes_in(looked_up(eager, layout)))):
         if was_replaced(cls, name):
             return f"{full_name(cls)}.{name} was replaced"
     if mixin is CutMixin or known(eager) is None:

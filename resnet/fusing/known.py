@@ -21,6 +21,7 @@ from resnet.fusing.changed import Changed
 from resnet.fusing.layouts import (
     BlockLayout,
     Condition,
+    Equal,
     StemLayout,
     rt_detr_stem,
     timm_block,
@@ -48,7 +49,7 @@ class Known(NamedTuple):
     mixin: type[Changed]
     layout: BlockLayout | StemLayout
     method: str = "forward"  # what the mixin's `_call` replaces
-    conditions: tuple[Condition, ...] = ()  # under which the layout is that of a module
+    conditions: tuple[Condition | Equal, ...] = ()  # under which the layout is that of a module
     keeps_layout: bool = False  # of a stem: see `FoundMixin`
 
 

@@ -142,6 +142,16 @@ class Condition(NamedTuple):
         return self.answer if value else not self.answer  # dynamo of PyTorch 2.11 has no `bool` of a module
 
 
+class Equal(NamedTuple):
+    """What an attribute of a module was when its forward was read."""
+
+    name: str
+    value: object
+
+    def holds(self, module: nn.Module) -> bool:
+        return held_at(module, self.name) == self.value
+
+
 def held_at(module: object, name: str) -> object:
     """What a dotted name in a module stands for; None where there is nothing."""
     for part in name.split("."):
@@ -155,6 +165,14 @@ def places_of(layout: BlockLayout | StemLayout) -> frozenset[str]:
     """A layout's names, and those of all that they lie in."""
     paths = [name.split(".") for name in layout.names]
     return frozenset(".".join(path[:length]) for path in paths for length in range(1, len(path) + 1))
+
+
+def classes_in(layout: BlockLayout | StemLayout) -> list[type[nn.Module]]:
+    """The classes of a layout's containers, which were looked up."""
+    kinds = [kind for _, kind in layout.containers]
+    if isinstance(layout, BlockLayout):
+        kinds.append(layout.shortcut_class)
+    return [kind for kind in kinds if issubclass(kind, nn.Module)]
 
 
 def _neighbour(cls: type, other: type | str) -> type:

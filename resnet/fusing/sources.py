@@ -9,7 +9,7 @@ import linecache
 import re
 from collections import Counter
 from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
 import torch
@@ -212,6 +212,29 @@ class Unread(Exception):
 
 
 @functools.cache
+def alias(cls: type, name: str) -> str | None:
+    """The NAME of a property that does no more than `return getattr(self, self.NAME)`; None for all else."""
+    found = getattr(cls, name, None)
+    tree = method_text(found.fget) if type(found) is property and type(found.fget) is FunctionType else None
+    if tree is None or "getattr" in found.fget.__globals__:
+        return None
+    *before, last = tree.body
+    me = tree.args.args[0].arg
+    matched = re.fullmatch(rf"return getattr\({me}, {me}\.(\w+)\)", ast.unparse(last))
+    return matched[1] if matched is not None and not any(map(_does_something, before)) else None
+
+
+def function_in(method: FunctionType, text: ast.FunctionDef) -> FunctionType | None:
+    """A function that a method's text defines, to look names up with; None where it has more than plain arguments."""
+    args = text.args
+    if text.decorator_list or args.posonlyargs or args.kwonlyargs or args.vararg or args.kwarg or args.defaults:
+        return None
+    codes = [code for code in method.__code__.co_consts if isinstance(code, CodeType)]
+    code = next(code for code in codes if (code.co_name, code.co_firstlineno) == (text.name, text.lineno))
+    return FunctionType(code, method.__globals__, closure=tuple(CellType() for _ in code.co_freevars))
+
+
+@functools.cache
 def forward_text(cls: type[nn.Module]) -> ast.FunctionDef | None:
     """The forward of a class; None where calling a module may do something else, or where there is no text."""
     return method_text(cls.forward) if is_plain(cls) else None
@@ -227,7 +250,7 @@ def method_text(function: FunctionType) -> ast.FunctionDef | None:
     if code not in codes:
         return None
     texts = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == code.co_name)
-    return next((text for text in texts if text.lineno == code.co_firstlineno), None)
+    return next((text for text in texts if (*text.decorator_list, text)[0].lineno == code.co_firstlineno), None)
 
 
 def _file_of(function: FunctionType) -> str:

@@ -1,15 +1,16 @@
 """Blocks and stems that somebody wrote: a forward whose text says that it is one, or that it has one.
 
-A block's forward may have assignments, sums, ReLUs, calls of the module's own children, and conditions on what they
-are. It is followed for one module, so that in the end it is known what is called, in which order, and on what. With
-anything else in it a module is left alone.
+A block's forward may have assignments, sums, ReLUs, calls of the module's own children and of functions in it, and
+conditions on what the module has. It is followed for one module, and so is that of a child which is a convolution with
+its norm, say, so that in the end it is known what is called, in which order, and on what. With anything else in it a
+module is left alone.
 """
 
 from __future__ import annotations
 
 import ast
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 
 import torch
@@ -21,12 +22,14 @@ from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.gates import read_gate
 from resnet.fusing.known import Known
-from resnet.fusing.layouts import BlockLayout, Condition, StemLayout
+from resnet.fusing.layouts import BlockLayout, Condition, Equal, StemLayout, held_at
 from resnet.fusing.sources import (
     Unread,
+    alias,
     chains_of_calls,
     delegated_to,
     forward_text,
+    function_in,
     named_once,
     relu_argument,
     resolved,
@@ -74,12 +77,12 @@ def read_block(module: nn.Module, eager: type[nn.Module]) -> Known | None:
     tree = forward_text(eager) if _may_be_block(module) else None
     if tree is None:
         return None
-    reader = _Reader(module, eager)
+    block = _Block(module, eager)
     try:
-        layout = reader.layout(reader.run(tree.body))
+        layout = block.read(tree)
     except Unread:
         return None
-    return Known(WrittenMixin, layout, conditions=tuple(reader.conditions))
+    return Known(WrittenMixin, layout, conditions=tuple(dict.fromkeys(block.conditions)))
 
 
 def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
@@ -138,24 +141,17 @@ class _Value:
 
 
 @dataclass
-class _Reader:
-    """Follows the text of a forward with what a module holds."""
+class _Forward:
+    """Follows the text of a forward with what its module holds, or that of a function in it."""
 
+    block: _Block
     module: nn.Module
-    eager: type[nn.Module]
-    values: dict[str, _Value] = field(init=False)
-    made: list[_Value] = field(default_factory=list)
-    conditions: list[Condition] = field(default_factory=list)
-    sequences: dict[str, type[nn.Module]] = field(default_factory=dict)  # that were called, and of which class
-    idle: list[str] = field(default_factory=list)  # identities that were called
-
-    def __post_init__(self):
-        self.function: FunctionType = self.eager.forward
-        self.me, argument = self.function.__code__.co_varnames[:2]
-        self.input = _Value("input")
-        self.values = {argument: self.input}
-
-    # ---- statements and expressions ----------------------------------------------------------------------------------
+    cls: type[nn.Module]  # the module's, before it was fused
+    prefix: str  # of the module's names in the block: none, or one with a dot
+    function: FunctionType
+    me: str | None  # the module's name in the text
+    values: dict[str, _Value]
+    functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
 
     def run(self, body: list[ast.stmt]) -> _Value | None:
         """What the statements return; None where they end before."""
@@ -166,42 +162,97 @@ class _Reader:
                 case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value) if (
                     name != self.me
                 ):
+                    self.functions.pop(name, None)
                     self.values[name] = self.value(value)
                 case ast.AugAssign(ast.Name(name), ast.Add(), value):
-                    if self.values.get(name, self.input) is self.input:  # the caller's tensor would change
+                    if self.values.get(name, self.block.input) is self.block.input:  # the caller's tensor would change
                         raise Unread
-                    self.values[name] = self.make("sum", self.values[name], self.value(value))
+                    self.values[name] = self.sum(self.values[name], self.value(value))
                 case ast.If(test, then, otherwise):
                     returned = self.run(then if self.holds(test) else otherwise)
                     if returned is not None:
                         return returned
+                case ast.FunctionDef(name) if name != self.me:
+                    self.values.pop(name, None)
+                    self.functions[name] = statement
                 case ast.Expr(ast.Constant()):
                     pass
                 case _:
                     raise Unread
         return None
 
+    def returned(self, body: list[ast.stmt]) -> _Value:
+        value = self.run(body)
+        if value is None:
+            raise Unread
+        return value
+
     def value(self, expression: ast.expr) -> _Value:
         match expression:
             case ast.Name(name) if name in self.values:
                 return self.values[name]
             case ast.BinOp(left, ast.Add(), right):
-                return self.make("sum", self.value(left), self.value(right))
+                return self.sum(self.value(left), self.value(right))
             case ast.IfExp(test, then, otherwise):
                 return self.value(then if self.holds(test) else otherwise)
+            case ast.Call(ast.Name(name), [argument], []) if name in self.functions:
+                return self.inner(self.functions[name], self.value(argument))
             case ast.Call(called, [argument], []) if (name := self.own(called)) is not None:
                 return self.call(name, self.module._modules.get(name), self.value(argument))
             case ast.Call(called, [left, right], []) if resolved(called, self.function) is torch.add:
-                return self.make("sum", self.value(left), self.value(right))
+                return self.sum(self.value(left), self.value(right))
             case _ if (argument := relu_argument(expression, self.function)) is not None:
-                return self.make("relu", self.value(argument))
+                return self.block.make("relu", self.value(argument))
         raise Unread
+
+    def sum(self, *of: _Value) -> _Value:
+        if self.prefix:  # what the module holds is a block then
+            raise Unread
+        return self.block.make("sum", *of)
+
+    def inner(self, function: ast.FunctionDef, argument: _Value) -> _Value:
+        """What a function in the forward returns. It sees the module, and no other value of the forward."""
+        made, names = function_in(self.function, function), [each.arg for each in function.args.args]
+        if made is None or len(names) != 1 or names == [self.me]:
+            raise Unread
+        me = self.me if self.me in made.__code__.co_freevars else None
+        values = dict(zip(names, [argument]))
+        return replace(self, function=made, me=me, values=values, functions={}).returned(function.body)
+
+    def call(self, name: str, module: object, of: _Value) -> _Value:
+        kind, place = type(module), self.prefix + name
+        if is_sequence(kind) and "forward" not in vars(module):
+            self.block.containers[place] = kind
+            inside = _Forward(self.block, module, kind, f"{place}.", kind.forward, None, {})
+            for key, child in module._modules.items():
+                of = inside.call(key, child, of)
+            return of
+        if kind is nn.Identity:
+            self.block.idle.append(place)
+            return of
+        if kind is nn.ReLU:
+            return self.block.make("relu", of, name=place)
+        if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
+            return self.block.make("module", of, name=place, module=module)
+        if isinstance(module, nn.Module) and (is_attention(module) or read_gate(kind)):
+            return self.block.make("gate", of, name=place, module=module)
+        tree = forward_text(kind) if isinstance(module, nn.Module) else None
+        if tree is None or "forward" in vars(module):
+            raise Unread
+        self.block.containers[place] = kind
+        me, argument = kind.forward.__code__.co_varnames[:2]
+        inside = _Forward(self.block, module, kind, f"{place}.", kind.forward, me, {argument: of})
+        return inside.returned(tree.body)
 
     def holds(self, test: ast.expr) -> bool:
         """The answer to a condition, which is noted."""
         match test:
             case ast.UnaryOp(ast.Not(), operand):
                 return not self.holds(operand)
+            case ast.BoolOp(ast.And(), tests):
+                return all(map(self.holds, tests))
+            case ast.BoolOp(ast.Or(), tests):
+                return any(map(self.holds, tests))
             case ast.Compare(operand, [ast.Is() | ast.IsNot() as asked], [ast.Constant(None)]):
                 answer = self.note(operand, is_none=True)
                 return answer if isinstance(asked, ast.Is) else not answer
@@ -213,45 +264,49 @@ class _Reader:
         if name is None or not isinstance(value, (nn.Module, bool, int, str, type(None))):
             raise Unread
         answer = value is None if is_none else bool(value)
-        self.conditions.append(Condition(name, is_none, answer))
+        self.block.conditions.append(Condition(self.prefix + name, is_none, answer))
         return answer
 
     def own(self, expression: ast.expr) -> str | None:
         """NAME of `self.NAME`, where that is the module's own and not its class's."""
         match expression:
-            case ast.Attribute(ast.Name(self.me), name):
+            case ast.Attribute(ast.Name(me), name) if me == self.me:
+                asked = alias(self.cls, name)
+                if asked is not None and isinstance(found := vars(self.module).get(asked), str):
+                    self.block.conditions.append(Equal(self.prefix + asked, found))
+                    name = found
                 places = vars(self.module), self.module._modules
-                return name if sum(name in place for place in places) == 1 and not hasattr(self.eager, name) else None
+                known = sum(name in place for place in places) == 1 and not hasattr(self.cls, name)
+                return name if known else None
         return None
 
-    # ---- what is computed --------------------------------------------------------------------------------------------
+
+@dataclass
+class _Block:
+    """What the forward of a block does."""
+
+    module: nn.Module
+    eager: type[nn.Module]
+    input: _Value = field(default_factory=lambda: _Value("input"))
+    made: list[_Value] = field(default_factory=list)
+    conditions: list[Condition | Equal] = field(default_factory=list)
+    containers: dict[str, type[nn.Module]] = field(default_factory=dict)  # that were called, and of which class
+    idle: list[str] = field(default_factory=list)  # identities that were called
+
+    def read(self, tree: ast.FunctionDef) -> BlockLayout:
+        forward = self.eager.forward
+        me, argument = forward.__code__.co_varnames[:2]
+        followed = _Forward(self, self.module, self.eager, "", forward, me, {argument: self.input})
+        return self.layout(followed.returned(tree.body))
 
     def make(self, what: str, *of: _Value, name: str = "", module: nn.Module | None = None) -> _Value:
         value = _Value(what, of, name, module)
         self.made.append(value)
         return value
 
-    def call(self, name: str, module: object, of: _Value) -> _Value:
-        kind = type(module)
-        if is_sequence(kind) and "forward" not in vars(module):
-            self.sequences[name] = kind
-            for key, child in module._modules.items():
-                of = self.call(f"{name}.{key}", child, of)
-            return of
-        if kind is nn.Identity:
-            self.idle.append(name)
-            return of
-        if kind is nn.ReLU:
-            return self.make("relu", of, name=name)
-        if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
-            return self.make("module", of, name=name, module=module)
-        if isinstance(module, nn.Module) and (is_attention(module) or read_gate(kind)):
-            return self.make("gate", of, name=name, module=module)
-        raise Unread
-
-    def layout(self, result: _Value | None) -> BlockLayout:
+    def layout(self, result: _Value) -> BlockLayout:
         """Where the modules of the block are that gives this."""
-        if result is None or result.what != "relu" or result.of[0].what != "sum":
+        if result.what != "relu" or result.of[0].what != "sum":
             raise Unread
         for main, branch in itertools.permutations(map(self.steps, result.of[0].of)):
             gates = [step for step in main if step.what == "gate"]
@@ -282,7 +337,7 @@ class _Reader:
             shortcut_norm=shortcut_norm,
             optional=tuple(name for name in self.idle if name != shortcut and not self.is_inside(name)),
             containers=tuple(
-                (name, kind) for name, kind in self.sequences.items() if not f"{name}.".startswith(f"{shortcut}.")
+                (name, kind) for name, kind in self.containers.items() if not f"{name}.".startswith(f"{shortcut}.")
             ),
             shortcut_class=shortcut_class,
             **gate,
@@ -301,27 +356,36 @@ class _Reader:
     def shortcut(self, steps: list[_Value]) -> tuple[str, str, type[nn.Module]]:
         """The name of the module that is the shortcut, and of its norm where that lies beside it; "" for none.
 
-        The third is the class of what holds its convolution, or of the sequence in it that does.
+        The third is the class of what holds its convolution, or of the container in it that does.
         """
         if not steps:
             idle = [
-                name for name in (*self.sequences, *self.idle) if not self.is_inside(name) and not self.holds_any(name)
+                name for name in (*self.containers, *self.idle) if not self.is_inside(name) and not self.holds_any(name)
             ]
             name = next(iter(idle), "")
-            return name, "", self.sequences.get(name, nn.Sequential)
+            return name, "", self.containers.get(name, nn.Sequential)
         if any(step.what != "module" for step in steps):
             raise Unread
         outer, *inner = sorted({step.name.rpartition(".")[0] for step in steps})
-        if {outer, *inner} <= {*self.sequences} and [name.rpartition(".")[0] for name in inner] in ([], [outer]):
-            return outer, "", self.sequences[(outer, *inner)[-1]]
+        if {outer, *inner} <= {*self.containers} and [name.rpartition(".")[0] for name in inner] in ([], [outer]):
+            if not all(self.calls_its_children(name, steps) for name in (outer, *inner)):
+                raise Unread
+            return outer, "", self.containers[(outer, *inner)[-1]]
         conv, *norm = steps
         if self.is_inside(conv.name) or not _is_conv(conv) or len(norm) > 1 or not all(map(_is_norm, norm)):
             raise Unread
         return conv.name, norm[0].name if norm else "", nn.Sequential
 
+    def calls_its_children(self, name: str, steps: list[_Value]) -> bool:
+        """Whether a container calls what it holds in its order, as a sequence does."""
+        held = {f"{name}.{key}": child for key, child in held_at(self.module, name)._modules.items()}
+        called = [step.name for step in steps if step.name in held]
+        names = [place for place, child in held.items() if type(child) not in (nn.Identity, type(None))]
+        return is_sequence(self.containers[name]) or names == called
+
     def is_inside(self, name: str) -> bool:
-        """Whether it is a module of a sequence that was called."""
-        return name.rpartition(".")[0] in self.sequences
+        """Whether it is a module of a container that was called."""
+        return name.rpartition(".")[0] in self.containers
 
     def holds_any(self, name: str) -> bool:
         """Whether something in a module of this name was called."""

@@ -222,7 +222,93 @@ class ExcitedInside(nn.Module):
         return F.relu(out)
 
 
+class ConvNorm(nn.Module):
+    """A convolution, its norm, and perhaps a ReLU: a module whose flags say what it has."""
+
+    def __init__(self, C: int, K: int, size: int, stride: int = 1, activate: bool = True):
+        super().__init__()
+        self.pads, self.activates = False, activate
+        self.conv, self.bn = nn.Conv2d(C, K, size, stride, size // 2, bias=False), nn.BatchNorm2d(K)
+        if activate:
+            self.activ = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        if self.pads or self.conv is None:
+            x = self.pad(x)
+        x = self.bn(self.conv(x))
+        if self.activates:
+            x = self.activ(x)
+        return x
+
+
+class Body(nn.Module):
+    def __init__(self, C: int, K: int, stride: int):
+        super().__init__()
+        self.conv1, self.conv2 = ConvNorm(C, K, 3, stride), ConvNorm(K, K, 3, activate=False)
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = self.conv2(x)
+        return x
+
+
+class OfUnits(nn.Module):
+    """Modules of a class that somebody wrote, in another one."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.body, self.activ = Body(C, K, stride), nn.ReLU(inplace=True)
+        self.resizes = (C, stride) != (K, 1)
+        if self.resizes:
+            self.shortcut = ConvNorm(C, K, 1, stride, activate=False)
+
+    def forward(self, x):
+        if self.resizes:
+            identity = self.shortcut(x)
+        else:
+            identity = x
+        x = self.body(x)
+        x = x + identity
+        return self.activ(x)
+
+
+class OfFunctions(StepByStep):
+    """A function in the forward, which may run under a checkpoint, and norms whose names are configured."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__(C, K, stride)
+        self.norm1_name, self.norm2_name, self.checkpoints = "bn1", "bn2", False
+
+    @property
+    def norm1(self) -> nn.Module:
+        """The first norm."""
+        return getattr(self, self.norm1_name)
+
+    @property
+    def norm2(self) -> nn.Module:
+        return getattr(self, self.norm2_name)
+
+    def forward(self, x):
+        def inner(x):
+            identity = x
+            out = self.norm1(self.conv1(x))
+            out = self.relu(out)
+            out = self.norm2(self.conv2(out))
+            if self.downsample is not None:
+                identity = self.downsample(x)
+            out += identity
+            return out
+
+        if self.checkpoints and x.requires_grad:
+            out = torch.utils.checkpoint.checkpoint(inner, x)
+        else:
+            out = inner(x)
+        return self.relu(out)
+
+
 BLOCKS = [
+    OfUnits,
+    OfFunctions,
     Textbook,
     StepByStep,
     Narrow,
@@ -502,6 +588,133 @@ class ExcitedBeforeItsNorm(ExcitedWithANormBeside):
         return self.relu(self.bn3(self.se(self.conv3(out))) + x)
 
 
+class UnitWithMore(ConvNorm):
+    """One that holds a pool, which it does not call."""
+
+    def __init__(self, C: int, K: int, size: int, stride: int):
+        super().__init__(C, K, size, stride, activate=False)
+        self.conv, self.pool, self.bn = self._modules.pop("conv"), nn.AvgPool2d(2), self._modules.pop("bn")
+
+
+class ShortcutWithMore(OfUnits):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.resizes, self.shortcut = True, UnitWithMore(4, 4, 1, 1)
+
+
+class UnitInAnotherOrder(ConvNorm):
+    """A norm, and then its convolution."""
+
+    def forward(self, x):
+        return self.conv(self.bn(x))
+
+
+class ShortcutInAnotherOrder(OfUnits):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.resizes, self.shortcut = True, UnitInAnotherOrder(4, 4, 1, 1, False)
+
+
+class UnitThatScales(ConvNorm):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class ScalesInside(OfUnits):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.body.conv2 = UnitThatScales(4, 4, 3, 1, False)
+
+
+class UnitsOfAMethod(OfUnits):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.body.forward = torch.neg
+
+
+class CheckpointsInside(OfFunctions):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.checkpoints = True
+
+
+class SeesWhatIsOutside(OfFunctions):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    def forward(self, x):
+        def inner(y):
+            return self.bn2(self.conv2(F.relu(self.bn1(self.conv1(y))))) + x
+
+        return self.relu(inner(x))
+
+
+class HidesTheModule(SeesWhatIsOutside):
+    def forward(self, x):
+        def inner(self):
+            return self.relu(self)
+
+        return inner(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+
+class HasADefault(SeesWhatIsOutside):
+    def forward(self, x):
+        def inner(y, scale=2):
+            return self.relu(y)
+
+        return inner(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+
+class IsDecorated(SeesWhatIsOutside):
+    def forward(self, x):
+        @torch.compiler.disable
+        def inner(y):
+            return self.relu(y)
+
+        return inner(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+
+class ReplacesItsFunction(SeesWhatIsOutside):
+    def forward(self, x):
+        def inner(y):
+            return self.bn1(self.conv1(y))
+
+        inner = x  # noqa: F811
+        return self.relu(self.bn2(self.conv2(F.relu(inner(x)))) + x)
+
+
+class HasNoResult(SeesWhatIsOutside):
+    def forward(self, x):
+        def inner(y):
+            y = self.bn1(self.conv1(y))
+
+        return self.relu(self.bn2(self.conv2(F.relu(inner(x)))) + x)
+
+
+class ReplacesAFunctionInside(SeesWhatIsOutside):
+    def forward(self, x):
+        def inner(y):
+            F = self.functions
+            return F.relu(self.bn1(self.conv1(y)))
+
+        return self.relu(self.bn2(self.conv2(inner(x))) + x)
+
+
+class ComputesAName(OfFunctions):
+    def __init__(self):
+        super().__init__(4, 4)
+
+    @property
+    def norm1(self):
+        return getattr(self, self.norm1_name.lower())
+
+
+class NamesNoModule(OfFunctions):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.norm1_name = "norm2"
+
+
 def with_functions(F) -> type[nn.Module]:
     """A class whose functions are those of what made it."""
 
@@ -513,6 +726,20 @@ def with_functions(F) -> type[nn.Module]:
 
 
 OTHERS = [
+    ShortcutWithMore,
+    ShortcutInAnotherOrder,
+    ScalesInside,
+    UnitsOfAMethod,
+    CheckpointsInside,
+    SeesWhatIsOutside,
+    HidesTheModule,
+    HasADefault,
+    IsDecorated,
+    ReplacesItsFunction,
+    HasNoResult,
+    ReplacesAFunctionInside,
+    ComputesAName,
+    NamesNoModule,
     ExcitedEarly,
     ExcitedTwice,
     ExcitedWithANormBeside,

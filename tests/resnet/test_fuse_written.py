@@ -25,6 +25,8 @@ from tests.helpers.written_blocks import (
     OTHER_GATES,
     OTHER_NETWORKS,
     OTHERS,
+    Body,
+    ConvNorm,
     Delegating,
     Excited,
     Flagged,
@@ -34,6 +36,8 @@ from tests.helpers.written_blocks import (
     Layer,
     LooksIntoItsStage,
     Network,
+    OfFunctions,
+    OfUnits,
     SeesItsStages,
     StepByStep,
     Textbook,
@@ -166,12 +170,17 @@ def test_the_modules_of_a_written_block_are_watched(monkeypatch, cls):
     assert "has hooks" in fuse(model).left[0].reason
 
 
+def swap_norms(block: OfFunctions) -> None:
+    block.norm1_name, block.norm2_name, block.downsample = "bn2", "bn1", None
+
+
 @pytest.mark.parametrize(
     ("cls", "change"),
     [
         (Textbook, lambda block: setattr(block, "conv3", None)),
         (Flagged, lambda block: setattr(block, "projects", False)),
         (StepByStep, lambda block: setattr(block, "downsample", None)),
+        (OfFunctions, swap_norms),
     ],
 )
 def test_a_forward_that_takes_another_way_than_when_it_was_fused_is_run(monkeypatch, cls, change):
@@ -191,6 +200,49 @@ def test_a_forward_that_takes_another_way_than_when_it_was_fused_is_run(monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block.body.conv1, "activates", False), "its forward takes another way"),
+        (lambda block: block.body.conv1.register_forward_hook(lambda *_: None), "body.conv1 has hooks"),
+        (lambda block: setattr(block.body, "forward", torch.neg), "body has a forward of its own"),
+        (lambda block: setattr(block, "body", nn.Conv2d(4, 4, 3, 1, 1)), "its forward takes another way"),
+        (lambda block: setattr(block, "shortcut", Layer(4, 4, 1, 1, False)), "its forward takes another way"),
+        (lambda block: setattr(block.shortcut, "activ", nn.ReLU()), "shortcut.activ is a ReLU, not a Identity"),
+    ],
+)
+def test_the_units_of_a_written_block_are_watched(monkeypatch, change, reason):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    eager = OfUnits(4, 4)
+    eager.resizes, eager.shortcut = True, ConvNorm(4, 4, 1, activate=False)
+    fused, x = copy.deepcopy(eager).to(DEVICE).eval(), draw(2, 4, 5, 6)
+    assert fuse(fused).fused
+    for block in (eager.to(DEVICE).eval(), fused):
+        change(block)
+        block.to(DEVICE).eval().load_state_dict(eager.state_dict())
+    with pytest.warns(UserWarning, match=reason):
+        out = fused(x)
+    torch.testing.assert_close(out, eager(x))
+
+
+@pytest.mark.filterwarnings("ignore:FusedOfUnits runs PyTorch's operators one by one")
+def test_a_forward_put_into_a_units_class_is_called(monkeypatch):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    block = OfUnits(4, 4).to(DEVICE).eval()
+    for twin in (block, pickle.loads(pickle.dumps(block))):
+        fuse(twin)
+        with monkeypatch.context() as patch:
+            patch.setattr(ConvNorm, "forward", lambda self, x: -x)
+            assert torch.equal(twin(draw(2, 4, 5, 6)), draw(2, 4, 5, 6).mul(2).relu())
+            assert "ConvNorm.forward was replaced" in fuse(OfUnits(4, 4)).left[0].reason
+
+
+def test_what_holds_a_block_and_does_no_more_is_none():
+    model = Body(4, 4, 1)
+    model.conv1, model.conv2 = StepByStep(4, 4), nn.Identity()
+    assert [item.name for item in fuse(model).fused] == ["conv1"]
 
 
 def test_under_autocast_an_identity_that_is_not_cast_is_added_as_it_is(monkeypatch):
