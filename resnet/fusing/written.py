@@ -1,38 +1,30 @@
 """Blocks and stems that somebody wrote: a forward whose text says that it is one, or that it has one.
 
-A block's forward may have assignments, sums, ReLUs, calls of the module's own children and of functions in it, and
-conditions on what the module has. It is followed for one module, and so is that of a child which is a convolution with
-its norm, say, so that in the end it is known what is called, in which order, and on what. With anything else in it a
-module is left alone.
+With anything in it that is not understood a module is left alone.
 """
 
 from __future__ import annotations
 
 import ast
 import itertools
-from dataclasses import dataclass, field, replace
 from types import FunctionType
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from resnet.fusable import Attention, is_attention, is_norm, is_plain, is_sequence, was_replaced
 from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
+from resnet.fusing.following import Followed, Forward, Value
 from resnet.fusing.gates import read_gate
 from resnet.fusing.known import Known
-from resnet.fusing.layouts import BlockLayout, Condition, Equal, StemLayout, held_at
+from resnet.fusing.layouts import BlockLayout, StemLayout, held_at
 from resnet.fusing.sources import (
     Unread,
-    alias,
     chains_of_calls,
     delegated_to,
     forward_text,
-    function_in,
     named_once,
-    relu_argument,
-    resolved,
     without,
 )
 from resnet.fusing.stems import POOLS, FoundMixin, alike
@@ -130,181 +122,14 @@ def _may_be_block(module: nn.Module) -> bool:
     return 2 <= convs <= 6 and 2 <= norms <= 4
 
 
-@dataclass(eq=False)
-class _Value:
-    """What a forward has computed: by one of its modules, by a ReLU or a sum, or its input."""
-
-    what: str  # input, module, gate, relu, sum
-    of: tuple[_Value, ...] = ()
-    name: str = ""  # of the module, or of a ReLU that is one
-    module: nn.Module | None = None
-
-
-@dataclass
-class _Forward:
-    """Follows the text of a forward with what its module holds, or that of a function in it."""
-
-    block: _Block
-    module: nn.Module
-    cls: type[nn.Module]  # the module's, before it was fused
-    prefix: str  # of the module's names in the block: none, or one with a dot
-    function: FunctionType
-    me: str | None  # the module's name in the text
-    values: dict[str, _Value]
-    functions: dict[str, ast.FunctionDef] = field(default_factory=dict)
-
-    def run(self, body: list[ast.stmt]) -> _Value | None:
-        """What the statements return; None where they end before."""
-        for statement in body:
-            match statement:
-                case ast.Return(ast.expr() as value):
-                    return self.value(value)
-                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, ast.expr() as value) if (
-                    name != self.me
-                ):
-                    self.functions.pop(name, None)
-                    self.values[name] = self.value(value)
-                case ast.AugAssign(ast.Name(name), ast.Add(), value):
-                    if self.values.get(name, self.block.input) is self.block.input:  # the caller's tensor would change
-                        raise Unread
-                    self.values[name] = self.sum(self.values[name], self.value(value))
-                case ast.If(test, then, otherwise):
-                    returned = self.run(then if self.holds(test) else otherwise)
-                    if returned is not None:
-                        return returned
-                case ast.FunctionDef(name) if name != self.me:
-                    self.values.pop(name, None)
-                    self.functions[name] = statement
-                case ast.Expr(ast.Constant()):
-                    pass
-                case _:
-                    raise Unread
-        return None
-
-    def returned(self, body: list[ast.stmt]) -> _Value:
-        value = self.run(body)
-        if value is None:
-            raise Unread
-        return value
-
-    def value(self, expression: ast.expr) -> _Value:
-        match expression:
-            case ast.Name(name) if name in self.values:
-                return self.values[name]
-            case ast.BinOp(left, ast.Add(), right):
-                return self.sum(self.value(left), self.value(right))
-            case ast.IfExp(test, then, otherwise):
-                return self.value(then if self.holds(test) else otherwise)
-            case ast.Call(ast.Name(name), [argument], []) if name in self.functions:
-                return self.inner(self.functions[name], self.value(argument))
-            case ast.Call(called, [argument], []) if (name := self.own(called)) is not None:
-                return self.call(name, self.module._modules.get(name), self.value(argument))
-            case ast.Call(called, [left, right], []) if resolved(called, self.function) is torch.add:
-                return self.sum(self.value(left), self.value(right))
-            case _ if (argument := relu_argument(expression, self.function)) is not None:
-                return self.block.make("relu", self.value(argument))
-        raise Unread
-
-    def sum(self, *of: _Value) -> _Value:
-        if self.prefix:  # what the module holds is a block then
-            raise Unread
-        return self.block.make("sum", *of)
-
-    def inner(self, function: ast.FunctionDef, argument: _Value) -> _Value:
-        """What a function in the forward returns. It sees the module, and no other value of the forward."""
-        made, names = function_in(self.function, function), [each.arg for each in function.args.args]
-        if made is None or len(names) != 1 or names == [self.me]:
-            raise Unread
-        me = self.me if self.me in made.__code__.co_freevars else None
-        values = dict(zip(names, [argument]))
-        return replace(self, function=made, me=me, values=values, functions={}).returned(function.body)
-
-    def call(self, name: str, module: object, of: _Value) -> _Value:
-        kind, place = type(module), self.prefix + name
-        if is_sequence(kind) and "forward" not in vars(module):
-            self.block.containers[place] = kind
-            inside = _Forward(self.block, module, kind, f"{place}.", kind.forward, None, {})
-            for key, child in module._modules.items():
-                of = inside.call(key, child, of)
-            return of
-        if kind is nn.Identity:
-            self.block.idle.append(place)
-            return of
-        if kind is nn.ReLU:
-            return self.block.make("relu", of, name=place)
-        if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
-            return self.block.make("module", of, name=place, module=module)
-        if isinstance(module, nn.Module) and (is_attention(module) or read_gate(kind)):
-            return self.block.make("gate", of, name=place, module=module)
-        tree = forward_text(kind) if isinstance(module, nn.Module) else None
-        if tree is None or "forward" in vars(module):
-            raise Unread
-        self.block.containers[place] = kind
-        me, argument = kind.forward.__code__.co_varnames[:2]
-        inside = _Forward(self.block, module, kind, f"{place}.", kind.forward, me, {argument: of})
-        return inside.returned(tree.body)
-
-    def holds(self, test: ast.expr) -> bool:
-        """The answer to a condition, which is noted."""
-        match test:
-            case ast.UnaryOp(ast.Not(), operand):
-                return not self.holds(operand)
-            case ast.BoolOp(ast.And(), tests):
-                return all(map(self.holds, tests))
-            case ast.BoolOp(ast.Or(), tests):
-                return any(map(self.holds, tests))
-            case ast.Compare(operand, [ast.Is() | ast.IsNot() as asked], [ast.Constant(None)]):
-                answer = self.note(operand, is_none=True)
-                return answer if isinstance(asked, ast.Is) else not answer
-        return self.note(test, is_none=False)
-
-    def note(self, attribute: ast.expr, is_none: bool) -> bool:
-        name = self.own(attribute)
-        value = None if name is None else getattr(self.module, name)
-        if name is None or not isinstance(value, (nn.Module, bool, int, str, type(None))):
-            raise Unread
-        answer = value is None if is_none else bool(value)
-        self.block.conditions.append(Condition(self.prefix + name, is_none, answer))
-        return answer
-
-    def own(self, expression: ast.expr) -> str | None:
-        """NAME of `self.NAME`, where that is the module's own and not its class's."""
-        match expression:
-            case ast.Attribute(ast.Name(me), name) if me == self.me:
-                asked = alias(self.cls, name)
-                if asked is not None and isinstance(found := vars(self.module).get(asked), str):
-                    self.block.conditions.append(Equal(self.prefix + asked, found))
-                    name = found
-                places = vars(self.module), self.module._modules
-                known = sum(name in place for place in places) == 1 and not hasattr(self.cls, name)
-                return name if known else None
-        return None
-
-
-@dataclass
-class _Block:
+class _Block(Followed):
     """What the forward of a block does."""
 
-    module: nn.Module
-    eager: type[nn.Module]
-    input: _Value = field(default_factory=lambda: _Value("input"))
-    made: list[_Value] = field(default_factory=list)
-    conditions: list[Condition | Equal] = field(default_factory=list)
-    containers: dict[str, type[nn.Module]] = field(default_factory=dict)  # that were called, and of which class
-    idle: list[str] = field(default_factory=list)  # identities that were called
-
     def read(self, tree: ast.FunctionDef) -> BlockLayout:
-        forward = self.eager.forward
-        me, argument = forward.__code__.co_varnames[:2]
-        followed = _Forward(self, self.module, self.eager, "", forward, me, {argument: self.input})
+        followed = Forward.of(self, self.module, self.eager, "", self.input)
         return self.layout(followed.returned(tree.body))
 
-    def make(self, what: str, *of: _Value, name: str = "", module: nn.Module | None = None) -> _Value:
-        value = _Value(what, of, name, module)
-        self.made.append(value)
-        return value
-
-    def layout(self, result: _Value) -> BlockLayout:
+    def layout(self, result: Value) -> BlockLayout:
         """Where the modules of the block are that gives this."""
         if result.what != "relu" or result.of[0].what != "sum":
             raise Unread
@@ -343,17 +168,7 @@ class _Block:
             **gate,
         )
 
-    def steps(self, value: _Value) -> list[_Value]:
-        """What was done to the input, one after the other."""
-        found = []
-        while value is not self.input:
-            if value.what == "sum":
-                raise Unread
-            found.insert(0, value)
-            (value,) = value.of
-        return found
-
-    def shortcut(self, steps: list[_Value]) -> tuple[str, str, type[nn.Module]]:
+    def shortcut(self, steps: list[Value]) -> tuple[str, str, type[nn.Module]]:
         """The name of the module that is the shortcut, and of its norm where that lies beside it; "" for none.
 
         The third is the class of what holds its convolution, or of the container in it that does.
@@ -376,7 +191,7 @@ class _Block:
             raise Unread
         return conv.name, norm[0].name if norm else "", nn.Sequential
 
-    def calls_its_children(self, name: str, steps: list[_Value]) -> bool:
+    def calls_its_children(self, name: str, steps: list[Value]) -> bool:
         """Whether a container calls what it holds in its order, as a sequence does."""
         held = {f"{name}.{key}": child for key, child in held_at(self.module, name)._modules.items()}
         called = [step.name for step in steps if step.name in held]
@@ -392,14 +207,14 @@ class _Block:
         return any(value.name.startswith(f"{name}.") for value in self.made)
 
 
-def _read(gate: _Value) -> tuple[type[nn.Module], Attention] | None:
+def _read(gate: Value) -> tuple[type[nn.Module], Attention] | None:
     kind = type(gate.module)
     return None if is_attention(gate.module) else (kind, read_gate(kind))
 
 
-def _is_conv(value: _Value) -> bool:
+def _is_conv(value: Value) -> bool:
     return isinstance(value.module, _ConvNd)
 
 
-def _is_norm(value: _Value) -> bool:
+def _is_norm(value: Value) -> bool:
     return is_norm(value.module)
