@@ -174,11 +174,11 @@ def _is_block(module: nn.Module) -> bool:
     return any(map(is_block, eager.__mro__)) or read_block(module, eager) is not None
 
 
-def _container_of_stem(module: nn.Module, entry: Known | None) -> str | None:
-    """The name of a stem's first module in a network that calls them itself; None for all else."""
+def _calls_of_stem(module: nn.Module, entry: Known | None) -> tuple[str, ...]:
+    """What a network that calls its stem itself calls for it; nothing for all else."""
     if entry is None or not issubclass(entry.mixin, NetworkMixin):
-        return None
-    return next(iter(module._modules)) if entry.mixin is CutMixin else entry.layout.conv
+        return ()
+    return tuple(module._modules)[:1] if entry.mixin is CutMixin else entry.calls or entry.layout.calls
 
 
 def _normalizes(module: nn.Module) -> bool:
@@ -229,10 +229,10 @@ def fuse(model: nn.Module) -> FuseReport:
     kept_parts.clear()
     fused, left, unknown = [], [], Counter()
     has_blocks = any(map(_is_block, model.modules()))
-    inside = None  # the block, or the stem's container, whose submodules come now
+    inside: tuple[str, ...] = ()  # the blocks and what stems lie in, whose submodules are theirs
     for name, module in model.named_modules():
         eager = eager_class(type(module))
-        within = inside is not None and f"{name}.".startswith(inside)
+        within = f"{name}.".startswith(inside)
         base, entry = _recognised(module, eager, within)
         if entry is not None and issubclass(entry.mixin, FoundMixin) and not has_blocks:
             entry = entry._replace(keeps_layout=True)
@@ -246,11 +246,11 @@ def fuse(model: nn.Module) -> FuseReport:
             reason = _reason_not_to_fuse(module)
         else:
             reason = f"it is derived from {full_name(base)} and may compute something else"
-        stem = _container_of_stem(module, entry)
-        (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason, stem is not None))
+        stem, prefix = _calls_of_stem(module, entry), f"{name}." if name else ""
+        (fused if reason is None else left).append(FuseItem(name, full_name(eager), reason, stem != ()))
         if reason is None and entry is not None and entry.mixin is WrittenNetworkMixin and _normalizes(module):
             unknown[full_name(eager)] += 1  # what else it does was not read
-        inside = (f"{name}." if name else "") + (f"{stem}." if stem else "")
+        inside += tuple(f"{prefix}{call}." for call in stem) if stem else (prefix,)
     for module in reversed(list(model.modules())):  # what holds others comes after these
         if _runs_its_blocks_in_turn(module):
             module.__class__ = _fused_stage_class(type(module))

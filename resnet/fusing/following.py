@@ -194,11 +194,14 @@ class Forward:
         """NAME of `self.NAME`, where that is the module's own and not its class's."""
         match expression:
             case ast.Attribute(ast.Name(me), name) if me == self.me:
-                asked = alias(self.cls, name)
-                if asked is not None and isinstance(found := vars(self.module).get(asked), str):
-                    self.record.conditions.append(Equal(self.prefix + asked, found))
-                    name = found
-                places = vars(self.module), self.module._modules
-                known = sum(name in place for place in places) == 1 and not hasattr(self.cls, name)
-                return name if known else None
+                return self.named(name)
         return None
+
+    def named(self, name: str) -> str | None:
+        """The name of what a module has by a name or by a property, which gives what another attribute names."""
+        asked = alias(self.cls, name)
+        if asked is not None and isinstance(found := vars(self.module).get(asked), str):
+            self.record.conditions.append(Equal(self.prefix + asked, found))
+            name = found
+        places = vars(self.module), self.module._modules
+        return name if sum(name in place for place in places) == 1 and not hasattr(self.cls, name) else None

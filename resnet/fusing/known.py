@@ -51,6 +51,7 @@ class Known(NamedTuple):
     method: str = "forward"  # what the mixin's `_call` replaces
     conditions: tuple[Condition | Equal, ...] = ()  # under which the layout is that of a module
     keeps_layout: bool = False  # of a stem: see `FoundMixin`
+    calls: tuple[str, ...] = ()  # what the forward of a network that was read calls for its stem: see `_calls`
 
 
 KNOWN = {

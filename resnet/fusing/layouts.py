@@ -54,6 +54,11 @@ class StemLayout(NamedTuple):
         return (*sum(self.before, ()), self.conv, self.bn, *filter(None, (self.relu, self.pool)))
 
     @property
+    def calls(self) -> tuple[str, ...]:
+        """The names, with "" for a ReLU that is a function."""
+        return (*sum(self.before, ()), self.conv, self.bn, self.relu, *filter(None, (self.pool,)))
+
+    @property
     def perhaps_containers(self) -> tuple[str, ...]:
         return (self.conv,)
 
@@ -143,13 +148,14 @@ class Condition(NamedTuple):
 
 
 class Equal(NamedTuple):
-    """What an attribute of a module was when its forward was read."""
+    """What an attribute of a module was when its forward was read: a name, or a list of names as a tuple."""
 
     name: str
     value: object
 
     def holds(self, module: nn.Module) -> bool:
-        return held_at(module, self.name) == self.value
+        value = held_at(module, self.name)
+        return (tuple(value) if isinstance(value, list) else value) == self.value
 
 
 def held_at(module: object, name: str) -> object:

@@ -8,7 +8,7 @@ import functools
 import linecache
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import NamedTuple
 
@@ -70,17 +70,17 @@ class Call(NamedTuple):
     of: ast.expr  # x
 
 
-def chains_of_calls(function: FunctionType) -> list[list[Call]]:
+def chains_of_calls(function: FunctionType, taken: Taken = lambda branches: None) -> list[list[Call]]:
     """What a method calls one after the other, each on what the one before gave, which nothing else sees.
 
     The modules are those that it names nowhere else. There are none where it does more with `self` than to read its
-    attributes: it will be given another one.
+    attributes: it will be given another one. `taken` gives the statements of an `if` that it runs, or None.
     """
     tree = method_text(function)
-    if tree is None or _shows_itself(tree, function.__code__.co_varnames[0]):
+    if tree is None or _shows_itself(tree, function):
         return []
     chains, variables = [], _seen_by_it_alone(function)
-    for statements in _blocks(tree):
+    for statements in _blocks(tree, taken):
         before = None
         for statement in filter(_does_something, statements):
             target, value = _assigned(statement)
@@ -100,25 +100,82 @@ def _seen_by_it_alone(function: FunctionType) -> set[str]:
 
 def has_chain(function: FunctionType, names: tuple[str, ...]) -> bool:
     """Whether a method calls the modules of these names so, one after the other."""
+    if reads_by_name(function):
+        return False
     chains = [tuple(call.name for call in chain) for chain in chains_of_calls(function)]
     return any(chain[at : at + len(names)] == names for chain in chains for at in range(len(chain)))
 
 
-def _shows_itself(tree: ast.FunctionDef, me: str) -> bool:
+def _shows_itself(tree: ast.FunctionDef, function: FunctionType) -> bool:
+    me = function.__code__.co_varnames[0]
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = [node for node in attributes if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load)]
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    return names.count(me) != sum(node.value.id == me for node in read) or not _SEES_SELF.isdisjoint(names)
+    reads = sum(node.value.id == me for node in read) + len(reads_by_name(function))
+    return names.count(me) != reads or not _SEES_SELF.isdisjoint(names)
 
 
-def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+@functools.cache
+def reads_by_name(function: FunctionType) -> tuple[ast.expr, ...]:
+    """The names of the attributes that a method reads by `getattr(self, name)`."""
+    tree, me = method_text(function), function.__code__.co_varnames[0]
+    if tree is None or not _is_builtin("getattr", function):
+        return ()
+    found = []
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(ast.Name("getattr"), [ast.Name(whose), name, *_]) if whose == me:
+                found.append(name)
+    return tuple(found)
+
+
+def listed_in(function: FunctionType, name: str) -> set[str]:
+    """The NAMEs of `for name in self.NAME` and its like; none if a method gives a name any other value."""
+    tree, me = method_text(function), function.__code__.co_varnames[0]
+    lists, bound = set(), 0
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(written, ast.Store() | ast.Del()) if written == name:
+                bound += 1
+            case ast.For(
+                ast.Tuple([_, ast.Name(written)]),
+                ast.Call(ast.Name("enumerate"), [ast.Attribute(ast.Name(whose), of)], []),
+            ) if (written, whose) == (name, me) and _is_builtin("enumerate", function):
+                lists.add(of)
+                bound -= 1
+            case ast.For(ast.Name(written), ast.Attribute(ast.Name(whose), of)) if (written, whose) == (name, me):
+                lists.add(of)
+                bound -= 1
+    return lists if bound == 0 and name in _seen_by_it_alone(function) else set()
+
+
+def _is_builtin(name: str, function: FunctionType) -> bool:
+    code = function.__code__
+    return name not in (*function.__globals__, *code.co_varnames, *code.co_cellvars, *code.co_freevars)
+
+
+Taken = Callable[[ast.If], list[ast.stmt] | None]
+
+
+def _blocks(tree: ast.AST, taken: Taken) -> Iterator[list[ast.stmt]]:
     """The statements of a method that follow each other, but for those of functions and classes in it."""
-    for _, statements in ast.iter_fields(tree):
-        if isinstance(statements, list) and statements and isinstance(statements[0], ast.stmt):
-            yield statements
-    for child in ast.iter_child_nodes(tree):
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
-            yield from _blocks(child)
+    for _, value in ast.iter_fields(tree):
+        children = value if isinstance(value, list) else [value]
+        if children and isinstance(children[0], ast.stmt):
+            children = list(_in_line(children, taken))
+            yield children
+        for child in children:
+            if isinstance(child, ast.AST) and not isinstance(
+                child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+            ):
+                yield from _blocks(child, taken)
+
+
+def _in_line(statements: list[ast.stmt], taken: Taken) -> Iterator[ast.stmt]:
+    """Statements, with those of a branch that is taken in the place of its `if`."""
+    for statement in statements:
+        branch = taken(statement) if isinstance(statement, ast.If) else None
+        yield from [statement] if branch is None else _in_line(branch, taken)
 
 
 def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
@@ -189,9 +246,14 @@ def without(function: FunctionType, call: Call) -> FunctionType:
 @functools.cache
 def named_once(function: FunctionType) -> frozenset[str]:
     """The attributes, of whatever, that a method names once."""
+    return frozenset(name for name, count in times_named(function).items() if count == 1)
+
+
+@functools.cache
+def times_named(function: FunctionType) -> Counter[str]:
+    """How often a method names an attribute, of whatever."""
     tree = method_text(function)
-    counts = Counter(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)) if tree else Counter()
-    return frozenset(name for name, count in counts.items() if count == 1)
+    return Counter(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)) if tree else Counter()
 
 
 _SEES_SELF = {"super", "__class__", "locals", "vars", "eval", "exec"}
@@ -216,7 +278,7 @@ def alias(cls: type, name: str) -> str | None:
     """The NAME of a property that does no more than `return getattr(self, self.NAME)`; None for all else."""
     found = getattr(cls, name, None)
     tree = method_text(found.fget) if type(found) is property and type(found.fget) is FunctionType else None
-    if tree is None or "getattr" in found.fget.__globals__:
+    if tree is None or not _is_builtin("getattr", found.fget):
         return None
     *before, last = tree.body
     me = tree.args.args[0].arg

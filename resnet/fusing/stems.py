@@ -76,11 +76,13 @@ class NetworkMixin(StemMixin):
         """The names of the modules that it calls one after the other."""
         return called_in_turn(self._eager_method.__func__)
 
+    def _calls(self) -> tuple[str, ...]:
+        """What its forward calls in the place of the stem; "" is a ReLU that is a function."""
+        return self._called()
+
     def _eager(self, x: Tensor) -> Tensor:
-        for name in self._called():
-            x = getattr(self, name)(x)
-            if name == self._layout.bn and not self._layout.relu:
-                x = F.relu(x)
+        for name in self._calls():
+            x = getattr(self, name)(x) if name else F.relu(x)
         return x
 
 
@@ -155,14 +157,10 @@ def begins_with_stem(sequence: nn.Sequential) -> bool:
 
     In one that is fused one of them may have been replaced since: a warning is to name that. A slice of it has others.
     """
-    *modules, after = [*sequence._modules.values(), *[None] * 4][:4]
+    conv, norm, relu, after = [*sequence._modules.values(), *[None] * 4][:4]
     ends = len(sequence) == 3 or isinstance(after, POOLS) or (after is not None and len(after._modules) > 0)
-    return sum((*alike(*modules), ends)) >= (3 if isinstance(sequence, CutMixin) else 4)
-
-
-def alike(conv: nn.Module | None, norm: nn.Module | None, relu: nn.Module | None) -> tuple[bool, bool, bool]:
-    """Which of three modules are what a stem has in their place."""
-    return _is_conv(conv), is_norm(norm), isinstance(relu, nn.ReLU)
+    needed = 3 if isinstance(sequence, CutMixin) else 4
+    return sum((_is_conv(conv), is_norm(norm), isinstance(relu, nn.ReLU), ends)) >= needed
 
 
 class GetterMixin(SequenceMixin):
@@ -204,7 +202,7 @@ class _WithStem:
     """
 
     def __init__(self, network: NetworkMixin, stages: Iterable[str] = ()):
-        first, *rest = network._layout.names
+        first, *rest = filter(None, network._calls())
         self._network = network
         setattr(self, first, network._run)
         for name in rest:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import ast
 import itertools
+from collections.abc import Iterator
 from types import FunctionType
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -18,16 +20,20 @@ from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.following import Followed, Forward, Value
 from resnet.fusing.gates import read_gate
 from resnet.fusing.known import Known
-from resnet.fusing.layouts import BlockLayout, StemLayout, held_at
+from resnet.fusing.layouts import BlockLayout, Condition, Equal, StemLayout, held_at
 from resnet.fusing.sources import (
+    Call,
     Unread,
     chains_of_calls,
     delegated_to,
     forward_text,
+    listed_in,
     named_once,
+    reads_by_name,
+    times_named,
     without,
 )
-from resnet.fusing.stems import POOLS, FoundMixin, alike
+from resnet.fusing.stems import POOLS, FoundMixin
 
 
 class WrittenMixin(BlockMixin):
@@ -48,16 +54,26 @@ class WrittenNetworkMixin(FoundMixin):
 
     def __init_subclass__(cls, **options: object):
         super().__init_subclass__(**options)
-        if "_layout" in vars(cls) and not cls._layout.relu:
-            cls._around = staticmethod(_without_relu(cls._eager_method, cls._layout))
+        if "_known" in vars(cls) and "" in (calls := _calls_in(cls._known)):
+            relu = _relu_after(cls._eager_method, calls[calls.index("") - 1])
+            cls._around = None if relu is None else staticmethod(without(cls._eager_method, relu))
 
     def _call(self, x: Tensor) -> Tensor:
-        if self._layout.relu or self._around is not None:
+        as_read = all(condition.holds(self) for condition in self._known.conditions)
+        if as_read and (self._around is not None or "" not in self._calls()):
             return super()._call(x)
-        return self._eager_method(x)  # the text is not what it was when it was fused
+        return self._eager_method(x)  # the module, or the text, is not what it was when it was fused
+
+    def _calls(self) -> tuple[str, ...]:
+        return _calls_in(self._known)
 
     def _stages(self) -> frozenset[str]:
-        return super()._stages() & named_once(self._eager_method.__func__)
+        function = self._eager_method.__func__
+        return frozenset() if reads_by_name(function) else super()._stages() & named_once(function)
+
+
+def _calls_in(entry: Known) -> tuple[str, ...]:
+    return entry.calls or entry.layout.calls
 
 
 def _is_cast(x: object) -> bool:
@@ -78,40 +94,154 @@ def read_block(module: nn.Module, eager: type[nn.Module]) -> Known | None:
 
 
 def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
-    """The first stem in the forward of a network, its modules called in turn; None where there is none, or not clearly.
+    """The stem in the forward of a network, its modules called in turn; None where there is none, or not clearly.
 
-    The forward may be all in another method, as torchvision has it.
+    It is the first one with a max-pool, or the first. The forward may be all in another method, as torchvision has it.
     """
-    if not any(map(is_norm, module._modules.values())) or not is_plain(eager):
+    held = [child for child in module._modules.values() if child is not None]
+    if not any(is_norm(each) for child in held for each in (child, *child._modules.values())) or not is_plain(eager):
         return None
     method = delegated_to(eager.forward) or "forward"
     function = getattr(eager, method, None)
     if function is None or was_replaced(eager, method):
         return None
-    for chain in chains_of_calls(function):
-        names = [call.name for call in chain]
-        for place in range(len(names) - 2):
-            layout = _stem_of(module, eager, names[place : place + 4])
-            if layout is not None:
-                return Known(WrittenNetworkMixin, layout, method)
+    network = _Network(module, eager, function)
+    found = [stem for chain in chains_of_calls(function, network.taken) for stem in network.stems_in(chain)]
+    for stem in sorted(found, key=lambda stem: not _is_max(stem[-1].does[-1])):  # and in the order of the text
+        calls, conditions = tuple(step.call.name for step in stem), network.conditions_of(stem)
+        relu = calls.index("") if "" in calls else None
+        if conditions is not None and (relu is None or _relu_after(function, calls[relu - 1]) is not None):
+            return Known(WrittenNetworkMixin, _stem_layout(stem), method, conditions, calls=calls)
     return None
 
 
-def _stem_of(module: nn.Module, eager: type[nn.Module], names: list[str]) -> StemLayout | None:
-    """The stem of a network whose forward calls the modules of these names; "" is a ReLU that is a function."""
-    found = [None if hasattr(eager, name) else module._modules.get(name) for name in names]
-    *are_alike, ends_in_relu = alike(*found[:3])
-    if not all(are_alike) or not (ends_in_relu or names[2] == ""):
+class _Step(NamedTuple):
+    """A call in the forward of a network."""
+
+    call: Call
+    record: Followed
+    does: list[Value]  # convolutions, norms and ReLUs, one after the other; or a pool
+
+
+class _Network:
+    """The forward of a module that may call a stem."""
+
+    def __init__(self, module: nn.Module, eager: type[nn.Module], function: FunctionType):
+        self.module, self.eager, self.function = module, eager, function
+        self.asked: dict[ast.If, tuple[bool | None, Followed]] = {}
+
+    def follow(self) -> Forward:
+        me, record = self.function.__code__.co_varnames[0], Followed(self.module, self.eager)
+        return Forward(record, self.module, self.eager, "", self.function, me, {})
+
+    def taken(self, branches: ast.If) -> list[ast.stmt] | None:
+        """The statements of an `if` that run, whatever the input is, in training and evaluation; None if unknown."""
+        if branches not in self.asked:
+            forward = self.follow()
+            try:
+                answer = forward.holds(branches.test)
+            except Unread:
+                answer = None
+            if any(condition.name == "training" for condition in forward.record.conditions):
+                answer = None
+            self.asked[branches] = answer, forward.record
+        answer, _ = self.asked[branches]
+        return None if answer is None else branches.body if answer else branches.orelse
+
+    def stems_in(self, chain: list[Call]) -> Iterator[list[_Step]]:
+        """The parts of a chain that are stems: of those that begin with the same call the longest first."""
+        steps = list(map(self.step, chain))
+        for start in range(len(steps)):
+            for end in range(min(start + 10, len(steps)), start + 1, -1):
+                part = steps[start:end]
+                if None not in part and _stem_layout(part) is not None:
+                    yield part
+
+    def step(self, call: Call) -> _Step | None:
+        """None where what is called does something else."""
+        forward, does = self.follow(), None
+        record = forward.record
+        if not call.name:
+            return _Step(call, record, [record.make("relu", record.input)])
+        name = forward.named(call.name)
+        if name is None or (name != call.name and times_named(self.function)[name]):
+            return None
+        child = self.module._modules.get(name)
+        if type(child) in POOLS:
+            does = [record.make("pool", record.input, name=name, module=child)]
+        else:
+            try:
+                does = record.steps(forward.call(name, child, record.input))
+            except Unread:
+                return None
+        return _Step(call, record, does)
+
+    def conditions_of(self, stem: list[_Step]) -> tuple[Condition | Equal, ...] | None:
+        """What has to hold for the network to call its stem so; None where that cannot be told."""
+        conditions = [condition for step in stem for condition in step.record.conditions]
+        first, last = min(step.call.node.lineno for step in stem), max(step.call.node.end_lineno for step in stem)
+        for branches, (answer, record) in self.asked.items():
+            apart = branches.end_lineno < first or last < branches.lineno
+            around = branches.lineno <= first and last <= branches.end_lineno
+            if answer is not None and not apart and not around:
+                conditions += record.conditions
+        names = {name for step in stem for name in (step.call.name, *(value.name.split(".")[0] for value in step.does))}
+        for expression in reads_by_name(self.function):
+            others = self.names_others(expression, names)
+            if others is None:
+                return None
+            conditions += others
+        return tuple(dict.fromkeys(conditions))
+
+    def names_others(self, expression: ast.expr, names: set[str]) -> list[Equal] | None:
+        """Under which conditions an expression is none of these names; None where it may be one."""
+        match expression:
+            case ast.Constant(str() as name) if name not in names:
+                return []
+            case ast.JoinedStr([ast.Constant(str() as start), *_]):
+                return None if any(name.startswith(start) for name in names) else []
+            case ast.Name(name):
+                lists = {of: vars(self.module).get(of) for of in listed_in(self.function, name)}
+                if lists and all(type(held) in (list, tuple) and names.isdisjoint(held) for held in lists.values()):
+                    return [Equal(of, tuple(held)) for of, held in lists.items()]
         return None
-    return StemLayout(*names if isinstance(found[-1], POOLS) else names[:3])
 
 
-def _without_relu(function: FunctionType, layout: StemLayout) -> FunctionType | None:
-    """A network's method without the ReLU that is a function, which its stem has; None where that cannot be told."""
+def _stem_layout(steps: list[_Step]) -> StemLayout | None:
+    """Where a stem's modules are: one convolution, its norm and ReLU, perhaps a pool; or three of each and a max-pool.
+
+    None where the calls are no stem, or a single one that has it all: it is the stem then.
+    """
+    does = [value for step in steps for value in step.does]
+    pool = does.pop() if does and does[-1].what == "pool" else None
+    units = [does[at : at + 3] for at in range(0, len(does), 3)]
+    if not all(map(_is_unit, units)) or len(units) not in ((1, 3) if _is_max(pool) else (1,)):
+        return None
+    if len(steps) - (pool is not None and not _is_max(pool)) < 2:
+        return None
+    *before, last = (tuple(value.name for value in unit) for unit in units)
+    containers = {name: kind for step in steps for name, kind in step.record.containers.items()}
+    return (
+        None
+        if "" in sum(before, ())
+        else StemLayout(*last, pool.name if pool else "", (*containers.items(),), (*before,))
+    )
+
+
+def _is_unit(does: list[Value]) -> bool:
+    return len(does) == 3 and _is_conv(does[0]) and _is_norm(does[1]) and does[2].what == "relu"
+
+
+def _is_max(pool: Value | None) -> bool:
+    return pool is not None and isinstance(pool.module, nn.MaxPool2d)
+
+
+def _relu_after(function: FunctionType, name: str) -> Call | None:
+    """The ReLU of a network's method that is a function and follows a module; None where that cannot be told."""
     for chain in chains_of_calls(function):
         for call, after in itertools.pairwise(chain):
-            if call.name == layout.bn and after.name == "":
-                return without(function, after)
+            if call.name == name and after.name == "":
+                return after
     return None
 
 

@@ -227,13 +227,13 @@ class ConvNorm(nn.Module):
 
     def __init__(self, C: int, K: int, size: int, stride: int = 1, activate: bool = True):
         super().__init__()
-        self.pads, self.activates = False, activate
+        self.pads, self.blurs, self.activates = False, False, activate
         self.conv, self.bn = nn.Conv2d(C, K, size, stride, size // 2, bias=False), nn.BatchNorm2d(K)
         if activate:
             self.activ = nn.ReLU(inplace=True)
 
     def forward(self, x):
-        if self.pads or self.conv is None:
+        if self.pads or self.blurs:
             x = self.pad(x)
         x = self.bn(self.conv(x))
         if self.activates:
@@ -849,7 +849,89 @@ class InBranches(Network):
         return self.head(features[-1].mean((2, 3))) + features[0].mean() + features[1].mean()
 
 
-NETWORKS = [Network, Delegating, WithoutPool, LooksIntoItsStage, InOneExpression, InBranches]
+class Configured(Network):
+    """One whose stem, norm and stages are what it was configured with, and which gives what each stage gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep, self.norm_name, self.stages = False, "bn", ["stage"]
+
+    @property
+    def norm(self) -> nn.Module:
+        return getattr(self, self.norm_name)
+
+    def forward(self, x):
+        if self.deep:
+            x = self.stem(x)
+        else:
+            x = self.conv(x)
+            x = self.norm(x)
+            x = self.act(x)
+        x = self.pool(x)
+        outs = []
+        for i, name in enumerate(self.stages):
+            stage = getattr(self, name)
+            x = stage(x)
+            if i in (0, 1):
+                outs.append(x)
+        return self.head(outs[-1].mean((2, 3)))
+
+
+class Deep(Network):
+    """One of three convolutions, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, 1, 1, bias=False), nn.BatchNorm2d(4)
+        self.conv, self.relu1, self.relu2 = nn.Conv2d(4, 8, 3, 1, 1, bias=False), nn.ReLU(), nn.ReLU()
+
+    def forward(self, x):
+        x = self.relu1(self.bn1(self.conv1(x)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.pool(self.act(self.bn(self.conv(x))))
+        for i in range(1):
+            x = getattr(self, f"stage{'' if i == 0 else i}")(x)
+        return self.head(x.mean((2, 3)))
+
+
+class DeepInSequence(Configured):
+    """The same in a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.deep = True
+        layers = [Layer(3, 4, 3, 2), Layer(4, 4, 3), Layer(4, 8, 3)]
+        self.stem = nn.Sequential(*[module for layer in layers for module in layer])
+        del self.conv, self.bn, self.act
+
+
+class OfAUnit(Network):
+    """One whose convolution, norm and ReLU are a module with flags."""
+
+    def __init__(self):
+        super().__init__()
+        self.unit = ConvNorm(3, 8, 7, 2)
+        del self.conv, self.bn, self.act
+
+    def forward(self, x):
+        x = self.unit(x)
+        x = self.pool(x)
+        return self.head(self.stage(x).mean((2, 3)))
+
+
+NETWORKS = [
+    Network,
+    Delegating,
+    WithoutPool,
+    LooksIntoItsStage,
+    InOneExpression,
+    InBranches,
+    Configured,
+    Deep,
+    DeepInSequence,
+    OfAUnit,
+]
 
 
 class Unit(nn.Module):
@@ -964,7 +1046,64 @@ class AsksItsParent(Network):
         return super().__getattr__("head")(self.stage(x).mean((2, 3)))
 
 
+class ReadsItsStemByName(Configured):
+    def __init__(self):
+        super().__init__()
+        self.stages = ["stage", "act"]
+
+
+class ReadsByAnUnknownName(Configured):
+    def forward(self, x):
+        x = self.act(self.norm(self.conv(x)))
+        for name in self.stages:
+            name = name.lower()
+            x = getattr(self, name)(x)
+        return self.head(x.mean((2, 3)))
+
+
+class ReadsByANameThatMayBeItsStems(Network):
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        return self.head(getattr(self, f"a{'c'}t")(self.stage(x)).mean((2, 3)))
+
+
+class ReadsItsStemByAConstantName(Network):
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        return self.head(getattr(self, "act")(self.stage(x)).mean((2, 3)))  # noqa: B009
+
+
+class NamesItsNormTwice(Configured):
+    def forward(self, x):
+        x = self.act(self.norm(self.conv(x)))
+        return self.head(self.stage(x).mean((2, 3)) + self.bn.weight.sum())
+
+
+class AsksItsInputBetween(Configured):
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        if x.requires_grad:
+            x = x * 2
+        return self.head(self.stage(self.act(x)).mean((2, 3)))
+
+
+class DoesMoreInTraining(Network):
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        if self.training:
+            x = x * 2
+        x = self.act(x)
+        return self.head(self.stage(x).mean((2, 3)))
+
+
 OTHER_NETWORKS = [
+    ReadsItsStemByName,
+    ReadsByAnUnknownName,
+    ReadsByANameThatMayBeItsStems,
+    ReadsItsStemByAConstantName,
+    NamesItsNormTwice,
+    AsksItsInputBetween,
+    DoesMoreInTraining,
     KeepsItsStem,
     ShowsItself,
     UsesItsReLUAgain,

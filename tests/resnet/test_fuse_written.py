@@ -26,7 +26,9 @@ from tests.helpers.written_blocks import (
     OTHER_NETWORKS,
     OTHERS,
     Body,
+    Configured,
     ConvNorm,
+    Deep,
     Delegating,
     Excited,
     Flagged,
@@ -36,6 +38,7 @@ from tests.helpers.written_blocks import (
     Layer,
     LooksIntoItsStage,
     Network,
+    OfAUnit,
     OfFunctions,
     OfUnits,
     SeesItsStages,
@@ -209,7 +212,7 @@ def test_a_forward_that_takes_another_way_than_when_it_was_fused_is_run(monkeypa
         (lambda block: block.body.conv1.register_forward_hook(lambda *_: None), "body.conv1 has hooks"),
         (lambda block: setattr(block.body, "forward", torch.neg), "body has a forward of its own"),
         (lambda block: setattr(block, "body", nn.Conv2d(4, 4, 3, 1, 1)), "its forward takes another way"),
-        (lambda block: setattr(block, "shortcut", Layer(4, 4, 1, 1, False)), "its forward takes another way"),
+        (lambda block: setattr(block, "shortcut", Layer(4, 4, 1, 1, False)), "shortcut is a Layer, not a ConvNorm"),
         (lambda block: setattr(block.shortcut, "activ", nn.ReLU()), "shortcut.activ is a ReLU, not a Identity"),
     ],
 )
@@ -334,6 +337,48 @@ def test_a_convolution_its_norm_and_relu_alone_give_the_layout_that_the_eager_on
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.stages.append("act"),
+        lambda model: setattr(model, "norm_name", "other"),
+        lambda model: setattr(model, "deep", True),
+    ],
+)
+def test_a_network_that_calls_something_else_than_when_it_was_fused_is_called_as_it_is(any_backend, change):
+    eager, x = Configured().to(DEVICE, torch.float64).eval(), draw(2, 3, 20, 18, dtype=torch.float64)
+    eager.other, eager.stem = nn.BatchNorm2d(8).to(x), nn.Conv2d(3, 8, 3, 2).to(x)
+    randomize(eager)
+    fused = copy.deepcopy(eager)
+    assert fuse(fused).fused[0].stem
+    for model in (eager, fused):
+        change(model)
+    torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
+
+
+@pytest.mark.parametrize("hook", ["unit", "unit.conv", "pool"])
+@pytest.mark.filterwarnings("ignore:FusedOfAUnit runs PyTorch's operators one by one")
+def test_what_a_written_networks_stem_lies_in_is_watched(hook):
+    model, called = OfAUnit().to(DEVICE), []
+    fuse(model)
+    model.get_submodule(hook).register_forward_hook(lambda *_: called.append(hook))
+    model(draw(2, 3, 20, 18))
+    assert called == [hook]
+
+
+def test_of_a_networks_stems_the_one_with_a_pool_is_fused():
+    model = Deep()
+    model.relu1 = nn.GELU()
+    assert fuse(model).fused[0].stem
+    assert model._layout.names == ("conv", "bn", "act", "pool")
+
+
+def test_what_holds_a_stem_and_does_no_more_is_none():
+    model = Body(3, 8, 1)
+    model.conv2 = nn.Identity()
+    assert [item.name for item in fuse(model).fused] == ["conv1"]
+
+
 def test_the_modules_of_a_written_networks_stem_are_watched(monkeypatch):
     monkeypatch.setattr("resnet.fused.module._warned", set())
     eager, x = Network().to(DEVICE, torch.float64).eval(), draw(2, 3, 20, 18, dtype=torch.float64)
@@ -354,7 +399,7 @@ def test_the_modules_of_a_written_networks_stem_are_watched(monkeypatch):
 def test_a_forward_that_does_something_else_is_left_alone(cls):
     model = cls()
     report = fuse(model)
-    assert not report.fused and not report.left
+    assert {item.name for item in report.fused} <= {"body.conv1"} and not report.left  # a layer, no block
     assert type(model) is cls
 
 
