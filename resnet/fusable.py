@@ -40,6 +40,7 @@ class GateParts(NamedTuple):
     watched: tuple[Watched, ...]  # the module, and its pool where it has one
     called: tuple[nn.Module, ...]
     unset: tuple[str, ...]  # attributes of the module that have to be false
+    given: tuple[str, ...]  # and those that have to be true
     means: str  # what they are called on: see `Attention`
     place: int  # how many units precede it: all, or all but one
     shortcut: nn.Module | None  # of the block, called as it is; None: the identity
@@ -110,6 +111,7 @@ class Attention(NamedTuple):
     pool: str = ""  # what takes the means, where it is a module
     unset: tuple[str, ...] = ()  # attributes with which they would do something else
     means: str = "map"  # (N, C, 1, 1); or "row", (N, 1, C); or "matrix", (N, C)
+    given: tuple[str, ...] = ()  # attributes without which they would do something else
 
 
 _FUNCTIONS = {"relu()": nn.ReLU(), "sigmoid()": nn.Sigmoid()}
@@ -204,7 +206,7 @@ def gate_parts(
         return None
     watched = Watched(name, module, kind)
     pools = (Watched(f"{name}.{known.pool}", own.get(known.pool), nn.AdaptiveAvgPool2d),) if known.pool else ()
-    return GateParts((watched, *pools), called, known.unset, known.means, place, shortcut)
+    return GateParts((watched, *pools), called, known.unset, known.given, known.means, place, shortcut)
 
 
 def gate_state(gate: GateParts) -> tuple:
@@ -214,7 +216,7 @@ def gate_state(gate: GateParts) -> tuple:
         gate.place,
         gate.shortcut is None,
         *module_state(module),
-        *[getattr(module, name, None) for name in gate.unset],
+        *[getattr(module, name, None) for name in (*gate.unset, *gate.given)],
         *[(module_state(pool), getattr(pool, "output_size", None)) for _, pool, _ in pools],
     )
 
@@ -226,6 +228,9 @@ def unfusable_gate(gate: GateParts) -> str | None:
         if value := getattr(module, field, None):
             found = f"a {type(value).__name__}" if isinstance(value, nn.Module) else value
             reason = reason or f"{name}.{field} is {found}"
+    for field in gate.given:
+        if not getattr(module, field, None):
+            reason = reason or f"{name}.{field} is {getattr(module, field, None)}"
     for pool_name, pool, _ in pools:
         if getattr(pool, "output_size", None) not in (1, (1, 1)):
             reason = reason or f"{pool_name}.output_size is {getattr(pool, 'output_size', None)}, not 1"

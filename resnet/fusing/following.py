@@ -159,7 +159,7 @@ class Forward:
             return self.record.make("relu", of, name=place)
         if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
             return self.record.make("module", of, name=place, module=module)
-        if isinstance(module, nn.Module) and (is_attention(module) or read_gate(kind)):
+        if isinstance(module, nn.Module) and (is_attention(module) or read_gate(module)):
             return self.record.make("gate", of, name=place, module=module)
         tree = forward_text(kind) if isinstance(module, nn.Module) else None
         if tree is None or "forward" in vars(module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,18 +15,17 @@ from resnet.fusing.sources import Unread, forward_text, relu_argument, resolved
 _SIGMOIDS = torch.sigmoid, F.sigmoid
 
 
-@functools.cache
-def read_gate(cls: type[nn.Module]) -> Attention | None:
-    """What the forward of a class calls on the means of its input's maps, to multiply the maps with; else None.
+def read_gate(module: nn.Module) -> Attention | None:
+    """What the forward of a module calls on the means of its input's maps, to multiply the maps with; else None.
 
     It is followed from its first line to its last. It may take means by a pool or by `mean`, and have them in a matrix
-    (N, C) between two calls of `view`.
+    (N, C) between two calls of `view`. It may ask for flags.
     """
-    tree = forward_text(cls)
+    tree = forward_text(type(module))
     if tree is None:
         return None
     try:
-        return _Reader(cls).attention(tree.body)
+        return _Reader(module).attention(tree.body)
     except (Unread, ValueError):
         return None
 
@@ -48,8 +46,9 @@ _INPUT = _Value()
 class _Reader:
     """Follows the text of a forward."""
 
-    def __init__(self, cls: type[nn.Module]):
-        self.cls, self.function = cls, cls.forward
+    def __init__(self, module: nn.Module):
+        self.module, self.cls = module, type(module)
+        self.function, self.flags = self.cls.forward, {}
         self.me, x = self.function.__code__.co_varnames[:2]
         self.values: dict[str, _Value] = {x: _INPUT}
         self.sizes: dict[str, str] = {}  # what a name stands for: N, C, H or W
@@ -69,10 +68,22 @@ class _Reader:
                         self.give(target, size=size)
                 case ast.Assign([target], value) | ast.AnnAssign(target, _, ast.expr() as value):
                     self.give(target, self.value(value))
+                case ast.If(test, then, otherwise):
+                    return self.attention([*(then if self.holds(test) else otherwise), *statements[at + 1 :]])
                 case ast.Expr(ast.Constant()):
                     pass
                 case _:
                     raise Unread
+        raise Unread
+
+    def holds(self, test: ast.expr) -> bool:
+        """The answer to a question for a flag, which is noted."""
+        match test:
+            case ast.UnaryOp(ast.Not(), operand):
+                return not self.holds(operand)
+            case ast.Attribute(ast.Name(self.me), name) if not hasattr(self.cls, name) and name != "training":
+                if isinstance(value := vars(self.module).get(name), bool):
+                    return self.flags.setdefault(name, value)
         raise Unread
 
     def give(self, target: ast.expr, value: _Value | None = None, size: str = "") -> None:
@@ -92,7 +103,8 @@ class _Reader:
         unused = any(value != _INPUT for value in self.values.values())
         if unused or not gates.is_map:
             raise Unread
-        return Attention(gates.called, gates.pool, means=gates.means)
+        unset, given = (tuple(name for name, flag in self.flags.items() if flag is each) for each in (False, True))
+        return Attention(gates.called, gates.pool, unset, gates.means, given)
 
     def is_input(self, expression: ast.expr) -> bool:
         return isinstance(expression, ast.Name) and self.values.get(expression.id) == _INPUT
@@ -117,6 +129,12 @@ class _Reader:
                 return _means(expression)
             case ast.Call(ast.Attribute(of, "view" | "reshape"), sizes, []):
                 return _viewed(self.value(of), [self.size(each) for each in sizes])
+            case ast.Call(ast.Attribute(ast.Call(ast.Attribute(of, "unsqueeze"), [at], []), "unsqueeze"), [then], []):
+                return _viewed(self.value(of), _WITH_PIXELS if (ast.unparse(at), ast.unparse(then)) in _AFTER else [])
+            case ast.Subscript(of, at) if ast.unparse(at).strip("()") == ":, :, None, None":
+                return _viewed(self.value(of), _WITH_PIXELS)
+            case ast.IfExp(test, then, otherwise):
+                return self.value(then if self.holds(test) else otherwise)
             case ast.Call(ast.Attribute(of, "expand_as"), [x], []) if self.is_input(x):
                 return self.value(of)
         raise Unread
@@ -155,9 +173,13 @@ def _means(call: ast.Call) -> _Value:
     return _Value(()) if keepdim == "True" else _Value((), means="matrix", is_map=False)
 
 
+_WITH_PIXELS = ["N", "C", "1", "1"]
+_AFTER = ("2", "3"), ("-1", "-1"), ("2", "-1"), ("-1", "2")  # the dimensions at which `unsqueeze` adds two pixels' axes
+
+
 def _viewed(of: _Value, sizes: list[str]) -> _Value:
     if of.is_map and of.called == () and sizes in (["N", "C"], ["N", "-1"]):
         return replace(of, means="matrix", is_map=False)
-    if not of.is_map and sizes in (["N", "C", "1", "1"], ["N", "-1", "1", "1"]):
+    if not of.is_map and sizes in (_WITH_PIXELS, ["N", "-1", "1", "1"]):
         return replace(of, is_map=True)
     raise Unread

@@ -338,8 +338,7 @@ class _Block(Followed):
 
 
 def _read(gate: Value) -> tuple[type[nn.Module], Attention] | None:
-    kind = type(gate.module)
-    return None if is_attention(gate.module) else (kind, read_gate(kind))
+    return None if is_attention(gate.module) else (type(gate.module), read_gate(gate.module))
 
 
 def _is_conv(value: Value) -> bool:

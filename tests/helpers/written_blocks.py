@@ -179,7 +179,42 @@ class GateOfAFunction(GateOfMaps):
         return x * y
 
 
-GATES = [Gate, GateOfMaps, GateOfShapes, GateOfAFunction]
+class GateOfFlags(nn.Module):
+    """One that may give the gates alone, and use a linear layer."""
+
+    def __init__(self, C: int, uses_convs: bool = True):
+        super().__init__()
+        self.pool, self.uses_convs, self.gives_gates = nn.AdaptiveAvgPool2d(1), uses_convs, False
+        if uses_convs:
+            self.fc1, self.fc2 = nn.Conv2d(C, 2, 1), nn.Conv2d(2, C, 1)
+        else:
+            self.linear = nn.Linear(C, C)
+
+    def forward(self, x):
+        y = self.pool(x)
+        if not self.uses_convs:
+            y = y.view(x.size(0), -1)
+        y = F.relu(self.fc1(y)) if self.uses_convs else self.linear(y)
+        if self.uses_convs:
+            y = self.fc2(y)
+        else:
+            y = y.unsqueeze(2).unsqueeze(3)
+        if self.gives_gates:
+            return y
+        return x * y
+
+
+class GateOfALinearLayer(GateOfFlags):
+    def __init__(self, C: int):
+        super().__init__(C, uses_convs=False)
+
+
+class GateOfPixels(Gate):
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3)))[:, :, None, None]
+
+
+GATES = [Gate, GateOfMaps, GateOfShapes, GateOfAFunction, GateOfFlags, GateOfALinearLayer, GateOfPixels]
 
 
 class Excited(nn.Module):
@@ -422,7 +457,28 @@ class ConvolutionsLast(TwoForms):
         return x * self.fc2(self.fc1(y))
 
 
+class AddsAnAxisBefore(Gate):
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3))).unsqueeze(1).unsqueeze(2)
+
+
+class GatesInTraining(GateOfMaps):
+    def forward(self, x):
+        if self.training:
+            return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)))
+        return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True))).sigmoid()
+
+
+class GivesGates(GateOfFlags):
+    def __init__(self, C: int):
+        super().__init__(C)
+        self.gives_gates = True
+
+
 OTHER_GATES = [
+    AddsAnAxisBefore,
+    GatesInTraining,
+    GivesGates,
     LeavesAMean,
     GatesByAMatrix,
     ConvolutionsFirst,

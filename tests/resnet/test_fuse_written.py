@@ -32,6 +32,7 @@ from tests.helpers.written_blocks import (
     Delegating,
     Excited,
     Flagged,
+    GateOfFlags,
     Half,
     InOneExpression,
     InSequence,
@@ -121,6 +122,20 @@ def test_written_squeeze_and_excitation_is_watched():
                 fused(images())
         else:
             torch.testing.assert_close(fused(images()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("flag", "reason"), [("uses_convs", "se.uses_convs is False"), ("gives_gates", "is True")])
+def test_the_flags_of_written_squeeze_and_excitation_are_watched(monkeypatch, flag, reason):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    eager = Excited(4, 4).eval()
+    eager.se = GateOfFlags(4)
+    eager.se.linear = nn.Linear(4, 4)
+    fused, x = copy.deepcopy(eager).to(DEVICE), draw(2, 4, 5, 6)
+    assert fuse(fused).fused
+    for model in (eager.to(DEVICE), fused):
+        setattr(model.se, flag, not getattr(model.se, flag))
+    with pytest.warns(UserWarning, match=reason):
+        torch.testing.assert_close(fused(x), eager(x))
 
 
 @blocks
