@@ -83,7 +83,8 @@ _CONV_FORWARD = nn.Conv2d._conv_forward
 
 
 # Norms of constants, which are buffers. None of these libraries is imported.
-_FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d"} | {
+_FROZEN_IN_ANY_TYPE = "detectron2.layers.batch_norm.FrozenBatchNorm2d"  # gives its input's, as BatchNorm2d does
+_FROZEN = {"torchvision.ops.misc.FrozenBatchNorm2d", _FROZEN_IN_ANY_TYPE} | {
     f"transformers.models.{model}.modeling_{model}.{name}FrozenBatchNorm2d"
     for model, name in (
         ("conditional_detr", "ConditionalDetr"),
@@ -129,6 +130,7 @@ _ATTENTION = {
 }
 
 
+CONV_WITH_NORM = "detectron2.layers.wrappers.Conv2d"  # a Conv2d, then its children: a norm, an activation
 NORM_WITH_ACTIVATION = "timm.layers.norm_act.BatchNormAct2d"  # a BatchNorm2d, then its children: a drop, an activation
 
 
@@ -280,7 +282,7 @@ def unfusable_norm(name: str, bn: nn.Module, others: tuple[Watched, ...]) -> str
 
 def unlike_input(name: str, bn: nn.Module, dtype: torch.dtype) -> str | None:
     """Why a norm of constants would not keep its input's type: its product and sum promote it to its buffers'."""
-    if is_frozen(bn):
+    if is_frozen(bn) and full_name(type(bn)) != _FROZEN_IN_ANY_TYPE:
         for field in VECTORS[:4]:
             vector = getattr(bn, field)
             if vector.dtype != dtype:
@@ -295,11 +297,26 @@ def _both(value: object, expected: int | None) -> tuple:
     return tuple(value[:1]) * 2 if isinstance(value, (tuple, list)) and value else (value, value)
 
 
+def unfusable_as_conv(name: str, conv: nn.Module, others: tuple[Watched, ...]) -> str | None:
+    """Why a module cannot be fused as a convolution of whatever settings.
+
+    One that holds its norm has to be among the `others`, with which its children are.
+    """
+    kind = type(conv)
+    known = full_name(kind) == CONV_WITH_NORM and any(other.module is conv for other in others) and is_as_written(kind)
+    return unfusable(name, conv, kind if known else nn.Conv2d)
+
+
 def unfusable_conv(
-    name: str, conv: nn.Module, kernel: int | None, padding: int | None, stride: int | None
+    name: str,
+    conv: nn.Module,
+    others: tuple[Watched, ...],
+    kernel: int | None = None,
+    padding: int | None = None,
+    stride: int | None = None,
 ) -> str | None:
     """Why a convolution cannot be fused; None accepts any setting that is the same along H and W."""
-    return unfusable(name, conv, nn.Conv2d) or _other_setting(
+    return unfusable_as_conv(name, conv, others) or _other_setting(
         name,
         conv,
         kernel_size=_both(conv.kernel_size, kernel),
@@ -310,14 +327,14 @@ def unfusable_conv(
     )
 
 
-def unfusable_unit(name: str, conv: nn.Module) -> str | None:
+def unfusable_unit(name: str, conv: nn.Module, others: tuple[Watched, ...]) -> str | None:
     """Why a convolution of a block's chain cannot be fused: it is 1x1, or 3x3 of any dilation and groups.
 
     Its map has as many pixels as its input has, or every stride-th.
     """
     if getattr(conv, "kernel_size", None) == (1, 1):
-        return unfusable_conv(name, conv, 1, 0, None)
-    reason = unfusable(name, conv, nn.Conv2d)
+        return unfusable_conv(name, conv, others, 1, 0)
+    reason = unfusable_as_conv(name, conv, others)
     if reason is not None:
         return reason
     dilation, grouped = _both(conv.dilation, None), _is_count(conv.groups)
@@ -389,10 +406,12 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
 
 def conv_state(conv: nn.Module | None) -> tuple:
     """All that fusing and checking ask of a convolution, its tensors aside."""
-    if type(conv) is not nn.Conv2d:
-        return (type(conv),)
+    kind = type(conv)
+    if not issubclass(kind, nn.Conv2d):
+        return (kind,)
     own = conv.__dict__
     return (
+        kind,
         own["in_channels"],
         own["out_channels"],
         own["kernel_size"],

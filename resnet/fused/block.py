@@ -95,7 +95,8 @@ class FusedBlock(FusedModule):
         return "" if trained else "_frozen"
 
     def _reason_not_to_fuse(self, parts: BlockParts) -> str | None:
-        reason, shortcut, pool = unfusable_other(parts.others), parts.shortcut, parts.pool
+        _, shortcut, others, pool, _ = parts
+        reason = unfusable_other(others)
         if parts.gate is not None:
             reason = reason or unfusable_gate(parts.gate)
         if reason is None and pool is not None:
@@ -106,14 +107,14 @@ class FusedBlock(FusedModule):
             return reason
         strides = 1
         for unit in parts.units:
-            reason = unfusable_unit(unit.conv_name, unit.conv) or unfusable_norm(unit.bn_name, unit.bn, parts.others)
+            reason = unfusable_unit(unit.conv_name, unit.conv, others) or unfusable_norm(unit.bn_name, unit.bn, others)
             if reason is not None:
                 return reason
             strides *= unit.conv.stride[0]
         if shortcut is not None:
-            reason = unfusable_conv(shortcut.conv_name, shortcut.conv, 1, 0, strides if pool is None else 1)
+            reason = unfusable_conv(shortcut.conv_name, shortcut.conv, others, 1, 0, strides if pool is None else 1)
             if reason is None and shortcut.bn is not None:
-                reason = unfusable_norm(shortcut.bn_name, shortcut.bn, parts.others)
+                reason = unfusable_norm(shortcut.bn_name, shortcut.bn, others)
             if reason is not None:
                 return reason
         return None

@@ -16,7 +16,7 @@ from resnet.fusable import (
     geometry_of,
     module_state,
     pool_state,
-    unfusable,
+    unfusable_as_conv,
     unfusable_conv,
     unfusable_norm,
     unfusable_other,
@@ -86,8 +86,8 @@ class FusedStemBase(FusedModule):
         if before and (len(before) != 2 or pool is None):
             reason = reason or f"its convolutions are {len(before) + 1}, not 1 or 3 with a pool"
         for conv, bn, conv_name, bn_name in _units_of(parts):
-            reason = reason or unfusable(conv_name, conv, nn.Conv2d)
-            reason = reason or (pool and unfusable_conv(conv_name, conv, None, None, None))
+            reason = reason or unfusable_as_conv(conv_name, conv, others)
+            reason = reason or (pool and unfusable_conv(conv_name, conv, others))
             reason = reason or unfusable_norm(bn_name, bn, others)
         return reason or (pool and unfusable_pool(pool.name, pool.module))
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import is_attention, is_norm, is_sequence
+from resnet.fusable import CONV_WITH_NORM, full_name, is_attention, is_norm, is_sequence
 from resnet.fusing.gates import read_gate
 from resnet.fusing.layouts import Condition, Equal
 from resnet.fusing.sources import Unread, alias, forward_text, function_in, relu_argument, resolved
@@ -157,6 +157,8 @@ class Forward:
             return of
         if kind is nn.ReLU:
             return self.record.make("relu", of, name=place)
+        if full_name(kind) == CONV_WITH_NORM:
+            return self.conv_with_norm(place, module, of)
         if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
             return self.record.make("module", of, name=place, module=module)
         if isinstance(module, nn.Module) and (is_attention(module) or read_gate(module)):
@@ -166,6 +168,16 @@ class Forward:
             raise Unread
         self.record.containers[place] = kind
         return Forward.of(self.record, module, kind, f"{place}.", of).returned(tree.body)
+
+    def conv_with_norm(self, place: str, conv: nn.Module, of: Value) -> Value:
+        self.record.containers[place] = type(conv)
+        of = self.record.make("module", of, name=place, module=conv)
+        inside = Forward(self.record, conv, type(conv), f"{place}.", type(conv).forward, None, {})
+        for name in ("norm", "activation"):
+            child = getattr(conv, name)
+            self.record.conditions.append(Condition(f"{place}.{name}", is_none=True, answer=child is None))
+            of = of if child is None else inside.call(name, child, of)
+        return of
 
     def holds(self, test: ast.expr) -> bool:
         """The answer to a condition, which is noted."""

@@ -292,7 +292,9 @@ class _Block(Followed):
             shortcut_norm=shortcut_norm,
             optional=tuple(name for name in self.idle if name != shortcut and not self.is_inside(name)),
             containers=tuple(
-                (name, kind) for name, kind in self.containers.items() if not f"{name}.".startswith(f"{shortcut}.")
+                (name, kind)
+                for name, kind in self.containers.items()
+                if shortcut_norm or not f"{name}.".startswith(f"{shortcut}.")
             ),
             shortcut_class=shortcut_class,
             **gate,

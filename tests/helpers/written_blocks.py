@@ -217,6 +217,75 @@ class GateOfPixels(Gate):
 GATES = [Gate, GateOfMaps, GateOfShapes, GateOfAFunction, GateOfFlags, GateOfALinearLayer, GateOfPixels]
 
 
+def named(full_name: str):
+    """Lets a class have the name of one of a library that is on no index, and which is known by it."""
+
+    def rename(cls: type[nn.Module]) -> type[nn.Module]:
+        cls.__module__, _, cls.__qualname__ = full_name.rpartition(".")
+        cls.forward.__module__, cls.forward.__qualname__ = cls.__module__, f"{cls.__qualname__}.forward"
+        return cls
+
+    return rename
+
+
+@named("detectron2.layers.wrappers.Conv2d")
+class ConvWithNorm(nn.Conv2d):
+    """A convolution that holds its norm, and an activation."""
+
+    def __init__(self, *args, norm: nn.Module | None = None, activation: nn.Module | None = None, **options):
+        super().__init__(*args, **options)
+        self.norm, self.activation = norm, activation
+
+    def forward(self, x):
+        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        x = x if self.norm is None else self.norm(x)
+        return x if self.activation is None else self.activation(x)
+
+
+@named("detectron2.layers.batch_norm.FrozenBatchNorm2d")
+class ConstantNorm(nn.Module):
+    """A norm of constants that gives the type of its input."""
+
+    def __init__(self, C: int):
+        super().__init__()
+        for name, fill in (("weight", 1.5), ("bias", 0.1), ("running_mean", 0.2), ("running_var", 0.8)):
+            self.register_buffer(name, torch.full((C,), fill))
+        self.eps = 1e-5
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+
+
+class OfConvsWithNorms(nn.Module):
+    def __init__(self, C: int, K: int, stride: int = 1, norm: type[nn.Module] = nn.BatchNorm2d):
+        super().__init__()
+        self.conv1 = ConvWithNorm(C, K, 3, stride, 1, bias=False, norm=norm(K))
+        self.conv2 = ConvWithNorm(K, K, 3, 1, 1, bias=False, norm=norm(K))
+        projects = (C, stride) != (K, 1)
+        self.shortcut = ConvWithNorm(C, K, 1, stride, bias=False, norm=norm(K)) if projects else None
+
+    def forward(self, x):
+        out = F.relu_(self.conv1(x))
+        out = self.conv2(out)
+        if self.shortcut is not None:
+            shortcut = self.shortcut(x)
+        else:
+            shortcut = x
+        out += shortcut
+        return F.relu_(out)
+
+
+class StemOfAConvWithNorm(nn.Module):
+    def __init__(self, norm: type[nn.Module] = nn.BatchNorm2d):
+        super().__init__()
+        self.conv1 = ConvWithNorm(3, 4, 7, 2, 3, bias=False, norm=norm(4))
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = F.relu_(x)
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+
+
 class Excited(nn.Module):
     """A block with squeeze-and-excitation after its last norm."""
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from resnet import FusedSequential, fuse, unfuse
+from resnet import FusedBasicBlock, FusedSequential, fuse, unfuse
 from resnet.fusing.sources import called_in_turn
 from tests.conftest import DEVICE
 from tests.helpers import written_blocks
@@ -27,7 +27,9 @@ from tests.helpers.written_blocks import (
     OTHERS,
     Body,
     Configured,
+    ConstantNorm,
     ConvNorm,
+    ConvWithNorm,
     Deep,
     Delegating,
     Excited,
@@ -40,9 +42,11 @@ from tests.helpers.written_blocks import (
     LooksIntoItsStage,
     Network,
     OfAUnit,
+    OfConvsWithNorms,
     OfFunctions,
     OfUnits,
     SeesItsStages,
+    StemOfAConvWithNorm,
     StepByStep,
     Textbook,
     Unit,
@@ -261,6 +265,68 @@ def test_what_holds_a_block_and_does_no_more_is_none():
     model = Body(4, 4, 1)
     model.conv1, model.conv2 = StepByStep(4, 4), nn.Identity()
     assert [item.name for item in fuse(model).fused] == ["conv1"]
+
+
+NORMS = pytest.mark.parametrize("norm", [nn.BatchNorm2d, ConstantNorm], ids=["BatchNorm2d", "constants"])
+
+
+@NORMS
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_convolutions_that_hold_their_norms_are_fused(any_backend, norm, train):
+    eager = nn.Sequential(StemOfAConvWithNorm(norm), OfConvsWithNorms(4, 4, 1, norm), OfConvsWithNorms(4, 6, 2, norm))
+    randomize(eager)
+    eager.to(DEVICE, torch.float64).train(train)
+    fused, x = copy.deepcopy(eager), draw(2, 3, 20, 18, dtype=torch.float64)
+    assert [item.name for item in fuse(fused).fused] == ["0", "1", "2"]
+    torch.testing.assert_close(step(fused, x), step(eager, x), **CLOSE)
+    torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
+
+
+@NORMS
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_under_autocast_convolutions_that_hold_their_norms_give_its_type(norm):
+    eager = OfConvsWithNorms(4, 6, 2, norm).to(DEVICE)
+    fused, x = copy.deepcopy(eager), draw(2, 4, 9, 8)
+    assert fuse(fused).fused
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        out, expected = fused(x), eager(x)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda block: setattr(block.conv1, "norm", None), "its forward takes another way"),
+        (lambda block: setattr(block.conv2, "activation", nn.Tanh()), "its forward takes another way"),
+        (
+            lambda block: setattr(block.shortcut, "norm", nn.Identity()),
+            "shortcut.norm is a Identity, not a BatchNorm2d",
+        ),
+        (lambda block: block.conv2.norm.register_forward_hook(lambda *_: None), "conv2.norm has hooks"),
+        (lambda block: setattr(block, "conv1", nn.Conv2d(4, 6, 3, 2, 1)), "its forward takes another way"),
+    ],
+)
+def test_convolutions_that_hold_their_norms_are_watched(monkeypatch, change, reason):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    eager, x = OfConvsWithNorms(4, 6, 2).eval(), draw(2, 4, 9, 8)
+    fused = copy.deepcopy(eager).to(DEVICE)
+    assert fuse(fused).fused
+    for block in (eager.to(DEVICE), fused):
+        change(block)
+        block.to(DEVICE).load_state_dict(eager.state_dict())
+    with pytest.warns(UserWarning, match=reason):
+        torch.testing.assert_close(fused(x), eager(x))
+
+
+def test_a_convolution_that_holds_its_norm_is_not_taken_for_one_alone():
+    model = StepByStep(4, 4)
+    model.conv1 = ConvWithNorm(4, 4, 3, 1, 1, norm=nn.BatchNorm2d(4))
+    assert not fuse(model).fused
+    model = FusedBasicBlock(4, 4)
+    model.conv1 = ConvWithNorm(4, 4, 3, 1, 1, norm=nn.BatchNorm2d(4))
+    assert fuse(model).left[0].reason == "conv1 is a ConvWithNorm, not a Conv2d"
 
 
 def test_under_autocast_an_identity_that_is_not_cast_is_added_as_it_is(monkeypatch):
