@@ -174,7 +174,8 @@ class _Network:
                 does = record.steps(forward.call(name, child, record.input))
             except Unread:
                 return None
-        return _Step(call, record, does)
+        # What it does beside is seen by nothing, but a norm counts it.
+        return _Step(call, record, does) if does and len(does) == len(record.made) else None
 
     def conditions_of(self, stem: list[_Step]) -> tuple[Condition | Equal, ...] | None:
         """What has to hold for the network to call its stem so; None where that cannot be told."""

@@ -1221,7 +1221,40 @@ class DoesMoreInTraining(Network):
         return self.head(self.stage(x).mean((2, 3)))
 
 
+class UnitThatCountsTwice(ConvNorm):
+    def forward(self, x):
+        other = self.bn(x[:, :1].expand(-1, 8, -1, -1))  # noqa: F841
+        return self.activ(self.bn(self.conv(x)))
+
+
+class UnitThatCallsItsNormBeside(ConvNorm):
+    def forward(self, x):
+        y = self.conv(x)
+        other = self.bn(y)  # noqa: F841
+        return self.activ(self.other(y))
+
+
+class UnitThatGivesItsInput(ConvNorm):
+    def forward(self, x):
+        y = self.bn(self.conv(x))  # noqa: F841
+        return x
+
+
+def of_unit(cls: type[ConvNorm]) -> type[nn.Module]:
+    class OfThisUnit(OfAUnit):
+        def __init__(self):
+            super().__init__()
+            self.unit = cls(3, 8, 7, 2)
+            self.unit.other = nn.BatchNorm2d(8)
+
+    OfThisUnit.__name__ = f"Of{cls.__name__}"
+    return OfThisUnit
+
+
 OTHER_NETWORKS = [
+    of_unit(UnitThatCountsTwice),
+    of_unit(UnitThatCallsItsNormBeside),
+    of_unit(UnitThatGivesItsInput),
     ReadsItsStemByName,
     ReadsByAnUnknownName,
     ReadsByANameThatMayBeItsStems,
