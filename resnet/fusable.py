@@ -303,7 +303,7 @@ def unfusable_as_conv(name: str, conv: nn.Module, others: tuple[Watched, ...]) -
     One that holds its norm has to be among the `others`, with which its children are.
     """
     kind = type(conv)
-    known = full_name(kind) == CONV_WITH_NORM and any(other.module is conv for other in others) and is_as_written(kind)
+    known = full_name(kind) == CONV_WITH_NORM and any(other.module is conv for other in others)
     return unfusable(name, conv, kind if known else nn.Conv2d)
 
 

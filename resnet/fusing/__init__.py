@@ -204,9 +204,10 @@ def fuse(model: nn.Module) -> FuseReport:
     network that changes its class. An `nn.Sequential` of blocks becomes a `FusedSequential`, and the classes of stages
     that these libraries have become such, too; the report does not name them.
 
-    A block of another class is fused where the text of its forward says that it is one: d2l.ai's `Residual`, say. Its
-    calls, sums and conditions are read, and what is not understood leaves it alone. So is squeeze-and-excitation, and
-    the first convolution, norm and ReLU that a forward calls in turn: the stem of a network. In a model without blocks
+    A block of another class is fused where the text of its forward says that it is one: d2l.ai's `Residual`, say, or
+    those of OpenMMLab, detectron2 and pytorchcv. Its calls, sums and conditions are read, those of its units too, and
+    what is not understood leaves it alone. So is squeeze-and-excitation, and a convolution, norm and ReLU that a
+    forward calls in turn: the stem of a network, the first one with a max-pool or the first. In a model without blocks
     these are fused in channels_last alone, where no pool follows, so that they give the layout that eager gives; on a
     CPU they gain nothing and PyTorch's operators run.
 

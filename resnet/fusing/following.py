@@ -98,7 +98,6 @@ class Forward:
                     if returned is not None:
                         return returned
                 case ast.FunctionDef(name) if name != self.me:
-                    self.values.pop(name, None)
                     self.functions[name] = statement
                 case ast.Expr(ast.Constant()):
                     pass
@@ -138,7 +137,7 @@ class Forward:
     def inner(self, function: ast.FunctionDef, argument: Value) -> Value:
         """What a function in the forward returns. It sees the module, and no other value of the forward."""
         made, names = function_in(self.function, function), [each.arg for each in function.args.args]
-        if made is None or len(names) != 1 or names == [self.me]:
+        if made is None or len(names) != 1:
             raise Unread
         me = self.me if self.me in made.__code__.co_freevars else None
         values = dict(zip(names, [argument]))

@@ -287,9 +287,9 @@ def alias(cls: type, name: str) -> str | None:
 
 
 def function_in(method: FunctionType, text: ast.FunctionDef) -> FunctionType | None:
-    """A function that a method's text defines, to look names up with; None where it has more than plain arguments."""
+    """A function that a method's text defines, to look names up with; None where it may be another one."""
     args = text.args
-    if text.decorator_list or args.posonlyargs or args.kwonlyargs or args.vararg or args.kwarg or args.defaults:
+    if text.decorator_list or args.posonlyargs or args.kwonlyargs or args.vararg or args.kwarg:
         return None
     codes = [code for code in method.__code__.co_consts if isinstance(code, CodeType)]
     code = next(code for code in codes if (code.co_name, code.co_firstlineno) == (text.name, text.lineno))

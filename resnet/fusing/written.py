@@ -221,12 +221,10 @@ def _stem_layout(steps: list[_Step]) -> StemLayout | None:
     if len(steps) - (pool is not None and not _is_max(pool)) < 2:
         return None
     *before, last = (tuple(value.name for value in unit) for unit in units)
-    containers = {name: kind for step in steps for name, kind in step.record.containers.items()}
-    return (
-        None
-        if "" in sum(before, ())
-        else StemLayout(*last, pool.name if pool else "", (*containers.items(),), (*before,))
-    )
+    if "" in sum(before, ()):
+        return None
+    containers = tuple(item for step in steps for item in step.record.containers.items())
+    return StemLayout(*last, pool.name if pool else "", containers, tuple(before))
 
 
 def _is_unit(does: list[Value]) -> bool:

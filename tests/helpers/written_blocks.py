@@ -834,6 +834,17 @@ class ComputesAName(OfFunctions):
         return getattr(self, self.norm1_name.lower())
 
 
+class CountsItsNorms(OfFunctions):
+    def __init__(self):
+        super().__init__(4, 4)
+        self.count = 0
+
+    @property
+    def norm1(self):
+        self.count += 1
+        return getattr(self, self.norm1_name)
+
+
 class NamesNoModule(OfFunctions):
     def __init__(self):
         super().__init__(4, 4)
@@ -864,6 +875,7 @@ OTHERS = [
     HasNoResult,
     ReplacesAFunctionInside,
     ComputesAName,
+    CountsItsNorms,
     NamesNoModule,
     ExcitedEarly,
     ExcitedTwice,
@@ -1045,7 +1057,54 @@ class OfAUnit(Network):
         return self.head(self.stage(x).mean((2, 3)))
 
 
+class OfAnIdleUnit(Network):
+    """One with a module that gives what it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.idle = Idle()
+
+    def forward(self, x):
+        x = self.idle(self.act(self.bn(self.conv(x))))
+        return self.head(self.stage(self.pool(x)).mean((2, 3)))
+
+
+class Idle(nn.Module):
+    def forward(self, x):
+        return x
+
+
+class AsksItsStageByName(Network):
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        x = self.stage(x)
+        x = x * len(getattr(self, "stage"))  # noqa: B009
+        return self.head(x.mean((2, 3)))
+
+
+class AsksAroundItsStem(Network):
+    """One whose flags have nothing to do with what its stem is."""
+
+    def __init__(self):
+        super().__init__()
+        self.projects, self.doubles = True, False
+
+    def forward(self, x):
+        if self.doubles:
+            x = x * 2
+        if self.projects:
+            x = self.conv(x)
+            x = self.bn(x)
+            x = self.act(x)
+        if self.doubles:
+            x = x * 2
+        return self.head(self.stage(x).mean((2, 3)))
+
+
 NETWORKS = [
+    OfAnIdleUnit,
+    AsksItsStageByName,
+    AsksAroundItsStem,
     Network,
     Delegating,
     WithoutPool,
@@ -1223,15 +1282,9 @@ class DoesMoreInTraining(Network):
 
 class UnitThatCountsTwice(ConvNorm):
     def forward(self, x):
-        other = self.bn(x[:, :1].expand(-1, 8, -1, -1))  # noqa: F841
-        return self.activ(self.bn(self.conv(x)))
-
-
-class UnitThatCallsItsNormBeside(ConvNorm):
-    def forward(self, x):
         y = self.conv(x)
         other = self.bn(y)  # noqa: F841
-        return self.activ(self.other(y))
+        return self.activ(self.bn(y))
 
 
 class UnitThatGivesItsInput(ConvNorm):
@@ -1245,15 +1298,26 @@ def of_unit(cls: type[ConvNorm]) -> type[nn.Module]:
         def __init__(self):
             super().__init__()
             self.unit = cls(3, 8, 7, 2)
-            self.unit.other = nn.BatchNorm2d(8)
 
     OfThisUnit.__name__ = f"Of{cls.__name__}"
     return OfThisUnit
 
 
+class RectifiesIfAsked(Network):
+    def __init__(self):
+        super().__init__()
+        self.rectifies = True
+
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        if self.rectifies:
+            x = F.relu(x)
+        return self.head(self.stage(x).mean((2, 3)))
+
+
 OTHER_NETWORKS = [
+    RectifiesIfAsked,
     of_unit(UnitThatCountsTwice),
-    of_unit(UnitThatCallsItsNormBeside),
     of_unit(UnitThatGivesItsInput),
     ReadsItsStemByName,
     ReadsByAnUnknownName,

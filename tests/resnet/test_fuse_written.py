@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import pickle
 import re
 import sys
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from resnet import FusedBasicBlock, FusedSequential, fuse, unfuse
-from resnet.fusing.sources import called_in_turn
+from resnet.fusing.sources import called_in_turn, has_chain
 from tests.conftest import DEVICE
 from tests.helpers import written_blocks
 from tests.helpers.blocks import draw, infer, randomize, step
@@ -25,6 +26,7 @@ from tests.helpers.written_blocks import (
     OTHER_GATES,
     OTHER_NETWORKS,
     OTHERS,
+    AsksAroundItsStem,
     Body,
     Configured,
     ConstantNorm,
@@ -320,12 +322,16 @@ def test_convolutions_that_hold_their_norms_are_watched(monkeypatch, change, rea
         torch.testing.assert_close(fused(x), eager(x))
 
 
-def test_a_convolution_that_holds_its_norm_is_not_taken_for_one_alone():
+def test_a_convolution_that_holds_its_norm_is_not_taken_for_one_alone(monkeypatch):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
     model = StepByStep(4, 4)
     model.conv1 = ConvWithNorm(4, 4, 3, 1, 1, norm=nn.BatchNorm2d(4))
     assert not fuse(model).fused
-    model = FusedBasicBlock(4, 4)
-    model.conv1 = ConvWithNorm(4, 4, 3, 1, 1, norm=nn.BatchNorm2d(4))
+    model, x = FusedBasicBlock(4, 4).to(DEVICE), draw(2, 4, 5, 6)
+    model(x)
+    model.conv1 = ConvWithNorm(4, 4, 3, 1, 1, bias=False, norm=nn.BatchNorm2d(4)).to(DEVICE)
+    with pytest.warns(UserWarning, match="conv1 is a ConvWithNorm, not a Conv2d"):
+        model(x)
     assert fuse(model).left[0].reason == "conv1 is a ConvWithNorm, not a Conv2d"
 
 
@@ -379,6 +385,16 @@ def test_a_value_that_a_function_in_the_forward_sees_goes_from_stage_to_stage_as
     assert not called_in_turn(SeesItsStages.forward)
 
 
+def test_a_forward_that_may_read_a_module_by_a_name_has_no_chain_of_calls():
+    assert has_chain(Network.forward, ("conv", "bn", "act"))
+    assert not has_chain(Configured.forward, ("conv", "norm", "act"))
+
+
+def test_what_a_network_asks_before_and_after_its_stem_is_no_condition_of_it():
+    model = AsksAroundItsStem()
+    assert fuse(model).fused[0].stem and not model._known.conditions
+
+
 def test_a_module_that_has_more_than_a_stem_is_also_one_of_another_class():
     report = fuse(Half())
     assert [item.stem for item in report.fused] == [True] and report.unknown == {f"{Half.__module__}.Half": 1}
@@ -421,7 +437,7 @@ def test_a_convolution_its_norm_and_relu_alone_give_the_layout_that_the_eager_on
 @pytest.mark.parametrize(
     "change",
     [
-        lambda model: model.stages.append("act"),
+        lambda model: model.stages.append("pool"),
         lambda model: setattr(model, "norm_name", "other"),
         lambda model: setattr(model, "deep", True),
     ],
@@ -485,8 +501,9 @@ def test_a_forward_that_does_something_else_is_left_alone(cls):
 
 
 @pytest.mark.parametrize("cls", OTHER_NETWORKS)
-def test_a_network_that_does_more_with_its_stem_is_left_alone(cls):
-    model = cls()
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_a_network_that_does_more_with_its_stem_is_left_alone(cls, train):
+    model = cls().train(train)
     assert [item.name for item in fuse(model).fused] == ["stage.0", "stage.1"]
     assert type(model) is cls
 
@@ -540,3 +557,13 @@ def test_a_class_without_a_text_is_left_alone():
 def test_what_the_forwards_names_stand_for_is_looked_up(monkeypatch):
     monkeypatch.setattr(written_blocks, "F", nn)
     assert not fuse(Textbook(4, 4)).fused
+
+
+def test_another_getattr_than_pythons_may_do_anything(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    text = inspect.getsource(written_blocks) + "\n\ndef getattr(module, name):\n    return nn.Identity()\n"
+    (tmp_path / "shadowed.py").write_text(text)
+    shadowed = importlib.import_module("shadowed")
+    assert not fuse(shadowed.OfFunctions(4, 4)).fused
+    assert [item.name for item in fuse(shadowed.Configured()).fused] == ["stage.0", "stage.1"]
+    monkeypatch.delitem(sys.modules, "shadowed")
