@@ -565,5 +565,6 @@ def test_another_getattr_than_pythons_may_do_anything(tmp_path, monkeypatch):
     (tmp_path / "shadowed.py").write_text(text)
     shadowed = importlib.import_module("shadowed")
     assert not fuse(shadowed.OfFunctions(4, 4)).fused
-    assert [item.name for item in fuse(shadowed.Configured()).fused] == ["stage.0", "stage.1"]
+    for network in (shadowed.Configured(), shadowed.AsksItsStageByName()):
+        assert [item.name for item in fuse(network).fused] == ["stage.0", "stage.1"]
     monkeypatch.delitem(sys.modules, "shadowed")
