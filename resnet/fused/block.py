@@ -20,6 +20,7 @@ from resnet.functional import channels_last, checked, unchecked
 from resnet.fusable import (
     AVERAGE,
     BlockParts,
+    GateParts,
     average_of,
     conv_state,
     gate_state,
@@ -46,7 +47,8 @@ from resnet.fused.module import (
 )
 from resnet.kernels.host.facts import Recent
 from resnet.norm import Norm, held, norm_of
-from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator, squeeze_operator
+from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator, squeeze_kind, squeeze_operator
+from resnet.schema import unpack
 from resnet.sequential import FusedSequential
 from resnet.torch_backend.convolution import out_size
 
@@ -85,9 +87,8 @@ class FusedBlock(FusedModule):
 
     def _without_statistics(self, parts: BlockParts, flat: list) -> str | None:
         if parts.gate is not None:
-            # Its operators are the same. With gates before the last convolution they save nothing on a CPU.
-            inner = parts.gate.place < len(parts.units) and not torch.compiler.is_compiling()
-            return None if inner and not records_gradient(flat) and implementation(flat[0]) is torch_backend else ""
+            recorded = records_gradient(flat) or torch.compiler.is_compiling()
+            return None if not recorded and implementation(flat[0]) is torch_backend else ""
         form = super()._without_statistics(parts, flat)
         if form or flat[0].dtype == torch.float16:  # its range is too small for weights that are scaled
             return form
@@ -199,6 +200,20 @@ class FusedBlock(FusedModule):
             flat += (map_, *average_of(pool.module))
         return flat
 
+    def _unrecorded(self, parts: BlockParts, X: Tensor, flat: list) -> Tensor:
+        """A block with squeeze-and-excitation without gradients, by PyTorch's operators."""
+        gate = parts.gate
+        if gate.place < len(parts.units):  # folding the norms before it saves nothing on a CPU
+            return self._eager(X)
+        squeeze = unpack(squeeze_kind(gate.place).arguments, flat)
+        with without_autocast(squeeze.x):
+            h = torch_backend.squeeze_inference(squeeze.x, squeeze.units)
+        factor = _gates(gate, h.mean((2, 3)), h.dtype)
+        shortcut = X if gate.shortcut is None else _called(gate.shortcut, X)
+        if _is_alike(shortcut, h):
+            return torch_backend.excite_inference(h, factor, channels_last(shortcut))
+        return F.relu((h * factor[..., None, None] + shortcut).to(h.dtype))  # the add in eager is in place
+
     def _excite(
         self,
         parts: BlockParts,
@@ -211,19 +226,14 @@ class FusedBlock(FusedModule):
         stats: Tensor,
     ) -> Tensor:
         """What follows the squeeze, by its results: the gates, and the rest of the block."""
-        gate, (N, C) = parts.gate, pooled.shape
-        factor = pooled.view({"map": (N, C, 1, 1), "row": (N, 1, C), "matrix": (N, C)}[gate.means])
-        for module in gate.called:
-            factor = module(factor)
-        if gate.means != "map":
-            factor = factor.view(N, -1, 1, 1)
-        factor = factor.to(y.dtype).expand(N, C, 1, 1).flatten(1).contiguous()
+        gate = parts.gate
+        factor = _gates(gate, pooled, y.dtype)
         if gate.place < len(parts.units):
             return self._last_unit(parts, X, recent.next, _excited(recent, y, stats, link, factor, None, True, False))
         if gate.shortcut is None:  # x has its gradient by the squeeze
             return _excited(recent, y, stats, link, factor, x.detach(), False, True)
         shortcut = _called(gate.shortcut, X)
-        if type(shortcut) is Tensor and shortcut.shape == y.shape and shortcut.dtype == y.dtype:
+        if _is_alike(shortcut, y):
             return _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True)
         out = _excited(recent, y, stats, link, factor, None, False, False) + shortcut
         return F.relu(out.to(y.dtype))  # the add in eager is in place
@@ -242,6 +252,21 @@ class FusedBlock(FusedModule):
         if out is None:
             out = checked(y, added, norm, fits, bn_name, recent)
         return out if fits else F.relu(out + shortcut)
+
+
+def _gates(gate: GateParts, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C), what the modules make of the means of all maps (N, C)."""
+    N, C = pooled.shape
+    factor = pooled.view({"map": (N, C, 1, 1), "row": (N, 1, C), "matrix": (N, C)}[gate.means])
+    for module in gate.called:
+        factor = module(factor)
+    if gate.means != "map":
+        factor = factor.view(N, -1, 1, 1)
+    return factor.to(dtype).expand(N, C, 1, 1).flatten(1).contiguous()
+
+
+def _is_alike(shortcut: object, y: Tensor) -> bool:
+    return type(shortcut) is Tensor and shortcut.shape == y.shape and shortcut.dtype == y.dtype
 
 
 def _called(shortcut: nn.Module, X: Tensor) -> Tensor:

@@ -181,7 +181,7 @@ class FusedModule:
         if not batch_statistics:
             form = self._without_statistics(parts, flat)
             if form is None:
-                return self._eager(X)
+                return self._unrecorded(parts, X, flat)
             name += form
         if known is None or x.dtype == torch.float64:
             with without_autocast(x):
@@ -198,8 +198,11 @@ class FusedModule:
         return self._excite(parts, X, x, recent.next, *out) if type(out) is tuple else out
 
     def _without_statistics(self, parts: BlockParts | StemParts, flat: list) -> str | None:
-        """The end of the operator's name where the norms take no batch statistics; None where eager is quicker."""
+        """The end of the operator's name where the norms take no batch statistics; None for `_unrecorded`."""
         return "" if records_gradient(flat) else "_inference"
+
+    def _unrecorded(self, parts: BlockParts, X: Tensor, flat: list) -> Tensor:
+        raise NotImplementedError
 
 
 def _remember(state: tuple, recent: Recent) -> None:

@@ -7,7 +7,14 @@ from resnet.torch_backend.batch_norm import forward as batch_norm_add_relu
 from resnet.torch_backend.block import block_backward, block_forward, block_inference
 from resnet.torch_backend.frozen import frozen_block_backward, frozen_block_forward
 from resnet.torch_backend.inference import stem_inference
-from resnet.torch_backend.squeeze_excite import excite_backward, excite_forward, squeeze_backward, squeeze_forward
+from resnet.torch_backend.squeeze_excite import (
+    excite_backward,
+    excite_forward,
+    excite_inference,
+    squeeze_backward,
+    squeeze_forward,
+    squeeze_inference,
+)
 from resnet.torch_backend.stem import (
     deep_stem_backward,
     deep_stem_forward,
@@ -41,6 +48,8 @@ __all__ = [
     "deep_stem_inference",
     "squeeze_forward",
     "squeeze_backward",
+    "squeeze_inference",
     "excite_forward",
     "excite_backward",
+    "excite_inference",
 ]

@@ -12,6 +12,7 @@ from resnet.torch_backend import batch_norm
 from resnet.torch_backend.batch_norm import affine, rows_of
 from resnet.torch_backend.block import chain_backward
 from resnet.torch_backend.convolution import convolve
+from resnet.torch_backend.inference import conv_batch_norm
 
 aten = torch.ops.aten
 
@@ -117,6 +118,22 @@ def excite_forward(
     if shortcut is not None:
         out.add_(shortcut)
     return out.relu_() if relu else out
+
+
+def squeeze_inference(x: Tensor, units: tuple[Unit, ...]) -> Tensor:
+    """norm(y), (N, K, P, Q) channels_last, y the chain's last: for norms that are constants.
+
+    A fused squeeze has no use for it. Without gradients a norm that is folded into its convolution saves more.
+    """
+    *units, last = units
+    for unit in units:
+        x = conv_batch_norm(x, unit).relu_()
+    return conv_batch_norm(x, last)
+
+
+def excite_inference(h: Tensor, gate: Tensor, shortcut: Tensor) -> Tensor:
+    """relu(gate * h + shortcut), (N, K, P, Q) channels_last as both maps are; gate is (N, K)."""
+    return torch.addcmul(rows_of(shortcut), rows_of(h), _spread(gate)).permute(0, 3, 1, 2).relu_()
 
 
 def excite_backward(dout: Tensor, kept: ExciteKept) -> ExciteGrad:
