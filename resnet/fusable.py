@@ -407,7 +407,7 @@ def geometry_of(conv: nn.Conv2d) -> Geometry:
 def conv_state(conv: nn.Module | None) -> tuple:
     """All that fusing and checking ask of a convolution, its tensors aside."""
     kind = type(conv)
-    if not issubclass(kind, nn.Conv2d):
+    if kind is not nn.Conv2d and not issubclass(kind, nn.Conv2d):
         return (kind,)
     own = conv.__dict__
     return (

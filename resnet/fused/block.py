@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resnet import ops, torch_backend
-from resnet.backends import implementation
 from resnet.checks import (
     check_activation,
     check_conv_weight,
@@ -85,11 +86,10 @@ class FusedBlock(FusedModule):
             state.append(pool_state(pool.module, AVERAGE))
         return tuple(state)
 
-    def _without_statistics(self, parts: BlockParts, flat: list) -> str | None:
+    def _without_statistics(self, parts: BlockParts, flat: list, backend: ModuleType | None) -> str | None:
         if parts.gate is not None:
-            recorded = records_gradient(flat) or torch.compiler.is_compiling()
-            return None if not recorded and implementation(flat[0]) is torch_backend else ""
-        form = super()._without_statistics(parts, flat)
+            return None if backend is torch_backend and not records_gradient(flat) else ""
+        form = super()._without_statistics(parts, flat, backend)
         if form or flat[0].dtype == torch.float16:  # its range is too small for weights that are scaled
             return form
         trained = any(isinstance(t, Tensor) and t.requires_grad and t.dim() == 1 for t in flat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -164,8 +165,8 @@ class FusedModule:
         if reason is not None:
             warn_once(type(self).__name__, reason)
             return self._eager(X)
-        if not compiling:
-            implementation(x)  # raises what the operator would, before anything changes
+        # It raises what the operator would, before anything changes.
+        backend = None if compiling else implementation(x)
         batch_statistics = False
         for i, norm in enumerate(norms):
             batch_statistics |= norm.training
@@ -179,7 +180,7 @@ class FusedModule:
                 known = known and recent.known(flat)
         name = self._operator(parts)
         if not batch_statistics:
-            form = self._without_statistics(parts, flat)
+            form = self._without_statistics(parts, flat, backend)
             if form is None:
                 return self._unrecorded(parts, X, flat)
             name += form
@@ -197,7 +198,7 @@ class FusedModule:
                 torch.set_autocast_enabled(kind, True)
         return self._excite(parts, X, x, recent.next, *out) if type(out) is tuple else out
 
-    def _without_statistics(self, parts: BlockParts | StemParts, flat: list) -> str | None:
+    def _without_statistics(self, parts: BlockParts | StemParts, flat: list, backend: ModuleType | None) -> str | None:
         """The end of the operator's name where the norms take no batch statistics; None for `_unrecorded`."""
         return "" if records_gradient(flat) else "_inference"
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import Attention, is_attention, is_norm, is_plain, is_sequence, was_replaced
+from resnet.fusable import Attention, is_attention, is_norm, is_plain, is_sequence, unfusable_pool, was_replaced
 from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.following import Followed, Forward, Value
@@ -167,7 +167,7 @@ class _Network:
         if name is None or (name != call.name and times_named(self.function)[name]):
             return None
         child = self.module._modules.get(name)
-        if type(child) in POOLS:
+        if type(child) in POOLS and (type(child) is nn.Identity or unfusable_pool(name, child) is None):
             does = [record.make("pool", record.input, name=name, module=child)]
         else:
             try:

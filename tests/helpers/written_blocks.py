@@ -1074,6 +1074,14 @@ class Idle(nn.Module):
         return x
 
 
+class OfAnotherPool(Network):
+    """One whose pool is no stem's."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+
+
 class AsksItsStageByName(Network):
     def forward(self, x):
         x = self.act(self.bn(self.conv(x)))
@@ -1103,6 +1111,7 @@ class AsksAroundItsStem(Network):
 
 NETWORKS = [
     OfAnIdleUnit,
+    OfAnotherPool,
     AsksItsStageByName,
     AsksAroundItsStem,
     Network,

@@ -1,4 +1,4 @@
-"""`fuse` on the ResNets of torchvision, timm and transformers, each where it is installed."""
+"""`fuse` on the ResNets of torchvision, timm, transformers and pytorchcv, each where it is installed."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ def transformers(layer_type: str, **options) -> nn.Module:
         embedding_size=8, hidden_sizes=[16, 24], depths=[2, 2], layer_type=layer_type, num_labels=5, **options
     )
     return library.ResNetForImageClassification(config)
+
+
+def pytorchcv(name: str) -> nn.Module:
+    """The maps of a net for images of 32x32; its pool is for these alone."""
+    return pytest.importorskip("pytorchcv.model_provider").get_model(name).features[:-1]
 
 
 class Features(nn.Module):
@@ -132,6 +137,9 @@ ZOO = {
     "transformers stride first": Entry(lambda: transformers("bottleneck", downsample_in_bottleneck=True), 5, 0),
     "transformers RT-DETR, basic": Entry(lambda: rt_detr("basic"), 4, 0),
     "transformers RT-DETR, bottleneck": Entry(lambda: rt_detr("bottleneck"), 4, 0),
+    "pytorchcv resnet20": Entry(lambda: pytorchcv("resnet20_cifar10"), 10, 0),
+    "pytorchcv seresnet20": Entry(lambda: pytorchcv("seresnet20_cifar10"), 10, 0),
+    "pytorchcv resnext29": Entry(lambda: pytorchcv("resnext29_32x4d_cifar10"), 10, 0),
 }
 zoo = pytest.mark.parametrize("name", ZOO)
 ONE_OF_EACH = (
