@@ -231,8 +231,8 @@ def unfusable_gate(gate: GateParts) -> str | None:
             found = f"a {type(value).__name__}" if isinstance(value, nn.Module) else value
             reason = reason or f"{name}.{field} is {found}"
     for field in gate.given:
-        if not getattr(module, field, None):
-            reason = reason or f"{name}.{field} is {getattr(module, field, None)}"
+        if not (value := getattr(module, field, None)):
+            reason = reason or f"{name}.{field} is {value}"
     for pool_name, pool, _ in pools:
         if getattr(pool, "output_size", None) not in (1, (1, 1)):
             reason = reason or f"{pool_name}.output_size is {getattr(pool, 'output_size', None)}, not 1"

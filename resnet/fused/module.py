@@ -202,9 +202,6 @@ class FusedModule:
         """The end of the operator's name where the norms take no batch statistics; None for `_unrecorded`."""
         return "" if records_gradient(flat) else "_inference"
 
-    def _unrecorded(self, parts: BlockParts, X: Tensor, flat: list) -> Tensor:
-        raise NotImplementedError
-
 
 def _remember(state: tuple, recent: Recent) -> None:
     if len(_fusable) >= _KEPT:

@@ -178,7 +178,7 @@ def _calls_of_stem(module: nn.Module, entry: Known | None) -> tuple[str, ...]:
     """What a network that calls its stem itself calls for it; nothing for all else."""
     if entry is None or not issubclass(entry.mixin, NetworkMixin):
         return ()
-    return tuple(module._modules)[:1] if entry.mixin is CutMixin else entry.calls or entry.layout.calls
+    return tuple(module._modules)[:1] if entry.mixin is CutMixin else entry.called
 
 
 def _normalizes(module: nn.Module) -> bool:

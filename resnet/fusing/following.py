@@ -36,7 +36,6 @@ class Followed:
     """What was done to a module's input."""
 
     module: nn.Module
-    eager: type[nn.Module]
     input: Value = field(default_factory=lambda: Value("input"))
     made: list[Value] = field(default_factory=list)
     conditions: list[Condition | Equal] = field(default_factory=list)
@@ -47,6 +46,40 @@ class Followed:
         value = Value(what, of, name, module)
         self.made.append(value)
         return value
+
+    def call(self, place: str, module: object, of: Value) -> Value:
+        """What a module that lies there gives."""
+        kind = type(module)
+        if is_sequence(kind) and "forward" not in vars(module):
+            self.containers[place] = kind
+            for key, child in module._modules.items():
+                of = self.call(f"{place}.{key}", child, of)
+            return of
+        if kind is nn.Identity:
+            self.idle.append(place)
+            return of
+        if kind is nn.ReLU:
+            return self.make("relu", of, name=place)
+        if full_name(kind) == CONV_WITH_NORM:
+            return self.conv_with_norm(place, module, of)
+        if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
+            return self.make("module", of, name=place, module=module)
+        if isinstance(module, nn.Module) and (is_attention(module) or read_gate(module)):
+            return self.make("gate", of, name=place, module=module)
+        tree = forward_text(kind) if isinstance(module, nn.Module) else None
+        if tree is None or "forward" in vars(module):
+            raise Unread
+        self.containers[place] = kind
+        return Forward.of(self, module, kind, f"{place}.", of).returned(tree.body)
+
+    def conv_with_norm(self, place: str, conv: nn.Module, of: Value) -> Value:
+        self.containers[place] = type(conv)
+        of = self.make("module", of, name=place, module=conv)
+        for name in ("norm", "activation"):
+            child = getattr(conv, name)
+            self.conditions.append(Condition(f"{place}.{name}", is_none=True, answer=child is None))
+            of = of if child is None else self.call(f"{place}.{name}", child, of)
+        return of
 
     def steps(self, value: Value) -> list[Value]:
         """What was done to the input, one after the other."""
@@ -122,7 +155,7 @@ class Forward:
             case ast.Call(ast.Name(name), [argument], []) if name in self.functions:
                 return self.inner(self.functions[name], self.value(argument))
             case ast.Call(called, [argument], []) if (name := self.own(called)) is not None:
-                return self.call(name, self.module._modules.get(name), self.value(argument))
+                return self.record.call(self.prefix + name, self.module._modules.get(name), self.value(argument))
             case ast.Call(called, [left, right], []) if resolved(called, self.function) is torch.add:
                 return self.sum(self.value(left), self.value(right))
             case _ if (argument := relu_argument(expression, self.function)) is not None:
@@ -142,41 +175,6 @@ class Forward:
         me = self.me if self.me in made.__code__.co_freevars else None
         values = dict(zip(names, [argument]))
         return replace(self, function=made, me=me, values=values, functions={}).returned(function.body)
-
-    def call(self, name: str, module: object, of: Value) -> Value:
-        kind, place = type(module), self.prefix + name
-        if is_sequence(kind) and "forward" not in vars(module):
-            self.record.containers[place] = kind
-            inside = Forward(self.record, module, kind, f"{place}.", kind.forward, None, {})
-            for key, child in module._modules.items():
-                of = inside.call(key, child, of)
-            return of
-        if kind is nn.Identity:
-            self.record.idle.append(place)
-            return of
-        if kind is nn.ReLU:
-            return self.record.make("relu", of, name=place)
-        if full_name(kind) == CONV_WITH_NORM:
-            return self.conv_with_norm(place, module, of)
-        if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
-            return self.record.make("module", of, name=place, module=module)
-        if isinstance(module, nn.Module) and (is_attention(module) or read_gate(module)):
-            return self.record.make("gate", of, name=place, module=module)
-        tree = forward_text(kind) if isinstance(module, nn.Module) else None
-        if tree is None or "forward" in vars(module):
-            raise Unread
-        self.record.containers[place] = kind
-        return Forward.of(self.record, module, kind, f"{place}.", of).returned(tree.body)
-
-    def conv_with_norm(self, place: str, conv: nn.Module, of: Value) -> Value:
-        self.record.containers[place] = type(conv)
-        of = self.record.make("module", of, name=place, module=conv)
-        inside = Forward(self.record, conv, type(conv), f"{place}.", type(conv).forward, None, {})
-        for name in ("norm", "activation"):
-            child = getattr(conv, name)
-            self.record.conditions.append(Condition(f"{place}.{name}", is_none=True, answer=child is None))
-            of = of if child is None else inside.call(name, child, of)
-        return of
 
     def holds(self, test: ast.expr) -> bool:
         """The answer to a condition, which is noted."""

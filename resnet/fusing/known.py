@@ -51,7 +51,12 @@ class Known(NamedTuple):
     method: str = "forward"  # what the mixin's `_call` replaces
     conditions: tuple[Condition | Equal, ...] = ()  # under which the layout is that of a module
     keeps_layout: bool = False  # of a stem: see `FoundMixin`
-    calls: tuple[str, ...] = ()  # what the forward of a network that was read calls for its stem: see `_calls`
+    calls: tuple[str, ...] = ()  # of a network that was read: see `called`
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """What the forward of a network calls for its stem; "" is a ReLU that is a function."""
+        return self.calls or self.layout.calls
 
 
 KNOWN = {

@@ -54,7 +54,7 @@ class WrittenNetworkMixin(FoundMixin):
 
     def __init_subclass__(cls, **options: object):
         super().__init_subclass__(**options)
-        if "_known" in vars(cls) and "" in (calls := _calls_in(cls._known)):
+        if "_known" in vars(cls) and "" in (calls := cls._known.called):
             relu = _relu_after(cls._eager_method, calls[calls.index("") - 1])
             cls._around = None if relu is None else staticmethod(without(cls._eager_method, relu))
 
@@ -65,15 +65,11 @@ class WrittenNetworkMixin(FoundMixin):
         return self._eager_method(x)  # the module, or the text, is not what it was when it was fused
 
     def _calls(self) -> tuple[str, ...]:
-        return _calls_in(self._known)
+        return self._known.called
 
     def _stages(self) -> frozenset[str]:
         function = self._eager_method.__func__
         return frozenset() if reads_by_name(function) else super()._stages() & named_once(function)
-
-
-def _calls_in(entry: Known) -> tuple[str, ...]:
-    return entry.calls or entry.layout.calls
 
 
 def _is_cast(x: object) -> bool:
@@ -85,9 +81,9 @@ def read_block(module: nn.Module, eager: type[nn.Module]) -> Known | None:
     tree = forward_text(eager) if _may_be_block(module) else None
     if tree is None:
         return None
-    block = _Block(module, eager)
+    block = _Block(module)
     try:
-        layout = block.read(tree)
+        layout = block.read(eager, tree)
     except Unread:
         return None
     return Known(WrittenMixin, layout, conditions=tuple(dict.fromkeys(block.conditions)))
@@ -131,7 +127,7 @@ class _Network:
         self.asked: dict[ast.If, tuple[bool | None, Followed]] = {}
 
     def follow(self) -> Forward:
-        me, record = self.function.__code__.co_varnames[0], Followed(self.module, self.eager)
+        me, record = self.function.__code__.co_varnames[0], Followed(self.module)
         return Forward(record, self.module, self.eager, "", self.function, me, {})
 
     def taken(self, branches: ast.If) -> list[ast.stmt] | None:
@@ -159,7 +155,7 @@ class _Network:
 
     def step(self, call: Call) -> _Step | None:
         """None where what is called does something else."""
-        forward, does = self.follow(), None
+        forward = self.follow()
         record = forward.record
         if not call.name:
             return _Step(call, record, [record.make("relu", record.input)])
@@ -171,7 +167,7 @@ class _Network:
             does = [record.make("pool", record.input, name=name, module=child)]
         else:
             try:
-                does = record.steps(forward.call(name, child, record.input))
+                does = record.steps(record.call(name, child, record.input))
             except Unread:
                 return None
         # What it does beside is seen by nothing, but a norm counts it.
@@ -254,8 +250,8 @@ def _may_be_block(module: nn.Module) -> bool:
 class _Block(Followed):
     """What the forward of a block does."""
 
-    def read(self, tree: ast.FunctionDef) -> BlockLayout:
-        followed = Forward.of(self, self.module, self.eager, "", self.input)
+    def read(self, eager: type[nn.Module], tree: ast.FunctionDef) -> BlockLayout:
+        followed = Forward.of(self, self.module, eager, "", self.input)
         return self.layout(followed.returned(tree.body))
 
     def layout(self, result: Value) -> BlockLayout:
