@@ -139,24 +139,25 @@ def full_name(cls: type) -> str:
 
 
 def was_replaced(cls: type, method: str) -> bool:
-    """Whether a class has another method than the one in its definition; what is wrapped does more than its text."""
+    """Whether a class has another method than the one in its definition, or one that takes more than `self` and x.
+
+    What is wrapped does more than its text.
+    """
     definer = next(base for base in cls.__mro__ if method in vars(base))
     found = vars(definer)[method]
     return (
         not isinstance(found, FunctionType)
         or (found.__module__, found.__qualname__) != (definer.__module__, f"{definer.__qualname__}.{method}")
         or hasattr(found, "__wrapped__")
-        or found.__code__.co_argcount != 2
+        or (found.__code__.co_argcount, found.__code__.co_kwonlyargcount) != (2, 0)
+        or found.__code__.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS) != 0
     )
 
 
 def is_plain(cls: type[nn.Module]) -> bool:
     """Whether calling a module of a class does what its forward says, on the attributes that it has."""
     usual = ("__call__", "__getattr__", "__getattribute__", "_call_impl", "_wrapped_call_impl")
-    if any(getattr(cls, name) is not getattr(nn.Module, name) for name in usual) or was_replaced(cls, "forward"):
-        return False
-    code = cls.forward.__code__
-    return not (code.co_kwonlyargcount or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS))
+    return all(getattr(cls, name) is getattr(nn.Module, name) for name in usual) and not was_replaced(cls, "forward")
 
 
 def is_sequence(cls: type[nn.Module]) -> bool:

@@ -10,7 +10,7 @@ from resnet.fusable import BlockParts, StemParts, UnitParts, Watched, gate_parts
 from resnet.fused.block import FusedBlock
 from resnet.fused.stem import FusedStemBase
 from resnet.reference import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem
-from resnet.sequential import linkable
+from resnet.sequential import FusedSequential, linkable
 
 
 class _FusedTextbookStem(FusedStemBase):
@@ -68,6 +68,7 @@ class _FusedTextbook(FusedBlock):
 
     stem = FusedStem
     small_stem = FusedSmallStem
+    sequential = FusedSequential
 
     def __init__(
         self, input_channels: int, num_channels: int, use_1x1conv: bool = False, strides: int | tuple[int, int] = 1
@@ -175,6 +176,8 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
         ValueError: channels or strides that are no whole numbers, or negative, or a stride of 0.
     """
 
+    sequential = FusedSequential
+
     def __init__(
         self,
         in_channels: int,
@@ -201,6 +204,8 @@ class FusedBasicBlock(FusedBlock, BasicBlock):
 @linkable
 class FusedBottleneck(FusedBlock, Bottleneck):
     """`Bottleneck`, the published block of ResNet-50 and deeper, on fused operators: see `FusedBasicBlock`."""
+
+    sequential = FusedSequential
 
     def __init__(
         self,

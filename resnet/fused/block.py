@@ -50,7 +50,6 @@ from resnet.kernels.host.facts import Recent
 from resnet.norm import Norm, held, norm_of
 from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator, squeeze_kind, squeeze_operator
 from resnet.schema import unpack
-from resnet.sequential import FusedSequential
 from resnet.torch_backend.convolution import out_size
 
 _MAP = -len(Pooled._fields)  # the place of a pooled x among a block's arguments
@@ -59,8 +58,6 @@ _OPERATORS = {(units == 3, *shortcut): block_operator(units, *shortcut) for unit
 
 class FusedBlock(FusedModule):
     """A residual block whose modules `_parts` names: a `BlockParts`, or why there are none."""
-
-    sequential = FusedSequential
 
     def _parts(self) -> BlockParts | str:
         raise NotImplementedError
@@ -208,11 +205,11 @@ class FusedBlock(FusedModule):
         squeeze = unpack(squeeze_kind(gate.place).arguments, flat)
         with without_autocast(squeeze.x):
             h = torch_backend.squeeze_inference(squeeze.x, squeeze.units)
-        factor = _gates(gate, h.mean((2, 3)), h.dtype)
+        factor, dtype = _gates(gate, h.mean((2, 3)), h.dtype)
         shortcut = X if gate.shortcut is None else _called(gate.shortcut, X)
         if _is_alike(shortcut, h):
-            return torch_backend.excite_inference(h, factor, channels_last(shortcut))
-        return F.relu((h * factor[..., None, None] + shortcut).to(h.dtype))  # the add in eager is in place
+            return torch_backend.excite_inference(h, factor, channels_last(shortcut)).to(dtype)
+        return F.relu((h * factor[..., None, None] + shortcut).to(dtype))  # the add in eager is in place
 
     def _excite(
         self,
@@ -227,16 +224,16 @@ class FusedBlock(FusedModule):
     ) -> Tensor:
         """What follows the squeeze, by its results: the gates, and the rest of the block."""
         gate = parts.gate
-        factor = _gates(gate, pooled, y.dtype)
+        factor, dtype = _gates(gate, pooled, y.dtype)
         if gate.place < len(parts.units):
             return self._last_unit(parts, X, recent.next, _excited(recent, y, stats, link, factor, None, True, False))
         if gate.shortcut is None:  # x has its gradient by the squeeze
-            return _excited(recent, y, stats, link, factor, x.detach(), False, True)
+            return _excited(recent, y, stats, link, factor, x.detach(), False, True).to(dtype)
         shortcut = _called(gate.shortcut, X)
         if _is_alike(shortcut, y):
-            return _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True)
+            return _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True).to(dtype)
         out = _excited(recent, y, stats, link, factor, None, False, False) + shortcut
-        return F.relu(out.to(y.dtype))  # the add in eager is in place
+        return F.relu(out.to(dtype))  # the add in eager is in place
 
     def _last_unit(self, parts: BlockParts, X: Tensor, recent: Recent, a: Tensor) -> Tensor:
         """relu(norm(conv(a)) + shortcut), the convolution PyTorch's."""
@@ -254,15 +251,16 @@ class FusedBlock(FusedModule):
         return out if fits else F.relu(out + shortcut)
 
 
-def _gates(gate: GateParts, pooled: Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, C), what the modules make of the means of all maps (N, C)."""
+def _gates(gate: GateParts, pooled: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
+    """(N, C), what the modules make of the means of all maps (N, C); and the type of their product with the maps."""
     N, C = pooled.shape
     factor = pooled.view({"map": (N, C, 1, 1), "row": (N, 1, C), "matrix": (N, C)}[gate.means])
     for module in gate.called:
         factor = module(factor)
     if gate.means != "map":
         factor = factor.view(N, -1, 1, 1)
-    return factor.to(dtype).expand(N, C, 1, 1).flatten(1).contiguous()
+    product = dtype if factor.dtype == dtype else torch.promote_types(dtype, factor.dtype)
+    return factor.to(dtype).expand(N, C, 1, 1).flatten(1).contiguous(), product
 
 
 def _is_alike(shortcut: object, y: Tensor) -> bool:

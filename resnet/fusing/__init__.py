@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from types import FunctionType
+from types import CodeType, FunctionType
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -27,6 +27,7 @@ from resnet.fusing.stems import (
     NetworkMixin,
     SequenceMixin,
     StemMixin,
+    WithStem,
     begins_with_stem,
     first_names,
     given_inside,
@@ -47,11 +48,18 @@ def _calling(eager: FunctionType) -> FunctionType:
         return self._call_unless_replaced(x)
 
     code = method.__code__.replace(co_varnames=eager.__code__.co_varnames[:2])
-    return functools.update_wrapper(FunctionType(code, eager.__globals__), eager)
+    made = FunctionType(code, eager.__globals__, argdefs=eager.__defaults__)
+    return functools.update_wrapper(made, eager)
+
+
+def _fused_class(eager: type[nn.Module], entry: Known) -> type[nn.Module]:
+    function = getattr(eager, entry.method)
+    return _class_for(eager, entry, function, getattr(function, "__code__", None))
 
 
 @functools.cache
-def _fused_class(eager: type[nn.Module], entry: Known) -> type[nn.Module]:
+def _class_for(eager: type[nn.Module], entry: Known, function: FunctionType, code: CodeType) -> type[nn.Module]:
+    """The class for one that has this method, with this code."""
     mixin, layout, method, *_ = entry
     own: dict[str, object] = {"_known": entry}
     if mixin is not CutMixin:  # of which each has names of its own
@@ -76,11 +84,19 @@ def _derived(mixin: type[Changed], eager: type[nn.Module], method: str, **others
         "__doc__": f"A `{full_name(eager)}` that `resnet.fuse` has changed the class of.",
         "_eager_class": eager,
         "_eager_method": getattr(eager, method),
+        "_eager_code": getattr(getattr(eager, method), "__code__", None),
         "_method": method,
         "_rebuild": staticmethod(_rebuild),
         method: _calling(getattr(eager, method)),
     }
     return type(f"{mixin._prefix}{eager.__name__}", (mixin, eager), own | others)
+
+
+def _name_of_ours(module: nn.Module, eager: type[nn.Module], mixin: type[nn.Module]) -> str | None:
+    """What a module has, or its class, by a name that the fused class has, and that may be anything's."""
+    ours = {*dir(mixin), *Changed.__annotations__, *WithStem.__annotations__} - {*dir(nn.Module)}
+    theirs = {*dir(eager), *vars(module), *module._modules, *module._parameters, *module._buffers}
+    return min(ours & theirs, default=None)
 
 
 def _rebuild(eager: type[nn.Module], entry: Known | None = None) -> nn.Module:
@@ -97,11 +113,17 @@ def _unlike_its_class(module: nn.Module, eager: type[nn.Module], entry: Known | 
     for name in {"forward", method}:
         if name in vars(module):
             return f"it has a {name} of its own"
+    name = _name_of_ours(module, eager, mixin)
+    if name is not None:
+        return f"a fused module has a {name}, and so has this"
     for cls, name in ((eager, method), *((kind, "forward") for kind in classes_in(looked_up(eager, layout)))):
         if was_replaced(cls, name):
             return f"{full_name(cls)}.{name} was replaced"
     if mixin is CutMixin or known(eager) is None:
         return None
+    name = next((name for name in layout.names if hasattr(eager, name.split(".")[0])), None)
+    if name is not None:
+        return f"{full_name(eager)} has a {name} of its own"
     if issubclass(mixin, SequenceMixin):
         names = first_names(module, layout)
         if not starts_with(module, names):
@@ -135,11 +157,20 @@ def _fuse(module: nn.Module, eager: type[nn.Module], entry: Known | None) -> str
     reason = _unlike_its_class(module, eager, entry)
     if reason is not None:
         return reason
-    before, module.__class__ = type(module), OWN.get(eager) or _fused_class(eager, entry)
+    before = type(module)
+    try:
+        cls = OWN.get(eager) or _fused_class(eager, entry)
+    except Exception as error:  # of what the class does where one is derived from it
+        return f"no class can be derived from {full_name(eager)}: {error}"
+    _become(module, cls)
     reason = _reason_not_to_fuse(module)
     if reason is not None:
-        module.__class__ = before
+        _become(module, before)
     return reason
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    object.__setattr__(module, "__class__", cls)  # whatever a `__setattr__` of its own refuses
 
 
 def _runs_its_blocks_in_turn(module: nn.Module) -> bool:
@@ -183,7 +214,8 @@ def _calls_of_stem(module: nn.Module, entry: Known | None) -> tuple[str, ...]:
 
 def _normalizes(module: nn.Module) -> bool:
     """Whether it holds a convolution and a norm, beside those of a stem that was fused."""
-    of_stem = module._layout.names if isinstance(module, StemMixin) else ()
+    is_stem = isinstance(module, StemMixin) and len(module._modules) > 2  # a slice of one may be shorter
+    of_stem = module._layout.names if is_stem else ()
     children = [child for name, child in module._modules.items() if name not in of_stem]
     return any(isinstance(child, _ConvNd) for child in children) and any(map(is_norm, children))
 
@@ -254,7 +286,7 @@ def fuse(model: nn.Module) -> FuseReport:
         inside += tuple(f"{prefix}{call}." for call in stem) if stem else (prefix,)
     for module in reversed(list(model.modules())):  # what holds others comes after these
         if _runs_its_blocks_in_turn(module):
-            module.__class__ = _fused_stage_class(type(module))
+            _become(module, _fused_stage_class(type(module)))
     return FuseReport(tuple(fused), tuple(left), dict(unknown))
 
 
@@ -269,7 +301,7 @@ def unfuse(model: nn.Module) -> None:
     for module in model.modules():
         eager = eager_class(type(module))
         if eager is not type(module):
-            module.__class__ = eager
+            _become(module, eager)
 
 
 def _check_module(name: str, model: object) -> None:

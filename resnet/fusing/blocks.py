@@ -7,7 +7,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from resnet.fusable import BlockParts, UnitParts, Watched, gate_parts
 from resnet.fused.block import FusedBlock
-from resnet.fusing.changed import Changed, children_of, watched_in
+from resnet.fusing.changed import Changed, children_of, no_module, watched_in
 from resnet.fusing.layouts import held_at
 from resnet.sequential import run_in_turn
 
@@ -27,7 +27,9 @@ class BlockMixin(Changed, FusedBlock):
             gate = gate_parts(layout.gate, attention, layout.place, added, layout.attention)
         if gate is None:
             shortcut, others, pool = _shortcut(layout.shortcut, shortcut, layout.shortcut_class)
-            if layout.shortcut_norm and shortcut is not None:
+            if layout.shortcut_norm:
+                if shortcut is None or shortcut.bn is not None:
+                    return f"{layout.shortcut} is not one convolution"
                 shortcut = shortcut._replace(bn=held_at(self, layout.shortcut_norm), bn_name=layout.shortcut_norm)
             if attention is not None:
                 others.append(Watched(layout.gate, attention, nn.Identity))
@@ -37,10 +39,8 @@ class BlockMixin(Changed, FusedBlock):
         others += [Watched(name, held_at(self, name), nn.ReLU) for name in dict.fromkeys(filter(None, layout.relus))]
         optional = (Watched(name, held_at(self, name), nn.Identity) for name in layout.optional)
         others += [other for other in optional if other.module is not None]
-        for name, module, _ in others:
-            if module is not None and not isinstance(module, nn.Module):
-                return f"{name} is a {type(module).__name__} and no module"
-        return BlockParts(units, shortcut, (*others, *watched_in(self)), pool, gate)
+        others += watched_in(self)
+        return no_module(others) or BlockParts(units, shortcut, tuple(others), pool, gate)
 
 
 def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, list[Watched], Watched | None]:

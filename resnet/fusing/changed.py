@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import CodeType
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,6 +30,14 @@ def watched_in(module: Changed) -> list[Watched]:
             inner = children_of(place, container)
             found += [Watched(name, child, nn.Identity) for name, child in inner if name not in module._places]
     return found
+
+
+def no_module(others: Iterable[Watched]) -> str | None:
+    """Which of them was replaced by something else than a module, as by a function."""
+    for name, module, _ in others:
+        if module is not None and not isinstance(module, nn.Module):
+            return f"{name} is a {type(module).__name__} and no module"
+    return None
 
 
 def _out_of_order(module: Changed) -> str | None:
@@ -75,6 +84,7 @@ class Changed:
 
     _eager_class: type[nn.Module]
     _eager_method: Callable[[nn.Module, Tensor], Tensor]  # in whose place `_call` is
+    _eager_code: CodeType  # of it
     _method: str  # its name
     _layout: BlockLayout | StemLayout  # its containers' classes are looked up
     _places: frozenset[str]  # of the layout
@@ -96,7 +106,7 @@ class Changed:
     def _call_unless_replaced(self, x: Tensor) -> Tensor:
         """`_call`, or what somebody has put into the eager class since it was fused."""
         eager = getattr(self._eager_class, self._method)
-        if eager is type(self)._eager_method:
+        if eager is type(self)._eager_method and eager.__code__ is self._eager_code:
             return self._call(x)
         warn_once(type(self).__name__, f"{full_name(self._eager_class)}.{self._method} was replaced")
         return eager(self, x)

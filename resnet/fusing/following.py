@@ -25,10 +25,15 @@ from resnet.fusing.sources import Unread, alias, forward_text, function_in, relu
 class Value:
     """What a forward has computed: by one of its modules, by a ReLU or a sum, or its input."""
 
-    what: str  # input, module, gate, relu, sum
+    what: str  # input, module, gate, relu, sum; or idle: of a module that gave what it was called on
     of: tuple[Value, ...] = ()
     name: str = ""  # of the module, or of a ReLU that is one
     module: nn.Module | None = None
+
+    @property
+    def itself(self) -> Value:
+        """The value, without the modules that gave what they were called on."""
+        return self.of[0].itself if self.what == "idle" else self
 
 
 @dataclass
@@ -49,6 +54,10 @@ class Followed:
 
     def call(self, place: str, module: object, of: Value) -> Value:
         """What a module that lies there gives."""
+        given = self.given(place, module, of)
+        return Value("idle", (of,), place, module) if given.itself is of.itself else given
+
+    def given(self, place: str, module: object, of: Value) -> Value:
         kind = type(module)
         if is_sequence(kind) and "forward" not in vars(module):
             self.containers[place] = kind
@@ -87,8 +96,18 @@ class Followed:
         while value is not self.input:
             if value.what == "sum":
                 raise Unread
-            found.insert(0, value)
+            if value.what != "idle":
+                found.insert(0, value)
             (value,) = value.of
+        return found
+
+    def idle_on(self, value: Value) -> list[str]:
+        """The modules on the way from the input to a value that gave what they were called on."""
+        found = []
+        while value is not self.input:
+            if value.what == "idle":
+                found.insert(0, value.name)
+            value = value.of[0]
         return found
 
 
@@ -123,7 +142,7 @@ class Forward:
                     self.functions.pop(name, None)
                     self.values[name] = self.value(value)
                 case ast.AugAssign(ast.Name(name), ast.Add(), value) if (  # the input is the caller's
-                    self.values.get(name, self.record.input) is not self.record.input
+                    self.values.get(name, self.record.input).itself is not self.record.input
                 ):
                     self.values[name] = self.sum(self.values[name], self.value(value))
                 case ast.If(test, then, otherwise):

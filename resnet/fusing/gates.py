@@ -38,6 +38,7 @@ class _Value:
     pool: str = ""
     means: str = "map"  # what the modules are called on: see `Attention`
     is_map: bool = True  # (N, C, 1, 1), else (N, C)
+    expanded: bool = False  # to the input's shape
 
 
 _INPUT = _Value()
@@ -101,7 +102,7 @@ class _Reader:
             raise Unread
         gates = self.value(right if self.is_input(left) else left)
         unused = any(value != _INPUT for value in self.values.values())
-        if unused or not gates.is_map:
+        if unused or gates.called is None or not gates.is_map:
             raise Unread
         unset, given = (tuple(name for name, flag in self.flags.items() if flag is each) for each in (False, True))
         return Attention(gates.called, gates.pool, unset, gates.means, given)
@@ -136,11 +137,11 @@ class _Reader:
             case ast.IfExp(test, then, otherwise):
                 return self.value(then if self.holds(test) else otherwise)
             case ast.Call(ast.Attribute(of, "expand_as"), [x], []) if self.is_input(x):
-                return self.value(of)
+                return replace(self.value(of), expanded=True)
         raise Unread
 
     def call(self, name: str, of: _Value) -> _Value:
-        if of.called is None or of.is_map != (of.means == "map"):
+        if of.called is None or of.expanded or of.is_map != (of.means == "map"):
             raise Unread
         return replace(of, called=(*of.called, name))
 
@@ -160,7 +161,9 @@ class _Reader:
                 return "NC"[at]
             case ast.Subscript(ast.Attribute(x, "shape"), ast.Constant(0 | 1 as at)) if self.is_input(x):
                 return "NC"[at]
-        return ast.unparse(expression)
+            case ast.Constant(int()) | ast.UnaryOp(ast.USub(), ast.Constant(int())):
+                return ast.unparse(expression)
+        raise Unread
 
 
 def _means(call: ast.Call) -> _Value:
@@ -178,8 +181,8 @@ _AFTER = ("2", "3"), ("-1", "-1"), ("2", "-1"), ("-1", "2")  # the dimensions at
 
 
 def _viewed(of: _Value, sizes: list[str]) -> _Value:
-    if of.is_map and of.called == () and sizes in (["N", "C"], ["N", "-1"]):
+    if of.is_map and not of.expanded and of.called == () and sizes in (["N", "C"], ["N", "-1"]):
         return replace(of, means="matrix", is_map=False)
-    if not of.is_map and sizes in (_WITH_PIXELS, ["N", "-1", "1", "1"]):
+    if not of.is_map and not of.expanded and sizes in (_WITH_PIXELS, ["N", "-1", "1", "1"]):
         return replace(of, is_map=True)
     raise Unread

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import CellType, CodeType, FunctionType, ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -18,8 +18,23 @@ from torch.nn import functional as F
 
 from resnet.fusable import is_plain
 
+_Read = TypeVar("_Read")
 
-@functools.cache
+
+def _kept(read: Callable[[FunctionType], _Read]) -> Callable[[FunctionType], _Read]:
+    """A cache of what is read of a function, which may be given other code: a notebook does so when a file changes."""
+    found: dict[tuple[FunctionType, CodeType], _Read] = {}
+
+    def kept(function: FunctionType) -> _Read:
+        key = function, function.__code__
+        if key not in found:
+            found[key] = read(function)
+        return found[key]
+
+    return functools.update_wrapper(kept, read)
+
+
+@_kept
 def called_in_turn(function: FunctionType) -> frozenset[str]:
     """The NAMEs of `x = self.NAME(x)` in a method, for each x that it shows to nothing else.
 
@@ -111,11 +126,13 @@ def _shows_itself(tree: ast.FunctionDef, function: FunctionType) -> bool:
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = [node for node in attributes if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load)]
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    reads = sum(node.value.id == me for node in read) + len(reads_by_name(function))
+    # An attribute that every object has would be asked of the other one.
+    own = [node for node in read if node.value.id == me and not node.attr.startswith("__")]
+    reads = len(own) + len(reads_by_name(function))
     return names.count(me) != reads or not _SEES_SELF.isdisjoint(names)
 
 
-@functools.cache
+@_kept
 def reads_by_name(function: FunctionType) -> tuple[ast.expr, ...]:
     """The names of the attributes that a method reads by `getattr(self, name)`."""
     tree, me = method_text(function), function.__code__.co_varnames[0]
@@ -135,6 +152,8 @@ def listed_in(function: FunctionType, name: str) -> set[str]:
     lists, bound = set(), 0
     for node in ast.walk(tree):
         match node:
+            case ast.Attribute() | ast.Constant() | ast.Name(ctx=ast.Load()):
+                pass
             case ast.Name(written, ast.Store() | ast.Del()) if written == name:
                 bound += 1
             case ast.For(
@@ -146,6 +165,10 @@ def listed_in(function: FunctionType, name: str) -> set[str]:
             case ast.For(ast.Name(written), ast.Attribute(ast.Name(whose), of)) if (written, whose) == (name, me):
                 lists.add(of)
                 bound -= 1
+            case _ if any(
+                name in (value if isinstance(value, list) else [value]) for _, value in ast.iter_fields(node)
+            ):
+                bound += 1  # as an argument, a pattern, an import
     return lists if bound == 0 and name in _seen_by_it_alone(function) else set()
 
 
@@ -243,13 +266,13 @@ def without(function: FunctionType, call: Call) -> FunctionType:
     return FunctionType(code, function.__globals__, code.co_name, function.__defaults__, function.__closure__)
 
 
-@functools.cache
+@_kept
 def named_once(function: FunctionType) -> frozenset[str]:
     """The attributes, of whatever, that a method names once."""
     return frozenset(name for name, count in times_named(function).items() if count == 1)
 
 
-@functools.cache
+@_kept
 def times_named(function: FunctionType) -> Counter[str]:
     """How often a method names an attribute, of whatever."""
     tree = method_text(function)
@@ -273,12 +296,16 @@ class Unread(Exception):
     """A text says something that is not looked for, or that is not understood."""
 
 
-@functools.cache
 def alias(cls: type, name: str) -> str | None:
     """The NAME of a property that does no more than `return getattr(self, self.NAME)`; None for all else."""
     found = getattr(cls, name, None)
-    tree = method_text(found.fget) if type(found) is property and type(found.fget) is FunctionType else None
-    if tree is None or not _is_builtin("getattr", found.fget):
+    return _names_another(found.fget) if type(found) is property and type(found.fget) is FunctionType else None
+
+
+@_kept
+def _names_another(getter: FunctionType) -> str | None:
+    tree = method_text(getter)
+    if tree is None or not _is_builtin("getattr", getter):
         return None
     *before, last = tree.body
     me = tree.args.args[0].arg
@@ -296,10 +323,17 @@ def function_in(method: FunctionType, text: ast.FunctionDef) -> FunctionType | N
     return FunctionType(code, method.__globals__, closure=tuple(CellType() for _ in code.co_freevars))
 
 
-@functools.cache
+_texts: dict[type[nn.Module], ast.FunctionDef | None] = {}
+
+
 def forward_text(cls: type[nn.Module]) -> ast.FunctionDef | None:
-    """The forward of a class; None where calling a module may do something else, or where there is no text."""
-    return method_text(cls.forward) if is_plain(cls) else None
+    """The forward of a class; None where calling a module may do something else, or where there is no text.
+
+    Of a class that was read before it is the last one that was its own: `fuse` is to say that it was replaced.
+    """
+    if is_plain(cls):
+        _texts[cls] = _kept_text(cls.forward)
+    return _texts.get(cls)
 
 
 def method_text(function: FunctionType) -> ast.FunctionDef | None:
@@ -313,6 +347,9 @@ def method_text(function: FunctionType) -> ast.FunctionDef | None:
         return None
     texts = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == code.co_name)
     return next((text for text in texts if (*text.decorator_list, text)[0].lineno == code.co_firstlineno), None)
+
+
+_kept_text = _kept(method_text)
 
 
 def _file_of(function: FunctionType) -> str:

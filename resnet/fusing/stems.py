@@ -14,7 +14,7 @@ from resnet import torch_backend
 from resnet.backends import implementation
 from resnet.fusable import StemParts, UnitParts, Watched, is_norm
 from resnet.fused.stem import FusedStemBase
-from resnet.fusing.changed import Changed, children_of, watched_in
+from resnet.fusing.changed import Changed, children_of, no_module, watched_in
 from resnet.fusing.layouts import StemLayout, held_at
 from resnet.fusing.sources import called_in_turn
 from resnet.sequential import FusedSequential, is_watched, run_in_turn, run_linked
@@ -29,12 +29,12 @@ class StemMixin(Changed, FusedStemBase):
         """The names of the modules that are called."""
         return self._layout.names
 
-    def _find_parts(self) -> StemParts:
+    def _find_parts(self) -> StemParts | str:
         conv, bn, relu, name = self._layout[:4]
         before = [(each, held_at(self, each)) for each in sum(self._layout.before, ())]
         last = held_at(self, conv)
         pool, others = Watched(name, held_at(self, name), nn.MaxPool2d), watched_in(self)
-        if type(last) is nn.Sequential and len(last) % 3 == 1:
+        if type(last) is nn.Sequential and len(last) % 3 == 1 and not before:
             others.append(Watched(conv, last, nn.Sequential))
             *before, (conv, last) = children_of(conv, last)
         others += [Watched(*each, nn.ReLU) for each in before[2::3]]
@@ -45,7 +45,7 @@ class StemMixin(Changed, FusedStemBase):
         elif type(pool.module) is nn.Identity:
             others.append(pool._replace(kind=nn.Identity))
             pool = None
-        return StemParts(
+        return no_module((*others, *filter(None, (pool,)))) or StemParts(
             UnitParts(last, held_at(self, bn), conv, bn),
             pool,
             tuple(others),
@@ -70,7 +70,7 @@ class NetworkMixin(StemMixin):
         stages = frozenset()
         if not is_watched(x) and not getattr(self, "grad_checkpointing", False):
             stages = self._stages()
-        return (self._around or self._eager_method.__func__)(_WithStem(self, stages), x)
+        return (self._around or self._eager_method.__func__)(WithStem(self, stages), x)
 
     def _stages(self) -> frozenset[str]:
         """The names of the modules that it calls one after the other."""
@@ -112,7 +112,7 @@ class FoundMixin(NetworkMixin):
             conv, bn, *_ = parts.unit
             needed = x.is_cpu and type(bn) is nn.SyncBatchNorm  # PyTorch's own works on GPUs alone
             on_cpu = not torch.compiler.is_compiling() and implementation(x) is torch_backend
-            keeps = self._known.keeps_layout and not any(map(_is_channels_last, (x, conv.weight)))
+            keeps = self._known.keeps_layout and not any(map(_is_channels_last, (x, getattr(conv, "weight", None))))
             if not needed and (on_cpu or keeps):
                 return self._eager(x)
         return super()._run(x)
@@ -194,12 +194,14 @@ def starts_with(module: nn.Module, names: tuple[str, ...]) -> bool:
     return tuple(module._modules)[: len(names)] == names
 
 
-class _WithStem:
+class WithStem:
     """A network as its own forward is to see it: the first module of the stem is all of it, and the others do nothing.
 
     What follows the stem stays the library's own code, in whatever version. `stages` are modules that it calls one
     after the other, so that the blocks of one may be linked to those of the next.
     """
+
+    _network: NetworkMixin
 
     def __init__(self, network: NetworkMixin, stages: Iterable[str] = ()):
         first, *rest = filter(None, network._calls())
@@ -222,7 +224,7 @@ class _WithStem:
         return getattr(self._network, name)
 
 
-class _ItemsWithStem(_WithStem):
+class _ItemsWithStem(WithStem):
     """The same for a network whose forward goes through its `items`."""
 
     def items(self) -> list[tuple[str, Callable[[Tensor], Tensor]]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from types import FunctionType
 from typing import NamedTuple
@@ -14,7 +15,16 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import Attention, is_attention, is_norm, is_plain, is_sequence, unfusable_pool, was_replaced
+from resnet.fusable import (
+    Attention,
+    BlockParts,
+    is_attention,
+    is_norm,
+    is_plain,
+    is_sequence,
+    unfusable_pool,
+    was_replaced,
+)
 from resnet.fused.module import autocast_dtype
 from resnet.fusing.blocks import BlockMixin
 from resnet.fusing.following import Followed, Forward, Value
@@ -38,6 +48,11 @@ from resnet.fusing.stems import POOLS, FoundMixin
 
 class WrittenMixin(BlockMixin):
     """A residual block of a class that nobody has listed."""
+
+    def _find_parts(self) -> BlockParts | str:
+        called = filter(None, (*self._layout.optional, self._layout.shortcut))
+        gone = next((name for name in called if held_at(self, name) is None), None)
+        return super()._find_parts() if gone is None else f"{gone} is None, and is called"
 
     def _call(self, x: Tensor) -> Tensor:
         if not all(condition.holds(self) for condition in self._known.conditions):
@@ -256,9 +271,11 @@ class _Block(Followed):
 
     def layout(self, result: Value) -> BlockLayout:
         """Where the modules of the block are that gives this."""
-        if result.what != "relu" or result.of[0].what != "sum":
+        last = result.itself
+        if last.what != "relu" or (sum_ := last.of[0].itself).what != "sum":
             raise Unread
-        for main, branch in itertools.permutations(map(self.steps, result.of[0].of)):
+        for ends in itertools.permutations(sum_.of):
+            main, branch = map(self.steps, ends)
             gates = [step for step in main if step.what == "gate"]
             if len(main) - len(gates) in (5, 8) and len(branch) <= 3:
                 break
@@ -271,18 +288,21 @@ class _Block(Followed):
         convs, norms, relus = main[::3], main[1::3], main[2::3]
         # Each value is read once: nothing is computed beside, and nothing that was changed in place is read again.
         names = [value.name for value in self.made if value.what == "module"]
-        if len(main) + len(gates) + len(branch) + 2 != len(self.made) or len({*names}) != len(names):
+        if Counter((*main, *gates, *branch, sum_, last)) != Counter(self.made) or len({*names}) != len(names):
             raise Unread
         if not (all(map(_is_conv, convs)) and all(map(_is_norm, norms)) and all(step.what == "relu" for step in relus)):
             raise Unread
-        shortcut, shortcut_norm, shortcut_class = self.shortcut(branch)
+        on_main, on_branch = map(self.idle_on, ends)
+        shortcut, shortcut_norm, shortcut_class = self.shortcut(
+            branch, [name for name in on_branch if name not in on_main]
+        )
         place = (before_gate + 1) // 3 if gates else 0
         if gates and (place < 2 or shortcut_norm):  # no operator ends sooner, and a shortcut is called as one module
             raise Unread
         gate = {"gate": gates[0].name, "place": place, "attention": _read(gates[0])} if gates else {}
         return BlockLayout(
             units=tuple((conv.name, norm.name) for conv, norm in zip(convs, norms, strict=True)),
-            relus=tuple(step.name for step in (*relus, result)),
+            relus=tuple(step.name for step in (*relus, last)),
             shortcut=shortcut,
             shortcut_norm=shortcut_norm,
             optional=tuple(name for name in self.idle if name != shortcut and not self.is_inside(name)),
@@ -295,16 +315,14 @@ class _Block(Followed):
             **gate,
         )
 
-    def shortcut(self, steps: list[Value]) -> tuple[str, str, type[nn.Module]]:
+    def shortcut(self, steps: list[Value], idle: list[str]) -> tuple[str, str, type[nn.Module]]:
         """The name of the module that is the shortcut, and of its norm where that lies beside it; "" for none.
 
-        The third is the class of what holds its convolution, or of the container in it that does.
+        Without steps it is the first of those on its branch that gave what they were called on. The third is the class
+        of what holds its convolution, or of the container in it that does.
         """
         if not steps:
-            idle = [
-                name for name in (*self.containers, *self.idle) if not self.is_inside(name) and not self.holds_any(name)
-            ]
-            name = next(iter(idle), "")
+            name = next((name for name in idle if not self.is_inside(name)), "")
             return name, "", self.containers.get(name, nn.Sequential)
         if any(step.what != "module" for step in steps):
             raise Unread
@@ -328,10 +346,6 @@ class _Block(Followed):
     def is_inside(self, name: str) -> bool:
         """Whether it is a module of a container that was called."""
         return name.rpartition(".")[0] in self.containers
-
-    def holds_any(self, name: str) -> bool:
-        """Whether something in a module of this name was called."""
-        return any(value.name.startswith(f"{name}.") for value in self.made)
 
 
 def _read(gate: Value) -> tuple[type[nn.Module], Attention] | None:
