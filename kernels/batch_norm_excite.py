@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm_squeeze import check_images
 from .device.pointwise import affine
 from .device.pointwise import relu as relu_of
-from .host.launch import SIZES, check_nhwc, check_vectors
+from .host.launch import SIZES, check_images, check_nhwc, check_vectors
 from .host.launcher import launch
 from .host.tiling import elements_of, tiling
 

@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm_excite import check_gate
-from .batch_norm_squeeze import LINK, check_images, empty_partial, merge_images, store_of_image
+from .batch_norm_squeeze import LINK, empty_partial, merge_images, store_of_image
 from .device.batch_norm import load_masked_grad
 from .device.pointwise import affine, relu_passes
 from .device.pointwise import relu as relu_of
 from .device.reductions import column_sums
-from .host.launch import SIZES, accumulator, check_nhwc, check_vectors
+from .host.launch import SIZES, accumulator, check_images, check_nhwc, check_vectors
 from .host.launcher import launch
 from .host.tiling import elements_of, image_tiling
 

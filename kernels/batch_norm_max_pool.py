@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device.pointwise import affine, relu
-from .host.launch import SIZES, check_span, check_vectors, nhwc_shape
+from .host.launch import SIZES, check_images, check_vectors
 from .host.launcher import launch
 from .host.tiling import Tiling, tiling
 
@@ -90,19 +90,13 @@ def window_tiling(windows: int, y: Tensor) -> Tiling:
     return tiling(windows, y.shape[1], _THREADS * (vector if y.shape[1] % vector == 0 else 2))
 
 
-def check_pooled(y: Tensor) -> None:
-    """TypeError or ValueError where y (N, C, H, W) cannot be pooled: its offsets within an image are 32 bits wide."""
-    nhwc_shape(y)
-    check_span(y.shape[1:].numel(), 1, 1, 1)
-
-
 def batch_norm_max_pool(y: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
     """(out, tap): (N, C, P, Q) channels_last of y's type and of uint8, from y (N, C, H, W) and stats (4, C).
 
     Raises:
         ValueError, TypeError: a shape, layout, type or device that does not fit, or an image of 2^31 elements or more.
     """
-    check_pooled(y)
+    check_images(y)
     check_vectors("stats", stats, (4, y.shape[1]), y)
     N, C, H, W = y.shape
     P, Q = out_size(H), out_size(W)

@@ -24,11 +24,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch_norm_backward_reduce import merge_sums
-from .batch_norm_max_pool import check_pooled, out_size, window_tiling
+from .batch_norm_max_pool import out_size, window_tiling
 from .device.batch_norm import center_grad, load_center
 from .device.max_pool import gather_grad, load_windows, locate
 from .device.reductions import column_sums
-from .host.launch import SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape
+from .host.launch import SIZES, accumulator, check_images, check_nhwc, check_vectors, nhwc_shape
 from .host.launcher import launch
 from .host.tiling import tiling
 
@@ -122,7 +122,7 @@ def pool_backward_apply_kernel(
 
 
 def _check(dout: Tensor, y: Tensor, out: Tensor, tap: Tensor, stats: Tensor) -> None:
-    check_pooled(y)
+    check_images(y)
     N, C, H, W = y.shape
     shape = N, C, out_size(H), out_size(W)
     check_nhwc("dout", dout, y, shape)

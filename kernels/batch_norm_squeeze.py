@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .device.pointwise import affine, relu_passes
 from .device.reductions import column_sums
-from .host.launch import FLAGS, SIZES, accumulator, check_span, check_vectors, nhwc_shape
+from .host.launch import FLAGS, SIZES, accumulator, check_images, check_vectors
 from .host.launcher import launch
 from .host.tiling import elements_of, image_tiling
 
@@ -177,12 +177,6 @@ def merge_images(partial: Tensor | None, to: Tensor, link: Tensor, gate: Tensor 
         num_warps=4,
         **FLAGS,
     )
-
-
-def check_images(y: Tensor) -> None:
-    """TypeError or ValueError where y (N, C, H, W) is no activation, or has images of 2^31 elements or more."""
-    nhwc_shape(y)
-    check_span(y.shape[1:].numel(), 1, 1, 1)
 
 
 def batch_norm_squeeze(y: Tensor, stats: Tensor, relu: bool = False) -> tuple[Tensor, Tensor]:

@@ -342,7 +342,10 @@ def fit(config: Config, shape: ConvShape, itemsize: int, activated: bool) -> Con
     still, moving = (columns, shape.K) if dy_moves(shape, activated) else (shape.K, columns)
     if itemsize > 2:  # wider elements fill more registers
         config = Config(min(64, config.BLOCK_M), min(64, config.BLOCK_N), 16, 4, 2)
-    size = lambda block, n: max(16, min(block, triton.next_power_of_2(n)))  # noqa: E731
+
+    def size(block: int, n: int) -> int:
+        return max(16, min(block, triton.next_power_of_2(n)))
+
     BLOCK_M = size(config.BLOCK_M, still)
     num_warps = min(config.num_warps, BLOCK_M // (8 if itemsize == 8 else 16))  # a tensor core's rows at least
     return replace(config, BLOCK_M=BLOCK_M, BLOCK_N=size(config.BLOCK_N, moving), num_warps=num_warps)
@@ -423,18 +426,19 @@ def conv_grad_weight(
         TypeError: a type that does not fit.
     """
     shape = _check(dy, x, kernel_size, (stride, padding, dilation), stats)
+    precision = product_precision(x, tf32)
     if shape.N == 0:
         return empty_weight(x, shape, dtype).zero_()
 
     def run(config: Config) -> Tensor:
-        return _launch(config, dy, x, shape, stats, tf32, empty_weight(x, shape, dtype))
+        return _launch(config, dy, x, shape, stats, precision, empty_weight(x, shape, dtype))
 
     config = tuning.gemm_config(
         "grad_weight",
         shape,
         x,
         run,
-        precision=product_precision(x, tf32),
+        precision=precision,
         flat=shape.few_channels,
         prologue=stats is not None,
     )
@@ -447,7 +451,7 @@ def _launch(
     x: Tensor,
     shape: ConvShape,
     stats: Tensor | None,
-    tf32: bool,
+    precision: str,
     dw: Tensor,
 ) -> Tensor:
     config = fit(config, shape, x.element_size(), stats is not None)
@@ -470,7 +474,7 @@ def _launch(
         planned.steps,
         **planned.constants,
         ACC=ACC,
-        PRECISION=product_precision(x, tf32),
+        PRECISION=precision,
         **config.options(),
         **FLAGS,
     )
@@ -498,7 +502,7 @@ def merge_splits(partial: Tensor, dw: Tensor) -> Tensor:
     return dw
 
 
-def empty_weight(x: Tensor, shape: ConvShape, dtype: torch.dtype | None = None) -> Tensor:
+def empty_weight(x: Tensor, shape: ConvShape, dtype: torch.dtype | None) -> Tensor:
     """An uninitialised weight (K, C, R, S) channels_last, of `dtype`, x's by default, on x's device."""
     return x.new_empty((shape.K, shape.R, shape.S, shape.C), dtype=dtype).permute(0, 3, 1, 2)
 

@@ -113,7 +113,7 @@ def _norm_grads(
     stats: Tensor,
     sum_g: Tensor,
     needs: Norm,
-    zeros: Tensor | None = None,
+    zeros: Tensor | None,
 ) -> Norm:
     """The gradients in a norm's places.
 

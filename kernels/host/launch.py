@@ -95,6 +95,12 @@ def _refuse(
     )
 
 
+def check_images(y: Tensor) -> None:
+    """ValueError or TypeError unless y is a dense NHWC activation whose images have fewer than 2^31 elements each."""
+    nhwc_shape(y)
+    check_span(y.shape[1:].numel(), 1, 1, 1)
+
+
 def check_span(image: int, pixels: int, images: int, rows: int) -> None:
     """ValueError where `rows` rows of a tile, `pixels` of them to an image, lie more than 2^31 elements apart.
 

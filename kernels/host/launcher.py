@@ -24,7 +24,7 @@ from triton.runtime.jit import JITCallable, JITFunction
 _KNOWN = ("3.6.", "3.7.", "3.8.", "3.9.")  # versions whose sources were read for this module
 _OWN_RUN = JITFunction.run
 
-_thread = threading.local()  # by: the watcher; compiles: whether launches are compiled and not made
+_thread = threading.local()  # watcher: see `watch`; compiles: whether launches are compiled and not made
 
 
 def _one_at_a_time(function: Callable) -> Callable:
@@ -57,7 +57,7 @@ class Launch(NamedTuple):
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *args: object, **constants: object) -> None:
     """`kernel[grid](*args, **constants)` on the device of args[0], a tensor. The thread's watcher, if any, makes it."""
-    watcher = getattr(_thread, "by", None)
+    watcher = getattr(_thread, "watcher", None)
     if compiles_only():
         with torch.cuda.device_of(args[0]):
             kernel.warmup(*args, grid=grid, **constants)
@@ -74,7 +74,7 @@ def _launch(kernel: JITFunction, grid: tuple[int, ...], args: tuple, constants: 
 
 def watch(watcher: Callable[[Callable[[], Launch]], None] | None) -> None:
     """From now on this thread's launches are made by `watcher`, which gets each as a function; None ends it."""
-    _thread.by = watcher
+    _thread.watcher = watcher
 
 
 def compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
@@ -118,7 +118,7 @@ def is_plain() -> bool:
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return (
-        not getattr(_thread, "compiles", False)
+        not compiles_only()
         and JITFunction.run is _OWN_RUN
         and not (enter is not None and getattr(enter, "calls", True))
         and not (leave is not None and getattr(leave, "calls", True))

@@ -146,10 +146,7 @@ _MERGE = 5e-6  # seconds of the kernel that adds the splits of a reduction
 def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
     """Bytes of the pipeline's tiles, with the one that a prologue recomputes. The epilogue's tiles take their place."""
     size = _SIZES[gemm.kind]
-    rows = config.BLOCK_M + config.BLOCK_N
-    if gemm.operation == "grad_weight":
-        moving = config.BLOCK_N * _taps_at_once(config, gemm)
-        rows = config.BLOCK_M + moving
+    rows = config.BLOCK_M + config.BLOCK_N * _taps_at_once(config, gemm)
     stages = config.num_stages if device.asynchronous else max(config.num_stages - 1, 1)
     stored = gemm.reduces_pixels or (device.backend == "cuda" and not device.asynchronous)  # else it is in registers
     recomputed = config.BLOCK_M if stored and gemm.switch("prologue") else 0
@@ -157,9 +154,11 @@ def shared_bytes(config: Config, gemm: Gemm, device: Device) -> int:
 
 
 def _taps_at_once(config: Config, gemm: Gemm) -> int:
-    """Taps of one grad-weight program: each has an accumulator, and all share the operand that stands still."""
+    """Taps of one grad-weight program: each has an accumulator, and all share the operand that stands still. Else 1."""
+    if not gemm.reduces_pixels or gemm.switch("flat"):
+        return 1
     accumulators = config.BLOCK_M * config.BLOCK_N * max(_SIZES[gemm.kind], 4) / 4 / (32 * config.num_warps)
-    return gemm.S if not gemm.switch("flat") and accumulators * gemm.S <= MAX_ACCUMULATORS else 1
+    return gemm.S if accumulators * gemm.S <= MAX_ACCUMULATORS else 1
 
 
 def _registers(config: Config, gemm: Gemm) -> float:
@@ -188,7 +187,7 @@ def _resident(config: Config, gemm: Gemm, device: Device) -> int:
 
 def _area(config: Config, gemm: Gemm) -> int:
     """Accumulators of a program."""
-    return config.BLOCK_M * config.BLOCK_N * (_taps_at_once(config, gemm) if gemm.reduces_pixels else 1)
+    return config.BLOCK_M * config.BLOCK_N * _taps_at_once(config, gemm)
 
 
 def _grid(config: Config, gemm: Gemm, share: float) -> tuple[int, int, int]:
@@ -212,15 +211,14 @@ def _grid(config: Config, gemm: Gemm, share: float) -> tuple[int, int, int]:
 
 def _loaded(config: Config, gemm: Gemm) -> int:
     """Bytes that a step loads."""
-    moving = config.BLOCK_N * (_taps_at_once(config, gemm) if gemm.reduces_pixels else 1)
-    return (config.BLOCK_M + moving) * config.BLOCK_K * _SIZES[gemm.kind]
+    return (config.BLOCK_M + config.BLOCK_N * _taps_at_once(config, gemm)) * config.BLOCK_K * _SIZES[gemm.kind]
 
 
 def _step(config: Config, gemm: Gemm, device: Device) -> float:
     """Clocks that a step keeps a processor busy."""
     M, N, K = config.BLOCK_M, config.BLOCK_N, config.BLOCK_K
     size, warps, prologue = _SIZES[gemm.kind], config.num_warps, bool(gemm.switch("prologue"))
-    at_once = _taps_at_once(config, gemm) if gemm.reduces_pixels else 1
+    at_once = _taps_at_once(config, gemm)
     asynchronous = device.asynchronous and M >= _ROWS_AT_ONCE and warps % 4 == 0 and gemm.kind in ("16-bit", "tf32")
     products, loaded = _area(config, gemm) * K, _loaded(config, gemm)
     instructions = 16 * loaded / 512 + 20 * warps  # cp.async with its address, the loop

@@ -73,7 +73,8 @@ def delegated_to(function: FunctionType) -> str | None:
     if tree is None:
         return None
     *before, last = tree.body
-    found = re.fullmatch(rf"return {_called_by(function)}", ast.unparse(last))
+    me, x = function.__code__.co_varnames[:2]
+    found = re.fullmatch(rf"return {me}\.(\w+)\({x}\)", ast.unparse(last))
     return found[1] if found is not None and not any(map(_does_something, before)) else None
 
 
@@ -280,12 +281,6 @@ def times_named(function: FunctionType) -> Counter[str]:
 
 
 _SEES_SELF = {"super", "__class__", "locals", "vars", "eval", "exec"}
-
-
-def _called_by(function: FunctionType) -> str:
-    """A pattern of `self.NAME(x)`, in a method's own words."""
-    me, x = function.__code__.co_varnames[:2]
-    return rf"{me}\.(\w+)\({x}\)"
 
 
 def _does_something(statement: ast.stmt) -> bool:

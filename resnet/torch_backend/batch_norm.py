@@ -392,7 +392,6 @@ def _backward_of_many(
 
     With `consume` dx is written over g.
     """
-    mean, invstd, scale, _ = stats.unbind()
     C, sums = x.shape[1], []
     for some_g, some_x in [(g, x)] if are_few(x) else zip(*(_maps(t, _most(x.dtype)) for t in (g, x))):
         # Mean and invstd, once for each group and dense, as PyTorch takes them to be.
@@ -402,15 +401,25 @@ def _backward_of_many(
         sums.append([v.view(-1, C) for v in some])
     dweight, sum_g = (_joined(some).sum(0) for some in zip(*sums))
     dx = g if consume else torch.empty_like(x, memory_format=torch.channels_last)
+    grad_input(g, x, stats, norm, sum_g, dweight, dx)
+    return dx, dweight, sum_g
+
+
+def grad_input(g: Tensor, x: Tensor, stats: Tensor, norm: KeptNorm, sum_g: Tensor, sum_gx: Tensor, dx: Tensor) -> None:
+    """Write BatchNorm's gradient of x (N, C, H, W) to dx, which may be g: the gradient behind it, with its sums (C,).
+
+    The sums are those of this process; with a group those of all its processes are taken.
+    """
+    mean, invstd, scale, _ = stats.unbind()
     if not norm.training:
         torch.mul(rows_of(g), scale, out=rows_of(dx))
-        return dx, dweight, sum_g
-    # dx = scale * (g - sum_g / n - (x - mean) * invstd * dweight / n), n pixels
-    summed_g, summed_weight = sum_g, dweight
+        return
+    # dx = scale * (g - sum_g / n - (x - mean) * invstd * sum_gx / n), n pixels
+    C = x.shape[1]
     if norm.group:
-        summed_g, summed_weight = merge_sums(torch.stack((sum_g, dweight)), x.numel() // C, norm.group).unbind()
+        sum_g, sum_gx = merge_sums(torch.stack((sum_g, sum_gx)), x.numel() // C, norm.group).unbind()
     share = scale * (-C / x.numel())
-    slope, level = invstd * summed_weight * share, summed_g * share
+    slope, level = invstd * sum_gx * share, sum_g * share
     far = is_far_for_grad(mean, invstd)
     if not far:
         level.addcmul_(mean, slope, value=-1)
@@ -419,7 +428,6 @@ def _backward_of_many(
         line = rows_dx if dx.dtype == stats.dtype else None  # else of a type of its own: dx is rounded once
         line = torch.addcmul(level, rows_g, scale, out=line)
         torch.addcmul(line, rows - mean if far else rows, slope, out=rows_dx)
-    return dx, dweight, sum_g
 
 
 def _window_origins(size: tuple[int, int], width: int, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,11 +37,7 @@ def block_forward(
     Running statistics are updated in place.
     """
     *units, last = units
-    a, ys, stats = x, [], []
-    for unit in units:
-        ys.append(_convolve(a, unit))
-        a, unit_stats = batch_norm.forward(ys[-1], unit.norm)
-        stats.append(unit_stats)
+    a, ys, stats = chain_forward(x, units)
     y = _convolve(a, last)
     into = a if a.shape == y.shape else None
     if isinstance(shortcut, Unit):
@@ -53,6 +49,16 @@ def block_forward(
         out, last_stats = batch_norm.forward(y, last.norm, skip, shortcut.bias, into=into)
         kept = ()
     return out, (*ys, y), (*stats, last_stats), kept
+
+
+def chain_forward(x: Tensor, units: Sequence[Unit]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(a, ys, stats) of units with a ReLU after each: the last ReLU's output, the convolutions, each norm's stats."""
+    ys, stats = [], []
+    for unit in units:
+        ys.append(_convolve(x, unit))
+        x, unit_stats = batch_norm.forward(ys[-1], unit.norm)
+        stats.append(unit_stats)
+    return x, ys, stats
 
 
 def block_backward(dout: Tensor, kept: tuple, needs: tuple) -> BlockGrad:

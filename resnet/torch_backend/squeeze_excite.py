@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.collectives import merge_sums
 from resnet.norm import statistics_dtype
 from resnet.operands import ExciteGrad, ExciteKept, SqueezeGrad, Unit, UnitGrad
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.batch_norm import affine, rows_of
-from resnet.torch_backend.block import chain_backward
+from resnet.torch_backend.block import chain_backward, chain_forward
 from resnet.torch_backend.convolution import convolve
 from resnet.torch_backend.inference import conv_batch_norm
 
@@ -40,11 +39,7 @@ def squeeze_forward(x: Tensor, units: tuple[Unit, ...], relu: bool, added: bool)
     is the shortcut of what the excitation gives, which is of use in backward.
     """
     *units, last = units
-    a, ys, inner_stats = x, [], []
-    for unit in units:
-        ys.append(convolve(a, unit.weight, None, unit.geometry))
-        a, unit_stats = batch_norm.forward(ys[-1], unit.norm)
-        inner_stats.append(unit_stats)
+    a, ys, inner_stats = chain_forward(x, units)
     y = convolve(a, last.weight, None, last.geometry)
     stats, scale, shift = batch_norm.norm_stats(y, last.norm)
     mean, invstd, *_ = stats
@@ -69,7 +64,7 @@ def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, nee
         dpooled: (N, K).
     """
     x, ys, stats, link, units, relu, added = kept
-    y, norm, (mean, invstd, scale, shift) = ys[-1], units[-1].norm, stats[-1]
+    y, norm, (_, _, scale, shift) = ys[-1], units[-1].norm, stats[-1]
     (sum_g, sum_gx, gate), pixels = dlink, y.shape[2] * y.shape[3]
     dpooled = dpooled.to(gate.dtype)
     total_g = torch.addcmul(gate * sum_g, dpooled, link[0]).sum(0)
@@ -84,20 +79,7 @@ def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, nee
     torch.addcmul(_spread(dpooled / pixels), rows_of(g), _spread(gate), out=rows_of(dh))
     if relu:
         dh = aten.threshold_backward(dh, affine(y, scale, shift).relu_(), 0)
-    if not norm.training:
-        torch.mul(rows_of(dh), scale, out=rows_of(dh))
-    else:
-        # dy = scale * (dh - total_g / n - (y - mean) * invstd * total_gx / n), n pixels
-        if norm.group:
-            sums = merge_sums(torch.stack((total_g, total_gx)), y.numel() // y.shape[1], norm.group)
-            total_g, total_gx = sums.unbind()
-        share = scale * (-y.shape[1] / y.numel())
-        slope, level, rows = invstd * total_gx * share, total_g * share, rows_of(y)
-        if batch_norm.is_far_for_grad(mean, invstd):
-            rows = rows - mean
-        else:
-            level = torch.addcmul(level, mean, slope, value=-1)
-        torch.addcmul(torch.addcmul(level, rows_of(dh), scale), rows, slope, out=rows_of(dh))
+    batch_norm.grad_input(dh, y, stats[-1], norm, total_g, total_gx, dh)
     dx, grads = chain_backward([dh], grad, x, ys, stats, units, needs)
     if added and needs.x:
         dx.add_(g)
@@ -105,7 +87,7 @@ def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, nee
 
 
 def excite_forward(
-    y: Tensor, stats: Tensor, link: None, gate: Tensor, shortcut: Tensor | None, inner_relu: bool, relu: bool
+    y: Tensor, stats: Tensor, link: Tensor, gate: Tensor, shortcut: Tensor | None, inner_relu: bool, relu: bool
 ) -> Tensor:
     """[relu](gate * [relu](y * scale + shift) [+ shortcut]), (N, C, H, W) channels_last as y is; gate is (N, C)."""
     _, _, scale, shift = stats

@@ -17,7 +17,7 @@ from resnet.operands import (
     are_summed,
 )
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.block import chain_backward, unit_grad
+from resnet.torch_backend.block import chain_backward, chain_forward, unit_grad
 from resnet.torch_backend.convolution import convolve, convolve_backward
 from resnet.torch_backend.inference import conv_batch_norm, stem_inference
 
@@ -40,11 +40,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
 def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutput:
     """The deep stem and what its backward needs. Running statistics are updated in place."""
     *before, last = units
-    a, ys, stats = x, [], []
-    for unit in before:
-        ys.append(convolve(a, unit.weight, None, unit.geometry))
-        a, unit_stats = batch_norm.forward(ys[-1], unit.norm)
-        stats.append(unit_stats)
+    a, ys, stats = chain_forward(x, before)
     out, y, tap, last_stats = stem_forward(a, last)
     return DeepStemOutput(out, (*ys, y), tap, (*stats, last_stats))
 

@@ -113,6 +113,14 @@ def _activated(x: Tensor, stats: Tensor | None) -> Tensor:
     return x if stats is None else batch_norm_add_relu(x, stats)
 
 
+def _with_prologue(
+    fused: Callable[[Tensor, Tensor | None], T], pytorch: Callable[[], T], x: Tensor, stats: Tensor | None
+) -> dict[str, Callable[[], T]]:
+    """The variants of a convolution of relu(x * scale + shift). Without stats nothing precedes it."""
+    variants = {"epilogue": lambda: fused(_activated(x, stats), None), "pytorch": pytorch}
+    return variants if stats is None else {"triton": lambda: fused(x, stats), **variants}
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -145,14 +153,10 @@ def forward(
         z_moments = batch_norm_statistics(z) if shortcut_moments else None
         return ConvOutput(y, batch_norm_statistics(y) if moments else None, z, z_moments)
 
-    variants = {
-        "epilogue": lambda: fused(_activated(x, stats), None),
-        "pytorch": pytorch,
-    }
-    if stats is not None:
-        variants = {"triton": lambda: fused(x, stats), **variants}
     fused_to_it = (moments, stats is not None, shortcut is not None, shortcut_moments)
-    return run_picked("forward", x, x.shape[1], weight, geometry, fused_to_it, **variants)
+    return run_picked(
+        "forward", x, x.shape[1], weight, geometry, fused_to_it, **_with_prologue(fused, pytorch, x, stats)
+    )
 
 
 def grad_input_mask(
@@ -276,10 +280,10 @@ def grad_weight(
     weight: Tensor,
     geometry: Geometry,
     stats: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """dW of conv(a), a as in `forward`, of `dtype`: x's by default."""
-    dtype = dtype or x.dtype
+    """dW of conv(a), a as in `forward`, of `dtype`."""
 
     def fused(x: Tensor, stats: Tensor | None) -> Tensor:
         return conv_grad_weight(dy, x, weight.shape[2:], *geometry, stats=stats, tf32=tf32(dy), dtype=dtype)
@@ -287,14 +291,8 @@ def grad_weight(
     def pytorch() -> Tensor:
         return convolve_backward(dy, _activated(x, stats), weight, geometry, False, True)[1].to(dtype)
 
-    variants = {
-        "epilogue": lambda: fused(_activated(x, stats), None),
-        "pytorch": pytorch,
-    }
-    if stats is not None:
-        variants = {"triton": lambda: fused(x, stats), **variants}
     key = (stats is not None, dtype)
-    return run_picked("grad_weight", dy, x.shape[1], weight, geometry, key, **variants)
+    return run_picked("grad_weight", dy, x.shape[1], weight, geometry, key, **_with_prologue(fused, pytorch, x, stats))
 
 
 def inference(

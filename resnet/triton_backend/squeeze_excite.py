@@ -17,11 +17,12 @@ from torch import Tensor
 
 from resnet.kernels.batch_norm_excite import batch_norm_excite
 from resnet.kernels.batch_norm_excite_backward import batch_norm_excite_backward
-from resnet.kernels.batch_norm_squeeze import batch_norm_squeeze, check_images
+from resnet.kernels.batch_norm_squeeze import batch_norm_squeeze
 from resnet.kernels.batch_norm_squeeze_backward import (
     batch_norm_squeeze_backward_apply,
     batch_norm_squeeze_backward_reduce,
 )
+from resnet.kernels.host.launch import check_images
 from resnet.norm import empty_grads
 from resnet.operands import (
     POINTWISE,
@@ -69,7 +70,7 @@ def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, nee
 
 
 def excite_forward(
-    y: Tensor, stats: Tensor, link: None, gate: Tensor, shortcut: Tensor | None, inner_relu: bool, relu: bool
+    y: Tensor, stats: Tensor, link: Tensor, gate: Tensor, shortcut: Tensor | None, inner_relu: bool, relu: bool
 ) -> Tensor:
     """See `torch_backend.excite_forward`."""
     return batch_norm_excite(y, stats, gate, shortcut, inner_relu, relu)

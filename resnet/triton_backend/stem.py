@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool, check_pooled
+from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
 from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_apply,
     batch_norm_max_pool_backward_reduce,
 )
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
+from resnet.kernels.host.launch import check_images
 from resnet.norm import empty_grads
 from resnet.operands import (
     DeepStem,
@@ -38,7 +39,7 @@ from resnet.triton_backend.block import chain_backward, chain_forward
 def stem_forward(x: Tensor, unit: Unit) -> StemOutput:
     """See `torch_backend.stem_forward`."""
     y, moments, _, _ = convolution.forward(x, *convolution.as_read(unit)[:2], unit.norm.training)
-    check_pooled(y)  # before the running statistics change
+    check_images(y)  # before the running statistics change
     stats = norm_stats(y, moments, unit.norm)
     out, tap = batch_norm_max_pool(y, stats)
     return StemOutput(out, y, tap, stats)
@@ -97,7 +98,7 @@ def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutp
     """See `torch_backend.deep_stem_forward`."""
     units = tuple(map(convolution.as_read, units))
     size = chain_shapes(x.shape, units)[-1]
-    check_pooled(torch.empty(size, device="meta", memory_format=torch.channels_last))  # before any statistics change
+    check_images(torch.empty(size, device="meta", memory_format=torch.channels_last))  # before any statistics change
     ys, stats = chain_forward(x, units)
     out, tap = batch_norm_max_pool(ys[-1], stats[-1])
     return DeepStemOutput(out, ys, tap, stats)
