@@ -131,9 +131,9 @@ def batch_norm_finalize(
 ) -> Tensor:
     """stats (4, C) from the partials of M rows; the running statistics are updated in place.
 
-    With num_batches_tracked, () int64 and this batch included, they become the averages over that many batches:
-    momentum is 1 over it. It is read on the device, where it counts on in each replay of a CUDA graph. `counted`, ()
-    int64 and another one, becomes 1 more.
+    weight, bias, conv_bias and the running statistics are (C,). With `num_batches_tracked`, () int64 and this batch
+    included, the running statistics become averages over that many batches: momentum is 1 over it. It is read on the
+    device, so that it counts on in each replay of a CUDA graph. `counted`, another () int64, is incremented.
 
     partial is (2, T, C) or (3, T, C), float32 or float64, contiguous. It holds the mean and M2 = sum (x - mean)^2 of
     each `rows` rows in turn, of fewer in the last: (T - 1) * rows < M <= T * rows. The third plane is what rounding

@@ -97,9 +97,10 @@ def squeeze_kernel(
 def store_of_image(
     first, second, third, to, link, gate, partial, n, split, cols, N, T, C: tl.constexpr, ACC: tl.constexpr
 ):
-    """An image's three values per channel, of which the first goes to `to` (N, C), the others to link (3, N, C).
+    """Store an image's three values per channel: the first in `to` (N, C), the others in link (3, N, C).
 
-    The third plane of link is the gate (N, C), or zeros. With `partial` (3, T, N, C) they are those of a split.
+    The third plane of link becomes the gate (N, C), or zeros. With `partial` (3, T, N, C) the values are a split's, and
+    are stored there.
     """
     live = cols < C
     plane = N.to(tl.int64) * C
@@ -136,7 +137,7 @@ def merge_images_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What `store_of_image` stores, of the sums over an image's splits in their order. Grid (blocks of N * C,)."""
+    """Sum each image's splits in their order, and store as `store_of_image` does. Grid (blocks of N * C,)."""
     plane = N.to(tl.int64) * C
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = index < plane

@@ -50,7 +50,7 @@ def squeeze_backward_reduce_kernel(
         images = first + tl.arange(0, BLOCK_T)
         mask = (images < N)[:, None] & live[None, :]
         offsets = images.to(tl.int64)[:, None] * C + cols[None, :]
-        # A map that the ReLU stops in full adds nothing, though its gate or its gradient be infinite.
+        # A map that the ReLU stops in full adds nothing, even where its gate or its gradient is infinite.
         passed = tl.load(link + offsets, mask=mask, other=0.0)
         factor = tl.load(dlink + 2 * plane + offsets, mask=mask, other=0.0)
         factor = tl.where(passed > 0, factor, 0.0)

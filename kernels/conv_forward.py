@@ -186,7 +186,7 @@ def reduce_taps(
             mask = mask & (c < C - c0)[None, :]
         a = tl.load(x + ((tap // S * W + tap % S) * (DILATION * C) + c0), mask=mask, other=0.0)
         if stats is not None:
-            inside = (taps >> tap & 1) == 1  # again: in the pipeline the mask above is that of a later step
+            inside = (taps >> tap & 1) == 1  # computed again: once pipelined, the mask above is a later step's
             a = batch_norm_relu(a, scale, shift, inside[:, None])
             if CHANNEL_STEPS > 1:  # the next step's, to registers: half of the reads from shared memory would conflict
                 scale, shift = load_channels(stats, (i + 1) % CHANNEL_STEPS * BLOCK_K + c, C, BLOCK_K)

@@ -426,7 +426,7 @@ class KeptMask(NamedTuple):
 
 
 class IdentityGrad(NamedTuple):
-    """The convolution's input, or every stride-th pixel of it, also goes another way, by which its gradient is g."""
+    """The convolution's input, or every stride-th pixel of it, also takes an identity, whose gradient is g."""
 
     g: Tensor  # (N, C, H', W'), as many pixels as are met
     stride: int = 1
@@ -440,7 +440,7 @@ class ShortcutGrad(NamedTuple):
 
 
 class BlockEnd(NamedTuple):
-    """The convolution's input is also a shortcut, and the end of a block: out = relu(norm(y) + that one's shortcut)."""
+    """The convolution's input also takes a shortcut, and is the block before's output relu(norm(y) + its shortcut)."""
 
     branch: IdentityGrad | ShortcutGrad
     out: Tensor  # (N, C, H, W)

@@ -48,8 +48,8 @@ def check_strides(name: str, strides: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_block(input_channels: int, num_channels: int, use_1x1conv: bool, strides: int | tuple[int, ...]) -> None:
-    """ValueError for a number that is none of channels or strides, and for a shortcut that is the identity where the
-    block's output has another shape than its input. Strides may be a pair, as a convolution's.
+    """ValueError for numbers that no channels or strides can be, and for an identity shortcut where the block's output
+    has another shape than its input. Strides may be a pair, as a convolution's.
     """
     check_whole("input_channels", input_channels, 0)
     check_whole("num_channels", num_channels, 0)

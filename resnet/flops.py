@@ -46,9 +46,9 @@ def _unit(x: Sequence[int], unit: Unit) -> int:
 
 
 def _chain(a: tuple) -> list[tuple[int, int]]:
-    """Of each unit of a chain from x on: the operations of its forward, or of its grad-input, and of its grad-weight.
+    """(operations of forward and of grad-input alike, of grad-weight) of each unit of a chain that begins at x.
 
-    A grad-weight with groups takes as many, too, but PyTorch counts it as one without.
+    A grad-weight with groups takes as many as the forward, but PyTorch counts it as one without groups.
     """
     x, units = a.x, []
     for unit in a.units:
@@ -85,7 +85,7 @@ def _stem_backward_flops(dout: Sequence[int], *rest, out_shape: object = None) -
 
 
 def _chain_formulas(name: str, arguments: type[tuple], kept: type[tuple], results: int) -> dict[str, Callable]:
-    """Of an operator that is a chain, and gives so many results."""
+    """The formulas, by name, of a chain's operator, which gives so many results, and of its backward."""
 
     def forward(*flat, out_shape: object = None) -> int:
         return _chain_forward(unpack(arguments, flat))

@@ -167,7 +167,7 @@ def _needs_no_check(x: Tensor, shortcut: Tensor | None, norm: Norm) -> bool:
             isinstance(v, Tensor) and v.dtype is dtype and v.is_cpu and v.shape == channels and v.is_contiguous()
         ):
             return False
-    for count in norm[8:10]:
+    for count in (norm.num_batches_tracked, norm.counted):
         if count is not None and not (
             isinstance(count, Tensor) and count.is_cpu and count.dtype is torch.int64 and count.dim() == 0
         ):

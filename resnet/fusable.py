@@ -174,7 +174,7 @@ def is_frozen(norm: nn.Module | None) -> bool:
 
 
 def is_as_written(kind: type[nn.Module]) -> bool:
-    """Whether a class of another library has the forward of its definition, from which one put in later is told."""
+    """Whether a class of another library has the forward of its definition. That is remembered, to tell a later one."""
     if kind not in _FORWARD and not was_replaced(kind, "forward"):
         _FORWARD[kind] = kind.forward
     return kind in _FORWARD
@@ -241,7 +241,7 @@ def unfusable_gate(gate: GateParts) -> str | None:
 
 
 def passed_over(module: nn.Module) -> str | None:
-    """What calling a submodule would run, and a fused operator would not; in as few calls as can be."""
+    """What a call of a submodule would run and a fused operator would not, such as hooks; None for nothing."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "hooks"
     own, kind = module.__dict__, type(module)

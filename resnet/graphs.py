@@ -14,7 +14,7 @@ _WARM_UP = 3  # runs before a capture, as PyTorch's recipe has it: by then all i
 class Graphed:
     """`function` of one tensor as a CUDA graph, for tensors of the shape that `example` has.
 
-    It is run on `example` a few times, captured, and not kept.
+    The function is run on a copy of `example` a few times, then captured.
 
     Args:
         function: reads and writes tensors that stay where they are, and returns new ones. It must not wait for the

@@ -38,7 +38,7 @@ def _initialize_pairs(pairs: Iterable[tuple[nn.Module, nn.Module]], channels: in
 
 
 class _UntilDryRun(LazyModuleMixin):
-    """`LazyModuleMixin` before tools that read a model."""
+    """`LazyModuleMixin` for tools that read a model before its first forward: torch.fx and TorchScript."""
 
     def _infer_parameters(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
         """Nothing where torch.fx traces: the children are leaves of its graph, which initialises them when it runs."""

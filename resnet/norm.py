@@ -33,7 +33,7 @@ class Norm(NamedTuple):
     momentum: float
     eps: float
     num_batches_tracked: Tensor | None = None  # () int64: the momentum is 1 over it, and `momentum` is not used
-    counted: Updated = None  # when training 1 is added, whatever it is
+    counted: Updated = None  # a count of any type: 1 is added when training
     group: str = ""  # when training; "" for this process alone
 
     def kept(self) -> KeptNorm:

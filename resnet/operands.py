@@ -104,11 +104,11 @@ class Pooled(NamedTuple):
 
 
 class UnitGrad(NamedTuple):
-    """Gradients, None where nothing asked for them; the sum is in the type of the statistics.
+    """Gradients, None where nothing asked for them.
 
-    The sum of g is the gradient of anything that is added per channel, as a convolution's bias is: of what is added to
-    the unit's output if its statistics are frozen, and to a shortcut without a norm. A bias before batch statistics has
-    zeros for a gradient, which a backend may give or leave to its caller.
+    `sum_g`, in the type of the statistics, is the gradient of what is added per channel behind the norm, and so of the
+    bias of a shortcut without a norm. The bias of a convolution before frozen statistics has scale * sum_g, and before
+    batch statistics zeros: a backend may give these in `conv_bias`, or leave them to its caller.
     """
 
     conv: Tensor | None = None
@@ -258,12 +258,12 @@ FROZEN_KINDS = tuple(frozen_kind(*kind) for kind in _KINDS)
 class BlockGrad(NamedTuple):
     x: Tensor | None
     units: tuple[UnitGrad, ...]
-    shortcut: UnitGrad  # a Projection's: its convolution's alone, and the sum of g
+    shortcut: UnitGrad  # of a Projection only `conv` and `sum_g`
     partial: Tensor | None = None  # see `BlockBefore`
 
 
 class BlockBefore(NamedTuple):
-    """What a block's backward takes of the block before, whose output x = relu(norm(y) + shortcut) is.
+    """What a block's backward takes of the block before it, whose output relu(norm(y) + shortcut) is this one's x.
 
     In place of x's gradient it then gives that block's g, the gradient behind the ReLU; and partial sums (2 or 3, T, K)
     of g, g * xhat and, where the shortcut has a norm, g * zhat. The backward of the block before begins with them.
@@ -283,10 +283,10 @@ class BlockBefore(NamedTuple):
 
 # ---- squeeze-and-excitation ----------------------------------------------------------------------------------------
 
-# Between the squeeze and the excitation PyTorch computes the gates, by whatever modules there are: two operators, which
-# in backward are one fusion. What the norm before them gives is never stored; y and stats stand for it. So the
-# excitation does not give y's gradient, but g, that of gate * h, and as the gradient of `link` (3, N, C) what else the
-# squeeze needs of it: of each image the sums of g and of g * xhat, and the gates.
+# PyTorch computes the gates between the squeeze and the excitation, by whatever modules there are. So these are two
+# operators, though in backward they are one fusion. The norm's output h is never stored: y and stats stand for it. In
+# the place of y's gradient the excitation therefore gives g, the gradient of gate * h. What else the squeeze needs of
+# it comes as the gradient of `link` (3, N, C): of each image the sum of g, the sum of g * xhat, and the gates.
 
 
 def squeeze_operator(units: int) -> str:

@@ -229,7 +229,7 @@ def _empty_maps(x: Tensor, units: tuple[Unit, ...]) -> tuple[Tensor, ...]:
 def _chain_summed(
     norms: list[tuple[KeptNorm, Tensor]], needs: tuple, beside: Sequence[tuple[KeptNorm, Tensor]] = ()
 ) -> list[tuple[KeptNorm, Tensor]]:
-    """Those of a chain's norms, and of one beside the last, whose sums backward takes, in its order."""
+    """The norms of a chain whose sums backward takes, in its order; those `beside` the last one come right after it."""
     earlier = [norm for norm, asked in zip(norms, grad_inputs(needs)[1:]) if asked]
     return [norms[-1], *beside, *reversed(earlier)]
 

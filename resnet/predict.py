@@ -67,8 +67,8 @@ def most_likely(probabilities: Tensor, names: Sequence[str] = CLASSES) -> str:
 def image_for(images: ImageSpec, path: str, invert: bool = False) -> Tensor:
     """A PNG or JPEG file as the images that a net was trained on: uint8 (S, S) or (S, S, 3), light on dark.
 
-    What is transparent is ground. An image that is no square is not distorted: there is ground beside it. ConfigError
-    where the file is no image.
+    Transparent pixels become dark. An image that is no square is not distorted, but gets dark bars. ConfigError where
+    the file is no image.
     """
     require_pillow("IMAGE")
     from PIL import Image, ImageOps

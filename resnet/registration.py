@@ -113,9 +113,10 @@ def is_transformed_or_recorded() -> bool:
 
 
 def wrapper(values: Sequence) -> str | None:
-    """The class of the first tensor that wraps others: it may know PyTorch's own operators alone, as a `DTensor` does,
-    or run another one once for each that it wraps. So may one with a `__torch_function__` of its own. Or the layout of
-    the first one without strides.
+    """What keeps the fused operators from taking the values: the class of a wrapper, or a layout without strides.
+
+    A tensor that wraps others may know PyTorch's own operators alone, as a `DTensor` does, or run another operator once
+    for each that it wraps. So may a class with a `__torch_function__` of its own. None where there is no such tensor.
     """
     for value in values:
         if isinstance(value, Tensor):
@@ -181,18 +182,18 @@ class Differentiable:
     arguments: type[tuple]
     output: type[tuple]  # the first fields are the results, the others are for backward
     kept: type[tuple]
-    fake: Callable  # of arguments: an output of uninitialised memory
-    forward: Callable  # of arguments: the output
-    keep: Callable  # of arguments and output: what is kept
+    fake: Callable  # (arguments) -> an output of uninitialised memory
+    forward: Callable  # (arguments) -> the output
+    keep: Callable  # (arguments, output) -> what is kept
     keep_moves: bool  # whether `keep` leaves out and moves values alone, whatever they are
-    like: Callable  # of what is kept: arguments of the shapes of their gradients
-    backward: Callable  # of the results' gradients, what is kept, and which gradients are wanted: these, in places
-    norms: Callable  # of arguments and output: each norm and its stats, as `forward` takes them
-    summed: Callable  # of what is kept, and which gradients are wanted: those whose sums `backward` takes, in its order
-    same: Callable | None = None  # of what is kept: arguments whose gradient is another's, or that of the result
+    like: Callable  # (kept) -> arguments of the shapes of their gradients
+    backward: Callable  # (the results' gradients, kept, needs) -> the gradients, in the arguments' places
+    norms: Callable  # (arguments, output) -> each norm and its stats, in the order of `forward`
+    summed: Callable  # (kept, needs) -> the norms and stats whose sums `backward` takes, in its order
+    same: Callable | None = None  # (kept) -> arguments whose gradient is another's, or "dout", by name
     results: int = 1  # how many outputs have a gradient
     given: int = 1  # how many are given to whoever calls: the results, and constants that another operator needs
-    like_results: Callable | None = None  # of what is kept: tensors of the results' shapes, where there are several
+    like_results: Callable | None = None  # (kept) -> tensors of the results' shapes, where there are several
     linked: Callable | None = None  # `backward` in a chain of blocks: see `link`
 
     def register(self) -> None:
@@ -229,7 +230,7 @@ class Differentiable:
         return tuple(outputs)
 
     def _run_empty(self, flat: Sequence) -> tuple:
-        """An empty batch is one that counts. Other processes of a norm's group may have more, and wait for this one."""
+        """Zeros. An empty batch counts, and other processes of a norm's group may have rows and wait for this one."""
         outputs = tuple(t.zero_() for t in pack(self.fake(unpack(self.arguments, flat))))
         for norm, stats in self.norms(unpack(self.arguments, flat), unpack(self.output, outputs)):
             if norm.training and norm.group:
@@ -295,7 +296,7 @@ class Differentiable:
         return lambda node: pick((*node.saved_tensors, None))
 
     def _keeper(self) -> Callable[[Sequence, Sequence], Sequence]:
-        """`keep` from and to flat values. Where it only moves them, it is asked once, for their places."""
+        """`keep` as a function of flat values. Where it only moves them, it is called once, with their places."""
         count = len(leaves(self.arguments))
         if not self.keep_moves:
             return lambda flat, outputs: pack(self.keep(unpack(self.arguments, flat), unpack(self.output, outputs)))
@@ -421,10 +422,10 @@ class Inference:
 def link(node: object, before: object) -> None:
     """Let a block's backward give what the backward of the block before it begins with: see `BlockBefore`.
 
-    `node` and `before` are the blocks' nodes in autograd's graph; of other nodes nothing comes. It is for whoever calls
-    both blocks and knows that nobody else has, or looks at, what lies between them: the gradient that arrives there is
-    the one behind the ReLU. Where it is another one after all, as something was added to it, the block takes its sums
-    itself.
+    `node` and `before` are the blocks' nodes in autograd's graph; other nodes are ignored. It is for whoever calls both
+    blocks and knows that nobody else has, or looks at, what lies between them: the gradient that arrives there is the
+    one behind the ReLU. Where another gradient arrives after all, since something was added to it, the block takes its
+    sums itself.
     """
     if type(node) in _LINKED and type(before) in _LINKED:
         node.before = before
@@ -452,8 +453,9 @@ def _links(ctx: object, dout: Tensor, x: Tensor, needs_x: bool) -> _Links | None
 
 
 def _will_run(node: object) -> bool:
-    """Whether the backward that is under way comes to this node: it may be of other inputs' gradients alone, or have
-    been there, or be the call of a single node.
+    """Whether the backward that is running will still execute this node.
+
+    It will not where it is of other inputs' gradients alone, has executed the node, or is the call of a single node.
     """
     return torch._C._current_graph_task_id() >= 0 and torch._C._will_engine_execute_node(node)
 
@@ -473,9 +475,11 @@ def _in_places(needs: tuple[bool, ...]) -> Callable[[Sequence], tuple]:
 def _of_each(
     given: Sequence[Tensor | None], function: Callable[..., Sequence[Tensor | None]]
 ) -> tuple[Tensor | None, ...]:
-    """What a function gives for each of the tensors that are batches of `vmap`, and for the others with each: batches
-    of that of `torch.func`, or of the one behind `is_grads_batched` and `jacobian(vectorize=True)`, which is older. It
-    is for what was recorded outside of them.
+    """What a function gives for each entry of batches of `vmap`, as batches; tensors that are none go with each entry.
+
+    The batches are those of `torch.func.vmap`, or of the older `vmap` behind `is_grads_batched` and
+    `jacobian(vectorize=True)`. What was recorded outside of a `vmap` meets them where its backward runs inside. To be
+    called while the error is handled that a batch has raised: without a batch that is raised again.
     """
     functorch = torch._C._functorch
     tensors = [t for t in given if t is not None]
@@ -516,7 +520,7 @@ def _stacked(each: Sequence[Tensor]) -> Tensor:
 
 
 def _split(first: Sequence[bool]) -> tuple[Callable, Callable, Callable]:
-    """Three functions of tuples: what lies where `first` says so; the rest; and from both in turn, all in order."""
+    """Three functions of tuples: pick what `first` marks; pick the rest; put both, concatenated, back in order."""
     places = (
         [i for i, is_first in enumerate(first) if is_first],
         [i for i, is_first in enumerate(first) if not is_first],

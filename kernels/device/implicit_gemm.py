@@ -59,7 +59,7 @@ def round_to_tf32(x):
     """A float32 whose first 19 bits are x rounded to TensorFloat-32. Ties go away from zero, NaN and Inf stay.
 
     Tensor cores ignore the last 13 bits. Without rounding every product would be too small; cuDNN and cuBLAS round, but
-    `tl.dot` does not (Triton 3.6 to 3.9). Should it once, the result would be rounded up twice.
+    `tl.dot` does not (Triton 3.6 to 3.9). If a later one does, values will be rounded up twice.
     """
     power = (x.to(tl.int32, bitcast=True) & -(1 << 23)).to(tl.float32, bitcast=True)  # of two, with the sign of x
     x = tl.fma(power, tl.full(power.shape, 2**-11, tl.float32), x)  # half of the last bit that is kept

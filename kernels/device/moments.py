@@ -22,7 +22,7 @@ def merge_lanes(pivot, offset, m2, count, total_count):
     differences of means are squared: however large the mean is against the spread, its rounding does not enter M2.
     Where the mean is below the spread, rest would be no more than the rounding of its own sum, so there it is 0.
 
-    A lane without a row is as far from the mean as zero is, and the square of that may be Inf.
+    A lane without a row has no delta: zero may be so far from the mean that the square is Inf.
     """
     high, low = two_sum(pivot, offset)
     near = column_sums(high * count) / total_count

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-# Beside Ctrl-C, signals that ask a process to end: of a scheduler, and of a terminal that was closed.
+# Signals that ask a process to end, beside Ctrl-C: a scheduler sends SIGTERM, a terminal that is closed SIGHUP.
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -21,11 +21,11 @@ class ConfigError(ValueError):
 
 
 class RunError(Exception):
-    """What was begun cannot be ended; the message, one line, says why."""
+    """A command failed after it had begun; the message, one line, says why."""
 
 
 class Ended(KeyboardInterrupt):
-    """A signal of ENDING, which is the argument, came: in place of the death of the process, an exception."""
+    """Raised in place of the process's death where a signal of ENDING arrives; its argument is the signal's number."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,19 +41,19 @@ def one_line(text: object) -> str:
 
 
 def say(text: str) -> None:
-    """A line on stderr; none where that is a terminal that was closed."""
+    """Print a line to stderr; nothing where stderr cannot be written, as on a closed terminal."""
     with contextlib.suppress(OSError):
         print(one_line(text), file=sys.stderr, flush=True)
 
 
 def say_amid(text: str) -> None:
-    """`say` for a signal's handler, which may come amid a write to stderr: Python refuses another one then."""
+    """`say` for a signal's handler, which may interrupt a write to stderr: Python refuses a second `print` then."""
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), f"\n{one_line(text)}\n".encode())
 
 
 def put(text: str) -> None:
-    """The text on stdout, now; RunError where that takes no more."""
+    """Print the text to stdout and flush it; RunError where stdout cannot be written."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -102,8 +102,9 @@ def _failed(parser: Parser, reason: str) -> int:
 
 
 def _drop_output() -> None:
-    """Drops what stdout and stderr take no more (a closed pipe, a full disk): at its exit Python would try once more,
-    and make the status 120.
+    """Point stdout and stderr at os.devnull where they cannot be written (a closed pipe, a full disk).
+
+    Else Python would try to flush them at its exit, and make the status 120.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed at the start
         try:
@@ -114,7 +115,7 @@ def _drop_output() -> None:
 
 @contextlib.contextmanager
 def _ending_raises() -> Iterator[None]:
-    """Inside, a signal of ENDING raises Ended; one that is ignored, as `nohup` has it, or handled stays so."""
+    """Inside, a signal of ENDING raises Ended, unless the process ignores it, as under `nohup`, or handles it."""
     if threading.current_thread() is not threading.main_thread():  # where Python takes no handlers
         yield
         return

@@ -21,14 +21,14 @@ except ImportError:
 _TENSORS = (Tensor, Parameter)
 _ADDRESS = Tensor.data_ptr
 _SETTINGS = {type(None), bool, int, float, str, tuple}
-_MANY = 4096  # facts; more of them are sizes that come once, and all are forgotten
+_MANY = 4096  # facts that are kept; beyond that sizes do not recur, and all are dropped
 _RECENT = 8  # facts that one place in the program compares with
 
 
 class Facts:
-    """Of each tensor: shape, strides, type, device and alignment; any other argument as it is. One object for a key.
+    """Each tensor's shape, strides, type, device and alignment, and every other argument's value. One object for a key.
 
-    An address counts by its place among 16 bytes: Triton compiles a kernel anew for an aligned one.
+    The alignment is the address modulo 16: Triton compiles a kernel anew for an aligned pointer.
     """
 
     __slots__ = ("key", "passed", "plans", "recent")
@@ -61,7 +61,7 @@ class Recent:
 
     @property
     def next(self) -> Recent:
-        """That of the operator which follows at this place."""
+        """The `Recent` of the operator that is called next at this place."""
         if self._next is None:
             self._next = Recent()
         return self._next
@@ -82,12 +82,12 @@ class Recent:
 
 @lru_cache(_MANY)
 def _recent_with(address: int) -> Recent:
-    """That of the calls with a parameter at this address."""
+    """The `Recent` that all calls with a parameter at this address share."""
     return Recent()
 
 
 def known_without_place(arguments: Sequence) -> Known | None:
-    """`known` of what PyTorch's dispatcher passes on: a parameter among the arguments stands for their place."""
+    """`known` for calls through PyTorch's dispatcher, which has no place: a parameter's address stands for one."""
     kinds = tuple(map(type, arguments))
     if Parameter not in kinds:
         return known(arguments)
@@ -150,10 +150,9 @@ def _matcher(arguments: Sequence, found: Known) -> Callable[[Sequence], list[int
 
 
 def function_mode() -> str | None:
-    """The class of a mode that may replace PyTorch's functions.
+    """The class name of a mode that may replace PyTorch's functions; None where there is none.
 
-    One that sets the device of new tensors, as `torch.set_default_device` does, changes nothing here: all that is made
-    has a device given.
+    The mode of `torch.set_default_device` does not count: every tensor that is made here is given its device.
     """
     kinds = map(type, _get_current_function_mode_stack())
     return next((kind.__name__ for kind in kinds if kind not in (DeviceContext, BaseTorchFunctionMode)), None)

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # not on Windows, where nothing tells the part of a killed process from one that is being written
+except ImportError:  # on Windows; there a killed process's part cannot be told from one that is being written
     fcntl = None
 
 _PART = re.compile(r"\.[0-9a-f]{16}\.part(\..*)?")
@@ -88,9 +88,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _new_part(folder: Path) -> tuple[Path, int]:
-    """An empty file of a new name, open, and locked as long as it is: what is not locked is nobody's any more."""
+    """A new empty file, open, and locked while it is open: a part without a lock was abandoned."""
     while True:
-        part = folder / f".{secrets.token_hex(8)}.part"  # short: a name beside the longest ones is none too long
+        part = folder / f".{secrets.token_hex(8)}.part"  # short, so that it is allowed wherever the file's name is
         handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         if fcntl is None:
             return part, handle

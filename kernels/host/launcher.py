@@ -40,8 +40,8 @@ def _one_at_a_time(function: Callable) -> Callable:
 
 
 if sys.version_info[:2] == (3, 11):
-    # Its `ast.parse` counts the depth of all threads in one place, and raises SystemError where two of them meet.
-    # Triton parses a kernel in each thread that compiles it, and for its cache key: half of one is kept after an error.
+    # Its `ast.parse` counts the depth of all threads in one place, and raises SystemError where two of them parse at
+    # once. Triton parses a kernel in each thread that compiles it. After an error it keeps half of a cache key.
     JITCallable.parse = _one_at_a_time(JITCallable.parse)
 
 
@@ -91,7 +91,10 @@ def compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
 
 
 def _own_context() -> Context:
-    """A copy of the caller's, without a mode of Triton's: a second is refused. After Ctrl-C ours goes with the copy."""
+    """A copy of the caller's context without its `AsyncCompileMode`: Triton refuses a second one inside it.
+
+    Our own mode is set in the copy alone, so that Ctrl-C cannot leave it behind.
+    """
     context = Context()
     for variable, value in copy_context().items():
         if not isinstance(value, triton.AsyncCompileMode):
@@ -114,7 +117,7 @@ def _compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
 
 
 def is_plain() -> bool:
-    """Whether a launch is nothing but a launch now: made, with neither hooks nor another `run` in its way."""
+    """Whether a launch now does nothing else: it is made, no hook is called, and `JITFunction.run` is Triton's own."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return (

@@ -32,7 +32,7 @@ try:  # the code of PyTorch's compiler calls them: half of `torch.empty_strided`
 except ImportError:
     _EMPTY = {}
 
-_MANY = 16  # plans of the same arguments; more of them are of settings that come once, and all are forgotten
+_MANY = 16  # plans that are kept for the same arguments; beyond that settings do not recur, and all are dropped
 
 _SMALL = 2**20  # bytes of memory that shares an allocation
 _ALIGNMENT = 512  # as PyTorch's allocator aligns

@@ -3,9 +3,9 @@
     config = tuning.gemm_config("forward", shape, x, launch, precision="ieee", prologue=True)
 
 The first launch of a key times the 3 tiles that the model ranks first, or with FUSED_RESIDUAL_TUNING=full all of its
-candidates, 8 at most. Later launches look the answer up (`memory`). A key holds the
-operation, the channels and the window, the type, every switch that the kernel is compiled with, and the number of
-pixels rounded up to a power of two. So another batch size is seldom another key.
+candidates, 8 at most. Later launches look the answer up (`memory`). A key holds the operation, the channels and the
+window, the type, every switch that the kernel is compiled with, and the number of pixels rounded up to a power of two.
+So another batch size is seldom another key.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def every_candidate(like: Device = ANY) -> Iterator[None]:
 
 
 def state() -> tuple:
-    """What choices depend on beside their keys. While it is the same, so are they."""
+    """What a choice depends on beside its key: with an equal state, an equal key has the same choice."""
     return memory.Choices.generation, memory.process_choices.times(), _every
 
 
@@ -64,9 +64,9 @@ def gemm_config(
 
 
 def best(key: tuple, candidates: Sequence[Config], run: Callable[[Config], object], device: torch.device) -> Config:
-    """The fastest of the first `candidates` on the device, as `memory` times it, or any one that it remembers.
+    """The candidate that `memory` remembers for the key, else the fastest of the first ones, as `memory` times them.
 
-    On the CPU it is the first.
+    On the CPU it is the first. In `every_candidate` all are run, and it is the first.
     """
     if _every is not None:
         for config in candidates:

@@ -144,13 +144,13 @@ class Choices:
     or a device is in its place, which is left alone, one warning is given and the memory goes on without it.
     """
 
-    generation: ClassVar[int] = 0  # counts what was chosen and forgotten; with another count, choices may be others
+    generation: ClassVar[int] = 0  # counts choices made and forgotten: while it stays, so do they
 
     def __init__(self, path: Path | None, timed: bool = True, shipped: Path | None = None):
         self.path = path
         self._folder = shipped
         self._timed = timed
-        self._names: dict[tuple[bool, torch.device, tuple], str] = {}  # the first: whether it may come from a timing
+        self._names: dict[tuple[bool, torch.device, tuple], str] = {}  # by (are choices timed?, device, key)
         self._file: dict[str, dict[str, Choice]] | None = None
         self._lock = threading.RLock()  # a candidate may have choices of its own
 

@@ -130,7 +130,7 @@ _MOST = 8  # candidates of a key
 _REGISTERS = 255  # of a thread, on every device
 _RESERVED = 1024  # bytes beside each block's shared memory, on every device: what NVIDIA's system takes
 _ROWS_AT_ONCE = 64  # of a product whose operands tensor cores read from shared memory
-_SHARES = 9 / 16, 49 / 64  # of a key's pixels: a power of two of images whose maps are 3 or 7 times one wide
+_SHARES = 9 / 16, 49 / 64  # of a key's pixels that are launched where maps are 3 * 2^k or 7 * 2^k wide, of 2^n images
 
 L2 = 40  # bytes per clock that a processor gets of the L2 cache
 # Fitted to the times of 49 launches on an H100, with some 16 tiles each.
@@ -138,7 +138,7 @@ _LATENCY = 2000  # clocks from a load to its data while all processors load
 _EPILOGUE = 50  # instructions for each accumulator, of all that a program does before and after its steps
 _PROLOGUE = 7  # instructions for each element, counted in compiled code
 _ROUNDING = 2  # the same, to TensorFloat-32
-_OVERLAP = 4  # 1: a wave takes the sum of what bounds it; infinity: the largest; in between where two are close
+_OVERLAP = 4  # exponent that joins the two bounds of a wave: 1 would add them, infinity would take the larger
 _GATHER = 16  # instructions for each element that has an address of its own
 _MERGE = 5e-6  # seconds of the kernel that adds the splits of a reduction
 

@@ -106,7 +106,7 @@ class Batches:
         return torch.randperm(len(self.images), generator=self._generator(epoch)).to(self.images.device)
 
     def _generator(self, *of: int) -> torch.Generator:
-        """One that is a function of the seed and these numbers; on the CPU, so that no device has its own values."""
+        """A generator seeded by `seed` and these numbers; on the CPU, so that all devices get the same values."""
         # Hashed, so that (seed, epoch + 1) is not (seed + 1, epoch).
         state = np.random.SeedSequence([self.seed, *of]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]))

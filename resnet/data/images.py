@@ -37,9 +37,9 @@ def require_pillow(name: str) -> None:
 
 
 def read_image(path: str | os.PathLike[str], ground: str = "black") -> Image:
-    """A PNG or JPEG file in red, green and blue, as its camera held it. What is transparent is ground.
+    """A PNG or JPEG file in red, green and blue, as its camera held it. Transparent pixels get the colour `ground`.
 
-    ImageError where the file is none.
+    ImageError where the file is no such image.
     """
     from PIL import Image
 

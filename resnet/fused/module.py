@@ -24,7 +24,7 @@ _warned: set[str] = set()
 
 
 def warn_once(name: str, reason: str) -> None:
-    # Hooks beside a mode are those of a tool, such as a counter of FLOPs: it is to see all, and they go with it.
+    # Global hooks beside a dispatch mode are a tool's, such as a FLOP counter's. It is to see every operator.
     if reason == GLOBAL_HOOKS and torch._C._len_torch_dispatch_stack():
         return
     message = f"{name} runs PyTorch's operators one by one: {reason}"
@@ -33,7 +33,7 @@ def warn_once(name: str, reason: str) -> None:
         warnings.warn(message, stacklevel=4)
 
 
-# What torch.compiler.assume_constant_result sets, which imports the compiler: the graph does not break at a warning.
+# As torch.compiler.assume_constant_result sets it, but without importing the compiler: a warning breaks no graph.
 warn_once._dynamo_marked_constant = True
 
 GLOBAL_HOOKS = "global module hooks are registered, which a fused operator would not call for the submodules"
@@ -95,7 +95,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if kind in _AUTOCAST_KINDS else nullcontext()
 
 
-_KEPT = 1024  # states; more of them come once, and all are forgotten
+_KEPT = 1024  # states that are kept; beyond that they do not recur, and all are dropped
 _fusable: dict[tuple, Recent] = {}  # states of modules that can be fused, and the facts of their arguments
 
 

@@ -62,10 +62,10 @@ def _class_for(eager: type[nn.Module], entry: Known, function: FunctionType, cod
     """The class for one that has this method, with this code."""
     mixin, layout, method, *_ = entry
     own: dict[str, object] = {"_known": entry}
-    if mixin is not CutMixin:  # of which each has names of its own
+    if mixin is not CutMixin:  # whose modules have names of their own
         own |= {"_layout": looked_up(eager, layout), "_places": places_of(layout)}
         for kind in classes_in(own["_layout"]):
-            is_as_written(kind)  # from now on a forward that is put in is told
+            is_as_written(kind)  # remembers the forward, so that a later one is noticed
     if entry is not known(eager):
         own["_rebuild"] = staticmethod(functools.partial(_rebuild, entry=entry))
     cls = _derived(mixin, eager, method, **own)

@@ -1,4 +1,4 @@
-"""What every class that `fuse` changes one for is made of: it finds its parts, and is pickled."""
+"""The base of the classes that `fuse` gives to modules: it finds a module's parts, and pickles it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def children_of(name: str, module: nn.Module) -> list[tuple[str, nn.Module | Non
 
 
 def watched_in(module: Changed) -> list[Watched]:
-    """The containers, whose own calls the operator replaces, and what their classes do not put in: it may be called."""
+    """The containers, whose calls the operator replaces, and children not of their class, which may be called."""
     found = []
     for place, kind in module._layout.containers:
         container = held_at(module, place)
@@ -41,7 +41,7 @@ def no_module(others: Iterable[Watched]) -> str | None:
 
 
 def _out_of_order(module: Changed) -> str | None:
-    """What calls its modules one after the other, and has them in another order than its class: it, or a container."""
+    """Why the module, or a container in it, does not run its modules in its class's order; None where each does."""
     in_turn = isinstance(module, nn.Sequential) and not module._holds_more
     if in_turn and (*module._modules,) != module._layout.names:
         return f"it has the modules {', '.join(module._modules)}, not {', '.join(module._layout.names)}"
@@ -60,7 +60,7 @@ class _Kept(NamedTuple):
     """The parts of a module, and all children that were seen when they were found."""
 
     parts: BlockParts | StemParts | str
-    # Of a module, and a copy; of a sequence also their order, which dicts are equal without.
+    # For each container: its children, a copy of them, and of a sequence their order, which == of dicts ignores.
     children: tuple[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None], list[str] | None], ...]
 
     def hold(self, module: Changed) -> bool:
@@ -70,17 +70,17 @@ class _Kept(NamedTuple):
         for now, then, order in self.children:
             if now != then or (order is not None and [*now] != order):
                 return False
-        # What is not None here is no module, which would be among the children, but perhaps a function.
+        # A module would be among the children. So what is not None here is something else, perhaps a function.
         layout = module._layout
         return own.get(layout.shortcut) is None and all(own.get(name) is None for name in layout.optional)
 
 
-# A child that knows its block, as by a hook, would keep it alive from here: `fuse` and `unfuse` begin anew.
+# A child that refers to its block, as by a hook, keeps the block alive from here until `fuse` or `unfuse` clears it.
 kept_parts: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 
 
 class Changed:
-    """What `fuse` changes a class for is made of this, the operator's mixin and the eager class, in this order."""
+    """A class that `fuse` makes has three bases: this, the operator's module class, the eager class, in this order."""
 
     _eager_class: type[nn.Module]
     _eager_method: Callable[[nn.Module, Tensor], Tensor]  # in whose place `_call` is

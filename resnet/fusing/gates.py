@@ -88,7 +88,7 @@ class _Reader:
         raise Unread
 
     def give(self, target: ast.expr, value: _Value | None = None, size: str = "") -> None:
-        """A name stands for a value from now on, or for a size; what it stood for was used."""
+        """Bind a name to a value or a size. Unread where the value that it had was not used."""
         if not isinstance(target, ast.Name) or target.id == self.me:
             raise Unread
         if self.values.pop(target.id, _INPUT) != _INPUT:

@@ -36,9 +36,9 @@ def _kept(read: Callable[[FunctionType], _Read]) -> Callable[[FunctionType], _Re
 
 @_kept
 def called_in_turn(function: FunctionType) -> frozenset[str]:
-    """The NAMEs of `x = self.NAME(x)` in a method, for each x that it shows to nothing else.
+    """The NAMEs of `x = self.NAME(x)` in a method, for each variable x whose values nothing else reads.
 
-    It would, where a statement reads x more than once, or neither gives x a new value nor returns.
+    Something else does where a statement reads x more than once, or reads it and neither assigns x nor returns.
     """
     tree = method_text(function)
     if tree is None:
@@ -89,8 +89,8 @@ class Call(NamedTuple):
 def chains_of_calls(function: FunctionType, taken: Taken = lambda branches: None) -> list[list[Call]]:
     """What a method calls one after the other, each on what the one before gave, which nothing else sees.
 
-    The modules are those that it names nowhere else. There are none where it does more with `self` than to read its
-    attributes: it will be given another one. `taken` gives the statements of an `if` that it runs, or None.
+    Only modules that it names once count. There are no chains where it does more with `self` than to read attributes,
+    since it will be called with another `self`. `taken` gives the statements of an `if` that it runs, or None.
     """
     tree = method_text(function)
     if tree is None or _shows_itself(tree, function):
@@ -182,7 +182,7 @@ Taken = Callable[[ast.If], list[ast.stmt] | None]
 
 
 def _blocks(tree: ast.AST, taken: Taken) -> Iterator[list[ast.stmt]]:
-    """The statements of a method that follow each other, but for those of functions and classes in it."""
+    """Each list of statements that follow each other in a method, but for those of functions and classes in it."""
     for _, value in ast.iter_fields(tree):
         children = value if isinstance(value, list) else [value]
         if children and isinstance(children[0], ast.stmt):
@@ -203,7 +203,7 @@ def _in_line(statements: list[ast.stmt], taken: Taken) -> Iterator[ast.stmt]:
 
 
 def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
-    """The name that a statement gives a value, and the value; without a name what it returns."""
+    """(name, value) of an assignment, (None, value) of a return, (None, None) of any other statement."""
     match statement:
         case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value):
             return name, value
@@ -213,7 +213,7 @@ def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
 
 
 def _nested_calls(value: ast.expr | None, function: FunctionType) -> tuple[list[Call], str | None]:
-    """The calls that a value is the result of, the first one first, and the name of what that is called on."""
+    """The nested calls that give a value, the innermost first, and its argument's name; None if that is no name."""
     calls, me, once = [], function.__code__.co_varnames[0], named_once(function)
     while True:
         match value:
@@ -259,7 +259,7 @@ def resolved(expression: ast.expr, function: FunctionType) -> object:
 
 
 def without(function: FunctionType, call: Call) -> FunctionType:
-    """A method with what a call in it is called on in its place."""
+    """The method with a call in it replaced by the call's argument."""
     code = function.__code__
     changed = copy.deepcopy(_compiled(_file_of(function))[0], {id(call.node): call.of})
     where = code.co_name, code.co_firstlineno

@@ -102,8 +102,8 @@ class SequenceMixin(NetworkMixin):
 class FoundMixin(NetworkMixin):
     """A convolution, its norm and a ReLU, wherever they were found: a stem, or another layer.
 
-    Without a pool they are left to PyTorch's operators where these are as fast, as they are on a CPU. They are so, too,
-    where a model has no residual blocks and eager's output would not be channels_last: what follows may want a view.
+    Without a pool they are left to PyTorch's operators where these are as fast, as they are on a CPU. The same
+    holds where a model has no residual blocks and eager's output would not be channels_last: a `view` may follow.
     """
 
     def _run(self, x: Tensor) -> Tensor:
@@ -147,15 +147,15 @@ class CutMixin(FoundMixin, SequenceMixin):
 
 
 def _is_conv(module: nn.Module) -> bool:
-    """Whether it is a convolution, or a deep stem's, which its own norms and ReLUs lie between."""
+    """Whether it is a convolution, or a deep stem's sequence of convolutions with norms and ReLUs between them."""
     deep = type(module) is nn.Sequential and len(module) % 3 == 1
     return isinstance(module[0] if deep else module, nn.Conv2d)
 
 
 def begins_with_stem(sequence: nn.Sequential) -> bool:
-    """Whether its first modules are a stem's, with a pool, or without one where blocks follow, or nothing.
+    """Whether its first modules are a stem: with a pool, or without one where blocks or nothing follow.
 
-    In one that is fused one of them may have been replaced since: a warning is to name that. A slice of it has others.
+    A fused sequence passes with one of them replaced, which a warning then names. A slice of it begins otherwise.
     """
     conv, norm, relu, after = [*sequence._modules.values(), *[None] * 4][:4]
     ends = len(sequence) == 3 or isinstance(after, POOLS) or (after is not None and len(after._modules) > 0)
@@ -164,7 +164,7 @@ def begins_with_stem(sequence: nn.Sequential) -> bool:
 
 
 class GetterMixin(SequenceMixin):
-    """A sequence, a mapping of its modules, that gives what some of them give: of the stem's the last at most."""
+    """A mapping of modules, run in turn, that gives the outputs of some: of the stem's at most the last one's."""
 
     def _call(self, x: Tensor) -> Tensor:
         names = self._called()
@@ -181,7 +181,7 @@ class FeaturesMixin(GetterMixin):
 
 
 def given_inside(module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """What lies inside a stem and is asked for."""
+    """The name of a module inside the stem whose output is asked for; None where there is none."""
     return next((name for name in names[:-1] if name in module.return_layers), None)
 
 
@@ -195,7 +195,7 @@ def starts_with(module: nn.Module, names: tuple[str, ...]) -> bool:
 
 
 class WithStem:
-    """A network as its own forward is to see it: the first module of the stem is all of it, and the others do nothing.
+    """What a network's forward gets for `self`: the first module of the stem runs all of it, the others do nothing.
 
     What follows the stem stays the library's own code, in whatever version. `stages` are modules that it calls one
     after the other, so that the blocks of one may be linked to those of the next.

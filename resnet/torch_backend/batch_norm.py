@@ -25,7 +25,7 @@ _LARGE, _PART = 1 << 23, 1 << 20  # elements of a map that leaves the cache betw
 # sum of its own, and what one loses is averaged over them. A call may get fewer threads than there are.
 _FEW_ALONE, _FEW = 72, 512
 
-# Deviations by which a mean is too far from zero: for the sums of many groups, of one group or few pixels, and for dx.
+# Standard deviations from zero beyond which a mean is too far: for sums of many groups, of one or of few pixels; dx.
 _FAR, _FAR_ALONE, _FAR_FOR_GRAD = 8, 2, 32
 
 

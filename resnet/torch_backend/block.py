@@ -108,7 +108,7 @@ def chain_backward(
     """Gradients of x and of the units of a chain.
 
     Args:
-        dys: the gradient of the last convolution alone. It is taken out, so that its memory is free when it was read.
+        dys: the gradient of the last convolution alone. It is popped, so that its memory is free once it was read.
         grad: those of the last norm.
     """
     asked, grads, dx, dy = grad_inputs(needs), [UnitGrad()] * len(units), None, dys.pop()

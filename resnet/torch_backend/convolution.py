@@ -102,7 +102,7 @@ def is_single_on_cpu(x: Tensor) -> bool:
 
 
 class Products(NamedTuple):
-    """What of a convolution is not oneDNN's convolution of x: matrix products, or a convolution of gathered pixels."""
+    """Which parts of a convolution oneDNN's convolution of x does not do, but products, or one of gathered pixels."""
 
     plain: bool = False  # the output and dx, as one product of pixels and weight
     small: bool = False  # the output and dx, as one product per tap
@@ -122,7 +122,7 @@ def products(x: Tensor, weight: Tensor, geometry: Geometry) -> Products:
 
 
 def limits() -> Limits:
-    """Those of this CPU. None, where PyTorch may take float32 for less in products, and not in convolutions."""
+    """This CPU's; NO_PRODUCTS where PyTorch may compute float32 products, but not convolutions, less exactly."""
     exact = torch._C._get_fp32_precision_getter("mkldnn", "matmul") in ("none", "ieee")  # torch.backends takes 5 calls
     return _limits_of_cpu() if exact else NO_PRODUCTS
 

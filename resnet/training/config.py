@@ -32,7 +32,8 @@ PATHS = ("data", "save", "json", "log", "tensorboard", "profile", "plot", "resum
 class TrainConfig:
     """What to train, on what, and how; the command's options under the same names.
 
-    What is None of OVERRIDABLE becomes the recipe's, at once: `dataclasses.replace` keeps what the first recipe gave.
+    A setting of OVERRIDABLE that is None becomes the recipe's in the constructor. So `dataclasses.replace` with another
+    recipe keeps what the first one gave.
 
     A `pathlib.Path` becomes the text that names it.
 
@@ -121,7 +122,7 @@ class TrainConfig:
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The settings that decide what the weights become; one step after the other, with a constant rate."""
+        """The settings that decide the weights after each step: with a warm-up the number of epochs, too."""
         names = ["model", "impl", "recipe", "batch_size", "lr", "resize", "dtype", "stem", "seed", "limit_train"]
         names += ["sync_batch_norm", *(["epochs"] if self.plan.warm_up else [])]
         return {name: getattr(self, name) for name in names}

@@ -492,7 +492,7 @@ class _Run:
         return correct.item() / self.evaluation.examples
 
     def _check_weights(self) -> None:
-        """The loss is of the weights before a step: it does not show what the last step made of them."""
+        """NonFiniteError for infinite or NaN weights, which the loss does not show: it is of those before the step."""
         values = [v for v in self.net.state_dict().values() if v.is_floating_point()]
         if not torch.stack([v.isfinite().all() for v in values]).all():
             epoch, step = (self.epochs + 1, self.step) if self.step else (self.epochs, len(self.batches))

@@ -70,7 +70,7 @@ def _is_later(line: bytes, place: tuple[int, int]) -> bool:
 class Board:
     """Writes scalars for TensorBoard into a folder that a user has named; nowhere where it is None.
 
-    They hide what is in the folder of the same steps and of later ones: that is of a run that began anew or went on.
+    They hide scalars of the same and of later steps that an earlier run has left in the folder.
     """
 
     def __init__(self, folder: str | None):

@@ -83,7 +83,7 @@ def optimizer(recipe: Recipe, net: nn.Module) -> torch.optim.SGD:
     lr = torch.tensor(recipe.lr, dtype=torch.float32, device=parameters[0].device)
     groups = parameters
     if recipe.weight_decay:
-        # Vectors are norms' weights and biases. A smaller one is no simpler function.
+        # Not of vectors, norms' weights and biases: a smaller one makes no simpler function.
         groups = [
             {"params": [p for p in parameters if p.dim() > 1], "weight_decay": recipe.weight_decay},
             {"params": [p for p in parameters if p.dim() == 1]},
