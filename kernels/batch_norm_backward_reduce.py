@@ -79,7 +79,14 @@ def backward_reduce_kernel(
         if shortcut is not None:
             z = tl.load(shortcut + offsets, mask=mask, other=0.0).to(ACC)
             sum_gz = tl.fma(g, z - shortcut_mean[None, :], sum_gz)
-        offsets += BLOCK_M * C
+            shortcut += BLOCK_M * C
+        # The pointers move, and not the offsets: a program may read more than 2^31 elements.
+        dout += BLOCK_M * C
+        x += BLOCK_M * C
+        if out is not None:
+            out += BLOCK_M * C
+        if g_stored is not None:
+            g_stored += BLOCK_M * C
     index = tl.program_id(0) * C + cols
     tl.store(partial + index, column_sums(sum_g), mask=live)
     tl.store(partial + T * C + index, column_sums(sum_gx) * invstd, mask=live)
@@ -112,17 +119,19 @@ def backward_finalize_kernel(
     live = cols < C
     first = tl.program_id(1) * GROUP
     last = tl.minimum(first + GROUP, T)
+    partial += first.to(tl.int64) * C
+    plane = T.to(tl.int64) * C
     total_g = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     total_gx = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     total_gz = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     for t in range(first, last, BLOCK_T):
-        tiles = t + tl.arange(0, BLOCK_T)
-        mask = (tiles < last)[:, None] & live[None, :]
+        tiles = t - first + tl.arange(0, BLOCK_T)
+        mask = (tiles < last - first)[:, None] & live[None, :]
         offsets = tiles[:, None] * C + cols[None, :]
         total_g += tl.load(partial + offsets, mask=mask, other=0.0)
-        total_gx += tl.load(partial + T * C + offsets, mask=mask, other=0.0)
+        total_gx += tl.load(partial + plane + offsets, mask=mask, other=0.0)
         if PLANES == 3:
-            total_gz += tl.load(partial + 2 * T * C + offsets, mask=mask, other=0.0)
+            total_gz += tl.load(partial + 2 * plane + offsets, mask=mask, other=0.0)
     sum_g = tl.sum(total_g, 0)
     sum_gx = tl.sum(total_gx, 0)
     index = tl.program_id(1) * C + cols

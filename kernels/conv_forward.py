@@ -44,7 +44,7 @@ from .host.launch import (
     product_precision,
 )
 from .host.launcher import launch
-from .host.shapes import ConvShape, conv_shape
+from .host.shapes import MAX_WINDOW, ConvShape, conv_shape
 from .tuning import Config
 
 WIDE = tl.constexpr(64)  # columns of a tile from which its moments are worth a layout of their own
@@ -471,8 +471,8 @@ def _check(x: Tensor, shape: ConvShape, fusions: Fusions) -> None:
             )
     elif fusions.shortcut_moments:
         raise ValueError("shortcut_moments: expected a shortcut to take them of, got none")
-    if not fusions.flatten(shape) and shape.R * shape.S > 63:
+    if not fusions.flatten(shape) and shape.R * shape.S > MAX_WINDOW:
         raise ValueError(
-            f"weight: expected a window of at most 63 pixels (a row's bit mask has one for each), "
+            f"weight: expected a window of at most {MAX_WINDOW} pixels (a row's bit mask has one for each), "
             f"got {shape.R}x{shape.S}"
         )

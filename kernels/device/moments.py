@@ -62,6 +62,8 @@ def merge_partials(
     """(mean, rest, M2, count) of the partials first to last - 1, merged as `statistics_kernel` merges rows."""
     tiles = first + tl.arange(0, BLOCK_T)
     live = cols < C
+    partial += tl.cast(first, tl.int64) * C
+    plane = tl.cast(T, tl.int64) * C
     pivot = tl.zeros([BLOCK_T, BLOCK_C], ACC)
     mean = tl.zeros([BLOCK_T, BLOCK_C], ACC)  # an offset from the pivot
     m2 = tl.zeros([BLOCK_T, BLOCK_C], ACC)
@@ -69,17 +71,17 @@ def merge_partials(
     for t in range(first, last, BLOCK_T):
         here = tiles < last
         mask = here[:, None] & live[None, :]
-        offsets = tiles[:, None] * C + cols[None, :]
+        offsets = (tiles - first)[:, None] * C + cols[None, :]
         value = tl.load(partial + offsets, mask=mask, other=0.0)
         pivot = tl.where(t == first, finite_or_zero(value), pivot)
         value -= pivot
         if PLANES == 3:
-            value += finite_or_zero(tl.load(partial + 2 * T * C + offsets, mask=mask, other=0.0))
+            value += finite_or_zero(tl.load(partial + 2 * plane + offsets, mask=mask, other=0.0))
         n = tl.where(here, tl.minimum(M - tiles.to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
         count += n
         delta = tl.where(mask, value - mean, 0.0)
         mean = tl.fma(delta, n / tl.maximum(count, 1.0), mean)
-        m2 += tl.fma(delta * n, value - mean, tl.load(partial + T * C + offsets, mask=mask, other=0.0))
+        m2 += tl.fma(delta * n, value - mean, tl.load(partial + plane + offsets, mask=mask, other=0.0))
         tiles += BLOCK_T
     total = tl.sum(count, 0)
     mean, rest, m2 = merge_lanes(pivot, mean, m2, count, total)

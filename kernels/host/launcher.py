@@ -77,6 +77,11 @@ def watch(watcher: Callable[[Callable[[], Launch]], None] | None) -> None:
     _thread.watcher = watcher
 
 
+def is_watched() -> bool:
+    """Whether this thread's launches are recorded."""
+    return getattr(_thread, "watcher", None) is not None
+
+
 def compile_ahead(runs: Iterable[Callable[[], object]]) -> None:
     """Compile what the functions launch, side by side in threads, and launch none of it.
 

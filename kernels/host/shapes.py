@@ -55,6 +55,15 @@ def taps_fit(width: int, channels: int, R: int, S: int, dilation: int) -> bool:
     return dilation == 1 or dilation * (R * width + S) * channels <= _MAX_REACH
 
 
+_MAX_IMAGE = 2**29  # elements: a tile may lie in a few images, and 32-bit offsets reach 2^31
+MAX_WINDOW = 63  # pixels: a row's bit mask has one for each
+
+
+def kernels_take(pixels: int, channels: int, K: int, R: int, S: int) -> bool:
+    """Whether the convolution kernels take images of so many pixels, C and K channels, and such a window."""
+    return pixels * max(channels, K) <= _MAX_IMAGE and (channels < 16 or R * S <= MAX_WINDOW)
+
+
 def check_taps(shape: ConvShape) -> None:
     """ValueError unless `taps_fit` in both maps."""
     if not taps_fit(max(shape.W, shape.Q), max(shape.C, shape.K), shape.R, shape.S, shape.dilation):

@@ -144,7 +144,7 @@ class Choices:
     or a device is in its place, which is left alone, one warning is given and the memory goes on without it.
     """
 
-    generation: ClassVar[int] = 0  # counts choices made and forgotten: while it stays, so do they
+    generation: ClassVar[int] = 0  # while it stays, so do choices, and what was recorded holds no timing of them
 
     def __init__(self, path: Path | None, timed: bool = True, shipped: Path | None = None):
         self.path = path
@@ -186,12 +186,13 @@ class Choices:
             clock = timing.CLOCKS.get(device.type)
             if name is None and clock is None:
                 return next(iter(candidates))
-            Choices.generation += 1
             if name is None and self.times():
                 name = self._from_file(key, candidates, device)
             if name is None:
                 from ..host import launcher  # which needs Triton, as the command of choices does not
 
+                if launcher.is_watched():
+                    Choices.generation += 1
                 if timing.capturing(device):
                     return self._untimed(key, candidates)
                 if self.times() and len(candidates) > 1:

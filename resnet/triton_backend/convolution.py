@@ -28,7 +28,7 @@ from resnet.kernels.conv_grad_input import (
     conv_grad_input,
 )
 from resnet.kernels.conv_grad_weight import conv_grad_weight
-from resnet.kernels.host.shapes import ConvShape, conv_shape, taps_fit
+from resnet.kernels.host.shapes import ConvShape, conv_shape, kernels_take, taps_fit
 from resnet.kernels.tuning import bucket, memory
 from resnet.operands import POINTWISE, BlockBefore, Geometry, Pooled, Projection, Unit
 from resnet.torch_backend.block import pool_backward
@@ -83,7 +83,7 @@ def run_picked(
     **variants: Callable[[], object],
 ) -> object:
     """The result of the variant that `pick` chooses; PyTorch's where the convolution has groups, both a stride and a
-    dilation, or a dilation that is too large, which the kernels do not know.
+    dilation, or a dilation, a window or images that are too large, which the kernels do not know.
 
     Args:
         x: what the variants read.
@@ -93,8 +93,12 @@ def run_picked(
     (K, C, R, S), (stride, _, dilation) = weight.shape, geometry
     if channels > C or stride > 1 < dilation or not taps_fit(x.shape[3], max(C, K), R, S, dilation):
         return variants["pytorch"]()
-    N, *image = x.shape
-    key = (bucket(N), *image, tuple(weight.shape), *geometry, x.dtype, tf32(x), *fused)
+    N, _, H, W = x.shape
+    widest = H * W if direction == "forward" else H * W * stride**2  # pixels of the larger map of an image
+    if not kernels_take(widest, C, K, R, S):
+        return variants["pytorch"]()
+    # Not the height and the width: a net that sees images of many sizes would time each of them.
+    key = (bucket(N * H * W), tuple(weight.shape), *geometry, x.dtype, tf32(x), *fused)
     return pick(direction, key, variants, x.device)()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from operator import index
 
+import torch
 from torch import Tensor
 
 from resnet import settings
@@ -17,7 +18,9 @@ from resnet.triton_backend import convolution
 
 def run(function: Callable[..., list], arguments: Sequence, known: Known | None = None) -> list[Tensor | None]:
     """function(*arguments), replayed from a plan where there is one; arguments[0] is a tensor."""
-    environment = tuning.choice.state(), convolution.tf32(arguments[0])
+    # Without cuDNN PyTorch's convolutions give maps of another layout, on which a plan's addresses do not depend.
+    cudnn = torch._C._get_cudnn_enabled()
+    environment = tuning.choice.state(), convolution.tf32(arguments[0]), cudnn
     return plan.run(_with_choices(function, settings.current_convolution()), arguments, environment, known)
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_backward_apply import batch_norm_backward_apply
-from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce
+from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, batch_norm_backward_reduce, merge_sums
 from resnet.kernels.batch_norm_excite import batch_norm_excite
 from resnet.kernels.batch_norm_excite_backward import batch_norm_excite_backward
+from resnet.kernels.batch_norm_finalize import batch_norm_finalize
 from resnet.kernels.batch_norm_max_pool import batch_norm_max_pool
 from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_apply,
@@ -147,6 +148,27 @@ def test_planes_of_images_and_channels_may_have_2_to_the_31_elements_each():
     # A reduction over all images, of which the first steps ran
     assert np.unique(reduce.accessed("dlink", READS) // plane).tolist() == [0, 1, 2]
     assert np.unique(reduce.accessed("link", READS) // plane).tolist() == [0, 1]
+
+
+def test_partials_of_2_to_the_31_elements_each_are_merged():
+    plane = 2**31
+    partial = torch.empty((3, plane // C, C), device="meta")
+    with watching(last, _ACCESSES) as launches:
+        merge_sums(partial)
+        batch_norm_finalize(partial, 64, 64 * plane // C, None, None, None, None, 0.1, 1e-5)
+    reads = [launch.accessed("partial", READS) for launch in launches if launch.arguments[0].tensor is partial]
+    assert len(reads) == 2
+    for elements in reads:
+        assert np.unique(elements // plane).tolist() == [0, 1, 2] and elements[-1] == 3 * plane - 1
+
+
+def test_a_program_of_a_reduction_may_read_more_than_2_to_the_31_elements():
+    wide = 2**16
+    x = activation(2**16, wide, 1, 1)
+    with watching(last, 10**9) as launches:
+        batch_norm_backward_reduce(x, x, None, vectors(4, wide))
+    elements = launches[0].accessed("x", READS)
+    assert elements[-1] == x.numel() - 1 and elements[-1] - elements[0] > 2**31
 
 
 def test_the_partial_sums_of_a_block_s_end_may_be_2_to_the_31_elements_each():

@@ -187,6 +187,36 @@ def test_batches_of_the_same_power_of_two_share_their_choices(fused_backend, mon
     assert not set(keys[0]) & set(keys[2]) and not set(keys[0]) & set(keys[3])
 
 
+def test_images_of_as_many_pixels_share_their_choices(monkeypatch):
+    """A net that is given images of many sizes would else time each of them, and keep a choice for each."""
+    keys = []
+    monkeypatch.setattr(convolution, "pick", lambda direction, key, variants, device: keys.append(key) or variants["a"])
+    for H, W in ((60, 60), (40, 90), (64, 64), (65, 64)):
+        x, weight = torch.empty(1).expand(2, 4, H, W), torch.empty(8, 4, 3, 3)
+        convolution.run_picked("forward", x, 4, weight, (1, 1, 1), (), a=lambda: None)
+    assert keys[0] == keys[1] == keys[2] != keys[3]
+
+
+@pytest.mark.parametrize(
+    ("direction", "x", "weight", "stride", "way"),
+    [
+        ("forward", (2, 64, 2896, 2896), (64, 64, 3, 3), 1, "triton"),
+        ("forward", (2, 64, 2897, 2897), (64, 64, 3, 3), 1, "pytorch"),
+        ("forward", (2, 32, 2897, 2897), (64, 32, 3, 3), 1, "pytorch"),
+        ("grad_input", (2, 64, 1448, 1448), (64, 64, 3, 3), 2, "triton"),
+        ("grad_weight", (2, 64, 1449, 1449), (64, 64, 3, 3), 2, "pytorch"),
+        ("forward", (2, 16, 64, 64), (8, 16, 9, 9), 1, "pytorch"),
+        ("forward", (2, 3, 64, 64), (8, 3, 9, 9), 1, "triton"),
+    ],
+)
+def test_images_and_windows_that_no_kernel_takes_are_pytorchs(direction, x, weight, stride, way):
+    """A kernel would refuse them, the last one in backward, after the running statistics have changed."""
+    x, weight = torch.empty(1).expand(x), torch.empty(1).expand(weight)
+    ways = {name: lambda name=name: name for name in ("triton", "pytorch")}
+    with resnet.convolution("auto"):
+        assert convolution.run_picked(direction, x, weight.shape[1], weight, (stride, 1, 1), (), **ways) == way
+
+
 def forget_devices(monkeypatch) -> None:
     """What is known of a device for good is asked each time."""
     monkeypatch.setattr(convolution, "_has_tensor_cores", convolution._has_tensor_cores.__wrapped__)

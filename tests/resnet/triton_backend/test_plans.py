@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import resnet
 from resnet import BasicBlock, Residual, Stem, ops
 from resnet.kernels.host import plan
-from resnet.kernels.tuning import memory
+from resnet.kernels.tuning import choice, memory, timing
 from tests.conftest import DEVICE
 from tests.helpers.blocks import (
     POOLED,
@@ -247,6 +247,44 @@ def test_forgotten_choices_are_made_again(monkeypatch, tmp_path):
     with replays() as calls:
         pair.assert_same(images())
     assert not calls
+
+
+def test_a_choice_for_something_else_leaves_plans_as_they_are(monkeypatch):
+    monkeypatch.setitem(timing.CLOCKS, DEVICE.type, lambda runs, device: [1.0 for _ in runs])
+    pair = Pair()
+    for _ in range(3):
+        pair.assert_same(images())
+    memory.Choices(None).choose(("another size",), {"a": lambda: None, "b": lambda: None}, DEVICE)
+    with replays() as calls:
+        pair.assert_same(images())
+    assert calls
+
+
+def test_a_choice_while_a_plan_is_recorded_is_in_none(monkeypatch):
+    """What times it is launched too."""
+    monkeypatch.setitem(timing.CLOCKS, DEVICE.type, lambda runs, device: [1.0 for _ in runs])
+    x, calls = images(), []
+
+    def function(x):
+        calls.append(x)
+        if len(calls) == 2:  # another thread has forgotten it
+            memory.Choices(None).choose(("a size",), {"a": lambda: None, "b": lambda: None}, DEVICE)
+        return [x + 1]
+
+    for _ in range(4):
+        plan.run(function, [x], choice.state())
+    assert len(calls) == 4
+
+
+def test_pytorchs_convolutions_without_cudnn_are_in_other_plans():
+    """They give maps of another layout, whose addresses a plan would take for those of pixels."""
+    pair = Pair()
+    for _ in range(3):
+        pair.assert_same(images())
+    for enabled in (True, False):
+        with torch.backends.cudnn.flags(enabled=enabled), replays() as calls:
+            pair.assert_same(images())
+        assert bool(calls) == enabled
 
 
 def test_autocast_counts_from_the_next_call_on():
