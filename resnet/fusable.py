@@ -180,6 +180,10 @@ def is_as_written(kind: type[nn.Module]) -> bool:
     return kind in _FORWARD
 
 
+# What torch.compiler.assume_constant_result sets: dynamo compares the names of a function otherwise.
+is_as_written._dynamo_marked_constant = True
+
+
 def is_norm(module: nn.Module | None) -> bool:
     return isinstance(module, _BatchNorm) or is_frozen(module)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resnet.collectives import group_of
-from resnet.schema import Updated
+from resnet.schema import Alike, Updated
 
 
 class Norm(NamedTuple):
@@ -44,8 +44,8 @@ class KeptNorm(NamedTuple):
     """What backward asks of a `Norm`: the statistics that were used are kept beside it."""
 
     weight: Tensor | None  # (C,)
-    bias: Tensor | None  # (C,)
-    conv_bias: Tensor | None  # (C,)
+    bias: Alike  # (C,)
+    conv_bias: Alike  # (C,)
     training: bool
     eps: float
     group: str = ""

@@ -84,7 +84,7 @@ class Projection(NamedTuple):
     """A shortcut without a BatchNorm: a 1x1 convolution, or the identity."""
 
     weight: Tensor | None  # (K, C, 1, 1); None: the identity
-    bias: Tensor | None  # (K,)
+    bias: Alike  # (K,); forward reads it
     geometry: Geometry
     master: Alike = None  # see `Unit`
 

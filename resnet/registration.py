@@ -98,11 +98,12 @@ def is_transformed_or_recorded() -> bool:
     """Whether PyTorch's own operators have to run.
 
     Transforms of `torch.func` and forward-mode AD follow only them; and what a tool records (`torch.export`,
-    `torch.jit.trace`, `torch.onnx`, `make_fx`) is to run without this library. `torch.compile` keeps the fused ones.
+    `torch.jit.trace`, `torch.onnx`, `make_fx`) is to run without this library. `torch.compile` keeps the fused ones
+    outside of such transforms.
     """
     # In a graph of torch.compile PyTorch 2.11 takes the call of is_exporting() for true.
     if torch.compiler._is_exporting_flag or torch.compiler.is_compiling():
-        return torch.compiler._is_exporting_flag
+        return torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active()
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -444,7 +445,7 @@ class _Links(NamedTuple):
 def _links(ctx: object, dout: Tensor, x: Tensor, needs_x: bool) -> _Links | None:
     """Those of a block's node for this call; it forgets the sums that were handed to it."""
     handed, before, ctx.handed = ctx.handed, ctx.before, None
-    if not (dout.numel() and backends.implementation(x).LINKS_BLOCKS):
+    if not dout.numel() or dout.is_neg() or not backends.implementation(x).LINKS_BLOCKS:
         return None
     sums = handed[2] if handed and handed[0] is dout and handed[1] == dout._version else None
     if before is not None and needs_x and x.grad_fn is before and _will_run(before):

@@ -17,7 +17,7 @@ from torch import Tensor
 T = TypeVar("T", bound=tuple)
 
 Updated = Annotated[Tensor | None, "updated in place"]
-Alike = Annotated[Tensor | None, "its values are not read"]  # only its shape, type and layout
+Alike = Annotated[Tensor | None, "backward does not read its values"]  # only its shape, type and layout
 
 _TYPES = {
     Tensor: "Tensor",

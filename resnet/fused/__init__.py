@@ -110,7 +110,10 @@ class FusedResidual(_FusedTextbook, Residual):
 def _units(block: nn.Module, count: int) -> tuple[UnitParts, ...]:
     """conv1 and bn1, conv2 and bn2, ..."""
     own = block._modules
-    return tuple([UnitParts(own.get(conv), own.get(bn), conv, bn) for conv, bn in _UNITS[count]])
+    try:  # the shorter way, by a call less for each
+        return tuple([UnitParts(own[conv], own[bn], conv, bn) for conv, bn in _UNITS[count]])
+    except KeyError:
+        return tuple(UnitParts(own.get(conv), own.get(bn), conv, bn) for conv, bn in _UNITS[count])
 
 
 _UNITS = {count: [(f"conv{i}", f"bn{i}") for i in range(1, count + 1)] for count in (2, 3)}

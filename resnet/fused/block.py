@@ -208,7 +208,8 @@ class FusedBlock(FusedModule):
         factor, dtype = _gates(gate, h.mean((2, 3)), h.dtype)
         shortcut = X if gate.shortcut is None else _called(gate.shortcut, X)
         if _is_alike(shortcut, h):
-            return torch_backend.excite_inference(h, factor, channels_last(shortcut)).to(dtype)
+            out = torch_backend.excite_inference(h, factor, channels_last(shortcut))
+            return out if dtype == h.dtype else out.to(dtype)
         return F.relu((h * factor[..., None, None] + shortcut).to(dtype))  # the add in eager is in place
 
     def _excite(
@@ -228,10 +229,12 @@ class FusedBlock(FusedModule):
         if gate.place < len(parts.units):
             return self._last_unit(parts, X, recent.next, _excited(recent, y, stats, link, factor, None, True, False))
         if gate.shortcut is None:  # x has its gradient by the squeeze
-            return _excited(recent, y, stats, link, factor, x.detach(), False, True).to(dtype)
+            out = _excited(recent, y, stats, link, factor, x.detach(), False, True)
+            return out if dtype == y.dtype else out.to(dtype)
         shortcut = _called(gate.shortcut, X)
         if _is_alike(shortcut, y):
-            return _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True).to(dtype)
+            out = _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True)
+            return out if dtype == y.dtype else out.to(dtype)
         out = _excited(recent, y, stats, link, factor, None, False, False) + shortcut
         return F.relu(out.to(dtype))  # the add in eager is in place
 

@@ -137,6 +137,8 @@ class FusedModule:
                 _remember(state, recent)
         if not isinstance(X, Tensor):
             check_activation(X, None)  # which refuses it
+        elif not compiling and X.is_inference() and torch.is_grad_enabled():
+            return self._eager(X)  # which refuses it where a gradient needs it, before a norm has seen it
         simple = direct and type(X) is Tensor and X.layout is torch.strided
         reason = None if simple else reason_not_to_take((X,))  # before a pool is called, for the arguments
         if reason is not None:

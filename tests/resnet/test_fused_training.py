@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from resnet import Residual, Stem
+from resnet import FusedBatchNorm2d, FusedSmallStem, Residual, SmallStem, Stem
+from resnet.reference import BatchNormAddRelu2d
 from tests.helpers.blocks import (
     SIXTEEN_BIT,
     Trio,
@@ -216,6 +217,53 @@ def test_a_module_may_run_twice_before_its_backward(any_backend, train, kind):
         (first.square().sum() + second.sum()).backward()
         results.append([first, second, *(x.grad for x in inputs), *(p.grad for p in module.parameters())])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "no_grad"])
+@pytest.mark.parametrize("second", ["of more pixels", "far from zero"])
+@pytest.mark.parametrize("kind", ["norm", "small stem"])
+def test_another_batch_in_training_may_come_before_the_backward_of_the_first(kind, second, recorded):
+    """Crops of several sizes, say. Backward reads no running statistics, so that they may change."""
+    x, other = draw(2, 4, 4, 4, dtype=torch.float64), draw(2, 4, 32, 32, dtype=torch.float64)
+    if second == "far from zero":
+        other = 50 + 0.01 * x
+    results = []
+    for cls in (FusedBatchNorm2d, BatchNormAddRelu2d) if kind == "norm" else (FusedSmallStem, SmallStem):
+        torch.manual_seed(0)
+        module = cls(4) if kind == "norm" else cls(4, 8)
+        if kind != "norm":
+            module[0].bias = None
+        module.double()
+        leaf = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        out = module(leaf)
+        with torch.set_grad_enabled(recorded):
+            more = module(other.contiguous(memory_format=torch.channels_last))
+        (out.square().sum() + more.sum()).backward()
+        results.append([out, more, leaf.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", ["bn1.bias", "bn2.bias", "conv1.bias", "conv2.bias", "conv3.bias"])
+def test_a_bias_may_be_stepped_before_backward_which_does_not_read_it(any_backend, name):
+    t, results = trio(Residual, 4, 8, True, 2, dtype=torch.float64), []
+    for module in (t.fused, t.exact):
+        out = module(draw(2, 4, 8, 7, dtype=torch.float64))
+        with torch.no_grad():
+            module.get_parameter(name).add_(1)
+        out.square().sum().backward()
+        results.append([p.grad for p in module.parameters()])
+    torch.testing.assert_close(*results)
+
+
+@kinds
+def test_an_input_of_inference_mode_is_refused_before_the_statistics_change(any_backend, kind):
+    fused = inference_trio(kind).fused.train()
+    with torch.inference_mode():
+        x = images(kind, (2, 7, 6)).contiguous(memory_format=torch.channels_last)
+    before = snapshot(fused)
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        fused(x)
+    same(snapshot(fused), before)
 
 
 def test_a_block_may_follow_itself(any_backend):

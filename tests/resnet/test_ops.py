@@ -438,6 +438,19 @@ def test_a_module_compiled_in_one_graph_equals_uncompiled(any_backend, module):
     assert_compiles(MODULES[module](), draw(2, 3, 7, 6), "aot_eager")
 
 
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev"])
+@pytest.mark.parametrize("module", ["identity block", "stem"])
+def test_a_transform_of_a_module_is_compiled_as_pytorchs_operators(module, transform):
+    module, x = MODULES[module]().double().eval(), draw(2, 3, 7, 6, dtype=torch.float64)
+    transformed = {
+        "grad": lambda x: torch.func.grad(lambda x: module(x).square().sum())(x),
+        "vmap": lambda x: torch.func.vmap(lambda x: module(x[None])[0])(x),
+        "jacrev": lambda x: torch.func.jacrev(lambda x: module(x).sum((1, 2, 3)))(x),
+    }[transform]
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(transformed, backend="aot_eager")(x), transformed(x))
+
+
 @pytest.mark.parametrize("module", ["stem", "1x1 block"])
 def test_a_compiled_module_counts_the_batches_of_a_cumulative_average(module):
     module = MODULES[module]()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resnet import BasicBlock, Bottleneck, Residual, backend, fuse
+from resnet import BasicBlock, Bottleneck, Residual, backend, fusable, fuse
+from resnet.reference import SqueezeExcite
 from tests.conftest import DEVICE
 from tests.helpers.blocks import (
     GATED,
@@ -379,6 +380,21 @@ def test_a_block_compiles_in_one_graph(case):
     compiled = torch.compile(t.fused, backend="aot_eager", fullgraph=True)
     found = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x).items()}
     torch.testing.assert_close(found, step(t.exact, x), atol=1e-9, rtol=1e-7)
+
+
+def test_a_block_that_is_compiled_before_any_has_run_is_fused(monkeypatch):
+    """Whether a class has its own forward is remembered of the first look at it, which dynamo cannot take."""
+    known = {kind: forward for kind, forward in fusable._FORWARD.items() if kind is not SqueezeExcite}
+    monkeypatch.setattr(fusable, "_FORWARD", known)
+    t, called = trio_of(one), []
+
+    def backend(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compiler.reset()
+    torch.compile(t.fused, backend=backend, fullgraph=True)(input_of(one))
+    assert any("fused_residual.squeeze" in name for name in called)
 
 
 @cases

@@ -125,6 +125,16 @@ def test_transforms_of_functions_give_eagers_values(on_kernels, transform):
     torch.testing.assert_close(transform(t.fused, x), transform(t.exact, x), atol=1e-9, rtol=1e-7)
 
 
+def test_a_gradient_that_is_kept_as_its_negative_counts_as_itself(on_kernels):
+    t, grads = chain(STAGES), []
+    for module in (t.fused, t.exact):
+        x = inputs(STAGES).requires_grad_()
+        out = module(x)
+        dout = incoming_gradient(out).contiguous(memory_format=torch.channels_last)
+        grads.append(torch.autograd.grad(out, x, torch._neg_view(dout)))
+    torch.testing.assert_close(*grads, atol=1e-9, rtol=1e-7)
+
+
 def test_hooks_of_the_sequence_itself_are_called_as_in_eager(on_kernels):
     t, results = chain(STAGES), []
     for net in (t.fused, t.exact):
