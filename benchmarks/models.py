@@ -77,7 +77,7 @@ def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implemen
     try:
         with torch.no_grad():
             logits_of(copy.deepcopy(net).train(), x)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"MODEL: expected one that trains on {N} images of {H}x{W}, got {model} ({error})") from error
     fused_net = copy.deepcopy(net)
     with fused.scope():

@@ -14,6 +14,7 @@ gradient behind a ReLU; d stands before a gradient.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from resnet import (
     FusedResidual,
     Residual,
 )
-from resnet.kernels.host.command import Parser
+from resnet.kernels.host.command import Parser, put, run
 from resnet.kernels.host.shapes import ConvShape
 
 if TYPE_CHECKING:  # it takes seconds to import
@@ -447,13 +448,16 @@ def number(passes: float) -> str:
     return f"{passes:.6g}"
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.passes", description=__doc__.splitlines()[0])
     parser.add_argument("--block", choices=BLOCKS, help="each of its steps, in place of all blocks' sums")
     parser.add_argument("--compile", action="store_true", help="those of torch.compile, which takes a minute")
     arguments = parser.parse_args(argv)
-    name = arguments.block
-    if arguments.compile:
+    return run(parser, lambda: _show(arguments.block, arguments.compile))
+
+
+def _show(name: str | None, compiled: bool) -> int:
+    if compiled:
         lines = compiled_table(BLOCKS if name is None else [name])
     elif name is None:
         lines = table()
@@ -461,8 +465,9 @@ def main(argv: list[str] | None = None) -> None:
         block = BLOCKS[name]
         module, shape = block.fused(*block.arguments(CHANNELS)), block.input_shape(CHANNELS, BATCH, SIZE)
         lines = steps(Chain.of(module, shape))
-    print(*lines, sep="\n")
+    put("\n".join(lines))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

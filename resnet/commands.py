@@ -104,12 +104,13 @@ def maker(spec: str, expected: str = "module:callable") -> Callable[[], object]:
     module, _, name = spec.partition(":")
     try:
         make = getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
+    except (ImportError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"MODEL: expected {expected}, got {spec} ({error})") from error
     configuration = getattr(make, "config_class", None)
     arguments = () if configuration is None else (configuration(),)
     try:
-        inspect.signature(make).bind(*arguments)
+        with contextlib.suppress(ValueError):  # a built-in function may not say what it takes
+            inspect.signature(make).bind(*arguments)
     except TypeError as error:
         raise ConfigError(f"MODEL: expected a callable that needs no arguments, got {spec} ({error})") from error
     return partial(make, *arguments)
@@ -282,4 +283,4 @@ def write_plot(path: str | os.PathLike[str], figure: Figure) -> None:
 
 
 def _kind(path: str | os.PathLike[str]) -> str:
-    return Path(path).suffix[1:]
+    return Path(path).suffix[1:].lower()

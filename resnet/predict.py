@@ -81,6 +81,8 @@ def image_for(images: ImageSpec, path: str, invert: bool = False) -> Tensor:
         image = image.convert("L")
     if invert:
         image = ImageOps.invert(image)
+    least = -(-max(image.size) // images.size)  # a thinner side would come to nothing
+    image = image.resize([max(side, least) for side in image.size])
     image = ImageOps.pad(image, (images.size, images.size), Image.Resampling.BICUBIC, color=0)
     return torch.from_numpy(np.array(image))
 

@@ -76,6 +76,9 @@ def run(parser: Parser, work: Callable[[], int], refused: tuple[type[Exception],
     2, by SystemExit as argparse gives it, for what cannot be used: ConfigError and types in `refused`. 1 for what went
     wrong on the way: RunError, OSError, too little memory. 128 and the signal's number after Ctrl-C or one of ENDING.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed when Python began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, for as long as the process lives
     try:
         with _ending_raises():
             status = work()
@@ -106,7 +109,7 @@ def _drop_output() -> None:
 
     Else Python would try to flush them at its exit, and make the status 120.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None where it was closed at the start
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:

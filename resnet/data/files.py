@@ -256,7 +256,7 @@ def _open(url: str) -> http.client.HTTPResponse:
 
 def _copy(response: http.client.HTTPResponse, out: BinaryIO, name: str) -> None:
     length = response.headers.get("Content-Length")
-    total = int(length) if length else None
+    total = int(length) if length and length.isdecimal() else None
     received = 0
     with tqdm(desc=name, total=total, unit="B", unit_scale=True) as bar:
         while chunk := response.read(_CHUNK_BYTES):

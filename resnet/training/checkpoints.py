@@ -17,6 +17,7 @@ from resnet.data import FASHION_MNIST, IMAGE_SIZE, ImageSpec
 from resnet.models import BUILDERS, OLD_MODEL
 from resnet.reference import STEMS
 from resnet.training.recipes import RECIPES
+from resnet.training.result import Epoch
 
 FORMAT = 1
 KEYS = {"format", "model", "optimizer", "scaler", "epoch", "step", "tally", "history", "args"}
@@ -34,7 +35,28 @@ def read_checkpoint(path: str, device: torch.device) -> dict[str, Any]:
         raise _refusal(_GO_ON, path, "a version wrote it that kept too little to go on")
     if not isinstance(found["args"], dict):
         raise _refusal(_GO_ON, path, _ANOTHER_VERSION)
+    if not _is_progress(**{name: found[name] for name in ("epoch", "step", "tally", "history")}):
+        raise _refusal(_GO_ON, path, "what it says of its run's progress is nothing of this version")
     return found
+
+
+def _is_progress(epoch: object, step: object, tally: object, history: object) -> bool:
+    """Whether these are epochs that were trained in full, steps and what they gave, and the figures of the epochs."""
+    figures = {field.name for field in dataclasses.fields(Epoch)}
+    if not all(type(count) is int and count >= 0 for count in (epoch, step)):
+        return False
+    # One epoch may not have been evaluated yet.
+    if not isinstance(history, list) or len(history) not in (epoch, epoch - 1):
+        return False
+    for each in history:
+        if not (isinstance(each, dict) and each.keys() == figures):
+            return False
+        if not all(isinstance(value, int | float) for value in each.values()):
+            return False
+    match tally:
+        case {"losses": Tensor() as losses, "sizes": Tensor() as sizes, "correct": Tensor(), "seen": int(), **rest}:
+            return losses.dim() == 1 and losses.shape == sizes.shape and step <= len(losses) and [*rest] == ["seconds"]
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +104,9 @@ def read_net(path: str, device: torch.device) -> SavedNet:
 def _images(checkpoint: Mapping[str, Any], path: str, purpose: str) -> ImageSpec:
     """What a checkpoint's net was trained on: Fashion-MNIST where it says nothing, as older versions did."""
     match checkpoint.get("images", dataclasses.asdict(FASHION_MNIST)):
-        case {"classes": [_, *_] as classes, "channels": 1 | 3 as channels, "size": int(size)}:
-            if all(isinstance(name, str) for name in classes) and 1 <= size <= checkpoint["args"]["resize"]:
+        case {"classes": [_, *_] as classes, "channels": int(channels), "size": int(size)} if channels in (1, 3):
+            named = all(isinstance(name, str) for name in classes)
+            if named and channels is not True and 1 <= size <= checkpoint["args"]["resize"]:
                 return ImageSpec(tuple(classes), channels, size)
     raise _refusal(purpose, path, "what it says of its images is nothing of this version")
 
@@ -109,12 +132,15 @@ def _read(path: str, device: torch.device, purpose: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a file that is refused anyway
             found = torch.load(path, map_location=device, weights_only=True)
+            damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # which PyTorch does not ask
     except OSError as error:
         raise _refusal(purpose, path, error.strerror or str(error)) from None
     except Exception as error:  # of a damaged file PyTorch's reader raises whatever it stumbles over
         refused = isinstance(error, pickle.UnpicklingError) and zipfile.is_zipfile(path)
         reason = "it holds more than weights and settings, and what may run code is not read"
         raise _refusal(purpose, path, reason if refused else "it is truncated, or no checkpoint") from None
+    if damaged:
+        raise _refusal(purpose, path, f"it is damaged: {damaged} in it is not what was written")
     version = found.get("format", 0) if isinstance(found, dict) else None
     if not isinstance(version, int) or not {"model", "args", "epoch"} <= found.keys():
         raise _refusal(purpose, path, "another program wrote it")
@@ -160,8 +186,11 @@ def check_images(path: str, saved: Mapping[str, Any], given: ImageSpec) -> None:
 def check_progress(path: str, saved: Mapping[str, Any], epochs: int, images: int, steps: int) -> None:
     """ConfigError where an epoch has other images or steps, or the checkpoint's run has trained for longer already."""
     found = saved.get("train_images")  # which earlier versions did not say
-    if found not in (None, images) or len(saved["tally"]["losses"]) != steps:
+    other_steps = len(saved["tally"]["losses"]) != steps
+    if found not in (None, images) or (found is None and other_steps):
         raise _refusal(_GO_ON, path, f"its run has {found or 'another number of'} training images, not {images}")
+    if other_steps:
+        raise _refusal(_GO_ON, path, f"its run has {len(saved['tally']['losses'])} steps an epoch, not {steps}")
     epoch, step = saved["epoch"], saved["step"]
     if (epoch, step) > (epochs, 0):
         raise _refusal(

@@ -20,14 +20,14 @@ class Interrupt(threading.Event):
 def deferred_interrupt() -> Iterator[Interrupt]:
     """An event that the first Ctrl-C sets, in place of an exception amid a step; the second raises as usual.
 
-    A signal of ENDING sets it too, unless it is ignored, as `nohup` has it.
+    A signal of ENDING sets it too. One that is ignored stays so, as `nohup` has SIGHUP and a script's `&` has Ctrl-C.
     """
     interrupt = Interrupt()
     if threading.current_thread() is not threading.main_thread():  # where Python delivers no signals
         yield interrupt
         return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, *ENDING)}
-    usual = {n: h for n, h in usual.items() if n == signal.SIGINT or h not in (signal.SIG_IGN, None)}
+    usual = {n: h for n, h in usual.items() if h not in (signal.SIG_IGN, None)}
 
     def restore() -> None:
         for number, handler in usual.items():

@@ -15,6 +15,7 @@ import torch
 
 from resnet.commands import ConfigError, OutputError, check_outputs, write_output
 from resnet.kernels.host.command import Parser, RunError, one_line, run
+from resnet.training.interrupts import deferred_interrupt
 from tests.conftest import ROOT
 from tests.helpers.checkpoints import as_fused, changed, save_untrained
 from tests.helpers.places import PLACES
@@ -190,6 +191,17 @@ def test_a_hangup_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, usual)
 
 
+def test_a_ctrl_c_that_is_ignored_leaves_a_run_as_it_is():
+    """As a script's `&` has it."""
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with deferred_interrupt() as interrupt:
+            signal.raise_signal(signal.SIGINT)
+        assert not interrupt.is_set()
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
 COMMANDS = (
     "resnet.train",
     "resnet.curves",
@@ -257,6 +269,21 @@ def test_an_output_that_takes_no_more_is_a_line():
     )
     os.close(write)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Broken pipe" in done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_standard_stream_that_is_closed_from_the_start_takes_what_is_written(closed, tmp_path):
+    """Python has None for it: what is printed to that goes elsewhere, and a progress bar stumbles over it."""
+    code = (
+        "import sys; from resnet.kernels.host.command import Parser, put, run, say; from tqdm import tqdm; "
+        "sys.exit(run(Parser(), lambda: put('out') or say('err') or len(list(tqdm([1, 2, 3])))))"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert done.stdout == ("" if closed.startswith(">") else "out\n")
+    assert done.stderr.startswith("err" if closed == ">&-" else "") and bool(done.stderr) == (closed == ">&-")
 
 
 @pytest.mark.parametrize("work", ["'0'", "signal.raise_signal(signal.SIGINT)"], ids=["done", "interrupted"])

@@ -97,6 +97,12 @@ def test_proportions_are_kept_and_what_is_beside_is_ground():
     assert (found[:, 7:21] == 255).all() and (found[:, :7] == 0).all() and (found[:, 21:] == 0).all()
 
 
+@pytest.mark.parametrize("shape", [(1, 100), (3000, 1)])
+def test_a_line_is_a_line_of_pixels_and_not_nothing(shape):
+    found = image_for(FASHION_MNIST, save(np.full(shape, 255, np.uint8), "a.png"))
+    assert (found == 255).sum() == 28 and {*found.unique().tolist()} == {0, 255}
+
+
 def test_a_photograph_stands_as_its_camera_says():
     upright = np.zeros((32, 32), np.uint8)
     upright[:16] = 255

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import pickle
 import signal
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,40 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_that_says_why(capsys, saved,
     torch.save(saved, "net.pt")
     assert refusal(capsys) == reason
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epoch": "1"},
+        {"epoch": -1},
+        {"epoch": 3},
+        {"step": None},
+        {"step": -1},
+        {"step": 10**6},
+        {"tally": None},
+        {"tally": []},
+        {"tally": {"losses": torch.zeros(2)}},
+        {"history": None},
+        {"history": [{}]},
+        {"history": [dict.fromkeys(("loss", "train_acc", "test_acc", "examples", "seconds"), "x")]},
+    ],
+    ids=repr,
+)
+def test_progress_that_no_run_has_made_is_refused(capsys, saved, wrong):
+    torch.save(saved | wrong, "net.pt")
+    assert refusal(capsys) == "what it says of its run's progress is nothing of this version"
+
+
+def test_weights_that_are_not_those_that_were_written_are_refused(capsys, saved):
+    """A disk or a copy may lose a part of a file, whose size stays; PyTorch does not ask for its sums."""
+    with zipfile.ZipFile("net.pt") as file:
+        largest = max(file.infolist(), key=lambda each: each.file_size)
+    content = bytearray(Path("net.pt").read_bytes())
+    middle = largest.header_offset + largest.file_size // 2
+    content[middle : middle + 100] = bytes(100)
+    Path("net.pt").write_bytes(content)
+    assert refusal(capsys) == f"it is damaged: {largest.filename} in it is not what was written"
 
 
 def test_a_file_that_is_no_checkpoint_is_one_line_that_says_so(capsys, saved):
