@@ -23,7 +23,7 @@ from .device.batch_norm import load_masked_grad
 from .device.reductions import column_sums
 from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape
 from .host.launcher import launch
-from .host.tiling import MAX_PARTIALS, elements_of, merge_blocks, merge_group, tiling
+from .host.tiling import MAX_PARTIALS, elements_of, merge_blocks, merge_group, reached, tiling
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -79,14 +79,7 @@ def backward_reduce_kernel(
         if shortcut is not None:
             z = tl.load(shortcut + offsets, mask=mask, other=0.0).to(ACC)
             sum_gz = tl.fma(g, z - shortcut_mean[None, :], sum_gz)
-            shortcut += BLOCK_M * C
-        # The pointers move, and not the offsets: a program may read more than 2^31 elements.
-        dout += BLOCK_M * C
-        x += BLOCK_M * C
-        if out is not None:
-            out += BLOCK_M * C
-        if g_stored is not None:
-            g_stored += BLOCK_M * C
+        offsets += BLOCK_M * C
     index = tl.program_id(0) * C + cols
     tl.store(partial + index, column_sums(sum_g), mask=live)
     tl.store(partial + T * C + index, column_sums(sum_gx) * invstd, mask=live)
@@ -221,7 +214,7 @@ def backward_partials(
     if shortcut is not None:
         check_shortcut(shortcut, x)
     planes, elements = (2, elements_of(C)) if shortcut is None else (3, elements_of(C) // 2)  # a sum more per element
-    t = tiling(M, C, elements)
+    t = reached(tiling(M, C, elements), M, C)
     partial = torch.empty((planes, t.partials, C), dtype=accumulator(x)[0], device=x.device)
     launch(
         backward_reduce_kernel,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import triton
@@ -82,6 +82,12 @@ def tiling(M: int, C: int, elements: int = ELEMENTS) -> Tiling:
         partials=triton.cdiv(M, tiles * BLOCK_M),
         num_warps=max(1, 4 * BLOCK_M * BLOCK_C // elements),
     )
+
+
+def reached(t: Tiling, M: int, C: int) -> Tiling:
+    """The tiling with as many tiles per program as 32-bit offsets from its first row reach, at most."""
+    tiles = min(t.tiles, max(1, (2**31 - 1) // (t.BLOCK_M * C)))
+    return t if tiles == t.tiles else replace(t, tiles=tiles, partials=triton.cdiv(M, tiles * t.BLOCK_M))
 
 
 @cache
