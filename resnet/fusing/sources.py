@@ -127,8 +127,8 @@ def _shows_itself(tree: ast.FunctionDef, function: FunctionType) -> bool:
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     read = [node for node in attributes if isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load)]
     names = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    # An attribute that every object has would be asked of the other one.
-    own = [node for node in read if node.value.id == me and not node.attr.startswith("__")]
+    # What every object has, as `__class__`, would be that of the other one.
+    own = [node for node in read if node.value.id == me and not re.fullmatch("__.*__", node.attr)]
     reads = len(own) + len(reads_by_name(function))
     return names.count(me) != reads or not _SEES_SELF.isdisjoint(names)
 

@@ -316,7 +316,7 @@ def eager(x: Tensor, norm: Norm, shortcut: Tensor | None) -> Tensor:
         momentum = 1.0 / count.item()  # nobody waits for it: where a quick look found it, it is on the CPU
     if training and type(x) is Tensor and x.is_cpu:
         # Autograd keeps the running statistics, which backward does not read: later steps may write to them.
-        mean, var = None if mean is None else mean.data, None if var is None else var.data
+        mean, var = (v if v is None or v.requires_grad else v.data for v in (mean, var))
         out, batch_mean, invstd = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
         if _is_far_by(batch_mean, invstd, _FAR_ALONE):
             x = x - batch_mean[:, None, None]

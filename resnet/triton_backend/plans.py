@@ -18,7 +18,7 @@ from resnet.triton_backend import convolution
 
 def run(function: Callable[..., list], arguments: Sequence, known: Known | None = None) -> list[Tensor | None]:
     """function(*arguments), replayed from a plan where there is one; arguments[0] is a tensor."""
-    # Without cuDNN PyTorch's convolutions give maps of another layout, on which a plan's addresses do not depend.
+    # Without cuDNN PyTorch's convolutions give maps of another layout, which a plan would not notice.
     cudnn = torch._C._get_cudnn_enabled()
     environment = tuning.choice.state(), convolution.tf32(arguments[0]), cudnn
     return plan.run(_with_choices(function, settings.current_convolution()), arguments, environment, known)

@@ -271,6 +271,20 @@ def test_a_text_that_needs_the_module_itself_or_is_no_block_is_left_alone(cls):
     check_both_alike(eager, fused)
 
 
+class PrivateName(StemParts):
+    def __init__(self):
+        super().__init__()
+        self.__head = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.pool(self.idle(self.bn(self.conv(x))))
+        return self.__head(x)
+
+
+def test_a_private_name_is_the_networks_own():
+    check_both_alike(*pair(PrivateName))
+
+
 class WithADefault(StemParts):
     def forward(self, x=None):
         return self.pool(self.idle(self.bn(self.conv(images().to(DEVICE) if x is None else x))))

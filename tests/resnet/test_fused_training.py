@@ -243,6 +243,14 @@ def test_another_batch_in_training_may_come_before_the_backward_of_the_first(kin
     torch.testing.assert_close(*results)
 
 
+def test_running_statistics_that_want_a_gradient_are_refused_as_by_eager():
+    for cls in (FusedBatchNorm2d, BatchNormAddRelu2d):
+        module = cls(4)
+        module.running_mean.requires_grad_()
+        with pytest.raises(RuntimeError, match="not differentiable"):
+            module(draw(2, 4, 4, 4).contiguous(memory_format=torch.channels_last))
+
+
 @pytest.mark.parametrize("name", ["bn1.bias", "bn2.bias", "conv1.bias", "conv2.bias", "conv3.bias"])
 def test_a_bias_may_be_stepped_before_backward_which_does_not_read_it(any_backend, name):
     t, results = trio(Residual, 4, 8, True, 2, dtype=torch.float64), []

@@ -277,7 +277,7 @@ def test_a_choice_while_a_plan_is_recorded_is_in_none(monkeypatch):
 
 
 def test_pytorchs_convolutions_without_cudnn_are_in_other_plans():
-    """They give maps of another layout, whose addresses a plan would take for those of pixels."""
+    """They give maps of another layout, which a plan would read as if it were the first one."""
     pair = Pair()
     for _ in range(3):
         pair.assert_same(images())
