@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device.pointwise import affine, relu
-from .host.launch import SIZES, check_nhwc, check_vectors, nhwc_shape
+from .host.arguments import SIZES, check_nhwc, check_vectors, nhwc_shape
 from .host.launcher import launch
 from .host.tiling import elements_of, tiling
 

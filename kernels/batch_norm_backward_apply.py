@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .batch_norm_backward_reduce import NormedShortcut, check_shortcut
 from .device.batch_norm import center_grad, load_center, load_masked_grad
-from .host.launch import SIZES, check_nhwc, check_vectors, nhwc_shape
+from .host.arguments import SIZES, check_nhwc, check_vectors, nhwc_shape
 from .host.launcher import launch
 from .host.tiling import ELEMENTS, tiling
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .device.batch_norm import load_masked_grad
 from .device.reductions import column_sums
-from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape
+from .host.arguments import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape
 from .host.launcher import launch
 from .host.tiling import MAX_PARTIALS, elements_of, merge_blocks, merge_group, reached, tiling
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .device.pointwise import affine
 from .device.pointwise import relu as relu_of
-from .host.launch import SIZES, check_images, check_nhwc, check_vectors
+from .host.arguments import SIZES, check_images, check_nhwc, check_vectors
 from .host.launcher import launch
 from .host.tiling import elements_of, tiling
 

@@ -22,7 +22,7 @@ from .device.batch_norm import load_masked_grad
 from .device.pointwise import affine, relu_passes
 from .device.pointwise import relu as relu_of
 from .device.reductions import column_sums
-from .host.launch import SIZES, accumulator, check_images, check_nhwc, check_vectors
+from .host.arguments import SIZES, accumulator, check_images, check_nhwc, check_vectors
 from .host.launcher import launch
 from .host.tiling import elements_of, image_tiling
 

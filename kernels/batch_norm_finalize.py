@@ -18,7 +18,7 @@ from torch import Tensor
 from .device.batch_norm import load_running, store_stats
 from .device.moments import merge_partials
 from .device.pointwise import inverse_std
-from .host.launch import FLAGS, SIZES, accumulator
+from .host.arguments import FLAGS, SIZES, accumulator
 from .host.launcher import launch
 from .host.tiling import MAX_PARTIALS, merge_blocks, merge_group
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device.pointwise import affine, relu
-from .host.launch import SIZES, check_images, check_vectors
+from .host.arguments import SIZES, check_images, check_vectors
 from .host.launcher import launch
 from .host.tiling import Tiling, tiling
 

@@ -28,7 +28,7 @@ from .batch_norm_max_pool import out_size, window_tiling
 from .device.batch_norm import center_grad, load_center
 from .device.max_pool import gather_grad, load_windows, locate
 from .device.reductions import column_sums
-from .host.launch import SIZES, accumulator, check_images, check_nhwc, check_vectors, nhwc_shape
+from .host.arguments import SIZES, accumulator, check_images, check_nhwc, check_vectors, nhwc_shape
 from .host.launcher import launch
 from .host.tiling import tiling
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .device.pointwise import affine, relu_passes
 from .device.reductions import column_sums
-from .host.launch import FLAGS, SIZES, accumulator, check_images, check_vectors
+from .host.arguments import FLAGS, SIZES, accumulator, check_images, check_vectors
 from .host.launcher import launch
 from .host.tiling import elements_of, image_tiling
 

@@ -20,7 +20,7 @@ from .batch_norm_excite import check_gate
 from .batch_norm_squeeze import LINK
 from .device.batch_norm import center_grad, load_center
 from .device.pointwise import recomputed_relu_passes
-from .host.launch import FLAGS, SIZES, accumulator, check_images, check_nhwc, check_vectors
+from .host.arguments import FLAGS, SIZES, accumulator, check_images, check_nhwc, check_vectors
 from .host.launcher import launch
 from .host.tiling import elements_of, merge_blocks, tiling
 

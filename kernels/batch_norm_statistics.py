@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device.moments import finite_or_zero, merge_lanes
-from .host.launch import SIZES, accumulator, nhwc_shape
+from .host.arguments import SIZES, accumulator, nhwc_shape
 from .host.launcher import launch
 from .host.tiling import tiling
 

@@ -33,7 +33,7 @@ from .device.implicit_gemm import dot, split_pixels, valid_taps
 from .device.pointwise import affine, relu
 from .device.prologue import batch_norm_relu
 from .device.reductions import column_sums, lanes_along_columns
-from .host.launch import (
+from .host.arguments import (
     FLAGS,
     SIZES,
     accumulator,

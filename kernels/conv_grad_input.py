@@ -37,7 +37,7 @@ from .batch_norm_backward_reduce import NormedShortcut, check_shortcut, merge_su
 from .device.implicit_gemm import dot, split_pixels
 from .device.pointwise import recomputed_relu_passes, relu_passes
 from .device.reductions import column_sums
-from .host.launch import (
+from .host.arguments import (
     FLAGS,
     SIZES,
     accumulator,

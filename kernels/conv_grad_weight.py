@@ -33,7 +33,7 @@ from . import tuning
 from .device.implicit_gemm import dot
 from .device.prologue import affine_relu, keep
 from .device.reductions import column_sums
-from .host.launch import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape, product_precision
+from .host.arguments import FLAGS, SIZES, accumulator, check_nhwc, check_vectors, nhwc_shape, product_precision
 from .host.launcher import launch
 from .host.shapes import ConvShape, check_taps
 from .host.tiling import reduction_splits

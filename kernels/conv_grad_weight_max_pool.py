@@ -27,7 +27,7 @@ from .conv_grad_weight import empty_weight, merge_splits
 from .device.batch_norm import center_grad, load_center
 from .device.implicit_gemm import axis_taps, dot
 from .device.max_pool import gather_grad, load_windows, locate
-from .host.launch import (
+from .host.arguments import (
     FLAGS,
     SIZES,
     accumulator,

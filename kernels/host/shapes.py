@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .launch import check_nhwc, nhwc_shape
+from .arguments import check_nhwc, nhwc_shape
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import cache
 import triton
 from torch import Tensor
 
-from .launch import FLAGS, accumulator
+from .arguments import FLAGS, accumulator
 
 ELEMENTS = 2048  # elements of a tile with 4 warps: 16 for each thread, two 16-byte loads where the type has 16 bits
 _PROGRAMS = 1024  # programs that a reduction should have: several for each SM of the largest GPU

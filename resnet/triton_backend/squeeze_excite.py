@@ -22,7 +22,7 @@ from resnet.kernels.batch_norm_squeeze_backward import (
     batch_norm_squeeze_backward_apply,
     batch_norm_squeeze_backward_reduce,
 )
-from resnet.kernels.host.launch import check_images
+from resnet.kernels.host.arguments import check_images
 from resnet.norm import empty_grads
 from resnet.operands import (
     POINTWISE,

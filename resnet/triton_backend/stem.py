@@ -12,7 +12,7 @@ from resnet.kernels.batch_norm_max_pool_backward import (
 )
 from resnet.kernels.conv_grad_weight import conv_grad_weight
 from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
-from resnet.kernels.host.launch import check_images
+from resnet.kernels.host.arguments import check_images
 from resnet.norm import empty_grads
 from resnet.operands import (
     DeepStem,

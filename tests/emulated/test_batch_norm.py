@@ -17,7 +17,7 @@ from resnet.kernels.batch_norm_backward_apply import backward_apply_kernel, batc
 from resnet.kernels.batch_norm_backward_reduce import backward_reduce_kernel, batch_norm_backward_reduce, merge_sums
 from resnet.kernels.batch_norm_finalize import batch_norm_finalize, batch_norm_freeze
 from resnet.kernels.batch_norm_statistics import statistics_kernel
-from resnet.kernels.host.launch import FLAGS
+from resnet.kernels.host.arguments import FLAGS
 from resnet.kernels.host.tiling import MAX_PARTIALS, tiling
 from resnet.norm import statistics_dtype
 from tests.helpers.batch_norm_launches import EPS, LAUNCHES, Case, batch_stats

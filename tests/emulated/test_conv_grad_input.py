@@ -10,7 +10,7 @@ import triton.language as tl
 
 from resnet.kernels import conv_grad_input, tuning
 from resnet.kernels.batch_norm_backward_reduce import batch_norm_backward_reduce
-from resnet.kernels.host.launch import FLAGS
+from resnet.kernels.host.arguments import FLAGS
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.helpers import grad_input_cases as cases

@@ -12,7 +12,7 @@ from torch.nn.grad import conv2d_input
 
 from resnet.kernels.batch_norm_backward_reduce import NormedShortcut, merge_sums
 from resnet.kernels.conv_grad_input import BlockEnd, IdentityGrad, KeptMask, ReluMask, ShortcutGrad, conv_grad_input
-from resnet.kernels.host.launch import accumulator
+from resnet.kernels.host.arguments import accumulator
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.helpers.blocks import DTYPES, draw

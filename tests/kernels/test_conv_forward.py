@@ -20,7 +20,7 @@ from resnet.kernels import tuning
 from resnet.kernels.batch_norm_add_relu import batch_norm_add_relu
 from resnet.kernels.batch_norm_finalize import batch_norm_finalize
 from resnet.kernels.conv_forward import Frozen, Moments, Shortcut
-from resnet.kernels.host.launch import check_span
+from resnet.kernels.host.arguments import check_span
 from tests.conftest import DEVICE
 from tests.helpers.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.convolutions import EPILOGUES, EPS, Case

@@ -426,7 +426,7 @@ def test_another_version_or_device_times_again_and_keeps_what_the_first_stored(p
         ("device/pointwise.py", True),
         ("tuning/model.py", False),
         ("tuning/memory.py", False),
-        ("host/launch.py", False),
+        ("host/arguments.py", False),
     ],
 )
 def test_a_change_of_a_file_times_again_only_where_it_holds_kernels(tmp_path, file, holds_kernels):

@@ -1,4 +1,4 @@
-"""What every launcher shares: checks that name what was wrong, and the options that all kernels are launched with."""
+"""Checks of arguments, which name what was wrong and what was expected, and options of every launch."""
 
 from __future__ import annotations
 
