@@ -335,10 +335,24 @@ FAULTS = {
     ),
     "the third plane of partials left out of a merge": Fault(
         "kernels/batch_norm_backward_reduce.py",
-        "tl.load(partial + 2 * T * C + offsets, mask=mask, other=0.0)",
-        "tl.load(partial + T * C + offsets, mask=mask, other=0.0)",
+        "tl.load(partial + 2 * plane + offsets, mask=mask, other=0.0)",
+        "tl.load(partial + plane + offsets, mask=mask, other=0.0)",
         BATCH_NORM + "test_any_number_of_partial_sums_is_merged",
         "AssertionError: Tensor-likes are not close",
+    ),
+    "a 32-bit offset of a plane that is merged": Fault(
+        "kernels/batch_norm_backward_reduce.py",
+        "plane = T.to(tl.int64) * C",
+        "plane = T * C",
+        "tests/kernels/test_large_offsets.py::test_partials_of_2_to_the_31_elements_each_are_merged",
+        "MemoryFault: backward_finalize_kernel, program .* outside its tensor",
+    ),
+    "the same of moments": Fault(
+        "kernels/device/moments.py",
+        "plane = tl.cast(T, tl.int64) * C",
+        "plane = T * C",
+        "tests/kernels/test_large_offsets.py::test_partials_of_2_to_the_31_elements_each_are_merged",
+        "MemoryFault: merge_kernel, program .* outside its tensor",
     ),
     "the ragged last step of a split left out": Fault(
         "kernels/conv_grad_weight.py",
