@@ -228,15 +228,16 @@ class FusedBlock(FusedModule):
         factor, dtype = _gates(gate, pooled, y.dtype)
         if gate.place < len(parts.units):
             return self._last_unit(parts, X, recent.next, _excited(recent, y, stats, link, factor, None, True, False))
-        if gate.shortcut is None:  # x has its gradient by the squeeze
-            out = _excited(recent, y, stats, link, factor, x.detach(), False, True)
-            return out if dtype == y.dtype else out.to(dtype)
-        shortcut = _called(gate.shortcut, X)
-        if _is_alike(shortcut, y):
-            out = _excited(recent, y, stats, link, factor, channels_last(shortcut), False, True)
-            return out if dtype == y.dtype else out.to(dtype)
-        out = _excited(recent, y, stats, link, factor, None, False, False) + shortcut
-        return F.relu(out.to(dtype))  # the add in eager is in place
+        if gate.shortcut is None:
+            added = x.detach()  # x has its gradient by the squeeze
+        else:
+            shortcut = _called(gate.shortcut, X)
+            if not _is_alike(shortcut, y):
+                out = _excited(recent, y, stats, link, factor, None, False, False) + shortcut
+                return F.relu(out.to(dtype))  # the add in eager is in place
+            added = channels_last(shortcut)
+        out = _excited(recent, y, stats, link, factor, added, False, True)
+        return out if dtype == y.dtype else out.to(dtype)
 
     def _last_unit(self, parts: BlockParts, X: Tensor, recent: Recent, a: Tensor) -> Tensor:
         """relu(norm(conv(a)) + shortcut), the convolution PyTorch's."""

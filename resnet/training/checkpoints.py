@@ -132,7 +132,7 @@ def _read(path: str, device: torch.device, purpose: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a file that is refused anyway
             found = torch.load(path, map_location=device, weights_only=True)
-            damaged = zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip()  # which PyTorch does not ask
+        damaged = _damaged_part(path)
     except OSError as error:
         raise _refusal(purpose, path, error.strerror or str(error)) from None
     except Exception as error:  # of a damaged file PyTorch's reader raises whatever it stumbles over
@@ -149,6 +149,14 @@ def _read(path: str, device: torch.device, purpose: str) -> dict[str, Any]:
     if isinstance(found["args"], dict):
         found["args"] = _completed(found["args"])
     return found
+
+
+def _damaged_part(path: str) -> str | None:
+    """The name of what is not as it was written, by the sums that the file has and PyTorch does not ask for."""
+    if not zipfile.is_zipfile(path):  # as PyTorch wrote long ago
+        return None
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -91,11 +91,10 @@ def run_picked(
         fused: what else the variants do.
     """
     (K, C, R, S), (stride, _, dilation) = weight.shape, geometry
-    if channels > C or stride > 1 < dilation or not taps_fit(x.shape[3], max(C, K), R, S, dilation):
-        return variants["pytorch"]()
     N, _, H, W = x.shape
-    widest = H * W if direction == "forward" else H * W * stride**2  # pixels of the larger map of an image
-    if not kernels_take(widest, C, K, R, S):
+    pixels = H * W if direction == "forward" else H * W * stride**2  # of the larger map of an image
+    fits = taps_fit(W, max(C, K), R, S, dilation) and kernels_take(pixels, C, K, R, S)
+    if channels > C or stride > 1 < dilation or not fits:
         return variants["pytorch"]()
     # Not the height and the width: a net that sees images of many sizes would time each of them.
     key = (bucket(N * H * W), tuple(weight.shape), *geometry, x.dtype, tf32(x), *fused)
