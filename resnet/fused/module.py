@@ -121,12 +121,14 @@ class FusedModule:
         watched = _has_any_global_hook()
         if parts is None:
             parts = self._parts()
-        state = None if compiling or watched else self._state(parts)
-        try:
-            recent = _fusable.get(state)
-        except TypeError:  # a setting cannot be hashed
-            state = hashable(state)
-            recent = _fusable.get(state)
+        state = recent = None
+        if not compiling and not watched:
+            state = self._state(parts)
+            try:
+                recent = _fusable.get(state)
+            except TypeError:  # a setting cannot be hashed
+                state = hashable(state)
+                recent = _fusable.get(state)
         if recent is None:
             reason = GLOBAL_HOOKS if watched else parts if isinstance(parts, str) else self._reason_not_to_fuse(parts)
             if reason is not None:

@@ -457,6 +457,17 @@ def test_a_global_backward_hook_on_a_block_is_refused_as_in_eager(hook):
         handle.remove()
 
 
+def test_a_block_compiles_after_another_one_with_numpys_strides():
+    """What such a block has left in memory is no part of a graph."""
+    strided, t = trio(Residual, 4, 8, True, 2), trio(Residual, 4, 4, dtype=torch.float64)
+    for conv in (strided.fused.conv1, strided.fused.conv3):
+        conv.stride = (np.int64(2), np.int64(2))
+    strided.fused(draw(2, 4, 5, 6))
+    torch.compiler.reset()
+    x = draw(2, 4, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(torch.compile(t.fused, fullgraph=True, backend="aot_eager")(x), t.exact(x))
+
+
 @pytest.mark.parametrize(
     "change", [own_forward("conv1"), hooked("conv2"), pre_hooked("bn1")], ids=["own forward", "hook", "pre-hook"]
 )
