@@ -26,6 +26,7 @@ Size = Sequence[int | torch.SymInt]
 # Products are faster than oneDNN's convolution, as measured at batches of 1 to 128 with 2 threads, from so many on:
 _IMAGES, _CHANNELS, _WINDOW_CHANNELS, _PLAIN_CHANNELS = 4, 256, 512, 64
 _WEIGHTS = 1 << 14  # of a tap, for each pixel
+_OVERRUN = 16  # channels from which on `overruns` is false
 
 
 class Limits(NamedTuple):
@@ -111,14 +112,16 @@ class Products(NamedTuple):
     gathered: bool = False  # of a strided 1x1 window: the output and dx, by the pixels of x that it meets and no others
 
 
-_NONE = Products()
+_NONE, _SAFER = Products(), Products(grad_weight=True)
 
 
 def products(x: Tensor, weight: Tensor, geometry: Geometry) -> Products:
     """What is faster, or safer, than oneDNN's convolution of x."""
-    if not is_single_on_cpu(x):
-        return _NONE
-    return _products(x.shape, weight.shape, geometry, limits())
+    if is_single_on_cpu(x):
+        return _products(x.shape, weight.shape, geometry, limits())
+    if overruns(x, weight.shape, geometry[0]) and geometry[2] == 1:
+        return _SAFER
+    return _NONE
 
 
 def limits() -> Limits:
@@ -150,7 +153,7 @@ def _products(x: torch.Size, weight: torch.Size, geometry: Geometry, most: Limit
     if R == S == 1:
         pixels, gathered = N * P * Q, stride > 1 and padding == 0 and N >= _IMAGES
         if padding > 0 or min(C, K) < _PLAIN_CHANNELS:
-            return Products(grad_weight=overruns(C, stride), gathered=gathered)
+            return Products(grad_weight=stride > 1 and C < _OVERRUN, gathered=gathered)
         plain = pixels <= most.plain_pixels
         wide = K // C if most.by_onednn and K > C else 1  # oneDNN copies what has the K channels
         grad_weight = pixels * wide <= most.plain_grad_weight_pixels
@@ -162,13 +165,16 @@ def _products(x: torch.Size, weight: torch.Size, geometry: Geometry, most: Limit
     return Products(small=small, windows=windows, grad_weight=N >= _IMAGES and most.grad_weight_pixels >= P * Q)
 
 
-def overruns(C: int, stride: int) -> bool:
-    """Whether PyTorch's grad-weight of a 1x1 convolution in float32 may write past the end of a buffer of its own.
+def overruns(x: Tensor, weight: Size, stride: int) -> bool:
+    """Whether PyTorch's grad-weight of x and a weight (K, C, R, S) may write past the end of a buffer of its own.
 
-    oneDNN (torch 2.13) does so for a strided one of fewer than 8 channels, with AVX2 and no AVX-512: it gathers the
-    strided pixels in whole vectors of 8 channels. Eager PyTorch corrupts its heap there.
+    oneDNN (torch 2.13 and 2.14) does so for a strided 1x1 convolution of fewer channels than a vector has, 16 with
+    AVX-512 and 8 with AVX2: it gathers the strided pixels in whole vectors. Eager PyTorch in channels_last corrupts its
+    heap there.
     """
-    return stride > 1 and C < 8
+    _, C, R, S = weight
+    gathers = stride > 1 and R == S == 1 and C < _OVERRUN and x.shape[1] == C
+    return gathers and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
 
 
 def _nhwc(t: Tensor) -> Tensor:
@@ -198,7 +204,7 @@ def _taps(x: Tensor, weight: Tensor, geometry: Geometry) -> Iterator[tuple[tuple
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.t() [+ bias], of matrices."""
-    if not limits().by_onednn:
+    if a.dtype != torch.float32 or not limits().by_onednn:
         return F.linear(a, b, bias)
     return _linear(_dense(a), _dense(b), bias, "none", [], "")
 

@@ -1,4 +1,4 @@
-"""`resnet.heap`: in the training command's process a tensor gets the memory of the one before it."""
+"""In the training command's process a tensor gets the memory of the one before it. Backward leaves the heap whole."""
 
 from __future__ import annotations
 
@@ -45,3 +45,25 @@ def test_the_training_command_keeps_freed_memory_where_the_environment_does_not_
     )
     pages = int(done.stdout.splitlines()[-1])
     assert pages < 32 if not settings else pages > 64, "a page has 2 MB at most"
+
+
+BACKWARD_OF_FEW_CHANNELS = """
+import torch
+from resnet import FusedResidual
+for C in (1, 4, 8, 12, 15):
+    block = FusedResidual(C, 2 * C, use_1x1conv=True, strides=2)
+    x = torch.randn(4, C, 112, 112, requires_grad=True)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = block(x).square().sum()
+        out.backward()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_strided_shortcut_of_few_channels_leaves_the_heap_whole():
+    """The process dies where a block of memory was written past its end, as oneDNN does: see `overruns`."""
+    checks = {"MALLOC_CHECK_": "3", "LD_PRELOAD": "libc_malloc_debug.so.0"}
+    program = [sys.executable, "-c", BACKWARD_OF_FEW_CHANNELS]
+    done = subprocess.run(program, cwd=ROOT, env=os.environ | checks, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -170,17 +170,19 @@ def test_large_maps_few_channels_few_images_and_1x1_kernels_are_pytorchs_convolu
     assert torch.allclose(got[0], dx, atol=1e-6) and torch.allclose(got[1], dweight, atol=1e-5)
 
 
-@pytest.mark.parametrize("C", [1, 3, 4, 7], ids="{} channels".format)
-def test_the_grad_weight_of_a_strided_1x1_kernel_on_few_channels_is_not_onednns(C):
-    """oneDNN's writes past the end of a buffer on CPUs with AVX2 and without AVX-512."""
-    x, weight, _, dy = _draw(2, C, 6, 6, 6, 1, 2, 0, seed=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("C", [1, 3, 4, 7, 8, 15], ids="{} channels".format)
+def test_the_grad_weight_of_a_strided_1x1_kernel_on_few_channels_is_not_onednns(C, dtype):
+    """oneDNN's writes past the end of a buffer."""
+    x, weight, _, dy = (t.to(dtype) for t in _draw(2, C, 6, 6, 6, 1, 2, 0, seed=0))
     exact = _reference(*(t.double() for t in (x, weight, torch.zeros(6), dy)), 2, 0)
     with GradsAsked() as asked:
         got = convolve_backward(dy, x, weight, (2, 0, 1), True, True)
     assert asked.masks == [[True, False, False]]
+    error = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
     for grad, expected in zip(got, exact[1:]):
         assert grad.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad.double(), expected, rtol=error, atol=error)
 
 
 def test_a_gradient_that_nobody_needs_is_none():
