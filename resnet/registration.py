@@ -347,6 +347,11 @@ class Differentiable:
             return tuple(outputs[:given])
 
         def backward(ctx, *douts):
+            if torch.compiler.is_compiling():  # compiled autograd would trace what runs below the operator
+                return torch.compiler.disable(computed)(ctx, *douts)
+            return computed(ctx, *douts)
+
+        def computed(ctx, *douts):
             douts = douts[:results]
             reached = douts[0] if results == 1 else next((dout for dout in douts if dout is not None), None)
             if reached is None:
@@ -386,11 +391,11 @@ class Differentiable:
             else:
                 known = ctx.recent.known(flat) if direct else None
                 grads = backward_op(*flat) if known is None else self._run_backward(flat, known)
-            computed = _in_places(needs)((None, *grads))
+            placed = _in_places(needs)((None, *grads))
             if same:
-                found = {"dout": douts[0], **dict(zip(names, computed, strict=True))}
-                computed = [found[same.get(name, name)] if need else None for name, need in zip(names, wanted)]
-            return None, *computed
+                found = {"dout": douts[0], **dict(zip(names, placed, strict=True))}
+                placed = [found[same.get(name, name)] if need else None for name, need in zip(names, wanted)]
+            return None, *placed
 
         name = self.name.title().replace("_", "")  # ResidualBlock: what a user sees in grad_fn
         return type(name, (torch.autograd.Function,), {f.__name__: staticmethod(f) for f in (forward, backward)})

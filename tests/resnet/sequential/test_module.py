@@ -111,6 +111,21 @@ def test_compiled_autograd_gives_eagers_gradients(any_backend):
     torch.testing.assert_close(got, [*expected], atol=1e-9, rtol=1e-7)
 
 
+def test_compiled_autograd_calls_each_operators_backward_and_compiles_nothing_below_it(any_backend):
+    torch.compiler.reset()
+    t, x, graphs = chain([RESIDUAL] * 3), inputs([RESIDUAL]), []
+
+    def kept(graph: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    with compiled_autograd._enable(torch.compile(backend=kept)):
+        got = grads_of(t.fused, x, lambda out, wanted: out.backward(incoming_gradient(out)) or [w.grad for w in wanted])
+    expected = grads_of(t.exact, x, lambda out, wanted: torch.autograd.grad(out, wanted, incoming_gradient(out)))
+    torch.testing.assert_close(got, [*expected], atol=1e-9, rtol=1e-7)
+    assert len(graphs) <= 2 * len(t.fused)
+
+
 TRANSFORMS = {
     "grad": lambda net, x: torch.func.grad(lambda x: net(x).square().sum())(x),
     "jvp": lambda net, x: torch.func.jvp(net, (x,), (x.cos(),)),
