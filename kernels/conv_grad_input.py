@@ -49,7 +49,7 @@ from .host.arguments import (
     product_precision,
 )
 from .host.launcher import launch
-from .host.shapes import ConvShape
+from .host.shapes import MAX_TAPS, ConvShape
 from .tuning import Config, Epilogue
 
 # ---- the kernel ------------------------------------------------------------------------------------------------
@@ -458,7 +458,6 @@ _EPILOGUES = {
     ShortcutGrad: Epilogue.SHORTCUT_GRAD,
     BlockEnd: Epilogue.BLOCK_END,
 }
-_TAPS = 15  # bits for each axis in a row's mask of missed taps
 
 
 def conv_grad_input(
@@ -621,8 +620,8 @@ def _check(
 
     if shape.dilation > 1 < shape.stride:
         raise ValueError(f"shape: expected stride 1 with dilation {shape.dilation}, got {shape.stride}")
-    if max(shape.R, shape.S) > _TAPS * shape.stride:
-        raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {_TAPS} per axis at stride {shape.stride}")
+    if max(shape.R, shape.S) > MAX_TAPS * shape.stride:
+        raise ValueError(f"weight: {shape.R}x{shape.S} taps are more than {MAX_TAPS} per axis at stride {shape.stride}")
     rows = tuning.MOST_ROWS
     if shape.N * shape.H * shape.W + rows >= 2**31:
         raise ValueError(f"shape: expected fewer than 2^31 pixels, got {shape.N} images of {shape.H}x{shape.W}")

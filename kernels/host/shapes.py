@@ -57,10 +57,14 @@ def taps_fit(width: int, channels: int, R: int, S: int, dilation: int) -> bool:
 
 _MAX_IMAGE = 2**29  # elements: a tile may lie in a few images, and 32-bit offsets reach 2^31
 MAX_WINDOW = 63  # pixels: a row's bit mask has one for each
+MAX_TAPS = 15  # along an axis, for each step of the stride: grad-input's mask of missed taps has one bit for each
 
 
 def kernels_take(pixels: int, channels: int, K: int, R: int, S: int) -> bool:
-    """Whether the convolution kernels take images of so many pixels, C and K channels, and such a window."""
+    """Whether the convolution kernels take images of so many pixels, C and K channels, and such a window.
+
+    Of few channels the forward takes any window without a prologue, and grad-input one of `MAX_TAPS`.
+    """
     return pixels * max(channels, K) <= _MAX_IMAGE and (channels < 16 or R * S <= MAX_WINDOW)
 
 

@@ -43,7 +43,7 @@ from resnet.triton_backend import convolution
 from resnet.triton_backend.batch_norm import applied_sums, norm_stats
 
 
-def _rides(shortcut: Unit | Projection, first: Unit) -> bool:
+def rides(shortcut: Unit | Projection, first: Unit) -> bool:
     """Whether the shortcut is a convolution that may be part of the first one's launch, of the same input."""
     weight = shortcut.weight
     return weight is not None and shortcut.geometry[0] == first.geometry[0] and weight.shape[0] == first.weight.shape[0]
@@ -56,7 +56,7 @@ def block_forward(
     (first, *rest), shortcut = map(convolution.as_read, units), convolution.as_read(shortcut)
     normed = isinstance(shortcut, Unit)
     z_training = normed and shortcut.norm.training
-    riding = shortcut.weight if pooled is None and _rides(shortcut, first) else None
+    riding = shortcut.weight if pooled is None and rides(shortcut, first) else None
     y, moments, z, z_moments = convolution.forward(
         x,
         *first[:2],
@@ -188,10 +188,10 @@ def activations(
     skip, riding = x, None
     if isinstance(shortcut, Unit):
         skip, _ = convolution.inference(x if pooled is None else pooled.map, shortcut)
-    elif _rides(shortcut, first):
+    elif rides(shortcut, first):
         riding = Shortcut(shortcut.weight, _dense(shortcut.bias))
     elif shortcut.weight is not None:
-        skip = convolution.projection(x, shortcut)
+        skip = convolution.forward_add(x, shortcut)
     a, z = convolution.inference(x, first, shortcut=riding, relu=True)
     yield a
     if z is not None:

@@ -28,7 +28,7 @@ from resnet.kernels.conv_grad_input import (
     conv_grad_input,
 )
 from resnet.kernels.conv_grad_weight import conv_grad_weight
-from resnet.kernels.host.shapes import ConvShape, conv_shape, kernels_take, taps_fit
+from resnet.kernels.host.shapes import MAX_TAPS, MAX_WINDOW, ConvShape, conv_shape, kernels_take, taps_fit
 from resnet.kernels.tuning import bucket, memory
 from resnet.operands import POINTWISE, BlockBefore, Geometry, Pooled, Projection, Unit
 from resnet.torch_backend.block import pool_backward
@@ -82,8 +82,8 @@ def run_picked(
     fused: tuple,
     **variants: Callable[[], object],
 ) -> object:
-    """The result of the variant that `pick` chooses; PyTorch's where the convolution has groups, both a stride and a
-    dilation, or a dilation, a window or images that are too large, which the kernels do not know.
+    """The result of the variant that `pick` chooses; PyTorch's for what the kernels do not know: groups; a stride
+    together with a dilation; a dilation, a window or images that are too large.
 
     Args:
         x: what the variants read.
@@ -92,8 +92,10 @@ def run_picked(
     """
     (K, C, R, S), (stride, _, dilation) = weight.shape, geometry
     N, _, H, W = x.shape
-    pixels = H * W if direction == "forward" else H * W * stride**2  # of the larger map of an image
+    pixels = H * W * stride**2 if direction.startswith("grad") else H * W  # of the larger map of an image
     fits = taps_fit(W, max(C, K), R, S, dilation) and kernels_take(pixels, C, K, R, S)
+    if direction == "grad_input":
+        fits = fits and max(R, S) <= MAX_TAPS * stride
     if channels > C or stride > 1 < dilation or not fits:
         return variants["pytorch"]()
     # Not the height and the width: a net that sees images of many sizes would time each of them.
@@ -157,9 +159,10 @@ def forward(
         return ConvOutput(y, batch_norm_statistics(y) if moments else None, z, z_moments)
 
     fused_to_it = (moments, stats is not None, shortcut is not None, shortcut_moments)
-    return run_picked(
-        "forward", x, x.shape[1], weight, geometry, fused_to_it, **_with_prologue(fused, pytorch, x, stats)
-    )
+    variants = _with_prologue(fused, pytorch, x, stats)
+    if weight.shape[2:].numel() > MAX_WINDOW:  # the prologue needs a bit for each pixel of a window
+        variants.pop("triton", None)
+    return run_picked("forward", x, x.shape[1], weight, geometry, fused_to_it, **variants)
 
 
 def grad_input_mask(
@@ -330,15 +333,19 @@ def inference(
     return run_picked("inference", x, x.shape[1], weight, geometry, fused_to_it, epilogue=fused, pytorch=pytorch)
 
 
-def projection(x: Tensor, shortcut: Projection) -> Tensor:
-    """conv(x) + bias of a shortcut without a norm, in a launch of its own."""
-    weight, geometry = shortcut.weight, shortcut.geometry
-    bias = None if shortcut.bias is None else shortcut.bias.contiguous()
+def forward_add(x: Tensor, conv: Projection, stats: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+    """conv(a) + bias [+ skip] of a convolution that no norm follows; a as in `forward`."""
+    weight, geometry = conv.weight, conv.geometry
+    bias = None if conv.bias is None else conv.bias.contiguous()
 
-    def fused() -> Tensor:
-        return conv_forward(x, weight, *geometry, bias=bias, tf32=tf32(x)).y
+    def fused(x: Tensor, stats: Tensor | None) -> Tensor:
+        return conv_forward(x, weight, *geometry, stats=stats, bias=bias, skip=skip, tf32=tf32(x)).y
 
     def pytorch() -> Tensor:
-        return convolve(x, weight, None if bias is None else bias.to(x.dtype), geometry)
+        y = convolve(_activated(x, stats), weight, None if bias is None else bias.to(x.dtype), geometry)
+        return y if skip is None else y.add_(skip)
 
-    return run_picked("inference", x, x.shape[1], weight, geometry, ("projection",), epilogue=fused, pytorch=pytorch)
+    fused_to_it = ("projection", stats is not None, skip is not None)
+    return run_picked(
+        "inference", x, x.shape[1], weight, geometry, fused_to_it, **_with_prologue(fused, pytorch, x, stats)
+    )

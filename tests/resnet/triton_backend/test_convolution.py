@@ -205,6 +205,11 @@ def test_images_of_as_many_pixels_share_their_choices(monkeypatch):
         ("forward", (2, 32, 2897, 2897), (64, 32, 3, 3), 1, "pytorch"),
         ("grad_input", (2, 64, 1448, 1448), (64, 64, 3, 3), 2, "triton"),
         ("grad_weight", (2, 64, 1449, 1449), (64, 64, 3, 3), 2, "pytorch"),
+        ("inference", (2, 64, 2896, 2896), (64, 64, 3, 3), 2, "triton"),
+        ("inference", (2, 64, 2897, 2897), (64, 64, 3, 3), 2, "pytorch"),
+        ("grad_input", (2, 8, 64, 64), (8, 3, 16, 16), 1, "pytorch"),
+        ("grad_input", (2, 8, 64, 64), (8, 3, 30, 30), 2, "triton"),
+        ("grad_input", (2, 8, 64, 64), (8, 3, 31, 31), 2, "pytorch"),
         ("forward", (2, 16, 64, 64), (8, 16, 9, 9), 1, "pytorch"),
         ("forward", (2, 3, 64, 64), (8, 3, 9, 9), 1, "triton"),
     ],
@@ -215,6 +220,16 @@ def test_images_and_windows_that_no_kernel_takes_are_pytorchs(direction, x, weig
     ways = {name: lambda name=name: name for name in ("triton", "pytorch")}
     with resnet.convolution("auto"):
         assert convolution.run_picked(direction, x, weight.shape[1], weight, (stride, 1, 1), (), **ways) == way
+
+
+def test_a_prologue_before_a_window_that_its_mask_has_no_bits_for_is_a_pass_of_its_own():
+    x = torch.randn(2, 4, 10, 9, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(3, 4, 9, 9, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    stats = torch.randn(4, 4, dtype=torch.float64)
+    with resnet.convolution("triton"):
+        y = convolution.forward(x, weight, (1, 4, 1), False, stats).y
+    a = (x * stats[2].view(-1, 1, 1) + stats[3].view(-1, 1, 1)).relu()
+    torch.testing.assert_close(y, torch.conv2d(a, weight, padding=4))
 
 
 def forget_devices(monkeypatch) -> None:
