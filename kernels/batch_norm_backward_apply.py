@@ -1,12 +1,13 @@
 """BatchNorm's backward, its apply pass: the gradient of the input, and the shortcut's where it is wanted.
 
     g  = dout [* (x * scale + shift > 0)]
-    dx = scale * (g - sum_g / M - xhat * sum_gx / M) with the batch's statistics, scale * g with frozen ones
+    dx = scale * (g - sum_g / M - xhat * sum_gx / M) with the batch's statistics, scale * g with frozen ones [+ added]
 
-A shortcut with a norm of its own has the same g, and its convolution's output z a gradient like dx.
+A shortcut with a norm of its own has the same g, and its convolution's output z a gradient like dx. `added` is what x
+receives by another way.
 
 dout, x and dx are dense NHWC, read as matrices of M = N*H*W rows and C columns. Grid (row tiles, column tiles). Moves 3
-activations, 5 with z.
+activations, 5 with z, 4 with `added`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def backward_apply_kernel(
     shortcut,  # (M, C) or None: z
     shortcut_stats,  # (4, C) of the shortcut's norm
     shortcut_sums,  # (3, C): sum g and, last, sum g * zhat; None: frozen statistics
+    added,  # (M, C) or None
     M,
     RELU: tl.constexpr,
     C: tl.constexpr,
@@ -41,7 +43,9 @@ def backward_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx = scale * (g - sum_g / M - xhat * sum_gx / M), or scale * g with frozen statistics; dshortcut likewise.
+    """dx = scale * (g - sum_g / M - xhat * sum_gx / M), scale * g with frozen statistics; then + added.
+
+    dshortcut is like dx, but for `added`.
 
     Grid (row tiles, column tiles).
     """
@@ -67,7 +71,10 @@ def backward_apply_kernel(
         tl.store(dshortcut + row0 * C + offsets, shortcut_scale[None, :] * grad, mask=mask)
     if sums is not None:
         g = center_grad(g, value, load_center(stats, sums, 1, cols, M, C, ACC))
-    tl.store(dx + offsets, scale[None, :] * g, mask=mask)
+    grad = scale[None, :] * g
+    if added is not None:
+        grad += tl.load(added + row0 * C + offsets, mask=mask, other=0.0).to(ACC)
+    tl.store(dx + offsets, grad, mask=mask)
 
 
 def batch_norm_backward_apply(
@@ -80,17 +87,19 @@ def batch_norm_backward_apply(
     shortcut: NormedShortcut | None = None,
     shortcut_sums: Tensor | None = None,
     dshortcut: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Tensor:
     """dx, the gradient of BatchNorm's input. That of a shortcut's norm is written to `dshortcut`.
 
     Args:
-        dout, x, dx, dshortcut: (N, C, H, W) channels_last, of one type. dx is where the result goes. It may be dout
-            itself: every program reads its elements before it writes them.
+        dout, x, dx, dshortcut, added: (N, C, H, W) channels_last, of one type. dx is where the result goes. It may be
+            dout itself: every program reads its elements before it writes them.
         stats: (4, C); sums: (2 or 3, C) of `batch_norm_backward_reduce`, None for frozen statistics.
         relu: whether a ReLU followed the norm, and dout is the gradient behind it: the mask is recomputed from x. It
             is not where dout is what `batch_norm_backward_reduce` has written.
         shortcut: what was added, after a norm of its own, with whose sums `sums` was taken.
         shortcut_sums: (3, C) of `batch_norm_backward_reduce`, None where the shortcut's statistics are frozen.
+        added: what is added to dx.
 
     Raises:
         ValueError, TypeError: a shape, layout, type or device that does not fit.
@@ -107,6 +116,8 @@ def batch_norm_backward_apply(
         check_nhwc("dshortcut", dshortcut, x, x.shape)
         if shortcut is None:
             raise ValueError("dshortcut: expected None without a shortcut, which has the gradient dout")
+    if added is not None:
+        check_nhwc("added", added, x, x.shape)
     if dx is None:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
     elif dx is not dout:
@@ -124,6 +135,7 @@ def batch_norm_backward_apply(
         shortcut and shortcut.y,
         shortcut and shortcut.stats,
         shortcut_sums,
+        added,
         M,
         RELU=relu,
         **t.options(x),

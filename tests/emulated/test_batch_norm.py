@@ -61,6 +61,7 @@ FLOORS = {
     "reduce, normed shortcut, g stored": Floor("backward_reduce_kernel", 4, 1),
     "apply', normed shortcut": Floor("backward_apply_kernel", 3, 2),
     "apply', mask from x": Floor("backward_apply_kernel", 2, 1),
+    "apply', mask from x, add": Floor("backward_apply_kernel", 3, 1),
     "apply', no relu": Floor("backward_apply_kernel", 2, 1),
     "frozen apply', normed shortcut": Floor("backward_apply_kernel", 1, 2),
     "frozen apply', mask from x": Floor("backward_apply_kernel", 2, 1),
@@ -322,7 +323,7 @@ def test_backward_apply_reaches_beyond_2_to_the_31_elements(emulate, far):
     with last_program(emulate):
         backward_apply_kernel[(ROWS_BEFORE // BLOCK_M + 1, 1)](
             *(displaced(dout), displaced(x), stats, torch.zeros(2, C), displaced(dx)),
-            *(displaced(dshortcut), displaced(z), stats.flip(1), torch.zeros(3, C), ROWS_BEFORE + ROWS),
+            *(displaced(dshortcut), displaced(z), stats.flip(1), torch.zeros(3, C), None, ROWS_BEFORE + ROWS),
             RELU=True,
             **TILE,
         )

@@ -68,6 +68,7 @@ LAUNCHES: dict[str, Callable[[Case], object]] = {
     ),
     "apply', mask from x": lambda c: batch_norm_backward_apply(c.dout, c.x, c.stats, c.sums),
     "apply', no relu": lambda c: batch_norm_backward_apply(c.dout, c.x, c.stats, c.sums, relu=False),
+    "apply', mask from x, add": lambda c: batch_norm_backward_apply(c.dout, c.x, c.stats, c.sums, added=c.shortcut),
     "apply', normed shortcut": lambda c: batch_norm_backward_apply(
         c.dout,
         c.x,

@@ -491,7 +491,16 @@ def test_backward_apply_without_relu_or_batch_statistics_is_as_exact_as_eager(dt
         assert_backward_apply_parity(shape, dtype, training, relu)
 
 
-def assert_backward_apply_parity(shape: tuple[int, ...], dtype: torch.dtype, training: bool, relu: bool) -> None:
+@pytest.mark.parametrize("training", [True, False], ids=["batch statistics", "frozen"])
+@per_dtype
+def test_what_is_added_to_a_gradient_is_rounded_with_it(dtype, training):
+    for shape in ((2, 6, 5, 7), RAGGED):
+        assert_backward_apply_parity(shape, dtype, training, relu=True, adds=True)
+
+
+def assert_backward_apply_parity(
+    shape: tuple[int, ...], dtype: torch.dtype, training: bool, relu: bool, adds: bool = False
+) -> None:
     results = []
     for seed in range(DRAWS):
         dout, x, out, stats = backward_inputs(shape, dtype, seed)
@@ -501,7 +510,10 @@ def assert_backward_apply_parity(shape: tuple[int, ...], dtype: torch.dtype, tra
             reference.batch_norm_backward_apply(*(t.to(d) for t in (g, x, *stats[:3], *sums)), training)
             for d in (stats.dtype, torch.float64)
         )
-        dx = batch_norm_backward_apply(dout, x, stats, sums if training else None, relu)
+        added = draw(*shape, seed=seed + 100, dtype=dtype) if adds else None
+        if adds:
+            eager, exact = eager + added, exact + added
+        dx = batch_norm_backward_apply(dout, x, stats, sums if training else None, relu, added=added)
         results.append({"dx": (dx, eager.to(dtype), exact)})
     assert_parity(results)
 
@@ -687,7 +699,7 @@ def calls_with(place: str, t: Tensor) -> None:
 
 ACTIVATIONS = [
     *("apply: shortcut", "apply: out", "backward_reduce: dout", "backward_reduce: out", "backward_reduce: g"),
-    *(f"backward_apply: {name}" for name in ("dout", "dx", "dshortcut")),
+    *(f"backward_apply: {name}" for name in ("dout", "dx", "dshortcut", "added")),
 ]
 OTHERS = ["apply: x", "backward_reduce: x", "backward_apply: x", *ACTIVATIONS]
 WRONG_LAYOUTS = {
