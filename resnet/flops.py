@@ -17,16 +17,19 @@ import torch
 from resnet.operands import (
     BLOCK_KINDS,
     FROZEN_KINDS,
+    PRE_ACTIVATION_KINDS,
     SQUEEZE_KINDS,
     BlockKind,
     DeepStem,
     DeepStemKept,
     Geometry,
+    Projection,
     Stem,
     StemKept,
     Unit,
     all_wanted,
     grad_inputs,
+    pre_activation_inputs,
     shortcut_input,
     wanted,
 )
@@ -41,17 +44,22 @@ def _convolution(x: Sequence[int], weight: Sequence[int], geometry: Geometry) ->
     return 2 * x[0] * math.prod(out_map(x, weight, geometry)) * math.prod(weight)
 
 
-def _unit(x: Sequence[int], unit: Unit) -> int:
+def _unit(x: Sequence[int], unit: Unit | Projection) -> int:
     return _convolution(x, unit.weight, unit.geometry)
 
 
+def _convolutions(a: tuple) -> tuple[Unit | Projection, ...]:
+    """Those of a chain one after the other; `a` has the fields of its arguments, or one for each of its needs."""
+    return (*a.units, a.conv) if hasattr(a, "conv") else a.units
+
+
 def _chain(a: tuple) -> list[tuple[int, int]]:
-    """(operations of forward and of grad-input alike, of grad-weight) of each unit of a chain that begins at x.
+    """(operations of forward and of grad-input alike, of grad-weight) of each convolution of a chain that begins at x.
 
     A grad-weight with groups takes as many as the forward, but PyTorch counts it as one without groups.
     """
     x, units = a.x, []
-    for unit in a.units:
+    for unit in _convolutions(a):
         forward, groups = _unit(x, unit), x[1] // unit.weight[1]
         units.append((forward, forward * groups))
         x = (x[0], unit.weight[0], *out_map(x, unit.weight, unit.geometry))
@@ -62,9 +70,9 @@ def _chain_forward(a: tuple) -> int:
     return sum(forward for forward, _ in _chain(a))
 
 
-def _chain_backward(a: tuple, needs: tuple) -> int:
-    """Operations of the gradients that are wanted."""
-    counted = zip(_chain(a), grad_inputs(needs), needs.units)
+def _chain_backward(a: tuple, asked: Sequence[bool], needs: tuple) -> int:
+    """Operations of the gradients that are wanted; `asked` says whose grad-input is."""
+    counted = zip(_chain(a), asked, _convolutions(needs), strict=True)
     return sum(grad_input * asked + grad_weight * unit.weight for (grad_input, grad_weight), asked, unit in counted)
 
 
@@ -92,7 +100,8 @@ def _chain_formulas(name: str, arguments: type[tuple], kept: type[tuple], result
 
     def backward(*flat, out_shape: object = None) -> int:
         *values, needs = flat[results:]
-        return _chain_backward(unpack(kept, values), all_wanted(unpack(arguments, needs)))
+        needs = all_wanted(unpack(arguments, needs))
+        return _chain_backward(unpack(kept, values), grad_inputs(needs), needs)
 
     return {name: forward, f"{name}_backward": backward}
 
@@ -105,20 +114,26 @@ def _block_formulas(kind: BlockKind) -> dict[str, Callable]:
     def backward(dout: Sequence[int], *rest, out_shape: object = None) -> int:
         *kept, needs = rest
         kept, needs = unpack(kind.kept, kept), all_wanted(unpack(kind.arguments, needs))
-        return _chain_backward(kept, needs) + _shortcut(kept) * (needs.x + needs.shortcut.weight)
+        if kind in PRE_ACTIVATION_KINDS:
+            asked = pre_activation_inputs(needs)
+            reached = asked[0] if kept.activated else needs.x
+        else:
+            asked, reached = grad_inputs(needs), needs.x
+        return _chain_backward(kept, asked, needs) + _shortcut(kept) * (reached + needs.shortcut.weight)
 
     return {kind.name: forward, f"{kind.name}_backward": backward}
 
 
 _DEEP_STEM = _chain_formulas("deep_stem", DeepStem, DeepStemKept, 1)
+_BLOCKS = BLOCK_KINDS + PRE_ACTIVATION_KINDS
 _FORMULAS = {
     **_DEEP_STEM,
     "deep_stem_inference": _DEEP_STEM["deep_stem"],
     "stem": _stem_flops,
     "stem_inference": _stem_flops,
     "stem_backward": _stem_backward_flops,
-    **{name: formula for kind in BLOCK_KINDS + FROZEN_KINDS for name, formula in _block_formulas(kind).items()},
-    **{f"{kind.name}_inference": _block_formulas(kind)[kind.name] for kind in BLOCK_KINDS},
+    **{name: formula for kind in _BLOCKS + FROZEN_KINDS for name, formula in _block_formulas(kind).items()},
+    **{f"{kind.name}_inference": _block_formulas(kind)[kind.name] for kind in _BLOCKS},
     **{
         name: formula
         for kind in SQUEEZE_KINDS

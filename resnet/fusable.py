@@ -56,6 +56,17 @@ class BlockParts(NamedTuple):
     gate: GateParts | None = None  # with one, the shortcut is its own
 
 
+class PreActivationParts(NamedTuple):
+    """The modules of a residual block whose norms and ReLUs precede its convolutions."""
+
+    bn: nn.Module | None  # that of the input
+    bn_name: str
+    units: tuple[UnitParts, ...]  # 2 or 3: each convolution with the norm after it, which the last one has not
+    shortcut: UnitParts | None  # None: the identity
+    activated: bool  # whether the shortcut's convolution reads what the first norm and ReLU give, and not the input
+    others: tuple[Watched, ...] = ()
+
+
 class StemParts(NamedTuple):
     """The modules of a stem."""
 

@@ -81,9 +81,9 @@ class KeptConv(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """A shortcut without a BatchNorm: a 1x1 convolution, or the identity."""
+    """A convolution that no BatchNorm follows: a shortcut's, 1x1, or a block's last one; or the identity."""
 
-    weight: Tensor | None  # (K, C, 1, 1); None: the identity
+    weight: Tensor | None  # (K, C, R, S); None: the identity
     bias: Alike  # (K,); forward reads it
     geometry: Geometry
     master: Alike = None  # see `Unit`
@@ -354,13 +354,71 @@ class ExciteGrad(NamedTuple):
     link: Tensor
 
 
+# ---- the residual block with pre-activation -------------------------------------------------------------------------
+
+
+def pre_activation_operator(convolutions: int) -> str:
+    """The name of the operator of a block with pre-activation."""
+    return f"pre_activation_block_{convolutions}"
+
+
+@cache
+def pre_activation_kind(convolutions: int) -> BlockKind:
+    """The kind of a block of so many convolutions, each of relu(norm(what is before it)), whose sum has no ReLU.
+
+    arguments  x (N, C, H, W); norm: that of x; units: each convolution but the last, with the norm after it; conv: the
+               last one; shortcut: a convolution of relu(norm(x)), or the identity of x
+    output     out (N, K, P, Q); ys: the convolutions but the last; stats: (4, C) of each norm, that of x first
+    kept       x, ys, stats and the arguments; relu(norm(x)) and the others are computed again
+    """
+    maps, stats = tuple[(Tensor,) * (convolutions - 1)], tuple[(Tensor,) * convolutions]
+
+    def parts(norm: type[tuple], unit: type[tuple]) -> list[tuple[str, type]]:
+        units = tuple[(unit,) * (convolutions - 1)]
+        return [
+            ("norm", norm),
+            ("units", units),
+            ("conv", Projection),
+            ("shortcut", Projection),
+            ("activated", bool),
+        ]
+
+    made = [("ys", maps), ("stats", stats)]
+    return BlockKind(
+        pre_activation_operator(convolutions),
+        NamedTuple("PreActivation", [("x", Tensor), *parts(Norm, Unit)]),
+        NamedTuple("PreActivationOutput", [("out", Tensor), *made]),
+        NamedTuple("PreActivationKept", [("x", Tensor), *made, *parts(KeptNorm, KeptUnit)]),
+    )
+
+
+PRE_ACTIVATION_KINDS = tuple(map(pre_activation_kind, (2, 3)))
+
+
+class PreActivationGrad(NamedTuple):
+    x: Tensor | None
+    norm: UnitGrad  # of the norm of x: all but `conv`
+    units: tuple[UnitGrad, ...]
+    conv: UnitGrad  # of a Projection only `conv` and `sum_g`
+    shortcut: UnitGrad
+
+
+def pre_activation_inputs(needs: tuple) -> list[bool]:
+    """For each convolution, whether anything asks for its grad-input, whose sums are those of the norm before it."""
+    asked = [needs.x or any(needs.norm)]
+    for unit in needs.units:
+        asked.append(asked[-1] or unit.weight or any(unit.norm))
+    return asked
+
+
 # `needs` has a flag in each place of a block's arguments, or of another chain's.
 
 
 def all_wanted(needs: tuple) -> tuple:
     """The needs with each part's flags as `wanted` gives them."""
     needs = needs._replace(units=tuple(map(wanted, needs.units)))
-    return needs._replace(shortcut=wanted(needs.shortcut)) if hasattr(needs, "shortcut") else needs
+    others = {name: wanted(getattr(needs, name)) for name in ("conv", "shortcut") if hasattr(needs, name)}
+    return needs._replace(**others)
 
 
 def grad_inputs(needs: tuple) -> list[bool]:

@@ -7,6 +7,7 @@
     fused_residual::deep_stem                  the stem of three convolutions, with BatchNorm and ReLU between them
     fused_residual::residual_block_2           a block of two units in training, or in evaluation where gradients are
                                                wanted; _3: of three; _2_normed, _3_normed: its shortcut has a norm
+    fused_residual::pre_activation_block_2, _3 a block of two or three convolutions with norms and ReLUs before them
     fused_residual::<block>_frozen             the block with norms of constants: frozen statistics, no vector trained
     fused_residual::<block>_inference          the block with frozen statistics and without gradients
     fused_residual::[deep_]stem_inference      the stem with frozen statistics and without gradients
@@ -26,6 +27,7 @@ from resnet.norm import KeptNorm, Norm, statistics_dtype
 from resnet.operands import (
     BLOCK_KINDS,
     FROZEN_KINDS,
+    PRE_ACTIVATION_KINDS,
     SQUEEZE_KINDS,
     BatchNormAddRelu,
     BatchNormAddReluKept,
@@ -49,6 +51,7 @@ from resnet.operands import (
     UnitGrad,
     all_wanted,
     grad_inputs,
+    pre_activation_inputs,
     shortcut_reached,
     wanted,
 )
@@ -481,6 +484,68 @@ Differentiable(
     same=lambda kept: {"shortcut": "dout", "y": "dout"} if kept.out is None else {"shortcut": "y"},
 ).register()
 
+# ---- the residual block with pre-activation -------------------------------------------------------------------------
+
+
+def _pre_activation_operator(kind: BlockKind) -> Differentiable:
+    """The operator of a block with pre-activation, by its number of convolutions."""
+
+    def fake(arguments: tuple) -> tuple:
+        x, _, units, conv, *_ = arguments
+        ys = _empty_maps(x, units)
+        P, Q = out_map(ys[-1].shape, conv.weight.shape, conv.geometry)
+        stats = tuple(_empty_stats(x, y.shape[1]) for y in (x, *ys))
+        return kind.output(_empty_map(x, conv.weight.shape[0], P, Q), ys, stats)
+
+    def forward(arguments: tuple) -> tuple:
+        return kind.output(*backends.implementation(arguments.x).pre_activation_forward(*arguments))
+
+    def keep(arguments: tuple, output: tuple) -> tuple:
+        x, norm, units, *others = arguments
+        return kind.kept(x, output.ys, output.stats, norm.kept(), tuple(unit.kept() for unit in units), *others)
+
+    def norms(part: tuple, stats: tuple[Tensor, ...]) -> list[tuple[Norm | KeptNorm, Tensor]]:
+        return [*zip((part.norm, *(unit.norm for unit in part.units)), stats, strict=True)]
+
+    def summed(kept: tuple, needs: tuple) -> list[tuple[KeptNorm, Tensor]]:
+        found = zip(norms(kept, kept.stats), pre_activation_inputs(all_wanted(needs)), strict=True)
+        return [norm for norm, asked in found if asked][::-1]
+
+    def backward(dout: Tensor, kept: tuple, needs: tuple) -> tuple:
+        needs = all_wanted(needs)
+        grad, x_stats = backends.implementation(kept.x).pre_activation_backward(dout, kept, needs), kept.stats[0]
+        _, weight, bias, sum_g, zeros = grad.norm
+        return kind.arguments(
+            grad.x,
+            _norm_grads(kept.norm, weight, bias, x_stats, sum_g, needs.norm, zeros),
+            tuple(map(_unit_grads, kept.units, grad.units, kept.stats[1:], needs.units)),
+            _projection_grads(kept.conv, grad.conv, needs.conv),
+            _projection_grads(kept.shortcut, grad.shortcut, needs.shortcut),
+            None,
+        )
+
+    return Differentiable(
+        kind.name,
+        kind.arguments,
+        kind.output,
+        kind.kept,
+        fake=fake,
+        forward=forward,
+        keep=keep,
+        keep_moves=True,
+        like=lambda kept: kind.arguments(
+            kept.x, _like_norm(kept.norm), tuple(map(_like_part, kept.units)), kept.conv, kept.shortcut, None
+        ),
+        backward=backward,
+        norms=lambda a, o: norms(a, o.stats),
+        summed=summed,
+    )
+
+
+_PRE_ACTIVATION = tuple(map(_pre_activation_operator, PRE_ACTIVATION_KINDS))
+for _block in _PRE_ACTIVATION:
+    _block.register()
+
 # ---- frozen, without gradients: inference -------------------------------------------------------------------------
 
 
@@ -494,6 +559,13 @@ for _block in _BLOCKS:
         _block.arguments,
         _block.fake,
         lambda a: backends.implementation(a.x).block_inference(*a),
+    )
+for _block in _PRE_ACTIVATION:
+    Inference(
+        f"{_block.name}_inference",
+        _block.arguments,
+        _block.fake,
+        lambda a: backends.implementation(a.x).pre_activation_inference(*a),
     )
 
 flops.register()

@@ -11,8 +11,6 @@ from torch.nn import functional as F
 from resnet import ops, torch_backend
 from resnet.checks import (
     check_activation,
-    check_conv_weight,
-    check_input_type,
     check_norm,
     check_values_per_channel,
     check_vector,
@@ -37,20 +35,18 @@ from resnet.fusable import (
     unfusable_unit,
     unlike_input,
 )
+from resnet.fused.chain import chain_maps, chain_widths, unfit_weights, unfit_windows
 from resnet.fused.module import (
     FusedModule,
-    is_of,
     records_gradient,
     trained_statistics,
     unit_arguments,
-    weight_shapes,
     without_autocast,
 )
 from resnet.kernels.host.facts import Recent
 from resnet.norm import Norm, held, norm_of
 from resnet.operands import POINTWISE, SHORTCUTS, Pooled, block_operator, squeeze_kind, squeeze_operator
 from resnet.schema import unpack
-from resnet.torch_backend.convolution import out_size
 
 _MAP = -len(Pooled._fields)  # the place of a pooled x among a block's arguments
 _OPERATORS = {(units == 3, *shortcut): block_operator(units, *shortcut) for units in (2, 3) for shortcut in SHORTCUTS}
@@ -129,29 +125,12 @@ class FusedBlock(FusedModule):
         if gate is not None:
             units = units[: gate.place]
         count, every = len(units), units if shortcut is None else (*units, shortcut)
-        groups = [part.conv.groups for part in every]
-
-        def channels(shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
-            """(out, in) of each convolution, as those of a chain and its shortcut have to be."""
-            C, outs = shapes[0][1] * groups[0], [shape[0] for shape in shapes[:count]]
-            return [*zip(outs, [C, *outs]), (outs[-1], C)][: len(every)]
-
-        def fit(shapes: list[tuple[int, ...]]) -> bool:
-            widths = channels(shapes)
-            own = [(K, C * g) for (K, C, *_), g in zip(shapes, groups, strict=True)]
-            return own == widths and all(is_of(norm, K) for norm, (K, _) in zip(norms, widths))
-
-        shapes = weight_shapes([part.conv for part in every], fit)
-        widths = channels(shapes)
+        shapes, widths = chain_widths(every, count, norms)
         (K, _), (_, C) = widths[count - 1], widths[0]
         check_activation(X, C)
-        weights = {f"{part.conv_name}.weight": part.conv.weight for part in every}
-        if not cast:
-            check_input_type(x, weights)
-        for (name, weight), (outs, ins), g, shape in zip(weights.items(), widths, groups, shapes, strict=True):
-            check_conv_weight(name, weight, x, (outs, ins // g, *shape[2:]), cast)
-            if outs % g or ins % g:
-                return f"{name} makes {outs} channels of {ins}, which are not whole groups, {g} of them"
+        reason = unfit_weights(every, shapes, widths, x, cast)
+        if reason is not None:
+            return reason
         if shortcut is not None and shortcut.bn is None and shortcut.conv.bias is not None:
             check_vector(f"{shortcut.conv_name}.bias", shortcut.conv.bias, x, K)
         for part, norm, (width, _) in zip(every, norms, widths):
@@ -159,17 +138,11 @@ class FusedBlock(FusedModule):
             if reason is not None:
                 return reason
             check_norm(norm, x, width, part.bn_name)
-        for part, shape in zip(every, shapes, strict=True):
-            _, padding, dilation = geometry_of(part.conv)
-            size = 2 * padding // dilation + 1
-            if shape[2:] != (size, size):
-                return f"{part.conv_name}.weight is {shape[2]}x{shape[3]}, not {size}x{size}"
-        (N, _, P, Q), maps, strides = x.shape, [], 1
-        for unit, (width, _, size, _) in zip(units, shapes):
-            geometry = geometry_of(unit.conv)
-            P, Q = out_size(P, size, *geometry), out_size(Q, size, *geometry)
-            maps.append((N, width, P, Q))
-            strides *= geometry[0]
+        reason = unfit_windows(every, shapes)
+        if reason is not None:
+            return reason
+        maps, strides = chain_maps(x, units, shapes)
+        N, _, P, Q = maps[-1]
         if (shortcut is None if gate is None else _is_added(parts)) and (C != K or strides != 1):
             return f"its shortcut is the identity, and its convolutions give {C} -> {K} channels with stride {strides}"
         if pool is not None and (pooled := flat[_MAP].shape) != (N, C, P, Q):

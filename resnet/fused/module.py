@@ -16,7 +16,7 @@ from resnet import ops
 from resnet.backends import implementation
 from resnet.checks import check_activation
 from resnet.functional import channels_last
-from resnet.fusable import BlockParts, StemParts, hashable
+from resnet.fusable import BlockParts, PreActivationParts, StemParts, hashable
 from resnet.kernels.host.facts import Recent
 from resnet.norm import VECTORS, Norm, held, norm_of
 
@@ -95,6 +95,7 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
     return torch.autocast(kind, enabled=False) if kind in _AUTOCAST_KINDS else nullcontext()
 
 
+Parts = BlockParts | PreActivationParts | StemParts
 _KEPT = 1024  # states that are kept; beyond that they do not recur, and all are dropped
 _fusable: dict[tuple, Recent] = {}  # states of modules that can be fused, and the facts of their arguments
 
@@ -112,7 +113,7 @@ class FusedModule:
         """The same by the modules, one by one."""
         return super().forward(X)
 
-    def _run(self, X: Tensor, parts: BlockParts | StemParts | str | None = None) -> Tensor:
+    def _run(self, X: Tensor, parts: Parts | str | None = None) -> Tensor:
         """The forward; `parts` where the caller has asked for them already."""
         compiling = torch.compiler.is_compiling()
         direct = not compiling and ops.is_direct()
@@ -147,7 +148,7 @@ class FusedModule:
             warn_once(type(self).__name__, reason)
             return self._eager(X)
         pairs = self._norm_pairs(parts)
-        norms = [norm_of(bn, held(conv, "_parameters", "bias")) for bn, conv in pairs]
+        norms = [norm_of(bn, None if conv is None else held(conv, "_parameters", "bias")) for bn, conv in pairs]
         dtype = autocast_dtype(X)
         x = X if dtype is None else X.to(dtype)
         flat = self._arguments(parts, X, x, norms, dtype is not None)
@@ -202,7 +203,7 @@ class FusedModule:
                 torch.set_autocast_enabled(kind, True)
         return self._excite(parts, X, x, recent.next, *out) if type(out) is tuple else out
 
-    def _without_statistics(self, parts: BlockParts | StemParts, flat: list, backend: ModuleType | None) -> str | None:
+    def _without_statistics(self, parts: Parts, flat: list, backend: ModuleType | None) -> str | None:
         """The end of the operator's name where the norms take no batch statistics; None for `_unrecorded`."""
         return "" if records_gradient(flat) else "_inference"
 

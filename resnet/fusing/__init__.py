@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from resnet.fusable import full_name, is_as_written, is_norm, is_sequence, was_replaced
-from resnet.fusing.blocks import BlockMixin, StageMixin, blocks_of
+from resnet.fusing.blocks import BlockMixin, PreActivationMixin, StageMixin, blocks_of
 from resnet.fusing.changed import Changed, kept_parts
 from resnet.fusing.known import EAGER, OWN, STAGES, Known, eager_class, is_block, is_known, known
 from resnet.fusing.layouts import classes_in, looked_up, places_of
@@ -194,7 +194,7 @@ def _recognised(module: nn.Module, eager: type[nn.Module], within: bool) -> tupl
     if within or base is eager or isinstance(module, (*EAGER,)):
         return listed
     entry = _read(module, eager, base)
-    if isinstance(module, (BlockMixin, StemMixin)):  # fused before, and perhaps to be read no more
+    if isinstance(module, (BlockMixin, PreActivationMixin, StemMixin)):  # fused before, and perhaps to be read no more
         return module._eager_class, entry or module._known
     return listed if entry is None else (eager, entry)
 
@@ -214,8 +214,8 @@ def _calls_of_stem(module: nn.Module, entry: Known | None) -> tuple[str, ...]:
 
 def _normalizes(module: nn.Module) -> bool:
     """Whether it holds a convolution and a norm, beside those of a stem that was fused."""
-    is_stem = isinstance(module, StemMixin) and len(module._modules) > 2  # a slice of one may be shorter
-    of_stem = module._layout.names if is_stem else ()
+    sliced = isinstance(module, CutMixin) and len(module._modules) < 3
+    of_stem = module._layout.names if isinstance(module, StemMixin) and not sliced else ()
     children = [child for name, child in module._modules.items() if name not in of_stem]
     return any(isinstance(child, _ConvNd) for child in children) and any(map(is_norm, children))
 

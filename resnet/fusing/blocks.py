@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import BlockParts, UnitParts, Watched, gate_parts
+from resnet.fusable import BlockParts, PreActivationParts, UnitParts, Watched, gate_parts
 from resnet.fused.block import FusedBlock
+from resnet.fused.pre_activation import FusedPreActivation
 from resnet.fusing.changed import Changed, children_of, no_module, watched_in
 from resnet.fusing.layouts import held_at
 from resnet.sequential import run_in_turn
@@ -36,11 +37,30 @@ class BlockMixin(Changed, FusedBlock):
         elif gate.shortcut is None and shortcut is not None:
             others.append(Watched(layout.shortcut, shortcut, nn.Identity))
         shortcut = None if gate is not None else shortcut
-        others += [Watched(name, held_at(self, name), nn.ReLU) for name in dict.fromkeys(filter(None, layout.relus))]
-        optional = (Watched(name, held_at(self, name), nn.Identity) for name in layout.optional)
-        others += [other for other in optional if other.module is not None]
-        others += watched_in(self)
+        others += _watched(self)
         return no_module(others) or BlockParts(units, shortcut, tuple(others), pool, gate)
+
+
+class PreActivationMixin(Changed, FusedPreActivation):
+    """A residual block with pre-activation."""
+
+    def _find_parts(self) -> PreActivationParts | str:
+        layout = self._layout
+        units = tuple(UnitParts(held_at(self, conv), held_at(self, bn), conv, bn) for conv, bn in layout.units)
+        shortcut, others, pool = _shortcut(layout.shortcut, held_at(self, layout.shortcut), layout.shortcut_class)
+        if pool is not None or (shortcut is not None and shortcut.bn is not None):
+            return f"{layout.shortcut} is not one convolution"
+        others += _watched(self)
+        bn, activated = held_at(self, layout.first_norm), layout.activated and shortcut is not None
+        return no_module(others) or PreActivationParts(bn, layout.first_norm, units, shortcut, activated, tuple(others))
+
+
+def _watched(block: BlockMixin | PreActivationMixin) -> list[Watched]:
+    """The ReLUs of a block, what has to be identities in it, and its containers."""
+    layout = block._layout
+    relus = [Watched(name, held_at(block, name), nn.ReLU) for name in dict.fromkeys(filter(None, layout.relus))]
+    optional = (Watched(name, held_at(block, name), nn.Identity) for name in layout.optional)
+    return [*relus, *(other for other in optional if other.module is not None), *watched_in(block)]
 
 
 def _shortcut(name: str, module: object, kind: type) -> tuple[UnitParts | None, list[Watched], Watched | None]:

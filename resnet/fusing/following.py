@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from resnet.fusable import CONV_WITH_NORM, full_name, is_attention, is_norm, is_sequence
+from resnet.fusable import CONV_WITH_NORM, NORM_WITH_ACTIVATION, full_name, is_attention, is_norm, is_sequence
 from resnet.fusing.gates import read_gate
 from resnet.fusing.layouts import Condition, Equal
-from resnet.fusing.sources import Unread, alias, forward_text, function_in, relu_argument, resolved
+from resnet.fusing.sources import Unread, alias, forward_text, function_in, is_builtin, relu_argument, resolved
 
 
 @dataclass(eq=False)
@@ -71,6 +71,12 @@ class Followed:
             return self.make("relu", of, name=place)
         if full_name(kind) == CONV_WITH_NORM:
             return self.conv_with_norm(place, module, of)
+        if full_name(kind) == NORM_WITH_ACTIVATION:
+            self.containers[place] = kind
+            of = self.make("module", of, name=place, module=module)
+            for name in ("drop", "act"):
+                of = self.call(f"{place}.{name}", module._modules.get(name), of)
+            return of
         if isinstance(module, (_ConvNd, nn.AvgPool2d)) or is_norm(module):
             return self.make("module", of, name=place, module=module)
         if isinstance(module, nn.Module) and (is_attention(module) or read_gate(module)):
@@ -207,6 +213,12 @@ class Forward:
             case ast.Compare(operand, [ast.Is() | ast.IsNot() as asked], [ast.Constant(None)]):
                 answer = self.note(operand, is_none=True)
                 return answer if isinstance(asked, ast.Is) else not answer
+            case ast.Compare(operand, [ast.Gt()], [ast.Constant(0)]):
+                return self.number(operand) > 0
+            case ast.Call(ast.Name("hasattr"), [ast.Name(me), ast.Constant(str() as name)], []) if (
+                me == self.me and is_builtin("hasattr", self.function)
+            ):
+                return self.has(name)
         return self.note(test, is_none=False)
 
     def note(self, attribute: ast.expr, is_none: bool) -> bool:
@@ -217,6 +229,22 @@ class Forward:
         answer = value is None if is_none else bool(value)
         self.record.conditions.append(Condition(self.prefix + name, is_none, answer))
         return answer
+
+    def number(self, attribute: ast.expr) -> float:
+        name = self.own(attribute)
+        value = None if name is None else vars(self.module).get(name)
+        if type(value) not in (int, float):
+            raise Unread
+        self.record.conditions.append(Equal(self.prefix + name, value))
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether the module has an attribute, which is not None."""
+        found = hasattr(self.module, name)
+        if found and (self.named(name) is None or getattr(self.module, name) is None):
+            raise Unread
+        self.record.conditions.append(Condition(self.prefix + name, is_none=True, answer=not found))
+        return found
 
     def own(self, expression: ast.expr) -> str | None:
         """NAME of `self.NAME`, where that is the module's own and not its class's."""

@@ -23,11 +23,15 @@ class BlockLayout(NamedTuple):
     place: int = 0  # how many units precede it
     shortcut_norm: str = ""  # where it lies beside the shortcut's convolution
     attention: tuple[type, Attention] | None = None  # the gate's class, and what that does, where nobody has listed it
+    first_norm: str = ""  # with pre-activation: a norm and a ReLU precede each convolution, this one the first
+    activated: bool = False  # whether the shortcut's convolution reads what they give
 
     @property
     def names(self) -> tuple[str, ...]:
         relus, units = self.relus, self.units
-        if len(relus) == len(units):
+        if self.first_norm:
+            relus, units = (), [(self.first_norm,), *((relu, *unit) for relu, unit in zip(relus, units))]
+        elif len(relus) == len(units):
             relus, units = (), [(*unit, relu) for unit, relu in zip(units, relus)]
         units = [*units[: self.place], (self.gate,), *units[self.place :]]
         return (*filter(None, (*sum(units, ()), *relus, self.shortcut, self.shortcut_norm)), *self.optional)

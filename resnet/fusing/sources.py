@@ -137,7 +137,7 @@ def _shows_itself(tree: ast.FunctionDef, function: FunctionType) -> bool:
 def reads_by_name(function: FunctionType) -> tuple[ast.expr, ...]:
     """The names of the attributes that a method reads by `getattr(self, name)`."""
     tree, me = method_text(function), function.__code__.co_varnames[0]
-    if tree is None or not _is_builtin("getattr", function):
+    if tree is None or not is_builtin("getattr", function):
         return ()
     found = []
     for node in ast.walk(tree):
@@ -160,7 +160,7 @@ def listed_in(function: FunctionType, name: str) -> set[str]:
             case ast.For(
                 ast.Tuple([_, ast.Name(written)]),
                 ast.Call(ast.Name("enumerate"), [ast.Attribute(ast.Name(whose), of)], []),
-            ) if (written, whose) == (name, me) and _is_builtin("enumerate", function):
+            ) if (written, whose) == (name, me) and is_builtin("enumerate", function):
                 lists.add(of)
                 bound -= 1
             case ast.For(ast.Name(written), ast.Attribute(ast.Name(whose), of)) if (written, whose) == (name, me):
@@ -173,7 +173,7 @@ def listed_in(function: FunctionType, name: str) -> set[str]:
     return lists if bound == 0 and name in _seen_by_it_alone(function) else set()
 
 
-def _is_builtin(name: str, function: FunctionType) -> bool:
+def is_builtin(name: str, function: FunctionType) -> bool:
     code = function.__code__
     return name not in (*function.__globals__, *code.co_varnames, *code.co_cellvars, *code.co_freevars)
 
@@ -300,7 +300,7 @@ def alias(cls: type, name: str) -> str | None:
 @_kept
 def _names_another(getter: FunctionType) -> str | None:
     tree = method_text(getter)
-    if tree is None or not _is_builtin("getattr", getter):
+    if tree is None or not is_builtin("getattr", getter):
         return None
     *before, last = tree.body
     me = tree.args.args[0].arg

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import itertools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import FunctionType
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from resnet.fusable import (
     Attention,
     BlockParts,
+    PreActivationParts,
     is_attention,
     is_norm,
     is_plain,
@@ -26,7 +27,8 @@ from resnet.fusable import (
     was_replaced,
 )
 from resnet.fused.module import autocast_dtype
-from resnet.fusing.blocks import BlockMixin
+from resnet.fusing.blocks import BlockMixin, PreActivationMixin
+from resnet.fusing.changed import Changed
 from resnet.fusing.following import Followed, Forward, Value
 from resnet.fusing.gates import read_gate
 from resnet.fusing.known import Known
@@ -46,10 +48,10 @@ from resnet.fusing.sources import (
 from resnet.fusing.stems import POOLS, FoundMixin
 
 
-class WrittenMixin(BlockMixin):
-    """A residual block of a class that nobody has listed."""
+class _Written(Changed):
+    """A block of a class that nobody has listed."""
 
-    def _find_parts(self) -> BlockParts | str:
+    def _find_parts(self) -> BlockParts | PreActivationParts | str:
         called = filter(None, (*self._layout.optional, self._layout.shortcut))
         gone = next((name for name in called if held_at(self, name) is None), None)
         return super()._find_parts() if gone is None else f"{gone} is None, and is called"
@@ -62,6 +64,14 @@ class WrittenMixin(BlockMixin):
             if type(parts) is not str and parts.shortcut is None and _is_cast(x):
                 parts = f"autocast leaves the input {x.dtype}, which is added"
         return self._run(x, parts)
+
+
+class WrittenMixin(_Written, BlockMixin):
+    """A residual block."""
+
+
+class WrittenPreActivationMixin(_Written, PreActivationMixin):
+    """A residual block with pre-activation."""
 
 
 class WrittenNetworkMixin(FoundMixin):
@@ -101,7 +111,8 @@ def read_block(module: nn.Module, eager: type[nn.Module]) -> Known | None:
         layout = block.read(eager, tree)
     except Unread:
         return None
-    return Known(WrittenMixin, layout, conditions=tuple(dict.fromkeys(block.conditions)))
+    mixin = WrittenPreActivationMixin if layout.first_norm else WrittenMixin
+    return Known(mixin, layout, conditions=tuple(dict.fromkeys(block.conditions)))
 
 
 def read_stem(module: nn.Module, eager: type[nn.Module]) -> Known | None:
@@ -272,6 +283,8 @@ class _Block(Followed):
     def layout(self, result: Value) -> BlockLayout:
         """Where the modules of the block are that gives this."""
         last = result.itself
+        if last.what == "sum":
+            return self.pre_activation(last)
         if last.what != "relu" or (sum_ := last.of[0].itself).what != "sum":
             raise Unread
         for ends in itertools.permutations(sum_.of):
@@ -286,16 +299,8 @@ class _Block(Followed):
         if len(gates) > 1 or before_gate not in (len(main) - 2, len(main)):
             raise Unread
         convs, norms, relus = main[::3], main[1::3], main[2::3]
-        # Each value is read once: nothing is computed beside, and nothing that was changed in place is read again.
-        names = [value.name for value in self.made if value.what == "module"]
-        if Counter((*main, *gates, *branch, sum_, last)) != Counter(self.made) or len({*names}) != len(names):
-            raise Unread
-        if not (all(map(_is_conv, convs)) and all(map(_is_norm, norms)) and all(step.what == "relu" for step in relus)):
-            raise Unread
-        on_main, on_branch = map(self.idle_on, ends)
-        shortcut, shortcut_norm, shortcut_class = self.shortcut(
-            branch, [name for name in on_branch if name not in on_main]
-        )
+        self.check_made((*main, *gates, *branch, sum_, last), convs, norms, relus)
+        shortcut, shortcut_norm, shortcut_class = self.shortcut(branch, *ends)
         place = (before_gate + 1) // 3 if gates else 0
         if gates and (place < 2 or shortcut_norm):  # no operator ends sooner, and a shortcut is called as one module
             raise Unread
@@ -305,24 +310,65 @@ class _Block(Followed):
             relus=tuple(step.name for step in (*relus, last)),
             shortcut=shortcut,
             shortcut_norm=shortcut_norm,
-            optional=tuple(name for name in self.idle if name != shortcut and not self.is_inside(name)),
-            containers=tuple(
+            shortcut_class=shortcut_class,
+            **self.beside(shortcut, shortcut_norm),
+            **gate,
+        )
+
+    def pre_activation(self, sum_: Value) -> BlockLayout:
+        """Where the modules of the block are that gives this sum: each convolution's norm and ReLU precede it."""
+        for ends in itertools.permutations(sum_.of):
+            main, branch = map(self.steps, ends)
+            activated = branch[:2] == main[:2]
+            if len(main) in (6, 9) and len(branch) <= 3:
+                break
+        else:
+            raise Unread
+        norms, relus, convs = main[::3], main[1::3], main[2::3]
+        branch = branch[2:] if activated else branch
+        self.check_made((*main, *branch, sum_), convs, norms, relus)
+        shortcut, norm, shortcut_class = self.shortcut(branch, *ends)
+        if norm or (activated and not branch):
+            raise Unread
+        first, *after = (norm.name for norm in norms)
+        return BlockLayout(
+            units=tuple(zip((conv.name for conv in convs), (*after, ""))),
+            relus=tuple(relu.name for relu in relus),
+            shortcut=shortcut,
+            shortcut_class=shortcut_class,
+            first_norm=first,
+            activated=activated,
+            **self.beside(shortcut),
+        )
+
+    def check_made(self, read: Iterable[Value], convs: list[Value], norms: list[Value], relus: list[Value]) -> None:
+        """Refuse what is computed beside these, or read again after a change in place, or not of its kind."""
+        names = [value.name for value in self.made if value.what == "module"]
+        if Counter(read) != Counter(self.made) or len({*names}) != len(names):
+            raise Unread
+        if not (all(map(_is_conv, convs)) and all(map(_is_norm, norms)) and all(step.what == "relu" for step in relus)):
+            raise Unread
+
+    def beside(self, shortcut: str, shortcut_norm: str = "") -> dict[str, tuple]:
+        """What else a layout names: identities, and the containers of what is called."""
+        return {
+            "optional": tuple(name for name in self.idle if name != shortcut and not self.is_inside(name)),
+            "containers": tuple(
                 (name, kind)
                 for name, kind in self.containers.items()
                 if shortcut_norm or not f"{name}.".startswith(f"{shortcut}.")
             ),
-            shortcut_class=shortcut_class,
-            **gate,
-        )
+        }
 
-    def shortcut(self, steps: list[Value], idle: list[str]) -> tuple[str, str, type[nn.Module]]:
+    def shortcut(self, steps: list[Value], main: Value, branch: Value) -> tuple[str, str, type[nn.Module]]:
         """The name of the module that is the shortcut, and of its norm where that lies beside it; "" for none.
 
         Without steps it is the first of those on its branch that gave what they were called on. The third is the class
         of what holds its convolution, or of the container in it that does.
         """
         if not steps:
-            name = next((name for name in idle if not self.is_inside(name)), "")
+            on_main, on_branch = self.idle_on(main), self.idle_on(branch)
+            name = next((name for name in on_branch if name not in on_main and not self.is_inside(name)), "")
             return name, "", self.containers.get(name, nn.Sequential)
         if any(step.what != "module" for step in steps):
             raise Unread

@@ -7,6 +7,11 @@ from resnet.torch_backend.batch_norm import forward as batch_norm_add_relu
 from resnet.torch_backend.block import block_backward, block_forward, block_inference
 from resnet.torch_backend.frozen import frozen_block_backward, frozen_block_forward
 from resnet.torch_backend.inference import stem_inference
+from resnet.torch_backend.pre_activation import (
+    pre_activation_backward,
+    pre_activation_forward,
+    pre_activation_inference,
+)
 from resnet.torch_backend.squeeze_excite import (
     excite_backward,
     excite_forward,
@@ -40,6 +45,9 @@ __all__ = [
     "block_inference",
     "frozen_block_forward",
     "frozen_block_backward",
+    "pre_activation_forward",
+    "pre_activation_backward",
+    "pre_activation_inference",
     "stem_forward",
     "stem_backward",
     "stem_inference",

@@ -425,6 +425,150 @@ BLOCKS = [
 ]
 
 
+class PreActivated(nn.Module):
+    """Norms and ReLUs precede the convolutions; the shortcut's, where it has one, reads what the first give."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(C), nn.Conv2d(C, K, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(K), nn.Conv2d(K, K, 3, 1, 1, bias=False)
+        if (C, stride) != (K, 1):
+            self.shortcut = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False))
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        out += shortcut
+        return out
+
+
+class PreActivatedNarrow(nn.Module):
+    """A bottleneck of three, the shortcut's convolution an attribute that may be None."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        width = K // 2
+        self.norm1, self.conv1 = nn.BatchNorm2d(C), nn.Conv2d(C, width, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.norm3, self.conv3 = nn.BatchNorm2d(width), nn.Conv2d(width, K, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None if (C, stride) == (K, 1) else nn.Conv2d(C, K, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.relu(self.norm1(x))
+        shortcut = x
+        if self.downsample is not None:
+            shortcut = self.downsample(before)
+        x = self.conv1(before)
+        x = self.conv2(self.relu(self.norm2(x)))
+        x = self.conv3(self.relu(self.norm3(x)))
+        return x + shortcut
+
+
+class Wide(nn.Module):
+    """A Wide ResNet's, by flags: what is normalised takes the input's name where a convolution is the shortcut."""
+
+    def __init__(self, C: int, K: int, stride: int = 1, drop: float = 0.0):
+        super().__init__()
+        self.bn1, self.relu1, self.conv1 = nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, K, 3, stride, 1, bias=False)
+        self.bn2, self.relu2, self.conv2 = nn.BatchNorm2d(K), nn.ReLU(), nn.Conv2d(K, K, 3, 1, 1, bias=False)
+        self.drop, self.equal = drop, (C, stride) == (K, 1)
+        self.project = None if self.equal else nn.Conv2d(C, K, 1, stride, bias=False)
+
+    def forward(self, x):
+        if not self.equal:
+            x = self.relu1(self.bn1(x))
+        else:
+            out = self.relu1(self.bn1(x))
+        out = self.relu2(self.bn2(self.conv1(out if self.equal else x)))
+        if self.drop > 0:
+            out = F.dropout(out, self.drop, self.training)
+        return torch.add(x if self.equal else self.project(x), self.conv2(out))
+
+
+class PreActivatedInSequence(nn.Module):
+    """A sequence, whose convolutions have biases, beside a convolution of the input as it is."""
+
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__()
+        units = nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, K, 3, stride, 1)
+        self.residual = nn.Sequential(*units, nn.BatchNorm2d(K), nn.ReLU(), nn.Conv2d(K, K, 3, 1, 1))
+        self.shortcut = nn.Sequential() if (C, stride) == (K, 1) else nn.Conv2d(C, K, 1, stride)
+
+    def forward(self, x):
+        return self.residual(x) + self.shortcut(x)
+
+
+PRE_ACTIVATED = [PreActivated, PreActivatedNarrow, Wide, PreActivatedInSequence]
+
+
+class AddsWhatIsActivated(PreActivated):
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + out
+
+
+class AddsANorm(PreActivated):
+    def forward(self, x):
+        return self.conv2(F.relu(self.bn2(self.conv1(F.relu(x))))) + self.bn1(x)
+
+
+class ActivatesOnce(PreActivated):
+    def forward(self, x):
+        return self.conv2(self.bn2(self.conv1(F.relu(self.bn1(x))))) + x
+
+
+class ReadsItsNormAgain(PreActivated):
+    def forward(self, x):
+        normed = self.bn1(x)
+        return self.conv2(F.relu(self.bn2(self.conv1(F.relu(normed))))) + self.shortcut(normed)
+
+
+class AddsToItsInput(PreActivated):
+    def forward(self, x):
+        x += self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return x
+
+
+class NormsItsShortcut(PreActivated):
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__(C, K, stride)
+        self.shortcut = nn.Sequential(nn.Conv2d(C, K, 1, stride, bias=False), nn.BatchNorm2d(K))
+
+
+class Drops(Wide):
+    def __init__(self, C: int, K: int, stride: int = 1):
+        super().__init__(C, K, stride, drop=0.5)
+
+
+class AddsToItsShortcut(PreActivated):
+    def forward(self, x):
+        shortcut = self.shortcut(x) if hasattr(self, "shortcut") else x
+        shortcut += self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return shortcut
+
+
+class AddsItself(PreActivated):
+    def forward(self, x):
+        out = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.bn1(x))))))
+        return out + out
+
+
+OTHERS_PRE_ACTIVATED = [
+    AddsWhatIsActivated,
+    AddsANorm,
+    ActivatesOnce,
+    ReadsItsNormAgain,
+    AddsToItsInput,
+    NormsItsShortcut,
+    Drops,
+    AddsToItsShortcut,
+    AddsItself,
+]
+
+
 class AddsItsGate(Gate):
     def forward(self, x):
         b, c, _, _ = x.size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet import Bottleneck, FusedResidual, Residual, resnet18
+from resnet import Bottleneck, FusedResidual, Residual, fuse, resnet18
 from tests.conftest import DEVICE, ROOT
 from tests.helpers.blocks import GATED, POOLED, deep_stems, draw, trio
 from tests.helpers.fused_cases import images, inference_trio, kinds, train_and_eval
+from tests.helpers.written_blocks import PreActivated, PreActivatedInSequence
 
 PASSES = ("inference", "forward", "forward and backward")
 
@@ -81,6 +83,23 @@ def test_the_count_of_a_bottleneck_is_eagers(frozen, options):
 
 
 @pytest.mark.parametrize("what", PASSES)
+@pytest.mark.parametrize("frozen", [(), ("bn1", "conv1"), ("conv2",), ("shortcut",), ("bn", "conv1")], ids=str)
+@pytest.mark.parametrize("kind", [PreActivated, PreActivatedInSequence], ids=["what is activated", "the input"])
+@pytest.mark.parametrize("wants_dx", [True, False], ids=["dx", "no dx"])
+@pytest.mark.usefixtures("whichever_is_counted")
+def test_the_count_of_a_block_with_pre_activation_whose_shortcut_reads(kind, what, frozen, wants_dx):
+    eager, counts = kind(4, 6, 2).to(DEVICE), []
+    fused = copy.deepcopy(eager)
+    assert fuse(fused).fused
+    x = draw(2, 4, 9, 8).requires_grad_(wants_dx)
+    for module in (fused, eager):
+        for name, p in module.named_parameters():
+            p.requires_grad_(not name.startswith(frozen))
+        counts.append(counted(module, x, what))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize("what", PASSES)
 @pytest.mark.parametrize("frozen", [(), ("conv1.0",), ("conv1.0", "conv1.1", "conv1.3")], ids=str)
 @pytest.mark.usefixtures("whichever_is_counted")
 def test_the_count_of_a_deep_stem_is_eagers(what, frozen):
@@ -107,7 +126,7 @@ def test_the_formulas_are_registered_whichever_is_imported_first(first):
         "print(sum('fused_residual' in str(name) for name in registry))"
     )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["40"]
+    assert run.stdout.split() == ["46"]
 
 
 def test_importing_the_library_imports_neither_the_counter_nor_triton():

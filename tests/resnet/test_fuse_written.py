@@ -26,6 +26,8 @@ from tests.helpers.written_blocks import (
     OTHER_GATES,
     OTHER_NETWORKS,
     OTHERS,
+    OTHERS_PRE_ACTIVATED,
+    PRE_ACTIVATED,
     AsksAroundItsStem,
     Body,
     Configured,
@@ -47,14 +49,18 @@ from tests.helpers.written_blocks import (
     OfConvsWithNorms,
     OfFunctions,
     OfUnits,
+    PreActivated,
+    PreActivatedNarrow,
     SeesItsStages,
     StemOfAConvWithNorm,
     StepByStep,
     Textbook,
     Unit,
+    Wide,
 )
 
-blocks = pytest.mark.parametrize("cls", BLOCKS)
+blocks = pytest.mark.parametrize("cls", BLOCKS + PRE_ACTIVATED)
+linked = pytest.mark.parametrize("cls", BLOCKS)
 CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 
 
@@ -144,12 +150,18 @@ def test_the_flags_of_written_squeeze_and_excitation_are_watched(monkeypatch, fl
         torch.testing.assert_close(fused(x), eager(x))
 
 
+@linked
+def test_a_sequence_of_written_blocks_links_them(cls):
+    model = stage(cls)
+    fuse(model)
+    assert type(model) is FusedSequential
+
+
 @blocks
-def test_written_blocks_keep_their_class_as_a_base_and_are_linked(cls):
+def test_written_blocks_keep_their_class_as_a_base(cls):
     model = stage(cls)
     before = kinds(model)
     report = fuse(model)
-    assert type(model) is FusedSequential
     assert all(isinstance(block, cls) and type(block).__name__ == f"Fused{cls.__name__}" for block in model)
     after = kinds(model)
     assert fuse(model) == report and kinds(model) == after
@@ -224,6 +236,25 @@ def test_a_forward_that_takes_another_way_than_when_it_was_fused_is_run(monkeypa
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         torch.testing.assert_close(infer(fused, x), infer(eager, x), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "value"),
+    [
+        (PreActivated, "shortcut", nn.Conv2d(4, 4, 1, dtype=torch.float64)),
+        (PreActivatedNarrow, "downsample", nn.Conv2d(4, 4, 1, dtype=torch.float64)),
+        (Wide, "drop", 1e-30),
+    ],
+)
+def test_one_with_pre_activation_that_takes_another_way_runs_its_forward(monkeypatch, cls, name, value):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    eager = cls(4, 4).to(DEVICE, torch.float64)
+    fused = copy.deepcopy(eager)
+    assert fuse(fused).fused
+    for block in (eager, fused):
+        setattr(block, name, copy.deepcopy(value).to(DEVICE) if isinstance(value, nn.Module) else value)
+    with pytest.warns(UserWarning, match="its forward takes another way than it did when it was fused"):
+        torch.testing.assert_close(step(fused, images()), step(eager, images()), **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -498,6 +529,19 @@ def test_a_forward_that_does_something_else_is_left_alone(cls):
     report = fuse(model)
     assert {item.name for item in report.fused} <= {"body.conv1"} and not report.left  # a layer, no block
     assert type(model) is cls
+
+
+@pytest.mark.parametrize("cls", OTHERS_PRE_ACTIVATED)
+def test_a_block_that_is_not_quite_one_with_pre_activation_is_none(cls):
+    eager = cls(4, 4).to(DEVICE, torch.float64)
+    if not hasattr(eager, "shortcut"):
+        eager.shortcut = nn.Identity()
+    fused = copy.deepcopy(eager)
+    assert all(item.stem for item in fuse(fused).fused)  # a layer in it, no block
+    for model in (fused, eager):
+        torch.manual_seed(0)
+        model.got = model(images().clone())
+    torch.testing.assert_close(fused.got, eager.got, **CLOSE)
 
 
 @pytest.mark.parametrize("cls", OTHER_NETWORKS)

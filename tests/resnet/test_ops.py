@@ -28,6 +28,8 @@ from resnet.operands import (
     Unit,
     block_kind,
     frozen_kind,
+    pre_activation_kind,
+    pre_activation_operator,
     squeeze_kind,
 )
 from resnet.schema import pack, unpack
@@ -365,6 +367,48 @@ def test_stem_inference_passes_opcheck(any_backend, monkeypatch, options):
         opcheck(ops.stem_inference, pack(Stem(x, unit)))
 
 
+SHORTCUTS = ("identity", "activated", "activated, stride 2", "of x", "of x, stride 2")
+
+
+def pre_activation_arguments(options: dict) -> tuple:
+    """Those of a block with pre-activation: of one whose last unit has no norm, behind a norm of x."""
+    block, *stride = options["shortcut"].split(", ")
+    block = "identity" if block == "identity" else ", ".join(["1x1", *stride])
+    x, units, shortcut = block_arguments({**options, "block": block})
+    *chain, last = units
+    training = options["first_training"]
+    settings = {k: options[k] for k in ("affine", "running", "averaged") if k in options}
+    first = norm(x.shape[1], 50, training, conv_bias=False, **settings)
+    bias = vector(last.weight.shape[0], 60, grad=True) if options["conv_bias"] else None
+    conv = Projection(last.weight, bias, last.geometry, last.master)
+    activated = options["shortcut"].startswith("activated")
+    return pre_activation_kind(len(units)).arguments(x, first, tuple(chain), conv, shortcut, activated)
+
+
+@each(units=(2, 3), shortcut=SHORTCUTS, window=WINDOWS, running=BOTH, averaged=BOTH, cast=BOTH, **NORMS)
+def test_pre_activation_block_passes_opcheck(any_backend, options):
+    opcheck(getattr(ops, pre_activation_operator(options["units"])), pack(pre_activation_arguments(options)))
+
+
+@each(units=(2, 3), shortcut=SHORTCUTS, window=WINDOWS, cast=BOTH, all_needed=BOTH, **NORMS)
+def test_pre_activation_block_backward_passes_opcheck(any_backend, options):
+    arguments, kind = pre_activation_arguments(options), pre_activation_kind(options["units"])
+    flat, (x, first, units, *others) = pack(arguments), arguments
+    with torch.no_grad():
+        output = unpack(kind.output, getattr(ops, kind.name)(*flat))
+    kept = kind.kept(x, output.ys, output.stats, first.kept(), tuple(unit.kept() for unit in units), *others)
+    dout = draw(*output.out.shape, seed=5)
+    opcheck(getattr(ops, f"{kind.name}_backward"), backward_arguments(dout, kept, flat, options["all_needed"]))
+
+
+@each(units=(2, 3), shortcut=SHORTCUTS, window=WINDOWS, affine=BOTH, conv_bias=BOTH)
+def test_pre_activation_block_inference_passes_opcheck(any_backend, options):
+    arguments = pre_activation_arguments({**options, "first_training": False, "last_training": False})
+    with torch.no_grad():
+        flat = [a.detach() if isinstance(a, Tensor) else a for a in pack(arguments)]
+        opcheck(getattr(ops, f"{pre_activation_operator(options['units'])}_inference"), flat)
+
+
 def test_every_registered_operator_has_an_opcheck_here():
     schemas = [schema.name for schema in torch._C._jit_get_all_schemas()]
     registered = {name.removeprefix("fused_residual::") for name in schemas if name.startswith("fused_residual::")}
@@ -373,6 +417,9 @@ def test_every_registered_operator_has_an_opcheck_here():
     blocks = {kind.name for kind in BLOCK_KINDS}
     named |= {name.replace("squeeze", kind.name) for kind in SQUEEZE_KINDS for name in named if "squeeze" in name}
     named -= {"squeeze", "squeeze_backward"}
+    pre_activation = {name for name in named if name.startswith("pre_activation_block")}
+    named -= pre_activation
+    named |= {name.replace("block", f"block_{count}") for count in (2, 3) for name in pre_activation}
     ends = ("", "_backward", "_inference", "_frozen", "_frozen_backward")
     assert registered == named | {f"{block}{end}" for block in blocks for end in ends}
 
