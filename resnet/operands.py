@@ -417,8 +417,9 @@ def pre_activation_inputs(needs: tuple) -> list[bool]:
 def all_wanted(needs: tuple) -> tuple:
     """The needs with each part's flags as `wanted` gives them."""
     needs = needs._replace(units=tuple(map(wanted, needs.units)))
-    others = {name: wanted(getattr(needs, name)) for name in ("conv", "shortcut") if hasattr(needs, name)}
-    return needs._replace(**others)
+    if hasattr(needs, "conv"):
+        needs = needs._replace(conv=wanted(needs.conv))
+    return needs._replace(shortcut=wanted(needs.shortcut)) if hasattr(needs, "shortcut") else needs
 
 
 def grad_inputs(needs: tuple) -> list[bool]:

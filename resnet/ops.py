@@ -82,10 +82,12 @@ def _laid_out(grad: Tensor | None, weight: Tensor) -> Tensor | None:
     if grad is None:
         return None
     strides = weight.stride()
-    alike = all(n == 1 or s == t for n, s, t in zip(grad.shape, grad.stride(), strides))
-    if not alike or grad.dtype != weight.dtype:
-        return like_of(weight).copy_(grad)
-    return grad if grad.stride() == strides else grad.as_strided(grad.shape, strides)
+    if grad.dtype == weight.dtype:
+        if grad.stride() == strides:
+            return grad
+        if all(n == 1 or s == t for n, s, t in zip(grad.shape, grad.stride(), strides)):
+            return grad.as_strided(grad.shape, strides)
+    return like_of(weight).copy_(grad)
 
 
 def _places(grad: Tensor | None, weight: Tensor | None, master: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -347,11 +347,8 @@ class Differentiable:
             return tuple(outputs[:given])
 
         def backward(ctx, *douts):
-            if torch.compiler.is_compiling():  # compiled autograd would trace what runs below the operator
-                return torch.compiler.disable(computed)(ctx, *douts)
-            return computed(ctx, *douts)
-
-        def computed(ctx, *douts):
+            if torch.compiler.is_dynamo_compiling():  # compiled autograd would trace what runs below the operator
+                return torch.compiler.disable(backward)(ctx, *douts)
             douts = douts[:results]
             reached = douts[0] if results == 1 else next((dout for dout in douts if dout is not None), None)
             if reached is None:

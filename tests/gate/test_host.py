@@ -34,13 +34,24 @@ from resnet import (
 )
 from resnet.kernels.host import plan
 from resnet.kernels.tuning import DEVICES
+from tests.helpers.written_blocks import PreActivated
 
 SM_90 = DEVICES["sm_90"]
 BATCH = 256
+
+
+def fused_by_reading(*args: int) -> nn.Module:
+    block = PreActivated(*args)
+    resnet.fuse(block)
+    return block
+
+
 BLOCKS = {  # fused, eager, and the constructor's arguments
     "identity": (FusedResidual, Residual, (64, 64)),
     "projected": (FusedResidual, Residual, (64, 128, True, 2)),
     "gated": (*(partial(kind, squeeze_excite=True) for kind in (FusedBasicBlock, BasicBlock)), (64, 64)),
+    "pre-activation": (fused_by_reading, PreActivated, (64, 64)),
+    "pre-activation, projected": (fused_by_reading, PreActivated, (64, 128, 2)),
 }
 HALVING = [block for C in (64, 128, 256) for block in ((C, 2 * C, True, 2), (2 * C, 2 * C))]
 RESNET18 = [(64, 64), (64, 64), *HALVING]  # the arguments of its eight blocks
@@ -204,6 +215,11 @@ LIMITS = {
     ("training step", "gated"): Limit(2.70, 20),  # 549 against 209
     ("autocast step", "gated"): Limit(2.69, 20),  # 614 against 235
     ("evaluation", "gated"): Limit(2.20, 6),  # 259 against 121
+    ("training forward", "pre-activation"): Limit(2.24, 6),  # 163 against 75
+    ("training step", "pre-activation"): Limit(2.21, 18),  # 324 against 150
+    ("training step", "pre-activation, projected"): Limit(2.06, 19),  # 340 against 169
+    ("autocast step", "pre-activation"): Limit(2.12, 18),  # 364 against 176
+    ("evaluation", "pre-activation"): Limit(2.13, 4),  # 153 against 74
     ("compiled step", "identity"): Limit(2.47, 19),  # 489 against 203
     ("compiled step", "projected"): Limit(2.48, 18),  # 507 against 210
     ("compiled evaluation", "identity"): Limit(1.57, 2),  # 188 against 123
