@@ -155,8 +155,10 @@ def tests(check: Check) -> Iterator[Measurement]:
             variables.pop("TRITON_INTERPRET", None)
         log = check.folder / "tests.log"
         with processes.running(arguments, log, variables) as process:
-            code = processes.status(process, check.left)
-        return {"status": code, "end": " ".join(log.read_text().splitlines()[-1:])}
+            code = processes.status(process, check.left - processes.GRACE)
+            if code is None:
+                processes.interrupt(process)
+        return report.ended(code, log)
 
     yield " ".join(folders), measure
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from benchmarks.gpu_check.environment import ROOT
 
+GRACE = 20.0  # seconds: pytest-xdist waits for its workers for 10, and pytest prints its failures after that
+
 
 @contextmanager
 def running(command: Sequence[str], log: Path, variables: Mapping[str, str]) -> Iterator[subprocess.Popen]:
@@ -25,6 +27,13 @@ def running(command: Sequence[str], log: Path, variables: Mapping[str, str]) -> 
         with suppress(ProcessLookupError):  # of a session that has ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """Ctrl-C for the command, not for what it has started, and GRACE seconds to say what it had found."""
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=GRACE)
 
 
 def status(process: subprocess.Popen, seconds: float) -> int | None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 Results = dict[str, dict]
 NET_CASES = ("ResNet-18 training", "ResNet-18 inference")
+_PROGRESS = re.compile(r"^[.FEsxX]+(?= *(?:\[ *\d+%\])?$)", re.MULTILINE)  # a line of pytest's
 
 
 def failures(results: Results) -> Iterator[str]:
@@ -21,8 +24,23 @@ def failures(results: Results) -> Iterator[str]:
             elif result.get("passed") is False:
                 share = f"{result['share_of_allowed']:.2f} of the allowed error in {result['of']}, {result['with']}"
                 yield f"{stage}: {name}: {share}"
-            elif result.get("status") not in (0, None):  # of a command
+            elif result.get("status") not in (0, None) or result.get("failed"):  # of a command
                 yield f"{stage}: {name}: {result['end']}"
+
+
+def ended(status: int | None, log: Path) -> dict[str, object]:
+    """How pytest ended, by its status, None where it was stopped, and its log: then its failures are counted.
+
+    It prints lines of a letter for each test, then a line that begins with "==" or, after Ctrl-C, "!!", and tracebacks.
+    """
+    text = log.read_text(errors="replace")
+    end = " ".join(text.splitlines()[-1:])
+    if status is not None:
+        return {"status": status, "end": end}
+    progress = re.split("^[=!]{2}", text, maxsplit=1, flags=re.MULTILINE)[0]
+    failed = sum(line.count("F") + line.count("E") for line in _PROGRESS.findall(progress))
+    what = f"{failed} tests had failed when the time ended; see {log.name}" if failed else f"not ended in time: {end}"
+    return {"status": None, "failed": failed, "end": what}
 
 
 def summary(results: Results) -> str:

@@ -45,13 +45,15 @@ def checks(scale: Scale, folder: Path, seconds: float) -> Iterator[tuple[str, Ca
 
 
 def _result(process: subprocess.Popen, log: Path, seconds: float) -> dict[str, object]:
-    status = processes.status(process, seconds)
-    return {"status": None, "end": "not ended in time"} if status is None else found(status, log.read_text())
+    return found(processes.status(process, seconds), log.read_text())
 
 
-def found(status: int, text: str) -> dict[str, object]:
-    """What a log says: its summary, and the kinds of what was found."""
+def found(status: int | None, text: str) -> dict[str, object]:
+    """What a log says: its summary, and the kinds of what was found; without a status, before the time ended."""
     lines = text.splitlines()
     summary = _SUMMARY.findall(text) or lines[-1:] or ["no output"]
     kinds = list(dict.fromkeys(_FINDING.findall(text)))[:10]
+    if status is None:
+        end = "; ".join(["not ended in time", *kinds])
+        return {"status": None, "failed": len(kinds), "end": end, "found": kinds}
     return {"status": status, "end": summary[-1], "found": kinds}

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import environment, launches, parity, plots, publish, report, sanitizer, scale, times
+from benchmarks.gpu_check import (
+    environment,
+    launches,
+    parity,
+    plots,
+    processes,
+    publish,
+    report,
+    sanitizer,
+    scale,
+    times,
+)
 from benchmarks.gpu_check.__main__ import Check
 from tests.helpers.runs import as_typed
 
@@ -181,6 +194,48 @@ def test_a_report_says_how_the_tests_ended_and_stands_without_them():
     assert report.markdown({"tests": {"not all of it": "less than 0 s were left"}})
 
 
+PROGRESS = "bringing up nodes...\n\n..sF [ 50%]\n.xE [ 99%]\n.F"
+TRACEBACKS = "\n=== ERRORS ===\nE\nEF\n! Ctrl-C !\n2 failed, 1 error\n"
+
+
+@pytest.mark.parametrize("log", [PROGRESS, PROGRESS + TRACEBACKS], ids=["killed at once", "after Ctrl-C"])
+def test_tests_that_failed_before_the_time_ended_fail_the_run(tmp_path, log):
+    (tmp_path / "tests.log").write_text(log)
+    kept = report.ended(None, tmp_path / "tests.log")
+    expected = "tests: tests/kernels: 3 tests had failed when the time ended; see tests.log"
+    assert list(report.failures({"tests": {"tests/kernels": kept}})) == [expected]
+
+
+def test_tests_that_had_all_passed_when_the_time_ended_do_not_fail_the_run(tmp_path):
+    (tmp_path / "tests.log").write_text(
+        "FAILED or ERROR is a word of a warning's\n..s. [ 50%]\n.\n!!! Ctrl-C !!!\nFE\n"
+    )
+    kept = report.ended(None, tmp_path / "tests.log")
+    assert (kept["status"], kept["failed"]) == (None, 0)
+    assert not list(report.failures({"tests": {"tests/kernels": kept}}))
+
+
+CAUGHT = """import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("two of them failed")
+"""
+
+
+def test_a_command_whose_time_has_ended_may_say_what_it_had_found(tmp_path):
+    log = tmp_path / "log"
+    with processes.running((sys.executable, "-c", CAUGHT), log, os.environ) as process:
+        while "ready" not in log.read_text():
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert processes.status(process, 0) is None
+        processes.interrupt(process)
+    assert log.read_text() == "ready\ntwo of them failed\n"
+
+
 # ---- compute-sanitizer -------------------------------------------------------------------------------------------
 
 LOG = """========= COMPUTE-SANITIZER
@@ -205,6 +260,16 @@ def test_what_the_sanitizer_found_is_kept_once_with_its_summary_and_fails_the_ru
 def test_a_sanitizer_that_found_nothing_passes():
     kept = sanitizer.found(0, "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n")
     assert kept == {"status": 0, "end": "ERROR SUMMARY: 0 errors", "found": []}
+    assert not list(report.failures({"sanitizer": {"memcheck": kept}}))
+
+
+def test_what_the_sanitizer_found_before_the_time_ended_fails_the_run():
+    kept = sanitizer.found(None, LOG.partition("========= ERROR SUMMARY")[0])
+    assert list(report.failures({"sanitizer": {"memcheck": kept}})) == [
+        "sanitizer: memcheck: not ended in time; Invalid __global__ read of size 4 bytes"
+    ]
+    kept = sanitizer.found(None, "========= COMPUTE-SANITIZER\n")
+    assert kept["end"] == "not ended in time"
     assert not list(report.failures({"sanitizer": {"memcheck": kept}}))
 
 
