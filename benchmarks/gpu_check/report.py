@@ -14,7 +14,7 @@ _PROGRESS = re.compile(r"^[.FEsxX]+(?= *(?:\[ *\d+%\])?$)", re.MULTILINE)  # a l
 def failures(results: Results) -> Iterator[str]:
     """What failed, a line each."""
     for stage, found in results.items():
-        if stage in ("seconds", "environment"):
+        if stage == "seconds":
             continue
         for name, result in found.items():
             if not isinstance(result, dict):
@@ -25,6 +25,16 @@ def failures(results: Results) -> Iterator[str]:
                 share = f"{result['share_of_allowed']:.2f} of the allowed error in {result['of']}, {result['with']}"
                 yield f"{stage}: {name}: {share}"
             elif result.get("status") not in (0, None) or result.get("failed"):  # of a command
+                yield f"{stage}: {name}: {result['end']}"
+
+
+def left_out(results: Results) -> Iterator[str]:
+    """What was not measured since the time ended, a line each."""
+    for stage, found in results.items():
+        if "not all of it" in found:
+            yield f"{stage}: {found['not all of it']}"
+        for name, result in found.items():
+            if isinstance(result, dict) and result.get("status", 0) is None:  # of a command
                 yield f"{stage}: {name}: {result['end']}"
 
 
@@ -46,6 +56,7 @@ def ended(status: int | None, log: Path) -> dict[str, object]:
 def summary(results: Results) -> str:
     """A few lines for a terminal."""
     lines = [f"failed: {line}" for line in failures(results)] or ["nothing failed"]
+    lines += [f"left out: {line}" for line in left_out(results)]
     for case in NET_CASES:
         lines += [f"{case}, {row}" for row in _sentences(results.get("net", {}), case)]
     return "\n".join(lines)
@@ -62,6 +73,7 @@ def markdown(results: Results) -> str:
     """The whole report."""
     parts = ["# What the GPU said", *_environment(results)]
     parts += ["## What failed", *([f"* {line}" for line in failures(results)] or ["Nothing."])]
+    parts += ["## What was left out", *([f"* {line}" for line in left_out(results)] or ["Nothing."])]
     for case in NET_CASES:
         rows = {**results.get("net", {}), **results.get("max-autotune", {})}
         parts += [f"## {case}", times_table(rows, f"{case}, ")]

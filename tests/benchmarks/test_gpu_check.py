@@ -99,7 +99,8 @@ def test_a_rehearsal_runs_every_stage_and_leaves_a_report(tmp_path, monkeypatch,
     assert results["sanitizer"]["sample alone"]["status"] == 0
     assert results["tests"]["tests/resnet/test_schema.py"]["status"] == 0
     text = (folder / "report.md").read_text()
-    assert "| fused |" in text and "| eager |" in text and "Nothing." in text
+    assert "| fused |" in text and "| eager |" in text
+    assert text.count("\n\nNothing.\n") == 2  # failed, and was left out
     pictures = [folder / f"report-{name}.png" for name in ("training", "inference", "textbook")]
     assert all(picture.stat().st_size > 5000 and f"({picture.name})" in text for picture in pictures)
 
@@ -131,6 +132,21 @@ def test_a_stage_ends_where_the_time_does(tmp_path):
     run.stage("net", 10.0, [("first", failing)])
     assert run.results["net"] == {"not all of it": "less than 10 s were left"}
     assert not list(report.failures(run.results))
+
+
+def test_what_was_left_out_is_in_the_report_and_in_the_summary():
+    results = {
+        "net": {"not all of it": "less than 162 s were left"},
+        "sanitizer": {"memcheck": {"status": 0, "end": "0 errors"}, "racecheck": {"status": None, "end": "not ended"}},
+    }
+    lines = ["net: less than 162 s were left", "sanitizer: racecheck: not ended"]
+    assert "## What was left out\n\n* {}\n\n* {}\n".format(*lines) in report.markdown(results)
+    assert report.summary(results).splitlines() == ["nothing failed", *(f"left out: {line}" for line in lines)]
+
+
+def test_an_environment_that_cannot_be_measured_fails_the_run():
+    results = {"environment": {"environment": environment.environment(), "ceilings": {"error": "OutOfMemoryError"}}}
+    assert list(report.failures(results)) == ["environment: ceilings: OutOfMemoryError"]
 
 
 @pytest.mark.parametrize(
