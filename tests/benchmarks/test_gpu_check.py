@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import history
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import (
     environment,
@@ -353,6 +356,117 @@ def test_a_folder_without_results_is_an_error_of_one_line(tmp_path, capsys, cont
         publish.main([str(tmp_path)])
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and f"folder: expected one that benchmarks.gpu_check wrote, got {tmp_path} (" in line
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A copy of the documents and of what is kept, which a test may publish into."""
+    shutil.copytree(publish.KEPT, tmp_path / "results", ignore=shutil.ignore_patterns("training"))
+    documents = [shutil.copy(document, tmp_path) for document in publish.DOCUMENTS]
+    monkeypatch.setattr(publish, "ROOT", tmp_path)
+    monkeypatch.setattr(publish, "KEPT", tmp_path / "results")
+    monkeypatch.setattr(publish, "DOCUMENTS", [Path(document) for document in documents])
+    return tmp_path
+
+
+def checked(folder: Path, moment: str = "2100-01-01T12:00:00+0000", commit: str = "abc", **stages: object) -> Path:
+    """The folder of a check of that time, with the first results that have all of the tables but the model's."""
+    whole = ("net", "kernels", "textbook", "blocks", "parity")
+    results = next(found for found in publish.kept_results() if all(publish.is_whole(found, name) for name in whole))
+    results["environment"]["environment"] |= {"time": moment, "commit": commit}
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results | stages))
+    return folder
+
+
+def published() -> list[str]:
+    return sorted(path.name for path in publish.KEPT.iterdir())
+
+
+CUT = {"not all of it": "less than 54 s were left"}
+ERROR = {"error": "OutOfMemoryError: CUDA out of memory"}
+TIMED = {"launched_ms": [1.0, 1.0, 1.0], "replayed_ms": [1.0, 1.0, 1.0]}
+SUMMARY = {f"{case}, {kind}": TIMED for case in report.NET_CASES for kind in publish.SIDES}
+LAST = f"{report.NET_CASES[1]}, compile"
+
+
+@pytest.mark.parametrize(
+    ("stage", "found"),
+    [
+        ("net", CUT),
+        ("net", {**dict(list(SUMMARY.items())[:-1]), **CUT}),
+        ("net", SUMMARY | {LAST: ERROR}),
+        ("net", SUMMARY | {LAST: TIMED | ERROR}),
+        ("net", SUMMARY | {LAST: {"launched_ms": [1.0, 1.0, 1.0]}}),
+        ("kernels", {"training": ERROR}),
+        ("kernels", CUT),
+        ("textbook", CUT),
+        ("textbook", {"fused": {"loss": 0.1}, "eager": ERROR}),
+        ("blocks", CUT),
+        ("blocks", {"block 64->64, stride 1, 24x24, fused": TIMED, **CUT}),
+        ("model", {"stage": ERROR}),
+        ("parity", CUT),
+        ("parity", {"stage": ERROR}),
+    ],
+    ids=repr,
+)
+def test_a_stage_that_is_not_whole_leaves_the_documents_the_tables_that_they_had(shelf, stage, found):
+    of_stage = {"net": ("summary", "training", "inference"), "kernels": ("gaps",)}.get(stage, (stage,))
+    before = publish.tables(publish.kept_results())
+    assert publish.main([str(checked(shelf / "check", **{stage: found}))]) == 0
+    after = publish.tables(publish.kept_results())
+    assert {name for name in of_stage if before[name] != after[name]} == set()
+    assert "2100-01-01" in after["setting parity" if stage != "parity" else "setting"]
+    texts = [document.read_text() for document in publish.DOCUMENTS]
+    assert [publish.rewritten(text, after) for text in texts] == texts
+
+
+def test_a_table_that_no_check_has_says_so():
+    assert set(publish.tables([]).values()) == {publish.NOT_YET}
+
+
+def test_a_net_whose_other_rows_were_cut_is_whole():
+    assert publish.is_whole({"net": SUMMARY | CUT}, "net")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"environment": {"time": "2100", "devices": []}, "ceilings": {}}, "expected a check of a GPU, got "),
+        ({"environment": ERROR, "ceilings": {}}, "expected one that benchmarks.gpu_check wrote, got "),
+        (
+            {"environment": {"time": "2100", "devices": [{"name": "a GPU"}]}, "ceilings": ERROR},
+            "expected a check that measured the device's ceilings, got ",
+        ),
+    ],
+    ids=["no GPU", "no environment", "no ceilings"],
+)
+def test_a_check_that_names_no_device_is_refused_in_one_line_and_not_kept(shelf, capsys, environment, message):
+    kept = published()
+    with pytest.raises(SystemExit) as stopped:
+        publish.main([str(checked(shelf / "check", environment=environment))])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and f"folder: {message}" in line
+    assert published() == kept
+
+
+def test_nothing_is_kept_where_a_document_cannot_be_written(shelf):
+    kept = published()
+    publish.DOCUMENTS[1].write_text("<!-- gpu: sumary -->\n<!-- end -->")
+    with pytest.raises(KeyError, match="sumary"):
+        publish.main([str(checked(shelf / "check"))])
+    assert published() == kept
+
+
+def test_a_check_takes_no_others_place_and_its_own_when_published_again(shelf):
+    kept = set(published())
+    times = [f"2100-01-01T12:0{minute}:00+0000" for minute in range(4)]
+    for moment, commit in (*zip(times, "aabb"), (times[0], "a")):
+        publish.main([str(checked(shelf / "check", moment, commit))])
+    device = next(iter(publish.kept_results()))["environment"]["environment"]["devices"][0]["name"].lower()
+    name = f"{device.replace(' ', '-')}-2100-01-01"
+    assert set(published()) - kept == {f"{name}{end}.json" for end in ("", "-a", "-b", "-b-120300")}
+    assert {point.time for point in history.read(publish.KEPT.glob("*.json"))} >= set(times)
 
 
 def test_a_block_that_no_table_is_for_is_an_error():
