@@ -179,6 +179,15 @@ def test_a_task_whose_process_has_ended_is_an_error_that_says_so():
         parity._waited(Lost(), 3.0)
 
 
+def test_cudnn_times_its_convolutions_in_the_row_of_that_name_alone():
+    set_in = {}
+    for row in times.ROWS:
+        with row.scope(scale.rehearsal()):
+            set_in[row.name] = torch.backends.cudnn.benchmark
+    assert [name for name, on in set_in.items() if on] == ["eager cudnn.benchmark"]
+    assert not torch.backends.cudnn.benchmark
+
+
 OTHERS = [task for task in parity.tasks(scale.rehearsal()) if task.kind != "Residual"]
 
 
