@@ -32,9 +32,11 @@ from resnet.commands import (
     maker,
     require,
     require_count,
+    standard_stream,
     write_output,
 )
 from resnet.kernels.host.command import ConfigError, Parser, run
+from resnet.kernels.host.files import irregular
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,9 @@ def _parser() -> Parser:
     parser.add_argument("--size", type=int, default=96, help="height and width of the images (default: 96)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="other than float32: autocast to it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every pair and the figures to this file")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write every pair and the figures to this file, anew after each model"
+    )
     return parser
 
 
@@ -195,6 +199,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     return run(parser, lambda: _measure_all(args))
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether what is written there cannot be replaced by what comes later, as in a pipe."""
+    return standard_stream(path) is not None or irregular(path) is not None
 
 
 def _measure_all(args: argparse.Namespace) -> int:
@@ -210,16 +219,18 @@ def _measure_all(args: argparse.Namespace) -> int:
     environment = common.environment(device)
     print(f"{environment['device']}, torch {environment['torch']}, {fused.backend} backend")
     print(f"batch {args.batch_size}, {args.size}x{args.size}, {args.dtype}, {args.pairs} pairs\n\n{HEAD}", flush=True)
+    report = {"environment": environment}
+    report |= {name: getattr(args, name) for name in ("batch_size", "size", "dtype", "pairs")}
     results = []
     for model in args.models:
         results.append(measure(model, (args.batch_size, args.size, args.size), args.pairs, fused))
         print(row(results[-1]), flush=True)
+        interrupted = len(results) < len(args.models)  # for who reads it where the run ends before the next model
+        if args.json is not None and not (interrupted and _is_stream(args.json)):
+            report |= {"interrupted": interrupted, "results": [dataclasses.asdict(r) for r in results]}
+            write_output(args.json, (json.dumps(report, indent=1) + "\n").encode())
     if note := busy_note(max(result.waited_for_cpu for result in results)):
         print(f"\n{note}")
-    if args.json is not None:
-        settings = {name: getattr(args, name) for name in ("batch_size", "size", "dtype", "pairs")}
-        report = {"environment": environment, **settings, "results": [dataclasses.asdict(r) for r in results]}
-        write_output(args.json, (json.dumps(report, indent=1) + "\n").encode())
     return 0
 
 

@@ -64,6 +64,7 @@ def test_a_row_and_a_report_say_what_was_fused_how_exact_it_is_and_what_it_keeps
 
     found = json.loads(report.read_text())
     assert (found["batch_size"], found["size"], found["pairs"], found["dtype"]) == (4, 16, 2, "float32")
+    assert found["interrupted"] is False
     first, second = found["results"]
     assert (first["errors"], first["saved_bytes"]) == (second["errors"], second["saved_bytes"])
     for error in first["errors"].values():
@@ -82,6 +83,30 @@ def test_a_busy_machine_is_said_as_benchmarks_compare_says_it(monkeypatch, capsy
     monkeypatch.setattr(Turns, "waited_share", 0.3)
     assert main([f"{__name__}:net", *SMALL]) == 0
     assert capsys.readouterr().out.endswith(f"\n{busy_note(0.3)}\n")
+
+
+def interrupted() -> nn.Module:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("last", "status"), [("interrupted", 130), ("headless", 2)])
+def test_the_models_before_one_that_does_not_end_are_in_the_report(tmp_path, last, status):
+    report = tmp_path / "models.json"
+    try:
+        ended = main([f"{__name__}:net", f"{__name__}:{last}", *SMALL, "--json", str(report)])
+    except SystemExit as stopped:
+        ended = stopped.code
+    assert ended == status
+    found = json.loads(report.read_text())
+    assert [result["model"] for result in found["results"]] == [f"{__name__}:net"]
+    assert found["interrupted"] is True
+
+
+def test_standard_output_gets_one_report_of_all_models(capfd):
+    assert main([f"{__name__}:net", f"{__name__}:net", *SMALL, "--json", "/dev/stdout"]) == 0
+    _, start, report = capfd.readouterr().out.partition("\n{\n")
+    found, _ = json.JSONDecoder().raw_decode(start + report, 1)
+    assert len(found["results"]) == 2
 
 
 @pytest.mark.parametrize(
