@@ -40,7 +40,8 @@ def operation(implementation: Implementation, shape: str) -> Operation:
         common.activations(implementation, batch, channels, size, size, seed=s, dtype=implementation.dtype)
         for s in (0, 1)
     )
-    weight, bias = (torch.rand(channels, device=implementation.device, requires_grad=True) for _ in range(2))
+    drawn = common.seeded(lambda: [torch.rand(channels) for _ in range(2)])
+    weight, bias = (values.to(implementation.device).requires_grad_() for values in drawn)
     mean, var = (fill(channels, device=implementation.device) for fill in (torch.zeros, torch.ones))
     function = batch_norm_add_relu if implementation.kind == "fused" else eager_batch_norm_add_relu
     if implementation.kind == "compile":

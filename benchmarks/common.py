@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from resnet.data import Batches, ImageSet
 
 QUICK = os.environ.get("BENCH_QUICK", "") not in ("", "0")  # smaller and fewer: to see that all of it runs
 SEED = 0
+T = TypeVar("T")
 
 # The residual blocks of ResNet-18 at 96x96: of each stage the identity block, and one that halves height and width.
 STAGES = {
@@ -180,8 +182,8 @@ def _module(
     return _placed(implementation, module)
 
 
-def seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` gives, its weights drawn as in every run; the process's random state stays as it was."""
+def seeded(build: Callable[[], T]) -> T:
+    """What `build` gives, drawn on the CPU as in every run; the process's random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return build()
@@ -198,6 +200,11 @@ def activations(
     """What a ReLU might have put out: a half of it zeros. (N, C, H, W) in the implementation's memory format."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).relu_()
     return x.to(implementation.device, dtype).contiguous(memory_format=implementation.memory_format)
+
+
+def labels(implementation: Implementation, batch_size: int, classes: int) -> Tensor:
+    """A class for each image, (batch_size,); the same for every implementation."""
+    return seeded(lambda: torch.randint(classes, (batch_size,))).to(implementation.device)
 
 
 def images(

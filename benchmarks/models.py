@@ -75,12 +75,12 @@ def measure(model: str, shape: tuple[int, int, int], pairs: int, fused: Implemen
     net = common.seeded(lambda: _drawn(made_by(model))).to(eager.device, memory_format=eager.memory_format)
     N, H, W = shape
     x = common.activations(eager, N, _in_channels(net), H, W)
-    labels = torch.zeros(N, dtype=torch.int64, device=x.device)
     try:
         with torch.no_grad():
-            logits_of(copy.deepcopy(net).train(), x)
+            logits = logits_of(copy.deepcopy(net).train(), x)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"MODEL: expected one that trains on {N} images of {H}x{W}, got {model} ({error})") from error
+    labels = common.labels(eager, N, logits.shape[1])
     fused_net = copy.deepcopy(net)
     with fused.scope():
         report = fuse(fused_net)

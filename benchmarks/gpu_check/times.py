@@ -84,7 +84,7 @@ def net_step(row: Row, scale: Scale, train: bool, model: str | None = None) -> S
     if not train:
         net.eval()
         return common.inference(implementation, run, images)
-    labels = torch.randint(10, (scale.batch,), device=scale.device)
+    labels = common.labels(implementation, scale.batch, 10)
     return common.training_step(implementation, net, run, [(images, labels)])
 
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import common, compare, models, passes, plot, roofline, turns, verdict
+from benchmarks import bench_batch_norm, common, compare, models, passes, plot, roofline, turns, verdict
 from benchmarks.common import Implementation
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import publish
@@ -85,6 +85,20 @@ def test_implementations_start_from_the_same_weights():
     assert type(fused) is FusedResidual
     assert type(eager) is Residual
     torch.testing.assert_close(dict(fused.state_dict()), dict(eager.state_dict()), rtol=0, atol=0)
+
+
+def test_the_operation_has_the_same_arguments_in_each_row():
+    fused, eager = (bench_batch_norm.operation(Implementation(kind, CPU), "512@3x3") for kind in ("fused", "eager"))
+    tensors = [(op.x, op.shortcut, *op.parameters) for op in (fused, eager)]
+    torch.testing.assert_close(*tensors, rtol=0, atol=0)
+
+
+def test_labels_are_of_several_classes_and_the_same_in_each_row():
+    state = torch.get_rng_state()
+    first, second = (common.labels(Implementation(kind, CPU), 32, 10) for kind in ("fused", "eager"))
+    assert torch.equal(first, second)
+    assert 1 < len(first.unique()) <= 10 and {*first.tolist()} <= {*range(10)}
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_cpu_has_no_triton_implementation():
