@@ -36,6 +36,11 @@ STAGES = {
 }
 
 
+def purpose(doc: str | None) -> str:
+    """A command's purpose for its --help, by its module's docstring: without the command, which the usage has."""
+    return (doc or "").split("\n", 1)[0].split(": `")[0]
+
+
 # ---- implementations: what is compared ------------------------------------------------------------------------
 
 

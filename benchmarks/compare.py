@@ -201,7 +201,7 @@ def saved_table(saved: dict[str, dict[str, int]]) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.compare", description=(__doc__ or "").split("\n", 1)[0])
+    parser = Parser(prog="python -m benchmarks.compare", description=common.purpose(__doc__))
     parser.add_argument("--pairs", type=int, default=15, help="pairs per case and rival (default: 15)")
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     parser.add_argument("--resize", type=int, default=96, help="pixels of the images (default: 96)")

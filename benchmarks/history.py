@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.common import purpose
 from benchmarks.gpu_check.publish import KEPT
 from benchmarks.gpu_check.report import NET_CASES, Results
 from resnet.commands import check_outputs, check_plot, write_plot
@@ -131,7 +132,7 @@ def _draw(axes: Axes, found: Sequence[Point], checks: Sequence[str], name: str, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.history", description=(__doc__ or "").split("\n", 1)[0].split(":")[0])
+    parser = Parser(prog="python -m benchmarks.history", description=purpose(__doc__))
     parser.add_argument("results", metavar="FILE", type=Path, nargs="*", help="results.json (default: results/*.json)")
     parser.add_argument("--out", metavar="PATH", help="the ratios, and examples/sec, drawn over the checks")
     args = parser.parse_args(argv)

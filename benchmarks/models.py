@@ -176,7 +176,7 @@ def _figure(ratios: tuple[float, ...]) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m benchmarks.models", description=(__doc__ or "").split("\n", 1)[0])
+    parser = Parser(prog="python -m benchmarks.models", description=common.purpose(__doc__))
     parser.add_argument(
         "models",
         nargs="+",

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import saved_bytes
+from benchmarks.common import purpose, saved_bytes
 from resnet import (
     BasicBlock,
     Bottleneck,
@@ -449,7 +449,7 @@ def number(passes: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.passes", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.passes", description=purpose(__doc__))
     parser.add_argument("--block", choices=BLOCKS, help="each of its steps, in place of all blocks' sums")
     parser.add_argument("--compile", action="store_true", help="those of torch.compile, which takes a minute")
     arguments = parser.parse_args(argv)

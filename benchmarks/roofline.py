@@ -23,6 +23,7 @@ import torch
 import triton
 
 import resnet
+from benchmarks.common import purpose
 from benchmarks.passes import BLOCKS, GRAD_WEIGHT, Block, Chain, launches, number
 from resnet.kernels import tuning
 from resnet.kernels.host.command import Parser
@@ -146,7 +147,7 @@ def positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="python -m benchmarks.roofline", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.roofline", description=purpose(__doc__))
     parser.add_argument("--block", choices=BLOCKS, default="textbook")
     parser.add_argument("--channels", type=positive, default=64, help="of the block's narrowest map")
     parser.add_argument("--size", type=positive, default=24, help="pixels of the input's height and width")

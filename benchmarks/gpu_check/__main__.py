@@ -40,6 +40,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.common import purpose
 from benchmarks.gpu_check import environment, launches, parity, plots, processes, report, sanitizer, times
 from benchmarks.gpu_check.errors import noted
 from benchmarks.gpu_check.scale import Scale, full, rehearsal
@@ -197,7 +198,7 @@ def run(check: Check) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.gpu_check", description=purpose(__doc__))
     parser.add_argument("--out", type=Path, help="folder for the results, which must not exist yet")
     parser.add_argument("--minutes", type=float, default=9.0, help="how long it may take (default: 9)")
     parser.add_argument(

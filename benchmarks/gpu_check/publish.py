@@ -15,6 +15,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.common import purpose
 from benchmarks.gpu_check.environment import ROOT
 from benchmarks.gpu_check.report import NET_CASES, Results, gaps_table, parity_table, table, times_table
 from resnet.commands import require
@@ -160,7 +161,7 @@ def rewritten(text: str, blocks: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m benchmarks.gpu_check.publish", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmarks.gpu_check.publish", description=purpose(__doc__))
     parser.add_argument("folder", type=Path, nargs="?", help="of a finished check (default: of what was kept alone)")
     args = parser.parse_args(argv)
     return run(parser, lambda: _publish(args.folder))

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_batch_norm, common, compare, models, passes, plot, roofline, turns, verdict
+from benchmarks import bench_batch_norm, common, compare, history, models, passes, plot, roofline, turns, verdict
 from benchmarks.common import Implementation
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import publish
@@ -497,14 +497,17 @@ def test_a_suite_may_have_a_clock_and_a_number_of_calls_of_its_own(tmp_path):
 # ---- the commands ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [compare, gpu_check, models, passes, publish, roofline])
-def test_help_prints_the_usage_and_succeeds(command, capsys, monkeypatch):
+@pytest.mark.parametrize("command", [compare, gpu_check, history, models, passes, publish, roofline])
+def test_help_prints_the_usage_once_and_succeeds(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")  # argparse breaks lines to the terminal's width
     with pytest.raises(SystemExit) as exit_:
         command.main(["--help"])
     assert exit_.value.code == 0
     name = command.__name__.removesuffix(".__main__")
-    assert capsys.readouterr().out.startswith(f"usage: python -m {name} ")
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m {name} ")
+    described = " ".join(out.split("\n\n")[1].split())
+    assert described and "`python -m" not in described and "`make" not in described
 
 
 # ---- benchmarks.compare ---------------------------------------------------------------------------------------
