@@ -229,19 +229,19 @@ def fuse(model: nn.Module) -> FuseReport:
     would have `fuse` return now a model and now a report.
 
     Known are this library's blocks and stems, those of the ResNets of torchvision, timm and transformers, RT-DETR's
-    too, and those of their RegNets, but for timm's stems; and an `nn.Sequential` that is a stem or begins with one, as
-    it does where a network was cut up by `children()`, or one of a class that is derived from it and adds nothing. A
-    block may have squeeze-and-excitation: timm's `SEModule`, `EffectiveSEModule` and `EcaModule` after its last norm,
-    and what RegNetYs have before the last convolution. Where a network calls the modules of its stem itself, it is the
-    network that changes its class. An `nn.Sequential` of blocks becomes a `FusedSequential`, and the classes of stages
-    that these libraries have become such, too; the report does not name them.
+    too, and those of their RegNets; and an `nn.Sequential` that is a stem or begins with one, as it does where a
+    network was cut up by `children()`, or one of a class that is derived from it and adds nothing. A block may have
+    squeeze-and-excitation: timm's `SEModule`, `EffectiveSEModule` and `EcaModule` after its last norm, and what
+    RegNetYs have before the last convolution. Where a network calls the modules of its stem itself, it is the network
+    that changes its class. An `nn.Sequential` of blocks becomes a `FusedSequential`, and the classes of stages that
+    these libraries have become such, too; the report does not name them.
 
-    A block of another class is fused where the text of its forward says that it is one: d2l.ai's `Residual`, say, or
-    those of OpenMMLab, detectron2 and pytorchcv. Its calls, sums and conditions are read, those of its units too, and
-    what is not understood leaves it alone. So is squeeze-and-excitation, and a convolution, norm and ReLU that a
-    forward calls in turn: the stem of a network, the first one with a max-pool or the first. In a model without blocks
-    these are fused in channels_last alone, where no pool follows, so that they give the layout that eager gives; on a
-    CPU they gain nothing and PyTorch's operators run.
+    A block of another class is fused where the text of its forward says that it is one: d2l.ai's `Residual`, say, those
+    of OpenMMLab, detectron2 and pytorchcv, or one with pre-activation. Its calls, sums and conditions are read, those
+    of its units too, and what is not understood leaves it alone. So is squeeze-and-excitation, and a convolution, norm
+    and ReLU that a forward calls in turn: the stem of a network, the first one with a max-pool or the first. In a model
+    without blocks these are fused in channels_last alone, where no pool follows, so that they give the layout that
+    eager gives; on a CPU they gain nothing and PyTorch's operators run.
 
     A module stays as it is where it might compute something else than the operator: with another activation or norm,
     another attention, stochastic depth, anti-aliasing, hooks on what is inside, or a class that is derived from a known
