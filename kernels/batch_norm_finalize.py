@@ -25,13 +25,12 @@ from .host.tiling import MAX_PARTIALS, merge_blocks, merge_group
 
 @triton.jit(do_not_specialize=SIZES)
 def merge_kernel(
-    partial,  # (2 or 3, T, C): see `batch_norm_finalize`
+    partial,  # (3, T, C): see `batch_norm_finalize`
     merged,  # (3, G, C)
     M,
     T,
     G,
     ROWS,  # rows per partial
-    PLANES: tl.constexpr,
     GROUP: tl.constexpr,  # partials per group
     C: tl.constexpr,
     ACC: tl.constexpr,
@@ -42,7 +41,7 @@ def merge_kernel(
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(1) * GROUP
     last = tl.minimum(first + GROUP, T)
-    mean, rest, m2, _ = merge_partials(partial, first, last, M, T, ROWS, cols, PLANES, C, ACC, BLOCK_T, BLOCK_C)
+    mean, rest, m2, _ = merge_partials(partial, first, last, M, T, ROWS, cols, C, ACC, BLOCK_T, BLOCK_C)
     out = tl.program_id(1) * C + cols
     tl.store(merged + out, mean, mask=cols < C)
     tl.store(merged + G * C + out, m2, mask=cols < C)
@@ -51,7 +50,7 @@ def merge_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def finalize_kernel(
-    partial,  # (2 or 3, T, C): see `batch_norm_finalize`
+    partial,  # (3, T, C): see `batch_norm_finalize`
     weight,  # (C,) or None: ones
     bias,  # (C,) or None: zeros
     conv_bias,  # (C,) or None: the bias of the convolution that made x, which did not add it
@@ -65,7 +64,6 @@ def finalize_kernel(
     ROWS,  # rows per partial
     momentum: tl.float64,
     eps: tl.float64,
-    PLANES: tl.constexpr,
     C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -77,7 +75,7 @@ def finalize_kernel(
     """
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     live = cols < C
-    mean, _, m2, count = merge_partials(partial, 0, T, M, T, ROWS, cols, PLANES, C, ACC, BLOCK_T, BLOCK_C)
+    mean, _, m2, count = merge_partials(partial, 0, T, M, T, ROWS, cols, C, ACC, BLOCK_T, BLOCK_C)
     invstd = inverse_std(m2 / count, eps)
     store_stats(stats, weight, bias, mean, invstd, cols, C)
     if num_batches_tracked is not None:
@@ -135,13 +133,13 @@ def batch_norm_finalize(
     included, the running statistics become averages over that many batches: momentum is 1 over it. It is read on the
     device, so that it counts on in each replay of a CUDA graph. `counted`, another () int64, is incremented.
 
-    partial is (2, T, C) or (3, T, C), float32 or float64, contiguous. It holds the mean and M2 = sum (x - mean)^2 of
-    each `rows` rows in turn, of fewer in the last: (T - 1) * rows < M <= T * rows. The third plane is what rounding
-    left of the mean. Without that plane running_var is wrong by some eps * |mean| / sqrt(M) standard deviations.
+    partial is (3, T, C), float32 or float64, contiguous. It holds the mean and M2 = sum (x - mean)^2 of each `rows`
+    rows in turn, of fewer in the last: (T - 1) * rows < M <= T * rows. The third plane is what rounding left of the
+    mean. Without it running_var would be wrong by some eps * |mean| / sqrt(M) standard deviations.
     """
     if partial.shape[1] > MAX_PARTIALS:
         partial, rows = _merge(partial, rows, M)
-    planes, T, C = partial.shape
+    _, T, C = partial.shape
     stats = torch.empty((4, C), dtype=partial.dtype, device=partial.device)
     merge = merge_blocks(T, C, partial.element_size())
     launch(
@@ -161,7 +159,6 @@ def batch_norm_finalize(
         rows,
         momentum,
         eps,
-        PLANES=planes,
         C=C,
         ACC=accumulator(partial)[1],
         **merge,
@@ -171,7 +168,7 @@ def batch_norm_finalize(
 
 
 def batch_norm_merge(partial: Tensor, rows: int, M: int) -> Tensor:
-    """(2 or 3, C): one partial of M rows, from several as `batch_norm_finalize` takes them."""
+    """(3, C): one partial of M rows, from several as `batch_norm_finalize` takes them."""
     while partial.shape[1] > 1:
         partial, rows = _merge(partial, rows, M)
     return partial[:, 0]
@@ -179,7 +176,7 @@ def batch_norm_merge(partial: Tensor, rows: int, M: int) -> Tensor:
 
 def _merge(partial: Tensor, rows: int, M: int) -> tuple[Tensor, int]:
     """Each `merge_group` partials in turn merged into one: (3, G, C), and the rows of each."""
-    planes, T, C = partial.shape
+    _, T, C = partial.shape
     group = merge_group(T)
     G = triton.cdiv(T, group)
     merged = torch.empty((3, G, C), dtype=partial.dtype, device=partial.device)
@@ -193,7 +190,6 @@ def _merge(partial: Tensor, rows: int, M: int) -> tuple[Tensor, int]:
         T,
         G,
         rows,
-        PLANES=planes,
         GROUP=group,
         C=C,
         ACC=accumulator(partial)[1],

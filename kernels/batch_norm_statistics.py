@@ -69,7 +69,7 @@ def statistics_kernel(
 class Moments(NamedTuple):
     """Mean and M2 = sum (x - mean)^2 of each `rows` rows of M in turn; `batch_norm_finalize` merges them."""
 
-    partial: Tensor  # (2 or 3, T, C) float32 or float64; the third plane is what rounding left of the means
+    partial: Tensor  # (3, T, C) float32 or float64; the third plane is what rounding left of the means
     rows: int  # of a partial; the last one has fewer
     M: int
 

@@ -46,14 +46,13 @@ def finite_or_zero(x):
 
 @triton.jit
 def merge_partials(
-    partial,  # (2 or 3, T, C): see batch_norm_finalize.py
+    partial,  # (3, T, C): see batch_norm_finalize.py
     first,
     last,
     M,
     T,
     ROWS,
     cols,
-    PLANES: tl.constexpr,
     C: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -75,8 +74,7 @@ def merge_partials(
         value = tl.load(partial + offsets, mask=mask, other=0.0)
         pivot = tl.where(t == first, finite_or_zero(value), pivot)
         value -= pivot
-        if PLANES == 3:
-            value += finite_or_zero(tl.load(partial + 2 * plane + offsets, mask=mask, other=0.0))
+        value += finite_or_zero(tl.load(partial + 2 * plane + offsets, mask=mask, other=0.0))
         n = tl.where(here, tl.minimum(M - tiles.to(tl.int64) * ROWS, ROWS), 0).to(ACC)[:, None]
         count += n
         delta = tl.where(mask, value - mean, 0.0)

@@ -43,9 +43,8 @@ def batch_stats(moments: Moments, norm: Norm) -> Tensor:
     on the host, where a launch would need it.
     """
     if norm.group:
-        mean, m2, *rest = batch_norm_merge(*moments)
-        if rest:  # its digits count where a mean is large; that of an infinite one is NaN
-            mean = mean.double() + rest[0].nan_to_num(0.0, 0.0, 0.0)
+        mean, m2, rest = batch_norm_merge(*moments)
+        mean = mean.double() + rest.nan_to_num(0.0, 0.0, 0.0)  # its digits count; that of an infinite mean is NaN
         return stats_of_moments(mean, m2 / moments.M, moments.M, norm)
     vectors, counted = dense(norm), norm.counted
     if counted is not None and (counted.shape, counted.dtype, counted.device) != ((), torch.int64, moments[0].device):

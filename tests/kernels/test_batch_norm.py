@@ -266,22 +266,21 @@ def test_a_mean_whose_square_is_infinite_has_a_variance(pixels):
         torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=0)
 
 
-def partials_of(x: Tensor, rows: int, planes: int) -> Tensor:
-    """(planes, T, C) of a matrix x (M, C): what a convolution's tiles of `rows` rows would leave."""
+def partials_of(x: Tensor, rows: int) -> Tensor:
+    """(3, T, C) of a matrix x (M, C): what a convolution's tiles of `rows` rows would leave."""
     tiles = x.double().split(rows)
     mean = torch.stack([tile.mean(0) for tile in tiles])
     m2 = torch.stack([(tile - m).square().sum(0) for tile, m in zip(tiles, mean)])
-    return torch.stack([mean, m2, mean - mean.float()][:planes]).float()
+    return torch.stack([mean, m2, mean - mean.float()]).float()
 
 
-@pytest.mark.parametrize("planes", [2, 3])
 @pytest.mark.parametrize("T", [1, 5, 512, 513, 1300])
-def test_any_number_of_partials_is_merged_as_exactly_as_eager(T, planes):
+def test_any_number_of_partials_is_merged_as_exactly_as_eager(T):
     rows, C = 4, 3
     M = (T - 1) * rows + 2  # the last one ragged
     x = draw(M, C)
     mine = [torch.zeros(C, device=DEVICE), torch.ones(C, device=DEVICE)]
-    stats = batch_norm_finalize(partials_of(x, rows, planes), rows, M, None, None, *mine, 1.0, EPS)
+    stats = batch_norm_finalize(partials_of(x, rows), rows, M, None, None, *mine, 1.0, EPS)
     exact = x.double().mean(0), x.double().var(0)
     ulp = torch.finfo(torch.float32).eps
     torch.testing.assert_close(mine[0].double(), exact[0], rtol=0, atol=ulp * x.abs().max().item())
