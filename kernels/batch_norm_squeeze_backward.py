@@ -29,7 +29,7 @@ from .host.tiling import elements_of, merge_blocks, tiling
 def squeeze_backward_reduce_kernel(
     dlink,  # (3, N, C): sum g and sum g * xhat of each image, and its gates
     link,  # (3, N, C): means over an image of 1 and of xhat
-    dpooled,  # (N, C) or None: zeros
+    dpooled,  # (N, C)
     sums,  # (2, C)
     dweight,  # (C,) or None
     dbias,  # (C,) or None
@@ -56,11 +56,10 @@ def squeeze_backward_reduce_kernel(
         factor = tl.where(passed > 0, factor, 0.0)
         total_g = tl.fma(factor, tl.load(dlink + offsets, mask=mask, other=0.0), total_g)
         total_gx = tl.fma(factor, tl.load(dlink + plane + offsets, mask=mask, other=0.0), total_gx)
-        if dpooled is not None:
-            added = tl.load(dpooled + offsets, mask=mask, other=0.0).to(ACC)
-            added = tl.where(passed > 0, added, 0.0)
-            total_g = tl.fma(added, passed, total_g)
-            total_gx = tl.fma(added, tl.load(link + plane + offsets, mask=mask, other=0.0), total_gx)
+        added = tl.load(dpooled + offsets, mask=mask, other=0.0).to(ACC)
+        added = tl.where(passed > 0, added, 0.0)
+        total_g = tl.fma(added, passed, total_g)
+        total_gx = tl.fma(added, tl.load(link + plane + offsets, mask=mask, other=0.0), total_gx)
     sum_g = tl.sum(total_g, 0)
     sum_gx = tl.sum(total_gx, 0)
     tl.store(sums + cols, sum_g, mask=live)
@@ -79,7 +78,7 @@ def squeeze_backward_apply_kernel(
     y,  # (N, ROWS, C)
     stats,  # (4, C)
     dlink,  # (3, N, C), of which the gates are read
-    dpooled,  # (N, C) or None: zeros
+    dpooled,  # (N, C)
     sums,  # (2, C); None: frozen statistics
     dy,  # (N, ROWS, C)
     N,
@@ -103,11 +102,8 @@ def squeeze_backward_apply_kernel(
     factor = tl.load(dlink + 2 * N.to(tl.int64) * C + n * C + cols, mask=live)[None, :]
     value = tl.load(y + offsets, mask=mask, other=0.0).to(ACC)
     dh = tl.load(g + offsets, mask=mask, other=0.0).to(ACC)
-    if dpooled is not None:
-        share = 1.0 / (ROWS + tl.zeros([1], tl.int64)).to(ACC)
-        dh = tl.fma(dh, factor, (tl.load(dpooled + n * C + cols, mask=live).to(ACC) * share)[None, :])
-    else:
-        dh = dh * factor
+    share = 1.0 / (ROWS + tl.zeros([1], tl.int64)).to(ACC)
+    dh = tl.fma(dh, factor, (tl.load(dpooled + n * C + cols, mask=live).to(ACC) * share)[None, :])
     if RELU:
         shift = tl.load(stats + 3 * C + cols, mask=live)
         passes = recomputed_relu_passes(value, scale[None, :], shift[None, :], y.dtype.element_ty)
@@ -117,18 +113,17 @@ def squeeze_backward_apply_kernel(
     tl.store(dy + offsets, scale[None, :] * dh, mask=mask)
 
 
-def _check_images_of(dlink: Tensor, dpooled: Tensor | None, y: Tensor) -> None:
+def _check_images_of(dlink: Tensor, dpooled: Tensor, y: Tensor) -> None:
     """ValueError or TypeError where what belongs to images and channels does not fit y (N, C, H, W)."""
     check_images(y)
     check_vectors("dlink", dlink, (LINK, *y.shape[:2]), y)
-    if dpooled is not None:
-        check_gate(dpooled, y, "dpooled")
+    check_gate(dpooled, y, "dpooled")
 
 
 def batch_norm_squeeze_backward_reduce(
     dlink: Tensor,
     link: Tensor,
-    dpooled: Tensor | None,
+    dpooled: Tensor,
     y: Tensor,
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
@@ -140,7 +135,7 @@ def batch_norm_squeeze_backward_reduce(
 
     Args:
         dlink: (3, N, C) of `batch_norm_excite_backward`; link: (3, N, C) of `batch_norm_squeeze`.
-        dpooled: (N, C) of y's type, None for zeros.
+        dpooled: (N, C) of y's type.
         y: (N, C, H, W) channels_last, for its shape and type.
 
     Raises:
@@ -176,7 +171,7 @@ def batch_norm_squeeze_backward_apply(
     y: Tensor,
     stats: Tensor,
     dlink: Tensor,
-    dpooled: Tensor | None,
+    dpooled: Tensor,
     sums: Tensor | None,
     relu: bool = False,
 ) -> Tensor:
@@ -186,7 +181,7 @@ def batch_norm_squeeze_backward_apply(
         g, y: (N, C, H, W) channels_last, of one type.
         stats: (4, C); sums: (2, C) of `batch_norm_squeeze_backward_reduce`, None for frozen statistics.
         dlink: (3, N, C) of `batch_norm_excite_backward`.
-        dpooled: (N, C) of y's type, None for zeros.
+        dpooled: (N, C) of y's type.
         relu: whether a ReLU followed the norm, before gate and squeeze.
 
     Raises:

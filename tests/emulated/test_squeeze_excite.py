@@ -55,7 +55,6 @@ FLOORS = {
     "excite', no relu": Floor("excite_backward_kernel", 2, 0),
     "squeeze'": Floor("squeeze_backward_apply_kernel", 2, 1),
     "squeeze', relu": Floor("squeeze_backward_apply_kernel", 2, 1),
-    "squeeze', pooled without a gradient": Floor("squeeze_backward_apply_kernel", 2, 1),
     "frozen squeeze'": Floor("squeeze_backward_apply_kernel", 1, 1),
     "frozen squeeze', relu": Floor("squeeze_backward_apply_kernel", 2, 1),
 }

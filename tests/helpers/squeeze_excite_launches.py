@@ -58,13 +58,9 @@ LAUNCHES: dict[str, Callable[[Case], object]] = {
     "sums": lambda c: batch_norm_squeeze_backward_reduce(
         c.dlink, c.link, c.dpooled, c.y, *(torch.empty_like(c.sums[0]) for _ in range(3))
     ),
-    "sums, pooled without a gradient": lambda c: batch_norm_squeeze_backward_reduce(c.dlink, c.link, None, c.y),
     "squeeze'": lambda c: batch_norm_squeeze_backward_apply(c.dout, c.y, c.stats, c.dlink, c.dpooled, c.sums),
     "squeeze', relu": lambda c: batch_norm_squeeze_backward_apply(
         c.dout, c.y, c.stats, c.dlink, c.dpooled, c.sums, relu=True
-    ),
-    "squeeze', pooled without a gradient": lambda c: batch_norm_squeeze_backward_apply(
-        c.dout, c.y, c.stats, c.dlink, None, c.sums
     ),
     "frozen squeeze'": lambda c: batch_norm_squeeze_backward_apply(c.dout, c.y, c.stats, c.dlink, c.dpooled, None),
     "frozen squeeze', relu": lambda c: batch_norm_squeeze_backward_apply(

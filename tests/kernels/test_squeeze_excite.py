@@ -53,7 +53,6 @@ RAGGED = SHAPES["several tiles, ragged"]
 INNER = {"inner relu": True, "no inner relu": False}
 OUTER = {"outer relu": True, "no outer relu": False}
 SHORTCUT = {"shortcut": True, "no shortcut": False}
-POOLED = {"pooled": True, "pooled without a gradient": False}
 TRAINING = {"batch statistics": True, "frozen": False}
 
 per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -242,13 +241,11 @@ class HandedOver:
 
 
 @pytest.mark.core
-@each_pair(shape=SHAPES, dtype=DTYPES, inner=INNER, training=TRAINING, pooled=POOLED)
-def test_sums_and_the_gradient_of_the_norms_input_are_as_exact_as_eager(shape, dtype, inner, training, pooled):
+@each_pair(shape=SHAPES, dtype=DTYPES, inner=INNER, training=TRAINING)
+def test_sums_and_the_gradient_of_the_norms_input_are_as_exact_as_eager(shape, dtype, inner, training):
     results = []
     for seed in seeds(shape[1]):
         given = HandedOver.of(shape, dtype, inner, seed)
-        if not pooled:
-            given.dpooled = None
         sums = given.sums()
         dy = given.dy(sums if training else None)
         assert dy.is_contiguous(memory_format=torch.channels_last)
@@ -256,9 +253,7 @@ def test_sums_and_the_gradient_of_the_norms_input_are_as_exact_as_eager(shape, d
 
         def plain(s: Tensor, stored: torch.dtype, given: HandedOver = given, stop: Tensor = stop) -> tuple[Tensor, ...]:
             y, g, gate = (t.to(s.dtype) for t in (given.y, given.g, given.gate))
-            dh = per_map(gate) * g
-            if given.dpooled is not None:
-                dh = dh + per_map(given.dpooled.to(s.dtype)) / (y.shape[2] * y.shape[3])
+            dh = per_map(gate) * g + per_map(given.dpooled.to(s.dtype)) / (y.shape[2] * y.shape[3])
             dh = torch.where(stop, 0, dh)
             summed = reference.batch_norm_backward_reduce(dh, y, *s[:2])
             grad = reference.batch_norm_backward_apply(dh, y, *s[:3], *summed, training)
@@ -428,14 +423,6 @@ def test_a_link_is_of_the_statistics_type_and_has_zeros_where_its_gradient_has_t
 def test_without_an_inner_relu_every_pixel_passes(dtype):
     _, link = batch_norm_squeeze(draw(*RAGGED, dtype=dtype), stats_of(RAGGED[1], dtype, seed=0))
     same_bits(link[0], torch.ones_like(link[0]))
-
-
-def test_no_gradient_of_pooled_is_one_of_zeros():
-    none, zeros = (HandedOver.of(RAGGED, torch.float32) for _ in range(2))
-    none.dpooled = None
-    zeros.dpooled.zero_()
-    same_bits(none.sums(), zeros.sums())
-    same_bits(none.dy(none.sums()), zeros.dy(none.sums()))
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=name_of)
