@@ -43,7 +43,7 @@ def make(folder: Path, colour: bool, test: str = "test", classes: tuple[str, ...
 
 
 @pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch, one_thread):
+def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 

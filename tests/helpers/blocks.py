@@ -26,7 +26,7 @@ from resnet import (
     Stem,
     fuse,
 )
-from tests.conftest import DEVICE, one_thread  # noqa: F401, tests/kernels takes the fixture from here
+from tests.conftest import DEVICE
 from tests.helpers.parity import assert_as_exact_as_eager
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)

@@ -19,7 +19,7 @@ load_once = functools.cache(load)  # half a second, for half a hundred runs
 
 
 @pytest.fixture(autouse=True)
-def small_runs(one_thread, monkeypatch, tmp_path):
+def small_runs(monkeypatch, tmp_path):
     """The whole set where the machine has it, or else the sample; files of a run go into an empty folder."""
     monkeypatch.setattr(preparation, "load", load_once)
     monkeypatch.chdir(tmp_path)

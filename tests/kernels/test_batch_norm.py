@@ -32,7 +32,7 @@ from resnet.kernels.host.tiling import Tiling, tiling
 from resnet.norm import statistics_dtype
 from tests.conftest import DEVICE
 from tests.helpers.batch_norm_launches import batch_stats
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, HALF, draw, name_of, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.parity import assert_as_exact_as_eager
 
 DRAWS = 3

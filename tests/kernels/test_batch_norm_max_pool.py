@@ -18,7 +18,7 @@ from resnet.kernels.batch_norm_max_pool_backward import (
 )
 from resnet.norm import statistics_dtype
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, draw, name_of, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.parity import assert_as_exact_as_eager
 
 # N, C, H, W; out has half of H and W, rounded up

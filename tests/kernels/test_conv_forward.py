@@ -22,7 +22,7 @@ from resnet.kernels.batch_norm_finalize import batch_norm_finalize
 from resnet.kernels.conv_forward import Frozen, Moments, Shortcut
 from resnet.kernels.host.arguments import check_span
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, HALF, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.convolutions import EPILOGUES, EPS, Case
 from tests.helpers.pairs import pairwise
 from tests.helpers.parity import assert_as_exact_as_eager

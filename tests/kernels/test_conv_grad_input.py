@@ -21,7 +21,7 @@ from resnet.kernels.conv_grad_input import BlockEnd, IdentityGrad, KeptMask, Rel
 from resnet.kernels.host.shapes import ConvShape
 from tests.conftest import DEVICE
 from tests.helpers import grad_input_cases as cases
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, HALF, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.grad_input_cases import BLOCK_ENDS, EPILOGUES, MET_END, Case
 
 # Of NaN and Inf on purpose, by the interpreter's NumPy.

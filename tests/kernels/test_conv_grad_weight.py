@@ -17,7 +17,7 @@ from resnet.kernels.host import tiling
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, one_thread, staircase, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, HALF, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.parity import assert_as_exact_as_eager
 
 # N, H, W, C, K, R, S, stride, padding, dilation: each leaves ragged tiles of pixels; most of channels too.

@@ -29,7 +29,7 @@ from resnet.kernels.host.tiling import elements_of, image_tiling, tiling
 from resnet.norm import statistics_dtype
 from tests.conftest import DEVICE
 from tests.helpers.batch_norm_launches import EPS, batch_stats
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, one_thread, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, HALF, draw, name_of, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.pairs import each_pair
 from tests.helpers.parity import assert_as_exact_as_eager
 from tests.helpers.squeeze_excite_launches import LAUNCHES, Case

@@ -23,7 +23,7 @@ from resnet import (
     resnet18,
 )
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, name_of, one_thread, same, snapshot, step  # noqa: F401
+from tests.helpers.blocks import draw, name_of, same, snapshot, step
 
 # ---- d2l.ai 1.0, chapter 8.6 -----------------------------------------------------------------------------------
 
