@@ -38,9 +38,6 @@ from tests.helpers.parity import assert_as_exact_as_eager
 DRAWS = 3
 EPS = 1e-5
 
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 # How a matrix of M rows and C columns is cut, with a shape that is cut so. `test_shapes_are_cut_as_their_names_say`.
 SHAPES = {
     "two rows, one channel": (2, 1, 1, 1),

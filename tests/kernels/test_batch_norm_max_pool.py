@@ -34,9 +34,6 @@ SHAPES = {
 per_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 
 def stats_of(C: int, dtype: torch.dtype, seed: int) -> Tensor:
     """(4, C) whose scales have both signs and whose numbers are powers of two: x * scale + shift is exact."""

@@ -27,9 +27,6 @@ from tests.helpers.convolutions import EPILOGUES, EPS, Case
 from tests.helpers.pairs import pairwise
 from tests.helpers.parity import assert_as_exact_as_eager
 
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 TILE = tuning.Config(BLOCK_M=32, BLOCK_N=16, BLOCK_K=32, num_warps=4, num_stages=2)
 per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 

@@ -24,9 +24,6 @@ from tests.helpers import grad_input_cases as cases
 from tests.helpers.blocks import DTYPES, HALF, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.grad_input_cases import BLOCK_ENDS, EPILOGUES, MET_END, Case
 
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-
 NHWC = torch.channels_last
 RAGGED = ConvShape(N=2, H=5, W=4, C=20, K=17, R=3, S=3, stride=1, padding=1)
 POINTWISE = replace(RAGGED, R=1, S=1, padding=0)

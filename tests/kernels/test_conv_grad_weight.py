@@ -146,7 +146,6 @@ def test_same_bits_twice(dtype):
     assert torch.equal(grad_weight(shape, *case), grad_weight(shape, *case))
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, by which the interpreter multiplies
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
 @pytest.mark.parametrize("prologue", PROLOGUES)
 def test_nan_and_inf_reach_the_gradients_they_enter_and_no_other_channel(prologue, bad):

@@ -34,9 +34,6 @@ from tests.helpers.pairs import each_pair
 from tests.helpers.parity import assert_as_exact_as_eager
 from tests.helpers.squeeze_excite_launches import LAUNCHES, Case
 
-# Of NaN and Inf on purpose, by the interpreter's NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 # N, C, H, W. `test_shapes_are_cut_as_their_names_say`.
 SHAPES = {
     "one pixel": (2, 6, 1, 1),
