@@ -15,7 +15,7 @@ import torch
 from resnet.train import main
 from resnet.training import ConfigError, TrainConfig, TrainResult, loop, preparation, train
 from resnet.training.recipes import RECIPES
-from tests.helpers.checkpoints import as_earlier, changed
+from tests.helpers.checkpoints import RunsCode, as_earlier, changed
 from tests.helpers.graphs import captures_on_the_cpu
 from tests.helpers.runs import load_once, small_runs  # noqa: F401
 
@@ -133,11 +133,6 @@ def test_a_finished_run_s_checkpoint_is_saved_where_that_is_asked_for():
 
 
 # ---- what cannot be gone on from -------------------------------------------------------------------------------
-
-
-class RunsCode:
-    def __reduce__(self):
-        return Path.touch, (Path("ran"),)
 
 
 def test_a_run_of_an_earlier_version_goes_on():

@@ -782,15 +782,7 @@ def test_ctrl_c_after_all_work_is_done_does_not_spoil_it(tmp_path, monkeypatch):
     assert main(options(small(save=str(tmp_path / "net.pt")))) == 0
 
 
-@pytest.fixture
-def heard_ctrl_c():
-    """SIGINT as a terminal's foreground has it; a job in the background starts with it ignored."""
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, usual)
-
-
-def test_a_second_ctrl_c_stops_at_once(heard_ctrl_c):
+def test_a_second_ctrl_c_stops_at_once():
     usual = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), interrupts.deferred_interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)
@@ -799,7 +791,7 @@ def test_a_second_ctrl_c_stops_at_once(heard_ctrl_c):
     assert signal.getsignal(signal.SIGINT) == usual
 
 
-def test_ctrl_c_while_the_data_are_read_is_exit_status_130(heard_ctrl_c, monkeypatch):
+def test_ctrl_c_while_the_data_are_read_is_exit_status_130(monkeypatch):
     monkeypatch.setattr(preparation, "load", lambda folder: signal.raise_signal(signal.SIGINT))
     assert main(options(small())) == 130
 
