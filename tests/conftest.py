@@ -49,6 +49,15 @@ def any_backend(request):
         yield request.param
 
 
+@pytest.fixture
+def own_convolutions():
+    """The Triton backend as users have it: "auto" is "triton" where nothing can be timed."""
+    import resnet
+
+    with resnet.backend("triton"), resnet.convolution("triton"):
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def offline():
     """No test, and no command that a test starts, downloads the data set; what they serve themselves needs no proxy."""

@@ -23,9 +23,7 @@ from resnet.training.checkpoints import read_net
 from resnet.training.recipes import RECIPES, Recipe, optimizer, rate, weight_average
 from tests.conftest import DEVICE
 from tests.helpers.graphs import captures_on_the_cpu
-from tests.helpers.runs import begun, load_once, small_runs  # noqa: F401
-
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+from tests.helpers.runs import CUDA, begun, load_once, small_runs  # noqa: F401
 
 # All that a recipe may ask for, on a net that a CPU trains soon: the textbook's stem leaves a sixteenth of the pixels.
 QUICK = dataclasses.replace(

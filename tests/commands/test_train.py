@@ -38,7 +38,7 @@ from resnet.training import (
 )
 from resnet.training.recipes import RECIPES, rate
 from tests.helpers.graphs import captures_on_the_cpu
-from tests.helpers.runs import as_typed, begun, command, load_once, options, small_runs  # noqa: F401
+from tests.helpers.runs import CUDA, as_typed, begun, command, load_once, options, small_runs  # noqa: F401
 
 SMALL = {"epochs": 1, "batch_size": 8, "resize": 32, "limit_train": 16, "limit_test": 16, "device": "cpu"}
 # To compare losses of: few images, since CPUs emulate float16, but large, since on 1x1 maps rounding decides the
@@ -279,7 +279,7 @@ def test_a_last_batch_of_one_image_is_left_out_only_where_it_has_one_value_per_c
     assert ("One image is left out" in capsys.readouterr().err) == (examples < limit)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@CUDA
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cuda_trains_as_the_cpu_does(impl, dtype):
@@ -292,7 +292,6 @@ def test_cuda_trains_as_the_cpu_does(impl, dtype):
 # ---- CUDA graphs ------------------------------------------------------------------------------------------------
 
 WITH_A_SHORT_BATCH = {"epochs": 2, "limit_train": 20, "resize": 33, "lr": 0.003}
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ from tests.helpers.emulated_limits import (
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
+    Floor,
     wavefronts_over_ideal,
 )
 from tests.helpers.pairs import each_pair_compiled
@@ -37,15 +37,6 @@ FLOATS = (*SIXTEEN_BIT, torch.float32)
 
 
 # ---- the limits ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Floor:
-    """A launch's kernel, and how many activations it reads and writes when every byte is moved once."""
-
-    kernel: str
-    reads: int
-    writes: int
 
 
 FLOORS = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +22,7 @@ from tests.helpers.emulated_limits import (
     SECTOR_EFFICIENCY,
     TRAFFIC_OVER_FLOOR,
     WAVEFRONTS_OVER_IDEAL,
+    Floor,
     wavefronts_over_ideal,
 )
 from tests.helpers.pairs import each_pair_compiled
@@ -31,15 +30,6 @@ from tests.helpers.parity import assert_as_exact_as_eager
 from tests.helpers.squeeze_excite_launches import LAUNCHES, Case
 
 FLOATS = (*SIXTEEN_BIT, torch.float32)
-
-
-@dataclass(frozen=True)
-class Floor:
-    """A launch's kernel, and how many activations it reads and writes when every byte is moved once."""
-
-    kernel: str
-    reads: int
-    writes: int
 
 
 FLOORS = {

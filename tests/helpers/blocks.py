@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,6 @@ from tests.conftest import DEVICE
 from tests.helpers.parity import assert_as_exact_as_eager
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
-HALF = SIXTEEN_BIT  # its name in tests/kernels
 DTYPES = (*SIXTEEN_BIT, torch.float32, torch.float64)
 FUSED = {
     Residual: FusedResidual,
@@ -227,10 +227,18 @@ def assert_parity(results: list[tuple[dict[str, Tensor], dict[str, Tensor], dict
             assert all(torch.equal(f[name], e[name]) for f, e in zip(fused, eager)), name
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Bit-equal, NaN being equal to NaN."""
+def same(a: object, b: object) -> None:
+    """Tensors, or sequences or dicts of them, are bit-equal, NaN being equal to NaN."""
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    """A copy of a whole module by way of `torch.save`."""
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)

@@ -5,16 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from resnet import BasicBlock, Bottleneck, FusedSequential, Residual, ResidualBottleneck
 from tests.conftest import DEVICE
 from tests.helpers.blocks import FUSED, GATED, POOLED, Trio, draw, randomize
-
-# Where it is not fused, a block would give eager's values, too.
-fused_alone = pytest.mark.filterwarnings("error:.* runs PyTorch's operators one by one")
 
 # (class, constructor's arguments) of each block; a list is a sequence in the sequence.
 RESIDUAL, STRIDED = (Residual, (4, 4)), (Residual, (4, 6, True, 2))

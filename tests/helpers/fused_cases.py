@@ -21,6 +21,8 @@ MODES = {
 }
 blocks = pytest.mark.parametrize("args", BLOCKS.values(), ids=BLOCKS)
 modes = pytest.mark.parametrize("mode", MODES)
+# Where it is not fused, a module would give eager's values, too.
+fused_alone = pytest.mark.filterwarnings("error:.* runs PyTorch's operators one by one")
 train_and_eval = pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 KINDS = {
     "identity": (Residual, 16, 16),
@@ -32,6 +34,12 @@ KINDS = {
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 convolved = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "small stem"])  # by our convolutions
+# What a cumulative average cannot count in: (change of the count, error, message).
+BAD_COUNTS = {
+    "shape": (lambda count: count.view(1), ValueError, r"expected shape \(\), got \(1,\)"),
+    "type": (lambda count: count.int(), TypeError, "expected torch.int64, got torch.int32"),
+    "device": (lambda count: count.to("meta"), ValueError, "expected the input's device .*, got meta"),
+}
 MANY = (2, 24, 20)
 FEW = (2, 5, 6)
 

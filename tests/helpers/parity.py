@@ -27,3 +27,9 @@ def assert_as_exact_as_eager(name: str, fused: Sequence[Tensor], eager: Sequence
     assert fused_error <= 2 * eager_error + ulp, (
         f"{name}: error {fused_error:.3g} against float64, eager's {eager_error:.3g}, one ulp of the largest {ulp:.3g}"
     )
+
+
+def assert_draws_parity(results: Sequence[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> None:
+    """The same of each tensor by name: (fused, eager, exact) in each draw."""
+    for name in results[0]:
+        assert_as_exact_as_eager(name, *([draws[name][i] for draws in results] for i in range(3)))

@@ -9,12 +9,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from resnet.commands import find_device
 from resnet.data import load
 from resnet.training import TrainConfig, interrupts, loop, preparation
 from tests.conftest import ROOT
 
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 load_once = functools.cache(load)  # half a second, for half a hundred runs
 
 

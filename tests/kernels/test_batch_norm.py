@@ -32,8 +32,8 @@ from resnet.kernels.host.tiling import Tiling, tiling
 from resnet.norm import statistics_dtype
 from tests.conftest import DEVICE
 from tests.helpers.batch_norm_launches import batch_stats
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, unwritten_memory_is_nan  # noqa: F401
-from tests.helpers.parity import assert_as_exact_as_eager
+from tests.helpers.blocks import DTYPES, SIXTEEN_BIT, draw, name_of, same, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.parity import assert_draws_parity
 
 DRAWS = 3
 EPS = 1e-5
@@ -87,18 +87,8 @@ def stats_like_training(channels: int, dtype: torch.dtype, seed: int = 0) -> Ten
     return torch.stack((mean, invstd, scale, bias - mean * scale))
 
 
-def same_bits(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
 def masked(dout: Tensor, out: Tensor) -> Tensor:
     return torch.where(out <= 0, 0, dout)
-
-
-def assert_parity(results: list[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> None:
-    """Of several draws: name -> (fused, eager, exact)."""
-    for name in results[0]:
-        assert_as_exact_as_eager(name, *([draws[name][i] for draws in results] for i in range(3)))
 
 
 # ---- tiling ------------------------------------------------------------------------------------------------------
@@ -169,7 +159,7 @@ def test_statistics_and_running_statistics_are_as_exact_as_eager(shape, dtype):
         ):
             row[name] = fused, eager, exact
         results.append(row)
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 def test_running_variance_is_unbiased_and_the_normalising_one_is_not():
@@ -188,11 +178,11 @@ def test_an_absent_weight_is_ones_and_an_absent_bias_zeros(absent):
     bias = None if absent in ("bias", "both") else vector(C, 2, torch.float32)
     ones, zeros = torch.ones(C, device=DEVICE), torch.zeros(C, device=DEVICE)
     explicit = (ones if weight is None else weight, zeros if bias is None else bias)
-    same_bits(
+    same(
         batch_stats(x, weight, bias, None, None, 0.1, EPS),
         batch_stats(x, *explicit, None, None, 0.1, EPS),
     )
-    same_bits(
+    same(
         batch_norm_freeze(zeros + 0.5, ones, weight, bias, EPS),
         batch_norm_freeze(zeros + 0.5, ones, *explicit, EPS),
     )
@@ -202,7 +192,7 @@ def test_stats_do_not_depend_on_running_statistics_or_a_bias_of_the_convolution(
     x, C = draw(*RAGGED), RAGGED[1]
     running = vector(C, 1, torch.float32), vector(C, 2, torch.float32).abs()
     bare = batch_stats(x, None, None, None, None, 0.1, EPS)
-    same_bits(batch_stats(x, None, None, *running, 0.1, EPS, vector(C, 3, torch.float32)), bare)
+    same(batch_stats(x, None, None, *running, 0.1, EPS, vector(C, 3, torch.float32)), bare)
 
 
 def test_a_bias_of_the_convolution_moves_the_running_mean_and_nothing_else():
@@ -216,11 +206,11 @@ def test_a_bias_of_the_convolution_moves_the_running_mean_and_nothing_else():
     torch.testing.assert_close(
         with_bias[0], without[0] + 0.25 * conv_bias, rtol=0, atol=3 * eps * conv_bias.abs().max().item()
     )
-    same_bits(with_bias[1], without[1])
+    same(with_bias[1], without[1])
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_running_statistics_in_half_precision_are_rounded_once(dtype):
     x, C = draw(*RAGGED, dtype=dtype), RAGGED[1]
     running = vector(C, 1, dtype), vector(C, 2, dtype).abs() + 0.5
@@ -249,7 +239,7 @@ def test_running_statistics_and_output_are_as_exact_as_eager_at_any_mean(mean):
         judge = F.batch_norm(x.double(), *exact, None, None, True, 0.1, EPS)
         names = ("running mean", "running var", "out")
         results.append(dict(zip(names, zip((*mine, out), (*eager, plain), (*exact, judge)))))
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 @pytest.mark.parametrize("pixels", [1, 7, 40, 1000])
@@ -282,7 +272,7 @@ def test_any_number_of_partials_is_merged_as_exactly_as_eager(T):
     ulp = torch.finfo(torch.float32).eps
     torch.testing.assert_close(mine[0].double(), exact[0], rtol=0, atol=ulp * x.abs().max().item())
     torch.testing.assert_close(mine[1].double(), exact[1], rtol=4 * ulp, atol=0)
-    same_bits(stats[0], mine[0])
+    same(stats[0], mine[0])
 
 
 @pytest.mark.parametrize("count", [1, 3, 2**24 + 1, 2**31 + 1])
@@ -300,7 +290,7 @@ def test_an_average_over_batches_counted_on_the_device_is_as_exact_as_eagers(dty
         F.batch_norm(x.double(), *exact, None, None, True, 1.0 / count, EPS)
         eager = [v.to(dtype) for v in eager]
         results.append(dict(zip(("running mean", "running var"), zip(mine, eager, exact))))
-    assert_parity(results)
+    assert_draws_parity(results)
     assert batches == count
 
 
@@ -323,8 +313,8 @@ def test_any_number_of_partial_sums_is_merged(T, planes):
     torch.testing.assert_close(sums.double(), exact, rtol=0, atol=1e-6 * T**0.5)
     for (dweight, dbias, dconv_bias), total in zip(vectors, sums[1:], strict=True):
         assert not dconv_bias.any()
-        same_bits(torch.stack((dbias, dweight)), torch.stack((sums[0], total)))
-    same_bits(merge_sums(partial), sums)
+        same(torch.stack((dbias, dweight)), torch.stack((sums[0], total)))
+    same(merge_sums(partial), sums)
 
 
 @per_dtype
@@ -342,7 +332,7 @@ def test_a_bad_value_spoils_the_statistics_of_its_channel_only(bad):
     stats = batch_stats(x, None, None, None, None, 0.1, EPS)
     assert not stats[:, 5].isfinite().any()
     others = torch.arange(RAGGED[1], device=DEVICE) != 5
-    same_bits(stats[:, others], clean[:, others])
+    same(stats[:, others], clean[:, others])
 
 
 # ---- freeze ------------------------------------------------------------------------------------------------------
@@ -367,7 +357,7 @@ def test_freeze_is_as_exact_as_eager(dtype, C, conv_bias):
 
         names = ("mean", "invstd", "scale", "shift")
         results.append(dict(zip(names, zip(stats, expected(acc), expected(torch.float64)))))
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 # ---- apply -------------------------------------------------------------------------------------------------------
@@ -400,7 +390,7 @@ def apply_case(
 @per_pair
 def test_apply_is_as_exact_as_eager(shape, dtype):
     for options in (SHORTCUTS["no shortcut"], SHORTCUTS["shortcut"]):
-        assert_parity([{"out": apply_case(shape, dtype, options, True, seed)} for seed in range(DRAWS)])
+        assert_draws_parity([{"out": apply_case(shape, dtype, options, True, seed)} for seed in range(DRAWS)])
 
 
 @pytest.mark.core
@@ -408,12 +398,12 @@ def test_apply_is_as_exact_as_eager(shape, dtype):
 @pytest.mark.parametrize("options", SHORTCUTS.values(), ids=SHORTCUTS)
 @per_dtype
 def test_every_form_of_the_shortcut_is_as_exact_as_eager(dtype, options, relu):
-    assert_parity([{"out": apply_case((2, 6, 5, 7), dtype, options, relu, seed)} for seed in range(DRAWS)])
+    assert_draws_parity([{"out": apply_case((2, 6, 5, 7), dtype, options, relu, seed)} for seed in range(DRAWS)])
 
 
 def test_apply_takes_a_single_row():
     fused, eager, exact = apply_case((1, 64, 1, 1), torch.float32, SHORTCUTS["shortcut"], True)
-    assert_parity([{"out": (fused, eager, exact)}])
+    assert_draws_parity([{"out": (fused, eager, exact)}])
 
 
 @pytest.mark.core
@@ -425,10 +415,10 @@ def test_relu_keeps_nan_and_infinity_as_torch_relu_does(dtype, shortcut):
     x[0, :, 1, 2] = bad
     stats = torch.ones((4, 3), dtype=statistics_dtype(dtype), device=DEVICE)
     out = batch_norm_add_relu(x, stats, torch.zeros_like(x) if shortcut else None)
-    same_bits(out, torch.relu(x + 1))
+    same(out, torch.relu(x + 1))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_a_positive_sum_that_rounds_to_zero_has_no_gradient(dtype):
     if isinstance(apply_kernel, InterpretedFunction) and dtype == torch.bfloat16:
         pytest.skip("the interpreter reads bfloat16's subnormals as zeros")
@@ -472,7 +462,7 @@ def assert_backward_reduce_parity(shape: tuple[int, ...], dtype: torch.dtype, re
         ]
         sums = batch_norm_backward_reduce(dout, x, out, stats, relu)
         results.append(dict(zip(("sum g", "sum g * xhat"), zip(sums, *expected))))
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 @per_pair
@@ -511,26 +501,26 @@ def assert_backward_apply_parity(
             eager, exact = eager + added, exact + added
         dx = batch_norm_backward_apply(dout, x, stats, sums if training else None, relu, added=added)
         results.append({"dx": (dx, eager.to(dtype), exact)})
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_gradients_of_weight_and_bias_are_the_sums_rounded_to_their_types(dtype):
     dout, x, out, stats = backward_inputs(RAGGED, dtype)
     dweight = torch.empty(RAGGED[1], dtype=dtype, device=DEVICE)
     dbias = torch.empty(RAGGED[1], dtype=torch.float32, device=DEVICE)
     sums = batch_norm_backward_reduce(dout, x, out, stats, True, dweight, dbias)
-    same_bits(dweight, sums[1].to(dtype))
-    same_bits(dbias, sums[0])
+    same(dweight, sums[1].to(dtype))
+    same(dbias, sums[0])
 
 
 @per_pair
 def test_a_mask_recomputed_from_x_is_bit_equal_to_the_stored_output(shape, dtype):
     dout, x, out, stats = backward_inputs(shape, dtype)
     sums = batch_norm_backward_reduce(dout, x, out, stats)
-    same_bits(batch_norm_backward_reduce(dout, x, None, stats), sums)
+    same(batch_norm_backward_reduce(dout, x, None, stats), sums)
     for used in (sums, None):
-        same_bits(
+        same(
             batch_norm_backward_apply(dout, x, stats, used),
             batch_norm_backward_apply(masked(dout, out), x, stats, used, relu=False),
         )
@@ -541,8 +531,8 @@ def test_a_mask_recomputed_from_x_is_bit_equal_to_the_stored_output(shape, dtype
 def test_the_gradient_of_the_shortcut_is_dout_behind_the_mask(shape, dtype, stored):
     dout, x, out, stats = backward_inputs(shape, dtype)
     g, mask = torch.empty_like(x), out if stored else None
-    same_bits(batch_norm_backward_reduce(dout, x, mask, stats, g=g), batch_norm_backward_reduce(dout, x, mask, stats))
-    same_bits(g, masked(dout, out))
+    same(batch_norm_backward_reduce(dout, x, mask, stats, g=g), batch_norm_backward_reduce(dout, x, mask, stats))
+    same(g, masked(dout, out))
 
 
 @pytest.mark.parametrize("normed", [False, True], ids=["two sums", "three sums"])
@@ -556,8 +546,8 @@ def test_a_launch_s_partials_are_merged_to_its_sums_wherever_its_gradient_goes(s
     g = dout.clone(memory_format=torch.channels_last)
     partial = backward_partials(g, x, out, stats, shortcut=shortcut, g=g)
     assert partial.shape[::2] == (2 + normed, shape[1]) and partial.dtype == stats.dtype
-    same_bits(merge_sums(partial), sums)
-    same_bits(g, masked(dout, out))
+    same(merge_sums(partial), sums)
+    same(g, masked(dout, out))
 
 
 @per_pair
@@ -572,7 +562,7 @@ def test_the_third_sum_is_as_exact_as_eager(shape, dtype):
         )
         sums = batch_norm_backward_reduce(dout, x, out, stats, shortcut=NormedShortcut(z, z_stats))
         results.append({"sum g * zhat": (sums[2], eager, exact)})
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 @pytest.mark.core
@@ -612,7 +602,7 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
 @per_pair
 def test_a_second_run_gives_the_same_bits(shape, dtype):
     for first, second in zip(everything(shape, dtype), everything(shape, dtype)):
-        same_bits(first, second)
+        same(first, second)
 
 
 @per_dtype
@@ -620,11 +610,11 @@ def test_a_result_goes_where_it_is_wanted_and_may_replace_the_gradient_it_is_mad
     dout, x, out, stats = backward_inputs(RAGGED, dtype)
     given = torch.empty_like(x)
     assert batch_norm_add_relu(x, stats, out=given) is given
-    same_bits(given, out)
+    same(given, out)
     sums = batch_norm_backward_reduce(dout, x, out, stats)
     expected = batch_norm_backward_apply(dout, x, stats, sums)
     assert batch_norm_backward_apply(dout, x, stats, sums, dx=dout) is dout
-    same_bits(dout, expected)
+    same(dout, expected)
 
 
 def test_inputs_are_only_read():
@@ -637,7 +627,7 @@ def test_inputs_are_only_read():
     batch_norm_backward_reduce(dout, x, out, stats, g=torch.empty_like(x))
     batch_norm_backward_apply(dout, x, stats, sums)
     for name, t in inputs.items():
-        same_bits(t, before[name])
+        same(t, before[name])
 
 
 @pytest.mark.core
@@ -668,7 +658,7 @@ def test_any_shape_is_as_exact_as_eager(shape, dtype):
 
     names = ("mean", "invstd", "out", "sum g", "sum g * xhat", "dx")
     fused = (stats[0], stats[1], out, *sums, dx)
-    assert_parity([dict(zip(names, zip(fused, plain(acc), plain(torch.float64))))])
+    assert_draws_parity([dict(zip(names, zip(fused, plain(acc), plain(torch.float64))))])
 
 
 # ---- what is rejected ----------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from resnet.kernels.batch_norm_finalize import batch_norm_finalize
 from resnet.kernels.conv_forward import Frozen, Moments, Shortcut
 from resnet.kernels.host.arguments import check_span
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, SIXTEEN_BIT, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.convolutions import EPILOGUES, EPS, Case
 from tests.helpers.pairs import pairwise
 from tests.helpers.parity import assert_as_exact_as_eager
@@ -137,7 +137,7 @@ def test_a_block_without_options_on_its_convolution_or_its_norm():
     torch.testing.assert_close(bare.shortcut, full.shortcut, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_a_long_reduction_is_accumulated_in_float32(dtype):
     C = 544
     x = torch.ones(1, C, 3, 3, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)

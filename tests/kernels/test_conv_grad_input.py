@@ -21,7 +21,7 @@ from resnet.kernels.conv_grad_input import BlockEnd, IdentityGrad, KeptMask, Rel
 from resnet.kernels.host.shapes import ConvShape
 from tests.conftest import DEVICE
 from tests.helpers import grad_input_cases as cases
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, SIXTEEN_BIT, draw, name_of, same, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.grad_input_cases import BLOCK_ENDS, EPILOGUES, MET_END, Case
 
 NHWC = torch.channels_last
@@ -34,10 +34,6 @@ SUMMED = {"mask": 2, **dict.fromkeys((*BLOCK_ENDS, MET_END), 2), IDENTITY_NORMED
 @pytest.fixture
 def small_tiles(monkeypatch):
     monkeypatch.setattr(tuning.choice, "candidates", lambda *_: cases.SMALL_TILES)
-
-
-def same_bits(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- parity ----------------------------------------------------------------------------------------------------------
@@ -90,7 +86,7 @@ def test_a_parity_class_without_taps_still_gets_its_epilogue(small_tiles, epilog
         expected = case.added if epilogue.startswith("identity") else torch.zeros_like(dx)
         if "block end" in epilogue:
             expected = cases.masked(expected, case.epilogue.out)
-        same_bits(dx[:, :, h::2, w::2], expected[:, :, h::2, w::2])
+        same(dx[:, :, h::2, w::2], expected[:, :, h::2, w::2])
 
 
 @pytest.mark.parametrize("of_the_pixels", [2, 3])
@@ -102,7 +98,7 @@ def test_what_meets_some_pixels_is_added_to_these_and_to_no_other(small_tiles, o
     (dx,) = replace(case, epilogue=IdentityGrad(g, of_the_pixels)).fused()
     expected = alone.clone()
     expected[:, :, ::of_the_pixels, ::of_the_pixels] += g
-    same_bits(dx, expected)
+    same(dx, expected)
 
 
 @pytest.mark.parametrize("epilogue", SUMMED)
@@ -110,11 +106,11 @@ def test_the_same_bits_come_out_twice_and_results_are_channels_last(small_tiles,
     case = Case.of(replace(RAGGED, stride=2), epilogue, torch.float16)
     first, second = case.fused(), case.fused()
     for a, b in zip(first, second, strict=True):
-        same_bits(a, b)
+        same(a, b)
     assert first[0].is_contiguous(memory_format=NHWC)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_a_long_reduction_is_accumulated_in_float32(small_tiles, dtype):
     K, shape = 544, ConvShape(N=1, H=3, W=3, C=4, K=544, R=1, S=1, stride=1, padding=0)
     dy = torch.ones(1, K, 3, 3, dtype=dtype, device=DEVICE).contiguous(memory_format=NHWC)
@@ -139,7 +135,7 @@ def test_the_recomputed_mask_is_that_of_batch_norm_backward_bit_for_bit(small_ti
     dx = replace(case, epilogue=None).fused()[0]
     expected = torch.empty_like(dx)
     batch_norm_backward_reduce(dx, y1, None, stats, g=expected)
-    same_bits(g, expected)
+    same(g, expected)
     assert 0 < (g == 0).sum() < g.numel()
 
 
@@ -149,8 +145,8 @@ def test_sums_are_of_the_gradient_as_stored_and_reach_the_parameters(small_tiles
     g, sums = conv_grad_input.conv_grad_input(
         case.dy, case.weight, case.shape, case.epilogue, dweight=dweight, dbias=dbias
     )
-    same_bits(dweight, sums[1])
-    same_bits(dbias, sums[0].half())
+    same(dweight, sums[1])
+    same(dbias, sums[0].half())
     reduced = batch_norm_backward_reduce(g, case.epilogue.y1, None, case.epilogue.stats, relu=False)
     torch.testing.assert_close(sums, reduced, rtol=1e-5, atol=1e-4)  # float32, in another order
 
@@ -167,9 +163,9 @@ def test_nan_passes_a_relu_and_a_masked_nan_does_not(small_tiles, dtype):
     plain = replace(case, epilogue=None).fused()[0]
     case.epilogue.y1[at] = values
     case.epilogue = ReluMask(case.epilogue.y1, ones)
-    same_bits(case.fused()[0][at], torch.where(values == -inf, 0, plain[at]))
+    same(case.fused()[0][at], torch.where(values == -inf, 0, plain[at]))
     case.epilogue = KeptMask(case.epilogue.y1)
-    same_bits(case.fused()[0][at], torch.where(values == -inf, 0, plain[at]))
+    same(case.fused()[0][at], torch.where(values == -inf, 0, plain[at]))
 
 
 def test_rows_beyond_the_last_pixel_do_not_spoil_the_sums_of_an_infinite_weight(small_tiles):
@@ -199,7 +195,7 @@ def test_a_block_s_end_is_the_two_launches_that_it_replaces(small_tiles, epilogu
     dx = replace(case, epilogue=branch).fused()[0]
     expected = torch.empty_like(dx)
     expected_sums = batch_norm_backward_reduce(dx, y, out, stats, shortcut=shortcut, g=expected)
-    same_bits(g, expected)
+    same(g, expected)
     eps = torch.finfo(stats.dtype).eps
     torch.testing.assert_close(torch.stack(sums), expected_sums, rtol=80 * eps, atol=800 * eps)
     assert 0 < (g == 0).sum() < g.numel()
@@ -227,7 +223,7 @@ def test_tiles_that_are_tried_before_leave_nothing_in_a_block_s_end(monkeypatch,
     with tuning.every_candidate():
         tried = launch(case)
     for a, b in zip(tried, launch(case), strict=True):
-        same_bits(a, b)
+        same(a, b)
     for tile in tiles:
         monkeypatch.setattr(tuning.choice, "candidates", lambda *_, tile=tile: [tile])
         _, partial = launch(case)
@@ -254,7 +250,7 @@ def test_a_nan_output_passes_its_gradient_and_minus_infinity_stops_it(small_tile
     dx = replace(case, epilogue=case.epilogue.branch).fused()[0]
     assert dx[at].all()
     g, *sums = case.fused()
-    same_bits(g[at], torch.where(values <= 0, 0, dx[at]))
+    same(g[at], torch.where(values <= 0, 0, dx[at]))
     assert torch.stack(sums).isfinite().all()
 
 
@@ -296,7 +292,7 @@ def test_a_block_s_end_changes_nothing_that_it_reads(small_tiles, epilogue):
     before = [t.clone() for t in read]
     case.fused()
     for a, b in zip(read, before, strict=True):
-        same_bits(a, b)
+        same(a, b)
 
 
 # ---- what is not computed --------------------------------------------------------------------------------------------
@@ -310,7 +306,7 @@ def test_an_empty_batch_gives_empty_results_and_zero_sums(epilogue):
     assert dx.shape == (0, shape.C, shape.H, shape.W) and dx.dtype == torch.float16
     assert len(sums) == SUMMED.get(epilogue, 0)
     for total in sums:
-        same_bits(total, torch.zeros(shape.C, device=DEVICE))
+        same(total, torch.zeros(shape.C, device=DEVICE))
 
 
 def test_an_empty_batch_zeroes_the_parameters_gradients():

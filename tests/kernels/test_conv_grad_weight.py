@@ -17,7 +17,7 @@ from resnet.kernels.host import tiling
 from resnet.kernels.host.shapes import ConvShape
 from resnet.kernels.tuning import Config
 from tests.conftest import DEVICE
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, SIXTEEN_BIT, draw, name_of, staircase, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.parity import assert_as_exact_as_eager
 
 # N, H, W, C, K, R, S, stride, padding, dilation: each leaves ragged tiles of pixels; most of channels too.
@@ -172,7 +172,7 @@ def test_padding_is_zero_after_the_activation():
         torch.testing.assert_close(dw, expected)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_a_long_reduction_is_accumulated_in_float32(dtype):
     shape = ConvShape(1, 17, 32, 16, 8, 1, 1, 1, 0)
     dy = torch.ones(1, 8, 17, 32, dtype=dtype, device=DEVICE).contiguous(memory_format=torch.channels_last)

@@ -29,9 +29,9 @@ from resnet.kernels.host.tiling import elements_of, image_tiling, tiling
 from resnet.norm import statistics_dtype
 from tests.conftest import DEVICE
 from tests.helpers.batch_norm_launches import EPS, batch_stats
-from tests.helpers.blocks import DTYPES, HALF, draw, name_of, unwritten_memory_is_nan  # noqa: F401
+from tests.helpers.blocks import DTYPES, SIXTEEN_BIT, draw, name_of, same, unwritten_memory_is_nan  # noqa: F401
 from tests.helpers.pairs import each_pair
-from tests.helpers.parity import assert_as_exact_as_eager
+from tests.helpers.parity import assert_draws_parity
 from tests.helpers.squeeze_excite_launches import LAUNCHES, Case
 
 # N, C, H, W. `test_shapes_are_cut_as_their_names_say`.
@@ -91,16 +91,6 @@ def seeds(values: int) -> range:
     return range(max(2, -(-24 // values)))
 
 
-def assert_parity(results: list[dict[str, tuple[Tensor, Tensor, Tensor]]]) -> None:
-    """Of several draws: name -> (fused, eager, exact)."""
-    for name in results[0]:
-        assert_as_exact_as_eager(name, *([draws[name][i] for draws in results] for i in range(3)))
-
-
-def same_bits(a: object, b: object) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
-
-
 def test_shapes_are_cut_as_their_names_say():
     def cut(name: str) -> tuple:
         N, C, H, W = SHAPES[name]
@@ -153,7 +143,7 @@ def test_pooled_and_what_backward_needs_of_it_are_as_exact_as_eager(shape, dtype
         names = "pooled", "passed", "mean of xhat"
         eager, exact = plain(stats, dtype), plain(stats.double(), torch.float64)
         results.append(dict(zip(names, zip((pooled, *link[:2]), eager, exact))))
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 @pytest.mark.core
@@ -172,7 +162,7 @@ def test_out_is_as_exact_as_eager(shape, dtype, inner, relu, add):
             return torch.relu(z) if relu else z
 
         results.append({"out": (out, plain(stats).to(dtype), plain(stats.double()))})
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 # ---- backward ----------------------------------------------------------------------------------------------------
@@ -188,7 +178,7 @@ def test_the_gates_gradient_and_the_sums_of_an_image_are_as_exact_as_eager(shape
         stored_g, dgate, dlink = batch_norm_excite_backward(dout, y, out if relu else None, stats, gate, inner)
         g = torch.where(out <= 0, 0, dout) if relu else dout
         if relu:
-            same_bits(stored_g, g)
+            same(stored_g, g)
         else:
             assert stored_g is None
         stop = stopped(y, stats, inner)
@@ -205,7 +195,7 @@ def test_the_gates_gradient_and_the_sums_of_an_image_are_as_exact_as_eager(shape
         names = "dgate", "sum g", "sum g * xhat"
         eager, exact = plain(stats, dtype), plain(stats.double(), torch.float64)
         results.append(dict(zip(names, zip((dgate, *dlink[:2]), eager, exact))))
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 @dataclass
@@ -259,7 +249,7 @@ def test_sums_and_the_gradient_of_the_norms_input_are_as_exact_as_eager(shape, d
         names = "sum dh", "sum dh * xhat", "dy"
         eager, exact = plain(given.stats, dtype), plain(given.stats.double(), torch.float64)
         results.append(dict(zip(names, zip((*sums, dy), eager, exact))))
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
 @pytest.mark.parametrize("N", [1, 130, 600])
@@ -387,19 +377,19 @@ def test_sums_over_channels_far_from_zero_are_as_exact_as_eager(mean, inner):
 
         names = "pooled", "dgate", "sum dh", "sum dh * xhat"
         results.append(dict(zip(names, zip((pooled, dgate, *sums), plain(stats), plain(stats.double())))))
-    assert_parity(results)
+    assert_draws_parity(results)
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_gradients_of_weight_and_bias_are_the_sums_rounded_to_their_types_and_a_bias_before_has_none(dtype):
     given, C = HandedOver.of(RAGGED, dtype), RAGGED[1]
     dweight, dbias = torch.empty(C, dtype=dtype, device=DEVICE), torch.empty(C, device=DEVICE)
     dconv_bias = torch.empty(C, dtype=dtype, device=DEVICE)
     sums = given.sums(dweight, dbias, dconv_bias)
-    same_bits(dweight, sums[1].to(dtype))
-    same_bits(dbias, sums[0])
-    same_bits(dconv_bias, torch.zeros_like(dconv_bias))
-    same_bits(sums, given.sums())
+    same(dweight, sums[1].to(dtype))
+    same(dbias, sums[0])
+    same(dconv_bias, torch.zeros_like(dconv_bias))
+    same(sums, given.sums())
 
 
 # ---- what is handed over -------------------------------------------------------------------------------------------
@@ -412,17 +402,17 @@ def test_a_link_is_of_the_statistics_type_and_has_zeros_where_its_gradient_has_t
     link, dlink = given.link, given.dlink
     assert link.shape == dlink.shape == (3, *RAGGED[:2])
     assert link.dtype == dlink.dtype == given.stats.dtype
-    same_bits(link[2], torch.zeros_like(link[2]))
-    same_bits(dlink[2], given.gate.to(dlink.dtype))
+    same(link[2], torch.zeros_like(link[2]))
+    same(dlink[2], given.gate.to(dlink.dtype))
 
 
 @per_dtype
 def test_without_an_inner_relu_every_pixel_passes(dtype):
     _, link = batch_norm_squeeze(draw(*RAGGED, dtype=dtype), stats_of(RAGGED[1], dtype, seed=0))
-    same_bits(link[0], torch.ones_like(link[0]))
+    same(link[0], torch.ones_like(link[0]))
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=name_of)
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
 def test_a_positive_value_that_rounds_to_zero_has_no_gradient(dtype):
     if isinstance(squeeze_kernel, InterpretedFunction) and dtype == torch.bfloat16:
         pytest.skip("the interpreter reads bfloat16's subnormals as zeros")
@@ -458,8 +448,8 @@ def test_pooled_and_out_keep_nan_and_infinity_as_pytorch_does(dtype, inner):
     gate = torch.ones(2, 4, dtype=dtype, device=DEVICE)
     h = torch.relu(y + 1) if inner else y + 1
     for relu in (True, False):
-        same_bits(batch_norm_excite(y, stats, gate, None, inner, relu), torch.relu(h) if relu else h)
-        same_bits(batch_norm_excite(y, stats, gate, torch.zeros_like(y), inner, relu), torch.relu(h) if relu else h)
+        same(batch_norm_excite(y, stats, gate, None, inner, relu), torch.relu(h) if relu else h)
+        same(batch_norm_excite(y, stats, gate, torch.zeros_like(y), inner, relu), torch.relu(h) if relu else h)
     pooled = batch_norm_squeeze(y, stats, inner)[0]
     expected = h.double().mean((2, 3)).to(dtype)
     eps = torch.finfo(dtype).eps
@@ -533,9 +523,9 @@ def test_a_map_that_the_relu_stops_in_full_adds_nothing_to_the_sums(bad):
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_second_run_gives_the_same_bits_and_inputs_are_only_read(name):
     case, before = (Case.of(RAGGED, torch.float16) for _ in range(2))
-    same_bits(LAUNCHES[name](case), LAUNCHES[name](case))
+    same(LAUNCHES[name](case), LAUNCHES[name](case))
     for argument, t in vars(case).items():
-        same_bits(t, getattr(before, argument))
+        same(t, getattr(before, argument))
 
 
 @pytest.mark.parametrize("name", [name for name in LAUNCHES if "sums" not in name])  # which are those of all images
@@ -557,7 +547,7 @@ def test_an_image_does_not_depend_on_its_neighbours(name):
     results = [LAUNCHES[name](case) for case in (both, first)]
     for whole, own in zip(*([r] if isinstance(r, Tensor) else r for r in results)):
         if whole is not None:
-            same_bits(whole[:, :1] if whole.shape[:2] == (3, 2) else whole[:1], own)
+            same(whole[:, :1] if whole.shape[:2] == (3, 2) else whole[:1], own)
 
 
 @pytest.mark.core

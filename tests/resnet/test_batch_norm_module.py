@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 
 import pytest
@@ -26,9 +25,10 @@ from tests.helpers.blocks import (
     named,
     randomize,
     same,
+    saved_and_loaded,
     snapshot,
 )
-from tests.helpers.fused_cases import train_and_eval
+from tests.helpers.fused_cases import BAD_COUNTS, train_and_eval
 from tests.helpers.layouts import LAYOUTS, is_channels_last
 
 pytestmark = [
@@ -268,14 +268,7 @@ def test_it_says_what_it_is():
     assert shown == f"Fused{nn.BatchNorm2d(C)!r}"[:-1] + ", relu=False)"
 
 
-def pickled(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded], ids=["deepcopy", "pickle"])
 def test_a_copy_gives_the_same_bits_and_changes_alone(any_backend, duplicate):
     fused, _ = pair(relu=False)
     x, before = draw(*SHAPE), snapshot(fused)
@@ -405,16 +398,9 @@ def test_bad_input_is_named_before_anything_changes(any_backend, momentum, bad):
     same(snapshot(fused), before)
 
 
-COUNTS = {
-    "shape": (lambda count: count.view(1), ValueError, r"expected shape \(\), got \(1,\)"),
-    "type": (lambda count: count.int(), TypeError, "expected torch.int64, got torch.int32"),
-    "device": (lambda count: count.to("meta"), ValueError, "expected the input's device .*, got meta"),
-}
-
-
-@pytest.mark.parametrize("wrong", COUNTS)
+@pytest.mark.parametrize("wrong", BAD_COUNTS)
 def test_a_count_that_a_cumulative_average_cannot_take_is_refused_before_anything_changes(any_backend, wrong):
-    change, error, message = COUNTS[wrong]
+    change, error, message = BAD_COUNTS[wrong]
     fused, _ = pair(momentum=None)
     fused.num_batches_tracked = change(fused.num_batches_tracked)
     mean = fused.running_mean.clone()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -21,15 +19,9 @@ from tests.helpers.blocks import (
     snapshot,
     step,
 )
-from tests.helpers.fused_cases import assert_exact, assert_trios_parity, train_and_eval
+from tests.helpers.fused_cases import assert_exact, assert_trios_parity, fused_alone, train_and_eval
 
-
-@pytest.fixture(autouse=True)
-def fused_alone():
-    """What falls back to PyTorch's operators warns, which is an error here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Fused")
-        yield
+pytestmark = fused_alone
 
 
 @train_and_eval

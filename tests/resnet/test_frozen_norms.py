@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ import resnet
 from resnet import BasicBlock, Bottleneck, Residual, ResidualBottleneck, SmallStem, Stem, fusable, fuse
 from tests.conftest import DEVICE
 from tests.helpers.blocks import POOLED, Trio, draw, incoming_gradient, infer, keep_norms_constant, step, trio
-from tests.helpers.fused_cases import assert_exact, assert_trios_parity
+from tests.helpers.fused_cases import assert_exact, assert_trios_parity, fused_alone
 
 # (class, constructor's arguments)
 CASES = {
@@ -73,20 +72,13 @@ def operator(out: Tensor) -> str:
     return type(out.grad_fn).__name__
 
 
-@pytest.fixture
-def fused_alone():
-    """What falls back to PyTorch's operators warns, which is an error here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="Fused")
-        yield
-
-
 # ---- blocks ----------------------------------------------------------------------------------------------------------
 
 
 @cases
 @norms
-def test_a_block_gives_eagers_values_in_float64(any_backend, fused_alone, case, freeze):
+@fused_alone
+def test_a_block_gives_eagers_values_in_float64(any_backend, case, freeze):
     t, x = trio_of(case, freeze, dtype=torch.float64), draw(3, case[1][0], 7, 6, dtype=torch.float64)
     assert_exact(t, x)
     assert_exact(t, x, infer)
@@ -178,7 +170,8 @@ def test_constants_may_change_between_forward_and_backward(any_backend):
     torch.testing.assert_close(*grads)
 
 
-def test_a_block_compiles_into_one_graph(fused_alone, monkeypatch):
+@fused_alone
+def test_a_block_compiles_into_one_graph(monkeypatch):
     monkeypatch.setattr(nn.functional, "conv2d", torch.conv2d)  # the compiler would read tests/conftest.py's
     t = trio_of(CASES["bottleneck, normed shortcut of stride 2"], dtype=torch.float64)
     t.fused = torch.compile(t.fused, backend="aot_eager", fullgraph=True)
@@ -190,7 +183,8 @@ def test_a_block_compiles_into_one_graph(fused_alone, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [Stem, SmallStem])
-def test_a_stem_gives_eagers_values(any_backend, fused_alone, kind):
+@fused_alone
+def test_a_stem_gives_eagers_values(any_backend, kind):
     t = trio_of((kind, (3, 8)), dtype=torch.float64)
     x = draw(2, 3, 12, 11, dtype=torch.float64)
     assert_exact(t, x)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import io
 import pickle
 import re
 import subprocess
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from resnet import BasicBlock, Bottleneck, Residual, ResNet, SmallStem, Stem, fusable, fuse, unfuse
 from tests.conftest import DEVICE, ROOT
-from tests.helpers.blocks import assert_parity, draw, randomize, snapshot, step, weights_dtype
+from tests.helpers.blocks import assert_parity, draw, randomize, saved_and_loaded, snapshot, step, weights_dtype
 
 
 def torchvision(name: str, **options) -> nn.Module:
@@ -320,14 +319,11 @@ def test_the_state_dict_and_its_tensors_stay(name):
     model.load_state_dict(twin.state_dict(), strict=True)
 
 
-def saved(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "save": saved}
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "save": saved_and_loaded,
+}
 
 
 @one_of_each
@@ -743,7 +739,7 @@ def test_the_stem_of_a_part_of_torchvisions_net_is_fused(layers, train):
         results.append((found, torch.autograd.grad(loss, list(model.parameters())), snapshot(model)))
     torch.testing.assert_close(*results, atol=1e-8, rtol=1e-6)
     assert list(fused(x)) == list(layers)
-    torch.testing.assert_close(saved(fused)(x), fused(x))
+    torch.testing.assert_close(saved_and_loaded(fused)(x), fused(x))
 
 
 def test_a_part_that_gives_what_is_inside_the_stem_keeps_its_class():

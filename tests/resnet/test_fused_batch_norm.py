@@ -11,6 +11,7 @@ from resnet.graphs import Graphed
 from tests.conftest import DEVICE
 from tests.helpers.blocks import averaged, draw, named, same, snapshot, trio
 from tests.helpers.fused_cases import (
+    BAD_COUNTS,
     IDENTITY,
     MODES,
     STRIDED,
@@ -50,17 +51,10 @@ def test_norms_that_share_a_count_each_average_over_what_is_counted_by_then(any_
     assert t.fused.bn1.num_batches_tracked == 6
 
 
-COUNTS = {
-    "shape": (lambda count: count.view(1), ValueError, r"expected shape \(\), got \(1,\)"),
-    "type": (lambda count: count.int(), TypeError, "expected torch.int64, got torch.int32"),
-    "device": (lambda count: count.to("meta"), ValueError, "expected the input's device .*, got meta"),
-}
-
-
-@pytest.mark.parametrize("wrong", COUNTS)
+@pytest.mark.parametrize("wrong", BAD_COUNTS)
 @pytest.mark.parametrize(("args", "name"), [((Residual, 4, 4), "bn2"), ((Stem, 4, 4), "1")], ids=["block", "stem"])
 def test_a_count_that_a_cumulative_average_cannot_take_is_refused(any_backend, args, name, wrong):
-    change, error, message = COUNTS[wrong]
+    change, error, message = BAD_COUNTS[wrong]
     module = trio(*args).each(averaged).fused
     bn = module.get_submodule(name)
     bn.num_batches_tracked = change(bn.num_batches_tracked)

@@ -21,10 +21,9 @@ from tests.helpers.blocks import (
     step,
     trio,
 )
-from tests.helpers.fused_cases import assert_exact, assert_trios_parity, train_and_eval
+from tests.helpers.fused_cases import assert_exact, assert_trios_parity, fused_alone, train_and_eval
 
-# Where it is not fused, a block would give eager's values, too.
-pytestmark = pytest.mark.filterwarnings("error:.* runs PyTorch's operators one by one")
+pytestmark = fused_alone
 
 # (class, constructor's arguments). A norm of two channels would leave the error of its sums to luck.
 CASES = {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from torch import nn
 
 from resnet import FusedResidual, Residual, SmallStem, Stem
-from tests.helpers.blocks import FUSED, draw, randomize, same, snapshot, step, trio
+from tests.helpers.blocks import FUSED, draw, randomize, same, saved_and_loaded, snapshot, step, trio
 from tests.helpers.fused_cases import (
     BLOCKS,
     STRIDED,
@@ -65,15 +64,8 @@ def test_a_checkpoint_with_nchw_weights_is_as_exact_as_eager(any_backend, train,
         torch.testing.assert_close(t.fused(x), t.eager(x), rtol=1e-4, atol=1e-5)
 
 
-def _pickled(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @kinds
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, _pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded], ids=["deepcopy", "pickle"])
 def test_a_copy_gives_the_same_bits_and_changes_alone(any_backend, duplicate, kind):
     fused = inference_trio(kind).fused
     x = images(kind)

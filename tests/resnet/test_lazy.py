@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import warnings
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from resnet import (
     resnet18,
 )
 from tests.conftest import DEVICE
-from tests.helpers.blocks import draw, name_of, same, snapshot, step
+from tests.helpers.blocks import draw, name_of, same, saved_and_loaded, snapshot, step
 
 # ---- d2l.ai 1.0, chapter 8.6 -----------------------------------------------------------------------------------
 
@@ -142,13 +141,6 @@ def sizes(module: nn.Module) -> list[tuple[int, ...]]:
     return [
         (m.in_channels, m.out_channels) if isinstance(m, nn.Conv2d) else (m.num_features,) for m in children(module)
     ]
-
-
-def pickled(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def step_of_new(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -386,14 +378,14 @@ def test_a_state_dict_of_a_module_before_its_dry_run_has_the_books_keys_and_no_v
 @kinds
 def test_a_pickle_of_a_module_before_its_dry_run_is_lazy_and_independent(any_backend, kind):
     module = lazy(kind)
-    twin = pickled(module)
+    twin = saved_and_loaded(module)
     assert type(twin) is type(module) and is_lazy(twin)
     twin.to(DEVICE)(images())
     assert is_initialised(twin) and is_lazy(module)
 
 
 @kinds
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, saved_and_loaded], ids=["deepcopy", "pickle"])
 def test_a_copy_after_the_dry_run_is_equal_and_independent(any_backend, duplicate, kind):
     module = lazy(kind)
     module(images())

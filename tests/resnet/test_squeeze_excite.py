@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -32,16 +31,10 @@ from tests.helpers.blocks import (
     step,
     trio,
 )
-from tests.helpers.fused_cases import assert_exact, assert_refused, assert_trios_parity, train_and_eval
+from tests.helpers.fused_cases import assert_exact, assert_refused, assert_trios_parity, fused_alone, train_and_eval
 from tests.helpers.gated import FusedInner, Inner
 
-
-@pytest.fixture(autouse=True)
-def fused_alone():
-    """What falls back to PyTorch's operators warns, which is an error here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* runs PyTorch's operators one by one")
-        yield
+pytestmark = fused_alone
 
 
 def trio_of(case: tuple, seed: int = 0, dtype: torch.dtype = torch.float32, train: bool = True) -> Trio:

@@ -31,9 +31,3 @@ def on_kernels() -> Iterator[None]:
     """The kernels, but for the convolutions, which the interpreter is slow in."""
     with resnet.backend("triton"), resnet.convolution("pytorch"):
         yield
-
-
-@pytest.fixture
-def own_convolutions() -> Iterator[None]:
-    with resnet.backend("triton"), resnet.convolution("triton"):
-        yield

@@ -13,8 +13,8 @@ import resnet
 from resnet import Residual
 from resnet.registration import link
 from tests.helpers.blocks import Trio, incoming_gradient
-from tests.helpers.chains import CHAINS, RESIDUAL, STRIDED, chain, fused_alone, grads_of, inputs, watch
-from tests.helpers.fused_cases import assert_exact
+from tests.helpers.chains import CHAINS, RESIDUAL, STRIDED, chain, grads_of, inputs, watch
+from tests.helpers.fused_cases import assert_exact, fused_alone
 from tests.helpers.replays import replays
 
 # ---- autograd's other ways -------------------------------------------------------------------------------------------

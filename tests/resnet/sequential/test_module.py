@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -14,9 +13,9 @@ from torch._dynamo import compiled_autograd
 import resnet
 from resnet import BasicBlock, FusedResidual, FusedSequential, Residual, ResNet, fuse, resnet18, unfuse
 from tests.conftest import DEVICE
-from tests.helpers.blocks import Trio, draw, incoming_gradient, same, snapshot, step
-from tests.helpers.chains import CHAINS, RESIDUAL, chain, fused_alone, grads_of, inputs, watch
-from tests.helpers.fused_cases import assert_exact
+from tests.helpers.blocks import Trio, draw, incoming_gradient, same, saved_and_loaded, snapshot, step
+from tests.helpers.chains import CHAINS, RESIDUAL, chain, grads_of, inputs, watch
+from tests.helpers.fused_cases import assert_exact, fused_alone
 
 # ---- a module among others -------------------------------------------------------------------------------------------
 
@@ -43,18 +42,11 @@ def test_its_parts_and_what_it_is_extended_to_are_of_its_class(on_kernels):
     assert type(t.fused) is FusedSequential and len(t.fused) == 4
 
 
-def stored(module: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 def pickled(module: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(module))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, stored], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved_and_loaded], ids=lambda f: f.__name__)
 def test_a_copy_is_linked_too_and_changes_alone(own_convolutions, reduced, duplicate):
     fused, x = chain(STAGES).fused, inputs(STAGES)
     twin = duplicate(fused)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from resnet import Bottleneck
 from tests.helpers.blocks import step
-from tests.helpers.chains import CHAINS, RESIDUAL, apart, chain, fused_alone, inputs
+from tests.helpers.chains import CHAINS, RESIDUAL, apart, chain, inputs
+from tests.helpers.fused_cases import fused_alone
 
 SAVING = {
     **{name: CHAINS[name] for name in ("identities", "a 1x1 shortcut after a strided one", "basic blocks", "stages")},

@@ -13,8 +13,8 @@ import resnet
 from resnet import Residual
 from tests.conftest import DEVICE
 from tests.helpers.blocks import averaged, draw, incoming_gradient, infer, keep_norms_constant, same, snapshot, step
-from tests.helpers.chains import CHAINS, RESIDUAL, STRIDED, chain, fused_alone, inputs
-from tests.helpers.fused_cases import assert_exact, assert_trios_parity
+from tests.helpers.chains import CHAINS, RESIDUAL, STRIDED, chain, inputs
+from tests.helpers.fused_cases import assert_exact, assert_trios_parity, fused_alone
 
 chains = pytest.mark.parametrize("blocks", CHAINS.values(), ids=CHAINS)
 

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from resnet import BasicBlock, FusedBasicBlock
 from tests.helpers.blocks import draw, incoming_gradient
-from tests.helpers.chains import CHAINS, chain, fused_alone, inputs, watch
+from tests.helpers.chains import CHAINS, chain, inputs, watch
+from tests.helpers.fused_cases import fused_alone
 
 Note = Callable[[Tensor], None]
 

@@ -42,32 +42,25 @@ per_module = pytest.mark.parametrize("kind, arguments, shape", MODULES.values(),
 per_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 
-@pytest.fixture
-def fused_backend():
-    """The Triton backend as users have it: "auto" is "triton" where nothing can be timed."""
-    with resnet.backend("triton"), resnet.convolution("triton"):
-        yield
-
-
 @pytest.mark.core
 @per_module
-def test_training_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
+def test_training_on_fused_convolutions_is_as_exact_as_eager(own_convolutions, kind, arguments, shape):
     assert_trios_parity([trio(kind, *arguments)], shape)
 
 
 @per_module
-def test_inference_on_fused_convolutions_is_as_exact_as_eager(fused_backend, kind, arguments, shape):
+def test_inference_on_fused_convolutions_is_as_exact_as_eager(own_convolutions, kind, arguments, shape):
     assert_trios_parity([trio(kind, *arguments, train=False)], shape, infer)
 
 
 @pytest.mark.parametrize("kind, arguments, shape", [MODULES["identity"], MODULES["1x1, stride 2"]])
 def test_a_step_with_norms_of_constants_on_fused_convolutions_is_as_exact_as_eager(
-    fused_backend, kind, arguments, shape
+    own_convolutions, kind, arguments, shape
 ):
     assert_trios_parity([trio(kind, *arguments).each(keep_norms_constant)], shape)
 
 
-def test_a_stride_may_be_numpys(fused_backend):
+def test_a_stride_may_be_numpys(own_convolutions):
     assert_trios_parity([trio(Residual, 2, 3, True, np.int64(2))], (2, 2, 4, 3))
 
 
@@ -94,7 +87,7 @@ def launches(monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
-def test_a_training_step_launches_each_fused_pass_once_in_order(fused_backend, launches, arguments):
+def test_a_training_step_launches_each_fused_pass_once_in_order(own_convolutions, launches, arguments):
     block = FusedResidual(*arguments).to(DEVICE)
     out = block(draw(2, 4, 4, 4).requires_grad_())
     assert launches == ["conv_forward", "conv_forward", "batch_norm_add_relu"]
@@ -109,7 +102,7 @@ def test_a_training_step_launches_each_fused_pass_once_in_order(fused_backend, l
 
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
-def test_a_step_with_norms_of_constants_launches_convolutions_alone(fused_backend, launches, arguments):
+def test_a_step_with_norms_of_constants_launches_convolutions_alone(own_convolutions, launches, arguments):
     block = keep_norms_constant(FusedResidual(*arguments).to(DEVICE))
     out = block(draw(2, 4, 4, 4).requires_grad_())
     assert launches == ["conv_forward"] * 2
@@ -120,7 +113,7 @@ def test_a_step_with_norms_of_constants_launches_convolutions_alone(fused_backen
 
 
 @pytest.mark.parametrize("arguments", ((4, 4), (4, 8, True, 2)), ids=("identity", "1x1, stride 2"))
-def test_a_block_in_inference_is_two_launches(fused_backend, launches, arguments):
+def test_a_block_in_inference_is_two_launches(own_convolutions, launches, arguments):
     block = FusedResidual(*arguments).to(DEVICE).eval()
     with torch.no_grad():
         block(draw(2, 4, 4, 4))
@@ -149,7 +142,7 @@ BOTTLENECKS = {
 
 @pytest.mark.parametrize("options, forward, backward", BOTTLENECKS.values(), ids=BOTTLENECKS)
 def test_a_convolution_with_a_dilation_is_fused_and_one_with_groups_is_pytorchs_between_fused_ones(
-    fused_backend, launches, options, forward, backward
+    own_convolutions, launches, options, forward, backward
 ):
     block = FusedBottleneck(8, 2, **options).to(DEVICE)
     out = block(draw(2, 8, 5, 5).requires_grad_())
@@ -169,7 +162,7 @@ def test_a_convolution_with_a_dilation_is_fused_and_one_with_groups_is_pytorchs_
     assert not [name for name in launches[5 + len(backward) :] if name.startswith("convolve")]
 
 
-def test_batches_of_the_same_power_of_two_share_their_choices(fused_backend, monkeypatch):
+def test_batches_of_the_same_power_of_two_share_their_choices(own_convolutions, monkeypatch):
     """What "auto" timed for one batch size holds for those, but not with TensorFloat-32, which changes the times."""
     keys: list[list[tuple]] = []
 
@@ -277,7 +270,7 @@ def test_tf32_is_used_where_pytorchs_convolution_would_use_it(monkeypatch, capab
     assert not convolution.tf32(x)
 
 
-def test_the_stem_stores_no_gradient_of_its_convolution(fused_backend, launches):
+def test_the_stem_stores_no_gradient_of_its_convolution(own_convolutions, launches):
     stem = trio(Stem, 1, 8).fused
     stem(draw(2, 1, 17, 15)).sum().backward()
     assert launches == ["conv_forward", "batch_norm_max_pool", "conv_grad_weight_max_pool"]
@@ -294,7 +287,7 @@ def test_the_gradient_of_a_stems_weight_alone_is_as_exact_as_eager(way):
         assert_trios_parity([trio(Stem, 1, 8)], (2, 1, 17, 15), weight_gradient)
 
 
-def test_a_block_keeps_four_activations_and_vectors_for_backward(fused_backend):
+def test_a_block_keeps_four_activations_and_vectors_for_backward(own_convolutions):
     block, x = FusedResidual(16, 16).to(DEVICE), draw(2, 16, 6, 5).requires_grad_()
     _, tensors = kept(block, x)
     activations = [t for t in tensors if t.numel() == x.numel()]
@@ -303,7 +296,7 @@ def test_a_block_keeps_four_activations_and_vectors_for_backward(fused_backend):
     assert all(t.numel() <= 4 * 16 for t in tensors if t.numel() != x.numel())
 
 
-def test_nothing_is_launched_for_gradients_that_nobody_wants(fused_backend, launches):
+def test_nothing_is_launched_for_gradients_that_nobody_wants(own_convolutions, launches):
     block = FusedResidual(4, 4).to(DEVICE)
     for name, p in block.named_parameters():
         p.requires_grad_(name.startswith("bn2"))
