@@ -13,3 +13,9 @@ def ctrl_c_is_not_ignored():
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, usual)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """What a command writes without a folder of its own goes there."""
+    monkeypatch.chdir(tmp_path)

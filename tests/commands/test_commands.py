@@ -20,12 +20,6 @@ from tests.conftest import ROOT
 from tests.helpers.checkpoints import as_fused, changed, save_untrained
 from tests.helpers.places import PLACES
 
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 # ---- files that a user names -------------------------------------------------------------------------------------
 
 

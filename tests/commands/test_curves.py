@@ -16,11 +16,6 @@ from resnet.curves import main, named
 EPOCHS = [{"loss": 0.9, "train_acc": 0.5, "test_acc": 0.61}, {"loss": 0.4, "train_acc": 0.7, "test_acc": 0.6}]
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-
 def write(path: str, epochs: object = EPOCHS) -> str:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps({"epochs": epochs}))

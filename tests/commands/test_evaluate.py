@@ -35,11 +35,6 @@ def trained(quick, tmp_path_factory):
     return train_tiny(tmp_path_factory.mktemp("saved") / "net.pt")
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def evaluated(checkpoint: str | Path, *arguments: str, images: int = IMAGES) -> dict:
     words = [str(checkpoint), "--device", "cpu", "--limit-test", str(images), "--json", "figures.json", *arguments]
     assert main(words) == 0

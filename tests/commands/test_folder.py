@@ -42,11 +42,6 @@ def make(folder: Path, colour: bool, test: str = "test", classes: tuple[str, ...
     return folder
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 # ---- what is read ------------------------------------------------------------------------------------------------
 
 

@@ -24,11 +24,6 @@ def checkpoint(tmp_path_factory) -> Path:
     return save_untrained(tmp_path_factory.mktemp("saved") / "net.pt")
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def image_of_the_set(number: int) -> torch.Tensor:
     return load_once(None).test_images[number]
 

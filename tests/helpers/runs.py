@@ -21,10 +21,9 @@ load_once = functools.cache(load)  # half a second, for half a hundred runs
 
 
 @pytest.fixture(autouse=True)
-def small_runs(monkeypatch, tmp_path):
-    """The whole set where the machine has it, or else the sample; files of a run go into an empty folder."""
+def small_runs(monkeypatch):
+    """The whole set where the machine has it, or else the sample."""
     monkeypatch.setattr(preparation, "load", load_once)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the commands
 
 
