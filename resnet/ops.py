@@ -6,7 +6,8 @@
     fused_residual::stem                       out = max_pool(relu(batch_norm(conv(x)))), the pool 3x3 with stride 2
     fused_residual::deep_stem                  the stem of three convolutions, with BatchNorm and ReLU between them
     fused_residual::residual_block_2           a block of two units in training, or in evaluation where gradients are
-                                               wanted; _3: of three; _2_normed, _3_normed: its shortcut has a norm
+                                               wanted; _3: of three; _2_normed, _3_normed: its shortcut has a norm;
+                                               _2_pooled, _3_pooled: that, and the shortcut reads a pooled x
     fused_residual::pre_activation_block_2, _3 a block of two or three convolutions with norms and ReLUs before them
     fused_residual::<block>_frozen             the block with norms of constants: frozen statistics, no vector trained
     fused_residual::<block>_inference          the block with frozen statistics and without gradients

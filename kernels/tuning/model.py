@@ -11,7 +11,8 @@ With several small ones the others go on. So a tile is good not for its products
 of programs that fit beside each other, and for waves that come out even. That is what the times on an H100 say, and
 what the constants are fitted to: see docs/performance.md.
 
-Configurations that need more shared memory or registers than there are, or are wider than the matrix, are left out.
+Configurations that need more shared memory or registers than there are, or are at least twice as wide as the matrix (16
+is always allowed), are left out.
 """
 
 from __future__ import annotations
