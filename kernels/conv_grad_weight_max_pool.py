@@ -41,7 +41,7 @@ from .host.launcher import launch
 from .host.shapes import ConvShape
 from .host.tiling import pooled_steps
 
-MAX_WINDOW = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
+MAX_AXIS = 30  # pixels along an axis of the convolution's window: two masks of taps share 64 bits
 
 # ---- the kernel ------------------------------------------------------------------------------------------------
 
@@ -162,8 +162,8 @@ def conv_grad_weight_max_pool(
             f"expected a positive kernel_size and stride, and a padding of at least 0, got {kernel_size}, {stride} and "
             f"{padding}"
         )
-    if max(kernel_size) > MAX_WINDOW:
-        raise ValueError(f"expected a kernel_size of at most {MAX_WINDOW} along an axis, got {tuple(kernel_size)}")
+    if max(kernel_size) > MAX_AXIS:
+        raise ValueError(f"expected a kernel_size of at most {MAX_AXIS} along an axis, got {tuple(kernel_size)}")
     shape = ConvShape(*(x.shape[i] for i in (0, 2, 3, 1)), y.shape[1], *kernel_size, stride, padding)
     check_nhwc("y", y, x, (shape.N, shape.K, shape.P, shape.Q))
     pooled = (shape.N, shape.K, out_size(shape.P), out_size(shape.Q))

@@ -11,7 +11,7 @@ from resnet.kernels.batch_norm_max_pool_backward import (
     batch_norm_max_pool_backward_reduce,
 )
 from resnet.kernels.conv_grad_weight import conv_grad_weight
-from resnet.kernels.conv_grad_weight_max_pool import MAX_WINDOW, conv_grad_weight_max_pool
+from resnet.kernels.conv_grad_weight_max_pool import MAX_AXIS, conv_grad_weight_max_pool
 from resnet.kernels.host.arguments import check_images
 from resnet.norm import empty_grads
 from resnet.operands import (
@@ -70,7 +70,7 @@ def stem_backward(dout: Tensor, kept: StemKept, needs: Stem) -> StemGrad:
 
     # dy is stored where grad-input needs it, where the window is too large or too sparse for the fused product, and for
     # float64: the compiler refuses the fused product of float64 at some shapes.
-    stored = needs.x or max(weight.shape[2:]) > MAX_WINDOW or dilation > 1 or x.dtype == torch.float64
+    stored = needs.x or max(weight.shape[2:]) > MAX_AXIS or dilation > 1 or x.dtype == torch.float64
     if stored:
         dy = stored_dy()
     if needs.x:
