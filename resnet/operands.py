@@ -118,6 +118,13 @@ class UnitGrad(NamedTuple):
     conv_bias: Tensor | None = None  # (K,) zeros, or None
 
 
+class ChainGrad(NamedTuple):
+    """Of a chain of units: a deep stem's, or one that ends in a squeeze."""
+
+    x: Tensor | None
+    units: tuple[UnitGrad, ...]
+
+
 def wanted(flags: Unit | Projection) -> Unit | Projection:
     """Flags in which a copy is wanted where its master is."""
     return flags._replace(weight=flags.weight or flags.master)
@@ -178,11 +185,6 @@ class DeepStemKept(NamedTuple):
     x: Tensor
     output: DeepStemOutput
     units: tuple[KeptUnit, KeptUnit, KeptUnit]
-
-
-class DeepStemGrad(NamedTuple):
-    x: Tensor | None
-    units: tuple[UnitGrad, ...]
 
 
 def are_summed(norm: KeptNorm, needs: Norm) -> bool:
@@ -317,11 +319,6 @@ def squeeze_kind(units: int) -> BlockKind:
 
 
 SQUEEZE_KINDS = tuple(map(squeeze_kind, (2, 3)))
-
-
-class SqueezeGrad(NamedTuple):
-    x: Tensor | None
-    units: tuple[UnitGrad, ...]
 
 
 class Excite(NamedTuple):

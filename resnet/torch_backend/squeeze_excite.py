@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resnet.norm import statistics_dtype
-from resnet.operands import ExciteGrad, ExciteKept, SqueezeGrad, Unit, UnitGrad
+from resnet.operands import ChainGrad, ExciteGrad, ExciteKept, Unit, UnitGrad
 from resnet.torch_backend import batch_norm
 from resnet.torch_backend.batch_norm import affine, rows_of
 from resnet.torch_backend.block import chain_backward, chain_forward
@@ -56,7 +56,7 @@ def squeeze_forward(x: Tensor, units: tuple[Unit, ...], relu: bool, added: bool)
     return y, pooled.to(y.dtype), link, stats, tuple(ys), tuple(inner_stats)
 
 
-def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, needs: tuple) -> SqueezeGrad:
+def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, needs: tuple) -> ChainGrad:
     """Gradients of `squeeze_forward`.
 
     Args:
@@ -83,7 +83,7 @@ def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, nee
     dx, grads = chain_backward([dh], grad, x, ys, stats, units, needs)
     if added and needs.x:
         dx.add_(g)
-    return SqueezeGrad(dx, grads)
+    return ChainGrad(dx, grads)
 
 
 def excite_forward(

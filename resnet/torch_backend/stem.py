@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from resnet.operands import (
+    ChainGrad,
     DeepStem,
-    DeepStemGrad,
     DeepStemKept,
     DeepStemOutput,
     Stem,
@@ -45,14 +45,14 @@ def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutp
     return DeepStemOutput(out, (*ys, y), tap, (*stats, last_stats))
 
 
-def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> DeepStemGrad:
+def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> ChainGrad:
     """Gradients of `deep_stem_forward`."""
     x, (out, ys, tap, stats), units = kept
     last, flags = units[-1].norm, needs.units[-1].norm
     norm = batch_norm.backward_pool(dout, ys[-1], out, tap, stats[-1], last, are_summed(last, flags))
     dys, grad = [norm.dx], unit_grad(norm)
     del norm
-    return DeepStemGrad(*chain_backward(dys, grad, x, ys, stats, units, needs))
+    return ChainGrad(*chain_backward(dys, grad, x, ys, stats, units, needs))
 
 
 def deep_stem_inference(x: Tensor, units: tuple[Unit, Unit, Unit]) -> Tensor:

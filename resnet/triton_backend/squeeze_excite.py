@@ -26,10 +26,10 @@ from resnet.kernels.host.arguments import check_images
 from resnet.norm import empty_grads
 from resnet.operands import (
     POINTWISE,
+    ChainGrad,
     ExciteGrad,
     ExciteKept,
     Projection,
-    SqueezeGrad,
     Unit,
     UnitGrad,
     are_summed,
@@ -50,7 +50,7 @@ def squeeze_forward(x: Tensor, units: tuple[Unit, ...], relu: bool, added: bool)
     return y, *batch_norm_squeeze(y, stats, relu), stats, tuple(ys), tuple(inner_stats)
 
 
-def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, needs: tuple) -> SqueezeGrad:
+def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, needs: tuple) -> ChainGrad:
     """See `torch_backend.squeeze_backward`."""
     x, ys, stats, link, units, relu, added = kept
     units, y, grad, used, dys = tuple(map(convolution.as_read, units)), ys[-1], UnitGrad(), None, []
@@ -66,7 +66,7 @@ def squeeze_backward(g: Tensor, dpooled: Tensor, dlink: Tensor, kept: tuple, nee
             return convolution.grad_input_add(dy, *units[0][:2], x, Projection(None, None, POINTWISE), g)
         return convolution.grad_input(dy, x, *units[0][:2])
 
-    return SqueezeGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, grad_input))
+    return ChainGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, grad_input))
 
 
 def excite_forward(

@@ -15,8 +15,8 @@ from resnet.kernels.conv_grad_weight_max_pool import MAX_AXIS, conv_grad_weight_
 from resnet.kernels.host.arguments import check_images
 from resnet.norm import empty_grads
 from resnet.operands import (
+    ChainGrad,
     DeepStem,
-    DeepStemGrad,
     DeepStemKept,
     DeepStemOutput,
     KeptUnit,
@@ -104,7 +104,7 @@ def deep_stem_forward(x: Tensor, units: tuple[Unit, Unit, Unit]) -> DeepStemOutp
     return DeepStemOutput(out, ys, tap, stats)
 
 
-def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> DeepStemGrad:
+def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> ChainGrad:
     """See `torch_backend.deep_stem_backward`."""
     x, (out, ys, tap, stats), units = kept
     units, dys = tuple(map(convolution.as_read, units)), []
@@ -115,7 +115,7 @@ def deep_stem_backward(dout: Tensor, kept: DeepStemKept, needs: DeepStem) -> Dee
     def grad_input(dy: Tensor) -> Tensor:
         return convolution.grad_input(dy, x, *units[0][:2])
 
-    return DeepStemGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, grad_input))
+    return ChainGrad(*chain_backward(dys, grad, x, ys, stats, units, needs, grad_input))
 
 
 def deep_stem_inference(x: Tensor, units: tuple[Unit, Unit, Unit]) -> Tensor:
