@@ -198,8 +198,7 @@ class Forward:
         if made is None or len(names) != 1:
             raise Unread
         me = self.me if self.me in made.__code__.co_freevars else None
-        values = dict(zip(names, [argument]))
-        return replace(self, function=made, me=me, values=values, functions={}).returned(function.body)
+        return replace(self, function=made, me=me, values={names[0]: argument}, functions={}).returned(function.body)
 
     def holds(self, test: ast.expr) -> bool:
         """The answer to a condition, which is noted."""

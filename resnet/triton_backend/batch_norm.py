@@ -23,12 +23,8 @@ def forward(
     relu: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(out, stats): see `torch_backend.batch_norm.forward`."""
-    stats = _stats(x, norm)
+    stats = norm_stats(x, batch_norm_statistics(x) if norm.training else None, norm)
     return batch_norm_add_relu(x, stats, shortcut, shortcut_shift=shortcut_shift, relu=relu), stats
-
-
-def _stats(x: Tensor, norm: Norm) -> Tensor:
-    return batch_stats(batch_norm_statistics(x), norm) if norm.training else frozen_stats(norm, x.dtype)
 
 
 def dense(norm: Norm) -> Norm:
