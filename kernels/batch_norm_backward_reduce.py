@@ -190,7 +190,7 @@ def batch_norm_backward_reduce(
     Raises:
         ValueError, TypeError: a shape, layout, type or device that does not fit.
     """
-    partial = backward_partials(dout, x, out, stats, relu, shortcut, g)
+    partial = backward_partials(dout, x, out, stats, shortcut, relu, g)
     return merge_sums(partial, dweight, dbias, dconv_bias, *(shortcut[2:] if shortcut else ()))
 
 
@@ -199,8 +199,8 @@ def backward_partials(
     x: Tensor,
     out: Tensor | None,
     stats: Tensor,
+    shortcut: NormedShortcut | None,
     relu: bool = True,
-    shortcut: NormedShortcut | None = None,
     g: Tensor | None = None,
 ) -> Tensor:
     """The sums of `batch_norm_backward_reduce` of each row tile, (2 or 3, T, C), as `merge_sums` takes them."""

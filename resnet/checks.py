@@ -131,7 +131,7 @@ def check_vector(name: str, t: Tensor, x: Tensor, channels: int) -> None:
     _check_device(name, t, x)
 
 
-def check_norm(norm: Norm, x: Tensor, channels: int, name: str = "batch_norm") -> None:
+def check_norm(norm: Norm, x: Tensor, channels: int, name: str) -> None:
     """ValueError or TypeError unless the norm is complete for its mode and each vector passes `check_vector`.
 
     A count is () int64 on x's device.
@@ -164,7 +164,7 @@ def _check_count(name: str, t: Tensor, x: Tensor) -> None:
     _check_device(name, t, x)
 
 
-def check_values_per_channel(norm: Norm, shape: tuple[int, int, int, int], name: str = "batch_norm") -> None:
+def check_values_per_channel(norm: Norm, shape: tuple[int, int, int, int], name: str) -> None:
     """ValueError for a single value per channel under batch statistics, as `torch.nn.BatchNorm2d`: no variance.
 
     Other processes of the norm's group may have more of them.

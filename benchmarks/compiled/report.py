@@ -294,7 +294,10 @@ def _workers(processes: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def compiled(jobs: Sequence[tuple[RecordedLaunch, str]], processes: int = 2, batch: int = 16) -> list[CompiledLaunch]:
+_BATCH = 16  # jobs that a process is given at once
+
+
+def compiled(jobs: Sequence[tuple[RecordedLaunch, str]], processes: int) -> list[CompiledLaunch]:
     """Each (launch, device) with its figures. Those that an earlier run kept are not worked out again."""
     cache = cache_folder()
     folder = cache and cache / "report"
@@ -307,7 +310,7 @@ def compiled(jobs: Sequence[tuple[RecordedLaunch, str]], processes: int = 2, bat
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
         with _workers(processes) as pool:
-            batches = [missing[i : i + batch] for i in range(0, len(missing), batch)]
+            batches = [missing[i : i + _BATCH] for i in range(0, len(missing), _BATCH)]
             running = {pool.submit(binaries.read, [jobs[i] for i in some]): some for some in batches}
             for future in as_completed(running):
                 for i, result in zip(running[future], future.result(), strict=True):

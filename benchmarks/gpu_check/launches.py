@@ -118,8 +118,8 @@ def totals(rows: list[dict[str, object]]) -> dict[str, tuple[int, float]]:
     return {kernel: (counts[kernel], time) for kernel, time in times.most_common()}
 
 
-def largest_gaps(rows: list[dict[str, object]], count: int = 10) -> list[dict[str, object]]:
-    """The launches that lie farthest above their least; of equal launches one, with how many there are."""
+def largest_gaps(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """The ten launches that lie farthest above their least; of equal launches one, with how many there are."""
     same: dict[tuple[str, str], list[dict[str, object]]] = {}
     for row in rows:
         if "least_microseconds" in row:
@@ -134,4 +134,4 @@ def largest_gaps(rows: list[dict[str, object]], count: int = 10) -> list[dict[st
         for group in same.values()
     ]
     gap = lambda row: row["count"] * (row["microseconds"] - row["least_microseconds"])  # noqa: E731
-    return sorted(merged, key=gap, reverse=True)[:count]
+    return sorted(merged, key=gap, reverse=True)[:10]

@@ -91,7 +91,7 @@ def reached(t: Tiling, M: int, C: int) -> Tiling:
 
 
 @cache
-def image_tiling(N: int, pixels: int, C: int, elements: int = ELEMENTS) -> Tiling:
+def image_tiling(N: int, pixels: int, C: int, elements: int) -> Tiling:
     """Tiles of a reduction over each of N images of `pixels` rows and C columns; the partials are those of an image.
 
     Where the images are few, more programs share each: column tiles are narrower, and rows are split. Below 32 columns
