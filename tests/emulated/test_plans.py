@@ -13,6 +13,7 @@ from resnet.kernels.batch_norm_add_relu import apply_kernel
 from resnet.kernels.host import plan
 from tests.helpers.blocks import GATED, averaged, draw, snapshot, step, trio
 from tests.helpers.replays import replays
+from tests.helpers.written_blocks import PreActivated
 
 
 def misaligned(t: Tensor) -> Tensor:
@@ -32,7 +33,11 @@ OTHERS = {
 
 @pytest.mark.parametrize("emulate", [80], ids=["sm_80"], indirect=True)
 @pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("block", [(Residual, 8, 8), (BasicBlock, 8, 8, GATED)], ids=["textbook", "gates"])
+@pytest.mark.parametrize(
+    "block",
+    [(Residual, 8, 8), (BasicBlock, 8, 8, GATED), (PreActivated, 8, 8)],
+    ids=["textbook", "gates", "pre-activation"],
+)
 def test_replayed_launches_are_those_of_a_first_call_and_each_kind_of_input_has_its_own(emulate, block, name):
     plan.forget()
     t = trio(*block)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
 import resnet
 from benchmarks import roofline
-from tests.helpers.blocks import DTYPES, Trio, assert_parity, draw, infer, randomize
+from tests.helpers.blocks import DTYPES, assert_parity, draw, infer, trio
 from tests.helpers.emulated_limits import PARTIALS_OVER_SUMMED, TRAFFIC_OVER_FLOOR
 from tests.helpers.emulated_modules import compare
 from tests.helpers.pairs import each_pair_compiled
@@ -25,16 +23,6 @@ BLOCKS = {
     "bottleneck, convolution of what is activated, stride 2": (PreActivatedNarrow, 16, 32, 2),
     "biases, convolution of x, stride 2": (PreActivatedInSequence, 8, 16, 2),
 }
-
-
-def trio(kind: type[nn.Module], *arguments: int, seed: int = 0, dtype: torch.dtype, train: bool = True) -> Trio:
-    torch.manual_seed(seed)
-    eager = kind(*arguments)
-    randomize(eager)
-    eager = eager.to(dtype).train(train)
-    fused = copy.deepcopy(eager)
-    assert resnet.fuse(fused).fused
-    return Trio(eager, fused, copy.deepcopy(eager).double())
 
 
 @pytest.mark.core

@@ -131,7 +131,8 @@ def trio(
 ) -> Trio:
     """`kind(*args)` with the weights of `seed`, all three on DEVICE with the same values of type `dtype`.
 
-    Arguments in a list of cases may end with a dict of keywords, such as `POOLED`.
+    Arguments in a list of cases may end with a dict of keywords, such as `POOLED`. A block that is not the library's is
+    fused as `fuse` reads it.
     """
     if args and isinstance(args[-1], dict):
         *args, keywords = args
@@ -140,8 +141,12 @@ def trio(
     eager = kind(*args, **kwargs)
     randomize(eager)
     eager = eager.to(DEVICE, dtype).train(train)
-    fused = FUSED[kind](*args, **kwargs).to(DEVICE, dtype).train(train)
-    fused.load_state_dict(eager.state_dict(), strict=True)
+    if kind in FUSED:
+        fused = FUSED[kind](*args, **kwargs).to(DEVICE, dtype).train(train)
+        fused.load_state_dict(eager.state_dict(), strict=True)
+    else:
+        fused = copy.deepcopy(eager)
+        assert [item.name for item in fuse(fused).fused] == [""]
     return Trio(eager, fused, copy.deepcopy(eager).double())
 
 

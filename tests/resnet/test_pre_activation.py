@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -25,8 +24,9 @@ from tests.helpers.blocks import (
     randomize,
     same,
     step,
+    trio,
 )
-from tests.helpers.fused_cases import assert_exact, assert_refused, assert_trios_parity, train_and_eval
+from tests.helpers.fused_cases import assert_exact, assert_refused, assert_trios_parity, fused_alone, train_and_eval
 from tests.helpers.kept import kept_bytes
 from tests.helpers.written_blocks import PreActivated, PreActivatedInSequence, PreActivatedNarrow, Wide
 
@@ -43,25 +43,7 @@ CASES = {
 }
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 one = CASES["identity"]
-
-
-@pytest.fixture
-def fused_alone():
-    """What falls back to PyTorch's operators warns, which is an error here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* runs PyTorch's operators one by one")
-        yield
-
-
-def trio_of(case: tuple, seed: int = 0, dtype: torch.dtype = torch.float32, train: bool = True) -> Trio:
-    kind, *arguments = case
-    torch.manual_seed(seed)
-    eager = kind(*arguments)
-    randomize(eager)
-    eager = eager.to(DEVICE, dtype).train(train)
-    fused = copy.deepcopy(eager)
-    assert len(fuse(fused).fused) == 1
-    return Trio(eager, fused, copy.deepcopy(eager).double())
+pytestmark = fused_alone
 
 
 def input_of(case: tuple, *size: int, **options) -> Tensor:
@@ -74,24 +56,24 @@ def input_of(case: tuple, *size: int, **options) -> Tensor:
 
 @cases
 @train_and_eval
-def test_a_block_gives_eagers_values_in_float64(any_backend, fused_alone, case, train):
-    t, x = trio_of(case, dtype=torch.float64, train=train), input_of(case, dtype=torch.float64)
+def test_a_block_gives_eagers_values_in_float64(any_backend, case, train):
+    t, x = trio(*case, dtype=torch.float64, train=train), input_of(case, dtype=torch.float64)
     assert_exact(t, x)
     assert_exact(t.each(nn.Module.eval), x, infer)
 
 
 @cases
 @train_and_eval
-def test_a_block_is_as_exact_as_eager(any_backend, fused_alone, case, train):
-    trios = [trio_of(case, seed=seed, train=train) for seed in range(4)]
+def test_a_block_is_as_exact_as_eager(any_backend, case, train):
+    trios = [trio(*case, seed=seed, train=train) for seed in range(4)]
     assert_trios_parity(trios, (4, case[1], 7, 6))
 
 
 @cases
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=name_of)
-def test_a_block_of_a_16_bit_type_on_pytorchs_operators_is_as_exact_as_eager(fused_alone, dtype, case):
+def test_a_block_of_a_16_bit_type_on_pytorchs_operators_is_as_exact_as_eager(dtype, case):
     kind, C, K, *stride = case
-    trios = [trio_of((kind, 2 * C, 2 * K, *stride), seed, dtype) for seed in range(6)]
+    trios = [trio(kind, 2 * C, 2 * K, *stride, seed=seed, dtype=dtype) for seed in range(6)]
     assert_trios_parity(trios, (8, 2 * C, 24, 24))
 
 
@@ -102,8 +84,8 @@ def test_a_block_of_a_16_bit_type_on_pytorchs_operators_is_as_exact_as_eager(fus
     ids=lambda names: names[0],
 )
 @pytest.mark.parametrize("case", [(PreActivated, 8, 12, 2), (PreActivatedNarrow, 8, 8), (PreActivated, 8, 8)])
-def test_each_gradient_may_be_wanted_alone(any_backend, fused_alone, case, trained, wants_dx):
-    t, x, grads = trio_of(case, dtype=torch.float64), input_of(case, dtype=torch.float64).requires_grad_(wants_dx), []
+def test_each_gradient_may_be_wanted_alone(any_backend, case, trained, wants_dx):
+    t, x, grads = trio(*case, dtype=torch.float64), input_of(case, dtype=torch.float64).requires_grad_(wants_dx), []
     for block in (t.fused, t.exact):
         for name, p in block.named_parameters():
             p.requires_grad_(name.startswith(trained))
@@ -114,18 +96,18 @@ def test_each_gradient_may_be_wanted_alone(any_backend, fused_alone, case, train
 
 @cases
 @pytest.mark.parametrize("change", [keep_norms_constant, averaged], ids=["norms of constants", "averages"])
-def test_other_modes_of_the_norms_give_eagers_values(any_backend, fused_alone, case, change):
-    assert_exact(trio_of(case, dtype=torch.float64).each(change), input_of(case, dtype=torch.float64))
+def test_other_modes_of_the_norms_give_eagers_values(any_backend, case, change):
+    assert_exact(trio(*case, dtype=torch.float64).each(change), input_of(case, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["bn1", "bn2"])
-def test_one_norm_may_be_in_evaluation(any_backend, fused_alone, name):
-    t = trio_of(one, dtype=torch.float64).each(lambda block: getattr(block, name).eval())
+def test_one_norm_may_be_in_evaluation(any_backend, name):
+    t = trio(*one, dtype=torch.float64).each(lambda block: getattr(block, name).eval())
     assert_exact(t, input_of(one, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("change", [{"groups": 4}, {"dilation": 2, "padding": 2}], ids=["groups", "dilation"])
-def test_convolutions_may_have_groups_or_a_dilation(any_backend, fused_alone, change):
+def test_convolutions_may_have_groups_or_a_dilation(any_backend, change):
     torch.manual_seed(0)
     eager = PreActivated(8, 8)
     eager.conv2 = nn.Conv2d(8, 8, 3, **{"padding": 1, **change})
@@ -136,8 +118,8 @@ def test_convolutions_may_have_groups_or_a_dilation(any_backend, fused_alone, ch
     assert_exact(Trio(eager, fused, eager), input_of(one, dtype=torch.float64))
 
 
-def test_an_empty_batch_gives_empty_maps_and_gradients_of_zeros(any_backend, fused_alone):
-    t, x = trio_of(one, train=False), input_of(one)[:0].requires_grad_()
+def test_an_empty_batch_gives_empty_maps_and_gradients_of_zeros(any_backend):
+    t, x = trio(*one, train=False), input_of(one)[:0].requires_grad_()
     for block in (t.fused, t.eager):
         block.got = block(x), *torch.autograd.grad(block(x).sum(), [x, *block.parameters()])
     torch.testing.assert_close(t.fused.got, t.eager.got)
@@ -146,16 +128,16 @@ def test_an_empty_batch_gives_empty_maps_and_gradients_of_zeros(any_backend, fus
 # ---- how it is called ----------------------------------------------------------------------------------------------
 
 
-def test_a_block_compiles_into_one_graph(any_backend, fused_alone):
+def test_a_block_compiles_into_one_graph(any_backend):
     torch.compiler.reset()
-    t, x = trio_of(CASES["convolution of what is activated"], dtype=torch.float64), input_of(one, dtype=torch.float64)
+    t, x = trio(*CASES["convolution of what is activated"], dtype=torch.float64), input_of(one, dtype=torch.float64)
     compiled = torch.compile(t.fused, backend="aot_eager", fullgraph=True)
     got = {name.replace("_orig_mod.", ""): value for name, value in step(compiled, x).items()}
     torch.testing.assert_close(got, step(t.exact, x), atol=1e-9, rtol=1e-7)
 
 
-def test_a_block_under_a_checkpoint_does_what_eager_does(any_backend, fused_alone):
-    t, x = trio_of(one, dtype=torch.float64), input_of(one, dtype=torch.float64)
+def test_a_block_under_a_checkpoint_does_what_eager_does(any_backend):
+    t, x = trio(*one, dtype=torch.float64), input_of(one, dtype=torch.float64)
 
     def again(call: Callable[[], Tensor]) -> Tensor:
         return checkpoint(call, use_reentrant=False)
@@ -167,7 +149,7 @@ STRIDED = CASES["convolution of what is activated, stride 2"]
 
 
 @pytest.mark.parametrize("case", [one, STRIDED], ids=["identity", "strided"])
-def test_a_block_behind_a_convolution_under_autocast_is_as_exact_as_eager(fused_alone, case):
+def test_a_block_behind_a_convolution_under_autocast_is_as_exact_as_eager(case):
     def run(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
         with torch.autocast(DEVICE.type, torch.bfloat16):
             return step(block, x)
@@ -175,7 +157,7 @@ def test_a_block_behind_a_convolution_under_autocast_is_as_exact_as_eager(fused_
     trios = []
     for seed in range(6):
         conv = nn.Conv2d(case[1], case[1], 1).to(DEVICE)
-        blocks = trio_of(case, seed).all
+        blocks = trio(*case, seed=seed).all
         trios.append(Trio(*(nn.Sequential(copy.deepcopy(conv), block) for block in blocks)))
         trios[-1].exact.double()
     assert_trios_parity(trios, (8, case[1], 12, 12), run)
@@ -185,15 +167,15 @@ def test_a_block_behind_a_convolution_under_autocast_is_as_exact_as_eager(fused_
 def test_a_wider_input_under_autocast_is_left_to_eager(monkeypatch, case):
     """Its first norm and the add would keep float32's digits."""
     monkeypatch.setattr("resnet.fused.module._warned", set())
-    t, x = trio_of(case), input_of(case)
+    t, x = trio(*case), input_of(case)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         with pytest.warns(UserWarning, match="autocast leaves the input torch.float32"):
             got = t.fused(x)
         torch.testing.assert_close(got, t.eager(x), rtol=0, atol=0)
 
 
-def test_a_pickled_block_is_fused(fused_alone):
-    t, x = trio_of(CASES["wide, stride 2"]), input_of(one)
+def test_a_pickled_block_is_fused():
+    t, x = trio(*CASES["wide, stride 2"]), input_of(one)
     twin = pickle.loads(pickle.dumps(t.fused))
     assert type(twin) is type(t.fused)
     same(step(twin, x), step(t.fused, x))
@@ -203,12 +185,12 @@ def test_a_pickled_block_is_fused(fused_alone):
 
 
 @pytest.mark.parametrize("kind", [PreActivated, PreActivatedNarrow])
-def test_the_input_and_all_convolutions_but_the_last_are_kept(any_backend, fused_alone, kind):
+def test_the_input_and_all_convolutions_but_the_last_are_kept(any_backend, kind):
     """Eager keeps what each norm reads and what each ReLU gives, twice as many."""
     widths = [8, 8] if kind is PreActivated else [8, 4, 4]
     x = draw(2, 8, 24, 24)
     maps, stats = sum(widths[1:]) * 2 * 24 * 24 * 4, sum(widths) * 4 * 4
-    assert kept_bytes(trio_of((kind, 8, 8)).fused, x) == maps + stats
+    assert kept_bytes(trio(kind, 8, 8).fused, x) == maps + stats
 
 
 @pytest.mark.parametrize(
@@ -222,12 +204,12 @@ def test_the_input_and_all_convolutions_but_the_last_are_kept(any_backend, fused
     ],
     ids=["channels", "rank", "type", "one value per channel", "no tensor"],
 )
-def test_a_bad_input_is_refused_before_anything_changes(any_backend, fused_alone, x, error, message):
-    assert_refused(trio_of(one).fused, x.to(DEVICE) if isinstance(x, Tensor) else x, error, message)
+def test_a_bad_input_is_refused_before_anything_changes(any_backend, x, error, message):
+    assert_refused(trio(*one).fused, x.to(DEVICE) if isinstance(x, Tensor) else x, error, message)
 
 
-def test_a_bad_later_norm_is_refused_before_the_first_has_changed(any_backend, fused_alone):
-    block = trio_of(one).fused
+def test_a_bad_later_norm_is_refused_before_the_first_has_changed(any_backend):
+    block = trio(*one).fused
     block.bn2.running_var = torch.ones(5, device=DEVICE)
     assert_refused(block, input_of(one), ValueError, "bn2.running_var")
 
@@ -243,7 +225,7 @@ def test_a_bad_later_norm_is_refused_before_the_first_has_changed(any_backend, f
 )
 def test_what_is_not_fused_runs_pytorchs_operators_and_says_why(monkeypatch, change, reason):
     monkeypatch.setattr("resnet.fused.module._warned", set())
-    t = trio_of(one)
+    t = trio(*one)
     for block in (t.fused, t.eager):
         torch.manual_seed(0)
         change(block)
