@@ -35,7 +35,7 @@ from resnet.triton_backend.batch_norm import batch_stats
 from tests.conftest import DEVICE
 from tests.helpers.blocks import FUSED, averaged, deep_stems, draw, randomize, same, snapshot, step
 from tests.helpers.gated import FusedInner, Inner
-from tests.helpers.written_blocks import Layer, Unit
+from tests.helpers.written_blocks import Layer, PreActivated, PreActivatedNarrow, Unit
 
 PROCESSES = 2
 Result = dict[str, Tensor]
@@ -85,6 +85,8 @@ CASES = {
     "gates": (partial(BasicBlock, squeeze_excite=True), (4, 6, 2), unchanged),
     "gates, identity": (partial(BasicBlock, squeeze_excite=True), (4, 4), averaged),
     "gates before the last convolution": (Inner, (4, 4), unchanged),
+    "pre-activation": (PreActivated, (4, 6, 2), unchanged),
+    "pre-activation, the second norm is not trained": (PreActivatedNarrow, (4, 4), frozen("conv1", "norm1", "norm2")),
     "stem": (Stem, (3, 4), unchanged),
     "deep stem": (deep_stem, (3,), unchanged),
     "stem, untracked": (Stem, (3, 4), untracked),
@@ -102,6 +104,7 @@ INTERPRETED = (
     "pooled shortcut",
     "gates, identity",
     "gates before the last convolution",
+    "pre-activation",
     "stem",
     "deep stem",
     "small stem",
