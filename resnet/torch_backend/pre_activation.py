@@ -23,17 +23,19 @@ def pre_activation_forward(
     Running statistics are updated in place.
     """
     a, x_stats = batch_norm.forward(x, norm)
-    skip, ys, stats = _added(a if activated else x, shortcut), [], [x_stats]
+    skip, ys, stats = _projected(a if activated else x, shortcut), [], [x_stats]
     for unit in units:
         ys.append(convolve(a, unit.weight, None, unit.geometry))
         a, unit_stats = batch_norm.forward(ys[-1], unit.norm, into=a if a.shape == ys[-1].shape else None)
         stats.append(unit_stats)
-    return convolve(a, *conv[:3]).add_(skip), tuple(ys), tuple(stats)
+    return _projected(a, conv).add_(skip), tuple(ys), tuple(stats)
 
 
-def _added(read: Tensor, shortcut: Projection) -> Tensor:
-    """What the shortcut adds."""
-    return read if shortcut.weight is None else convolve(read, *shortcut[:3])
+def _projected(x: Tensor, part: Projection) -> Tensor:
+    if part.weight is None:
+        return x
+    bias = None if part.bias is None else part.bias.to(x.dtype)  # under autocast it is a parameter of another type
+    return convolve(x, part.weight, bias, part.geometry)
 
 
 def parts_of(kept: tuple) -> tuple[tuple[Tensor, ...], tuple[KeptNorm, ...], tuple[KeptUnit | Projection, ...]]:
@@ -90,7 +92,7 @@ def pre_activation_inference(
 ) -> Tensor:
     """The block with frozen statistics and without gradients: out (N, K, P, Q)."""
     a, _ = batch_norm.forward(x, norm)
-    skip = _added(a if activated else x, shortcut)
+    skip = _projected(a if activated else x, shortcut)
     for unit in units:
         a = conv_batch_norm(a, unit).relu_()
-    return convolve(a, *conv[:3]).add_(skip)
+    return _projected(a, conv).add_(skip)

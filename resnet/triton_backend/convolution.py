@@ -138,6 +138,7 @@ def forward(
     """y = conv(a, weight), and y's moments where wanted; a is x, or relu(x * scale + shift) with `stats`.
 
     `shortcut`, a weight (K, C, 1, 1), makes a second output of x with the same stride, and its moments where wanted.
+    There is none with `stats`.
     """
 
     def fused(x: Tensor, stats: Tensor | None) -> ConvOutput:
@@ -307,30 +308,33 @@ def inference(
     skip: Tensor | None = None,
     shortcut: Shortcut | None = None,
     relu: bool = False,
+    stats: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """relu(batch_norm(conv(x)) [+ skip]), and the shortcut's convolution of x."""
+    """relu(batch_norm(conv(a)) [+ skip]), a as in `forward`; without `stats` also the shortcut's convolution of x."""
     weight, geometry, norm, _ = unit
 
-    def fused() -> tuple[Tensor, Tensor | None]:
+    def fused(x: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor | None]:
         vectors = dense(norm)
         frozen = Frozen(
             vectors.running_mean, vectors.running_var, vectors.weight, vectors.bias, vectors.conv_bias, norm.eps
         )
         output = conv_forward(
-            x, weight, *geometry, frozen=frozen, skip=skip, relu=relu, shortcut=shortcut, tf32=tf32(x)
+            x, weight, *geometry, stats=stats, frozen=frozen, skip=skip, relu=relu, shortcut=shortcut, tf32=tf32(x)
         )
         return output.y, output.shortcut
 
     def pytorch() -> tuple[Tensor, Tensor | None]:
-        y = convolve(x, weight, None, geometry)
+        y = convolve(_activated(x, stats), weight, None, geometry)
         z = None
         if shortcut is not None:
             bias = None if shortcut.bias is None else shortcut.bias.to(x.dtype)
             z = convolve(x, shortcut.weight, bias, (geometry[0], 0, 1))
         return batch_norm_add_relu(y, frozen_stats(norm, y.dtype), skip, relu=relu, out=y), z
 
-    fused_to_it = (skip is not None, shortcut is not None, relu)
-    return run_picked("inference", x, x.shape[1], weight, geometry, fused_to_it, epilogue=fused, pytorch=pytorch)
+    fused_to_it = (skip is not None, shortcut is not None, relu, stats is not None)
+    return run_picked(
+        "inference", x, x.shape[1], weight, geometry, fused_to_it, **_with_prologue(fused, pytorch, x, stats)
+    )
 
 
 def forward_add(x: Tensor, conv: Projection, stats: Tensor | None = None, skip: Tensor | None = None) -> Tensor:

@@ -92,8 +92,11 @@ def pre_activation_inference(
 ) -> Tensor:
     """See `torch_backend.pre_activation_inference`. Each norm but the first is part of the convolution before it."""
     units, conv, shortcut = tuple(map(convolution.as_read, units)), *map(convolution.as_read, (conv, shortcut))
-    a = batch_norm_add_relu(x, frozen_stats(norm, x.dtype))
-    skip = x if shortcut.weight is None else convolution.forward_add(a if activated else x, shortcut)
+    a, stats = x, frozen_stats(norm, x.dtype)
+    if activated:
+        a, stats = batch_norm_add_relu(x, stats), None
+    skip = x if shortcut.weight is None else convolution.forward_add(a, shortcut)
     for unit in units:
-        a, _ = convolution.inference(a, unit, relu=True)
+        a, _ = convolution.inference(a, unit, relu=True, stats=stats)
+        stats = None
     return convolution.forward_add(a, conv, skip=skip)

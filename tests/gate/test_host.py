@@ -219,7 +219,7 @@ LIMITS = {
     ("training step", "pre-activation"): Limit(2.21, 18),  # 324 against 150
     ("training step", "pre-activation, projected"): Limit(2.06, 19),  # 340 against 169
     ("autocast step", "pre-activation"): Limit(2.12, 18),  # 364 against 176
-    ("evaluation", "pre-activation"): Limit(2.13, 4),  # 153 against 74
+    ("evaluation", "pre-activation"): Limit(2.13, 3),  # 153 against 74
     ("compiled step", "identity"): Limit(2.47, 19),  # 489 against 203
     ("compiled step", "projected"): Limit(2.48, 18),  # 507 against 210
     ("compiled evaluation", "identity"): Limit(1.57, 2),  # 188 against 123

@@ -146,9 +146,10 @@ def test_a_block_under_a_checkpoint_does_what_eager_does(any_backend):
 
 
 STRIDED = CASES["convolution of what is activated, stride 2"]
+BIASED = CASES["biases, convolution of x, stride 2"]
 
 
-@pytest.mark.parametrize("case", [one, STRIDED], ids=["identity", "strided"])
+@pytest.mark.parametrize("case", [one, STRIDED, BIASED], ids=["identity", "strided", "biases"])
 def test_a_block_behind_a_convolution_under_autocast_is_as_exact_as_eager(case):
     def run(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
         with torch.autocast(DEVICE.type, torch.bfloat16):
