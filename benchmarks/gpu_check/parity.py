@@ -16,6 +16,7 @@ from multiprocessing.pool import AsyncResult
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import resnet
 from benchmarks.gpu_check.errors import noted
@@ -29,7 +30,7 @@ from resnet.kernels.tuning.devices import device_facts
 _CANCELLED = ("conv1.bias", "conv2.bias", "0.bias")  # whose gradients are rounding alone where BatchNorm follows
 _DTYPES = ("bfloat16", "float16", "float32", "tf32")
 _TRAINING, _EVALUATION, _CONSTANT = "training", "evaluation", "norms of constants"
-_DEEP_STEM, _CHAIN = "deep stem", "chain"
+_DEEP_STEM, _CHAIN, _PRE_ACTIVATION = "deep stem", "chain", "pre-activation"
 _VARIANTS = {
     "D": {"avg_down": True},
     "dilated": {"dilation": 2},
@@ -43,8 +44,8 @@ class Task:
     shape: tuple[int, int, int, int]  # input channels, channels, stride, height and width
     dtype: str
     mode: str
-    # A block or stem of `resnet`. A published block has its width in place of the channels, and after a hyphen one of
-    # _VARIANTS, or _CHAIN: three blocks that follow each other, of which the last has the stride.
+    # A block or stem of `resnet`, or one of this file. A published block has its width in place of the channels, and
+    # after a hyphen one of _VARIANTS, or _CHAIN: three blocks that follow each other, of which the last has the stride.
     kind: str = "Residual"
 
     @property
@@ -62,6 +63,8 @@ class Task:
             return Stem(C, K)
         if self.kind == _DEEP_STEM:
             return deep_stem(C, K)
+        if self.kind == _PRE_ACTIVATION:
+            return PreActivated(C, K, stride)
         name, _, variant = self.kind.partition("-")
         block = getattr(resnet, name)
         if variant == _CHAIN:
@@ -77,6 +80,22 @@ class Task:
     @property
     def type(self) -> torch.dtype:
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+
+class PreActivated(nn.Module):
+    """A block with pre-activation, which `fuse` reads."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(in_channels), nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        projects = (in_channels, stride) != (channels, 1)
+        self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if projects else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
 
 
 def deep_stem(in_channels: int, channels: int) -> nn.Module:
@@ -140,7 +159,8 @@ def _check(task: Task, scale: Scale) -> dict[str, object]:
     C, K, stride, size = task.shape
     eager = task.block()
     fused, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
-    fuse(fused)
+    if not fuse(fused).fused:
+        raise RuntimeError(f"nothing of {task.name} was fused")
     x = torch.randn(scale.block_batch, C, size, size).relu().to(task.type)
     K *= getattr(eager[-1] if task.kind.endswith(_CHAIN) else eager, "expansion", 1)
     dout = torch.randn(scale.block_batch, K, -(-size // stride), -(-size // stride)).to(task.type)

@@ -37,6 +37,7 @@ _OTHERS = (
     *(("Bottleneck", 2048, 512, 1, 3), ("BasicBlock", 64, 128, 2, 24), ("Bottleneck-D", 256, 128, 2, 24)),
     *(("Bottleneck-dilated", 512, 128, 1, 24), ("Bottleneck-grouped", 256, 128, 2, 24)),
     *(("Bottleneck-gated", 256, 64, 1, 24), ("BasicBlock-gated", 64, 128, 2, 24)),
+    *(("pre-activation", 64, 64, 1, 24), ("pre-activation", 64, 128, 2, 24)),
     *(("BasicBlock-chain", 64, 128, 2, 24), ("Bottleneck-chain", 64, 64, 2, 24)),
     *(("Stem", 1, 64, 4, 96), ("Stem", 3, 64, 4, 96), ("deep stem", 3, 64, 4, 96)),
 )
@@ -52,7 +53,7 @@ def rehearsal() -> Scale:
     strided = ("Bottleneck", "Bottleneck-D", "Bottleneck-grouped")
     stems = (("Stem", 3, 8, 4, 13), ("deep stem", 3, 8, 4, 13))
     # A dilation is the kernels' own without a stride, and an identity is what gates have beside them most often.
-    one = ("Bottleneck-dilated", 8, 4, 1, 5), ("Bottleneck-gated", 16, 4, 1, 5)
+    one = ("Bottleneck-dilated", 8, 4, 1, 5), ("Bottleneck-gated", 16, 4, 1, 5), ("pre-activation", 8, 16, 2, 5)
     chains = (("BasicBlock-chain", 8, 4, 2, 9), ("Bottleneck-chain", 8, 4, 2, 9))
     others = (*((kind, 8, 4, 2, 5) for kind in strided), *one, *chains, *stems)
     return Scale(
