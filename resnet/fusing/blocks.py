@@ -50,9 +50,12 @@ class PreActivationMixin(Changed, FusedPreActivation):
         shortcut, others, pool = _shortcut(layout.shortcut, held_at(self, layout.shortcut), layout.shortcut_class)
         if pool is not None or (shortcut is not None and shortcut.bn is not None):
             return f"{layout.shortcut} is not one convolution"
+        if layout.activated and shortcut is None:
+            return f"{layout.shortcut} adds what the first norm and ReLU give, not the input"
         others += _watched(self)
-        bn, activated = held_at(self, layout.first_norm), layout.activated and shortcut is not None
-        return no_module(others) or PreActivationParts(bn, layout.first_norm, units, shortcut, activated, tuple(others))
+        bn = held_at(self, layout.first_norm)
+        parts = PreActivationParts(bn, layout.first_norm, units, shortcut, layout.activated, tuple(others))
+        return no_module(others) or parts
 
 
 def _watched(block: BlockMixin | PreActivationMixin) -> list[Watched]:

@@ -258,6 +258,30 @@ def test_one_with_pre_activation_that_takes_another_way_runs_its_forward(monkeyp
 
 
 @pytest.mark.parametrize(
+    ("cls", "replace"),
+    [
+        (PreActivated, lambda block: setattr(block, "shortcut", nn.Identity())),
+        (PreActivated, lambda block: setattr(block.shortcut, "0", nn.Identity())),
+        (PreActivatedNarrow, lambda block: setattr(block, "downsample", nn.Identity())),
+        (Wide, lambda block: setattr(block, "project", nn.Sequential())),
+    ],
+)
+def test_a_shortcut_that_no_longer_convolves_what_is_activated_adds_it(monkeypatch, cls, replace):
+    monkeypatch.setattr("resnet.fused.module._warned", set())
+    torch.manual_seed(0)
+    eager = cls(4, 6).to(DEVICE, torch.float64)
+    norm = "norm1" if cls is PreActivatedNarrow else "bn1"
+    setattr(eager, norm, nn.BatchNorm2d(6, dtype=torch.float64, device=DEVICE))
+    eager.conv1 = nn.Conv2d(6, eager.conv1.out_channels, 1, dtype=torch.float64, device=DEVICE)
+    fused, x = copy.deepcopy(eager), draw(2, 6, 9, 8, dtype=torch.float64)
+    assert not fuse(fused).fused[0].stem
+    for block in (eager, fused):
+        replace(block)
+    with pytest.warns(UserWarning, match="adds what the first norm and ReLU give, not the input"):
+        torch.testing.assert_close(step(fused, x), step(eager, x), **CLOSE)
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         (lambda block: setattr(block.body.conv1, "activates", False), "its forward takes another way"),
