@@ -137,6 +137,11 @@ def _norm_grads(
     return Norm(dweight, dbias, None, None, dconv_bias, None, None, None, group=None)
 
 
+def _of_kind(kind: BlockKind, **functions: object) -> Differentiable:
+    """The operator of a kind, by the functions that differ."""
+    return Differentiable(kind.name, kind.arguments, kind.output, kind.kept, keep_moves=True, **functions)
+
+
 # ---- relu(batch_norm(x) + shortcut) ------------------------------------------------------------------------------
 
 
@@ -329,15 +334,11 @@ def _block_operator(kind: BlockKind) -> Differentiable:
             shortcut = _projection_grads(kept.shortcut, grad.shortcut, needs.shortcut)
         return _trained(kind, grad.x, tuple(units), shortcut), grad.partial
 
-    return Differentiable(
-        kind.name,
-        kind.arguments,
-        kind.output,
-        kind.kept,
+    return _of_kind(
+        kind,
         fake=fake,
         forward=forward,
         keep=keep,
-        keep_moves=True,
         like=lambda kept: _trained(kind, kept.x, tuple(map(_like_part, kept.units)), _like_part(kept.shortcut)),
         backward=backward,
         norms=norms,
@@ -395,15 +396,11 @@ def _frozen_operator(kind: BlockKind) -> Differentiable:
         convs = zip((*kept.units, kept.shortcut), (*grad.units, grad.shortcut), strict=True)
         return in_places(kept, grad.x, [_places(found.conv, conv.weight, conv.master) for conv, found in convs])
 
-    return Differentiable(
-        kind.name,
-        kind.arguments,
-        kind.output,
-        kind.kept,
+    return _of_kind(
+        kind,
         fake=fake,
         forward=forward,
         keep=keep,
-        keep_moves=True,
         like=like,
         backward=backward,
         norms=lambda a, o: [],
@@ -441,15 +438,11 @@ def _squeeze_operator(kind: BlockKind) -> Differentiable:
         units = map(_unit_grads, kept.units, grad.units, kept.stats, needs.units)
         return kind.arguments(grad.x, tuple(units), None, None)
 
-    return Differentiable(
-        kind.name,
-        kind.arguments,
-        kind.output,
-        kind.kept,
+    return _of_kind(
+        kind,
         fake=fake,
         forward=forward,
         keep=keep,
-        keep_moves=True,
         like=lambda kept: kind.arguments(kept.x, tuple(map(_like_part, kept.units)), None, None),
         backward=backward,
         norms=lambda a, o: zip([unit.norm for unit in a.units], (*o.inner_stats, o.stats), strict=True),
@@ -527,15 +520,11 @@ def _pre_activation_operator(kind: BlockKind) -> Differentiable:
             None,
         )
 
-    return Differentiable(
-        kind.name,
-        kind.arguments,
-        kind.output,
-        kind.kept,
+    return _of_kind(
+        kind,
         fake=fake,
         forward=forward,
         keep=keep,
-        keep_moves=True,
         like=lambda kept: kind.arguments(
             kept.x, _like_norm(kept.norm), tuple(map(_like_part, kept.units)), kept.conv, kept.shortcut, None
         ),

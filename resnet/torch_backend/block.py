@@ -81,13 +81,12 @@ def add_shortcut_grad(dx: Tensor | None, dz: Tensor, kept: tuple, weight: Tensor
 
     `weight` is that of its convolution, None without one; dx is None where nobody needs it.
     """
-    x, _, _, shortcut, *pooled = kept
-    added, dweight = dz, None
+    pooled, added, dweight = getattr(kept, "pooled", None), dz, None
     if weight is not None:
-        flags, to = (needs.x, needs.shortcut.weight), None if pooled else dx
-        added, dweight = convolve_backward(dz, shortcut_input(kept), weight, shortcut.geometry, *flags, to)
+        flags, to = (needs.x, needs.shortcut.weight), dx if pooled is None else None
+        added, dweight = convolve_backward(dz, shortcut_input(kept), weight, kept.shortcut.geometry, *flags, to)
     if needs.x and added is not dx:
-        dx.add_(pool_backward(added, x, *pooled) if pooled else added)
+        dx.add_(added if pooled is None else pool_backward(added, kept.x, pooled))
     return dweight
 
 

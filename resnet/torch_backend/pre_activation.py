@@ -10,7 +10,7 @@ from torch import Tensor
 from resnet.norm import KeptNorm, Norm, statistics_dtype
 from resnet.operands import KeptUnit, PreActivationGrad, Projection, Unit, UnitGrad, pre_activation_inputs
 from resnet.torch_backend import batch_norm
-from resnet.torch_backend.block import unit_grad
+from resnet.torch_backend.block import add_shortcut_grad, unit_grad
 from resnet.torch_backend.convolution import convolve, convolve_backward
 from resnet.torch_backend.inference import conv_batch_norm
 
@@ -65,11 +65,8 @@ def pre_activation_backward(dout: Tensor, kept: tuple, needs: tuple) -> PreActiv
             del norm
         del a, da  # before the next ones are made
     dx = dy if needs.x else None
-    if shortcut.weight is None:
-        dx = dx.add_(dout) if needs.x else None
-    elif not kept.activated:
-        flags = needs.x, needs.shortcut.weight
-        dx, dshortcut = convolve_backward(dout, kept.x, shortcut.weight, shortcut.geometry, *flags, dx)
+    if not kept.activated:
+        dshortcut = add_shortcut_grad(dx, dout, kept, shortcut.weight, needs)
     sum_g = bias_grad(dout, needs)
     return PreActivationGrad(
         dx,
